@@ -1,0 +1,162 @@
+"""Technical English that is already on your disk: the documentation of Python, numpy and torch.
+
+The default text, as it needs no download: Python's language reference (the topics of `help()`) and
+the docstrings of the standard library, numpy and torch. The packages are never imported, which
+would be slow and run their code: `ast` parses each file and we read the docstrings off the tree.
+
+One document a source file, so that a split by documents holds out whole modules. In it, each
+module, class and function with a docstring has a heading, its dotted name and signature, and below
+it the docstring. A docstring that was seen before, letter for letter, is left out.
+
+    python -m data.docs
+"""
+
+import ast
+import gc
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.report import Report, show
+from data.stdlib import SKIP_FOLDERS, library_folder, python_files
+
+PACKAGES = ("numpy", "torch")
+SKIPPED = SKIP_FOLDERS | {"testing", "_vendor"}
+# Functions of torch and numpy written in C get their docstring from a call: add_docstr(f, "...").
+ATTACHERS = {"add_docstr", "add_docstr_all", "add_newdoc"}
+# A line such as "    {input}", a template that only running the package would fill in.
+PLACEHOLDER = re.compile(r"^ *\{\w+\} *\n", re.MULTILINE)
+
+Entry = tuple[str, str]  # heading, docstring
+
+
+def attached_docstring(call: ast.expr) -> Entry | None:
+    """Read `add_docstr(torch.abs, "...")` or numpy's `add_newdoc("module", "name", "...")`."""
+    if not isinstance(call, ast.Call) or not call.args:
+        return None
+    if getattr(call.func, "id", getattr(call.func, "attr", None)) not in ATTACHERS:
+        return None
+    strings = [n for n in ast.walk(call) if isinstance(n, ast.Constant) and type(n.value) is str]
+    strings = [n.value for n in sorted(strings, key=lambda n: (n.lineno, n.col_offset))]
+    text = "".join(s for s in strings if "\n" in s)
+    name = ".".join(s for s in strings if "\n" not in s) or ast.unparse(call.args[0])
+    return name, PLACEHOLDER.sub("", text)
+
+
+def entries_of(body: list[ast.stmt], prefix: str) -> Iterator[Entry]:
+    """Yield the documented classes, methods and functions of a body, in the order of the source."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if docstring := ast.get_docstring(node, clean=False):
+                yield f"{prefix}.{node.name}({ast.unparse(node.args)})", docstring
+        elif isinstance(node, ast.ClassDef):
+            if docstring := ast.get_docstring(node, clean=False):
+                bases = ", ".join(map(ast.unparse, node.bases))
+                yield f"class {prefix}.{node.name}({bases})", docstring
+            yield from entries_of(node.body, f"{prefix}.{node.name}")
+        elif isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
+            yield from entries_of(node.body, prefix)
+        elif isinstance(node, ast.Expr) and (entry := attached_docstring(node.value)):
+            yield entry
+
+
+def docstrings(source: bytes, module: str) -> list[Entry]:
+    """All (heading, docstring) of one source file.
+
+    Raises SyntaxError where the source is for another Python.
+    """
+    # A syntax tree is many small objects and no cycle: the collector would only look in vain.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(source)
+        head = ast.get_docstring(tree, clean=False)
+        entries = [(f"module {module}", head)] if head else []
+        return entries + list(entries_of(tree.body, module))
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def module_name(path: Path, root: Path, package: str) -> str:
+    """.../numpy/linalg/__init__.py -> numpy.linalg"""
+    parts = [package, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(part for part in parts if part not in ("", "__init__"))
+
+
+def package_documents(root: Path, package: str, seen: set[bytes], report: Report) -> Iterator[str]:
+    """Yield a document for each file under `root` with docstrings not yet in `seen`."""
+    for path in python_files(root, SKIPPED):
+        source = path.read_bytes()
+        if b'"""' not in source and b"'''" not in source:
+            continue  # hardly a docstring there, and parsing is what takes the time
+        report.found += 1
+        module = module_name(path, root, package)
+        try:
+            entries = docstrings(source, module)
+        except (SyntaxError, ValueError) as error:
+            report.skip(f"does not parse: {type(error).__name__}", module)
+            continue
+        sections = []
+        for heading, docstring in entries:
+            text = inspect.cleandoc(docstring).strip()
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+            if text and digest not in seen:
+                seen.add(digest)
+                sections.append(f"{heading}\n\n{text}\n")
+        if sections:
+            report.used += 1
+            yield "\n".join(sections)
+        else:
+            report.skip("no docstring of its own", module)
+
+
+def reference_topics(report: Report) -> Iterator[str]:
+    """Yield the chapters of the language reference, as `help("TOPIC")` prints them."""
+    path = library_folder() / "pydoc_data" / "topics.py"
+    if not path.exists():
+        report.skip("not installed", "the language reference")
+        return
+    tree = ast.parse(path.read_bytes())
+    table = next(n.value for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign))
+    for topic in ast.literal_eval(table).values():
+        report.found += 1
+        report.used += 1
+        yield topic.strip() + "\n"
+
+
+def version() -> str:
+    """What the documents depend on."""
+    parts = ["docs-1", f"python-{platform.python_version()}"]
+    for package in PACKAGES:
+        if importlib.util.find_spec(package):
+            parts.append(f"{package}-{importlib.metadata.version(package)}")
+    return " ".join(parts)
+
+
+def documents(report: Report | None = None, packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
+    """Yield the documents: the language reference, the standard library, then each package."""
+    report = report if report is not None else Report()
+    seen: set[bytes] = set()
+    yield from reference_topics(report)
+    yield from package_documents(library_folder(), "", seen, report)
+    for package in packages:
+        spec = importlib.util.find_spec(package)  # of a top-level name, so nothing is imported
+        if spec is None or not spec.submodule_search_locations:
+            report.skip("not installed", package)
+            continue
+        root = Path(spec.submodule_search_locations[0])
+        yield from package_documents(root, package, seen, report)
+
+
+if __name__ == "__main__":
+    report = Report()
+    show(documents(report), report)

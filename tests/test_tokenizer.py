@@ -1,0 +1,536 @@
+"""Tokenizers: lossless on any text, the ids of the reference libraries, near-linear time."""
+
+import json
+import pickle
+import random
+import re
+import time
+import unicodedata
+from itertools import pairwise
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tinyfm import bpe
+from tinyfm import tokenizer as T
+
+KINDS = ("sentencepiece", "sentencepiece-unigram", "bpe", "bytes")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+HARD = [
+    "",
+    " ",
+    "\n",
+    "  a  \n\n\tb \r\n ",
+    "\0",
+    "▁ ▁a▁▁",
+    "\u2585",
+    "<0x41><unk><s>",
+    "\ufeff\ufffd",
+    "naïve Ångström ½ ﬁ",
+    "🤷🏽‍♂️ 中文字 العربية",
+    "e\u0301",
+    "'S 'll I'VE",
+    "x = 12345.678e-9",
+    "\x1c\x85\u180e\u200b\u3000",
+    " " * 3000 + "x" + " " * 1001,
+    "ab " * 700,
+]
+
+
+def make_text(n_lines: int = 1500) -> str:
+    """Something like prose with code, deterministic, with words of very unequal frequency."""
+    r = random.Random(7)
+    letters = "etaoinshrdlucmfw"
+    words = ["".join(r.choices(letters, k=r.randint(1, 9))) for _ in range(900)]
+    weights = [1 / (k + 1) for k in range(len(words))]
+    lines = []
+    for _ in range(n_lines):
+        line = r.choices(words, weights, k=r.randint(3, 12))
+        line[0] = line[0].title()
+        end = r.choice([".", ", ", "!", f" {r.randint(0, 9999)}", "'s naïve;", ":\n    "])
+        lines.append(" ".join(line) + end)
+    return "\n".join(lines)
+
+
+TEXT = make_text()
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.text(st.sampled_from("ab eE'\n\t .,0129▁é中🙂s<|>"), max_size=60),
+    st.lists(st.sampled_from(TEXT.split(" ")[:500]), max_size=12).map(" ".join),
+)
+# The libraries differ in the edition of Unicode that they know, so compare assigned characters.
+ASSIGNED = TEXTS.map(lambda t: "".join(c for c in t if unicodedata.category(c) not in ("Cn", "Cs")))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return T.train(request.param, [TEXT], 257 if request.param == "bytes" else 600)
+
+
+@pytest.fixture(scope="module")
+def reloaded(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return T.load(folder)
+
+
+# ---- every kind ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_round_trip_of_any_text(tokenizer, reloaded, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
+    assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode("utf-8")
+    assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eot for i in ids)
+    assert reloaded.encode(text) == ids
+    assert reloaded.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_round_trip_of_hard_texts(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokens_shorten_the_text_they_learned_from(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) == len(TEXT.encode()) or len(ids) < 0.6 * len(TEXT.encode())
+    assert (len(ids) == len(TEXT.encode())) == isinstance(tokenizer, T.ByteTokenizer)
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    assert tokenizer.encode_batch(HARD) == [tokenizer.encode(text) for text in HARD]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_specials_are_text_unless_asked_for(tokenizer):
+    forged = f"one{T.EOT}two{T.EOT}{T.EOT}"
+    assert tokenizer.eot not in tokenizer.encode(forged)
+    assert tokenizer.decode(tokenizer.encode(forged)) == forged
+    ids = tokenizer.encode(forged, specials=True)
+    one, two = tokenizer.encode("one"), tokenizer.encode("two")
+    assert ids == [*one, tokenizer.eot, *two, tokenizer.eot, tokenizer.eot]
+    assert tokenizer.decode(ids) == forged
+    assert tokenizer.specials[T.EOT] == tokenizer.eot
+    assert tokenizer.encode("plain", specials=True) == tokenizer.encode("plain")
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"
+
+
+def test_partial_characters_decode_to_replacement_characters(tokenizer):
+    ids = tokenizer.encode("\u4dff")  # not in the text learned from, so three bytes
+    assert len(ids) == 3
+    assert [tokenizer.decode(ids[:n]) for n in (1, 2, 3)] == ["\ufffd", "\ufffd", "\u4dff"]
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer, bad):
+    with pytest.raises(ValueError, match=f"{bad} is not in the vocabulary"):
+        tokenizer.decode([bad])
+
+
+def test_reloaded_is_the_same(tokenizer, reloaded):
+    for name in ("vocab_size", "specials", "eot"):
+        assert getattr(reloaded, name) == getattr(tokenizer, name)
+    assert reloaded.fingerprint() == tokenizer.fingerprint()
+    assert type(reloaded) is type(tokenizer)
+    copy = pickle.loads(pickle.dumps(tokenizer))  # to a worker process
+    assert copy.encode(TEXT[:500]) == tokenizer.encode(TEXT[:500])
+
+
+def test_training_is_deterministic_and_fingerprints_differ():
+    prints = []
+    for kind in KINDS:
+        size = 257 if kind == "bytes" else 400
+        again = [T.train(kind, [TEXT[:20000]], size).fingerprint() for _ in range(2)]
+        assert again[0] == again[1]
+        prints.append(again[0])
+    prints.append(T.train("bpe", [TEXT[:20000]], 401).fingerprint())
+    assert len(set(prints)) == len(prints)
+    assert all(re.fullmatch("[0-9a-f]{64}", p) for p in prints)
+
+
+def test_exported_tokenizer_json_gives_the_same_ids(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert auto.eos_token_id == auto.bos_token_id == tokenizer.eot
+    assert len(auto) == tokenizer.vocab_size
+    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    loaded = T.load(tmp_path)
+
+    @settings(max_examples=150, deadline=None)
+    @given(text=ASSIGNED)
+    def same(text):
+        ids = tokenizer.encode(text, specials=True)
+        assert loaded.encode(text, specials=True) == ids
+        text = text.replace(T.SPACE, "")  # the one character that the export cannot keep
+        ids = tokenizer.encode(text, specials=True)
+        assert reference.encode(text, add_special_tokens=False).ids == ids
+        assert reference.decode(ids, skip_special_tokens=False) == text
+
+    same()
+    for text in [*HARD, TEXT, f"a{T.EOT}b"]:
+        text = text.replace(T.SPACE, "").replace(" " * 999, " ")  # long runs are ties for a unigram
+        ids = tokenizer.encode(text, specials=True)
+        assert auto.encode(text, add_special_tokens=False) == ids
+        assert auto.decode(ids) == text
+
+
+# ---- BPE -----------------------------------------------------------------------------------------
+
+
+def test_worked_example_of_wikipedia():
+    """The string of the article "Byte-pair encoding" becomes XdXac there and here; where two pairs
+    are equally frequent the article takes ab, we take the first in the text."""
+    x, y, z = 256, 257, 258
+    assert bpe.learn_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (x, 97), (y, 98)]
+    assert literal_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (x, 97), (y, 98)]
+    tokenizer = T.train("bpe", ["aaabdaaabac"], 256 + 3 + 1)
+    assert tokenizer.encode("aaabdaaabac") == [z, ord("d"), z, ord("a"), ord("c")]
+    assert tokenizer.token_bytes(z) == b"aaab"
+
+
+def literal_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[int, int]]:
+    """The definition, one pass over all words per merge."""
+    rows = [(list(word), count) for word, count in words.items()]
+    merges = []
+    while len(merges) < n_merges:
+        counts = {}
+        for row, count in rows:
+            for pair in pairwise(row):
+                counts[pair] = counts.get(pair, 0) + count
+        if not counts:
+            break
+        best = max(counts, key=counts.get)  # the first of equals: dicts keep their order
+        for row, _ in rows:
+            for i in range(len(row) - 1):
+                if i < len(row) - 1 and (row[i], row[i + 1]) == best:
+                    row[i : i + 2] = [256 + len(merges)]
+        merges.append(best)
+    return merges
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.dictionaries(
+        st.text("abc", min_size=1, max_size=14).map(str.encode), st.integers(1, 4), max_size=8
+    ),
+    n_merges=st.integers(0, 30),
+)
+def test_fast_training_learns_the_merges_of_the_definition(words, n_merges):
+    assert bpe.learn_merges(words, n_merges) == literal_merges(words, n_merges)
+
+
+def test_fast_training_equals_the_definition_on_prose():
+    words = {}
+    for word in regex.findall(bpe.GPT2_PATTERN, TEXT[:20000]):
+        words[word.encode()] = words.get(word.encode(), 0) + 1
+    assert bpe.learn_merges(words, 150) == literal_merges(words, 150)
+
+
+def reference_tokenizer(style: str) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library as GPT-2, Llama 3 and Qwen configure it."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    if style == "gpt2":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        pattern = Regex(LLAMA3 if style == "llama3" else QWEN)
+        split = pre_tokenizers.Split(pattern, behavior="isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    if style == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=[T.EOT, "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen"])
+def test_published_styles_give_the_ids_of_the_tokenizers_library(style, tmp_path):
+    reference = reference_tokenizer(style)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    ours = T.load(tmp_path)
+    assert ours.vocab_size == reference.get_vocab_size()
+    assert ours.specials == {T.EOT: 0, "<|im_end|>": 1}
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=ASSIGNED)
+    def same(text):
+        reference.encode_special_tokens = False
+        assert ours.encode(text, specials=True) == reference.encode(text).ids
+        reference.encode_special_tokens = True
+        assert ours.encode(text) == reference.encode(text).ids
+
+    same()
+    special, latin = f"a{T.EOT} <|im_end|>{T.EOT}", "".join(map(chr, range(1500)))
+    for text in [*HARD, TEXT, special, "a" * 300, latin]:
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+        reference.encode_special_tokens = False
+        assert ours.encode(text, specials=True) == reference.encode(text).ids
+    ours.save(tmp_path / "again")
+    assert T.load(tmp_path / "again").fingerprint() == ours.fingerprint()
+    again = Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode(TEXT).ids == ours.encode(TEXT)
+
+
+def test_merges_as_strings_and_ignored_merges(tmp_path):
+    """Older files write a merge as "a b"; ignore_merges makes a known chunk one token at once."""
+    spec = json.loads(reference_tokenizer("gpt2").to_str())
+    spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+    word = "zq zq"
+    for ignore in (False, True):
+        spec["model"]["ignore_merges"] = ignore
+        spec["model"]["vocab"]["zq"] = 700  # a token that no merges make
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+        ids = T.load(tmp_path).encode(word)
+        assert ids == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(word).ids
+        assert (700 in ids) == ignore
+
+
+def test_vocab_json_and_merges_txt_as_gpt2_was_published(tmp_path):
+    reference = reference_tokenizer("gpt2")
+    reference.model.save(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"vocab.json", "merges.txt"}
+    ours = T.load(tmp_path)
+    assert ours.eot == 0
+    for text in [*HARD, TEXT]:
+        assert ours.encode(text) == reference.encode(text).ids
+    with (tmp_path / "merges.txt").open("a", encoding="utf-8") as file:
+        file.write("a b</w>\n")  # as CLIP's
+    with pytest.raises(ValueError, match="not byte-level BPE"):
+        T.load(tmp_path)
+
+
+def test_several_split_patterns_apply_in_turn():
+    spec = json.loads(reference_tokenizer("llama3").to_str())
+    digit = spec["pre_tokenizer"]["pretokenizers"][0] | {"pattern": {"Regex": r"\d"}}
+    spec["pre_tokenizer"]["pretokenizers"].insert(0, digit)
+    reference, ours = Tokenizer.from_str(json.dumps(spec)), T.BPETokenizer(spec)
+    text = "in 1999 the t1t2 34,5" + TEXT
+    assert ours.encode(text) == reference.encode(text).ids
+
+
+def broken(spec: dict, **model) -> dict:
+    return spec | {"model": spec["model"] | model}
+
+
+def test_other_kinds_of_tokenizer_json_are_refused(tmp_path):
+    spec = json.loads(reference_tokenizer("gpt2").to_str())
+    small = {t: i for t, i in spec["model"]["vocab"].items() if t != "a"}
+    cases = {
+        "not byte-level BPE": broken(spec, type="WordPiece"),
+        "not byte-level": broken(spec, end_of_word_suffix="</w>"),
+        "normalizer Lowercase": spec | {"normalizer": {"type": "Lowercase"}},
+        "pre-tokenizer None": spec | {"pre_tokenizer": None},
+        "lacks": broken(spec, vocab=small),
+        "not written in": broken(spec, vocab=spec["model"]["vocab"] | {"一": 900}),
+        "surroundings": spec | {"added_tokens": [spec["added_tokens"][0] | {"lstrip": True}]},
+        "ends a text": spec | {"added_tokens": []} | broken(spec, vocab=small | {"a": 1}),
+    }
+    for message, case in cases.items():
+        if message == "ends a text":
+            case["added_tokens"] = [{"content": "<|im_end|>", "id": 1}]
+            case["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t != T.EOT}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(case), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            T.load(tmp_path)
+
+
+# ---- time: work is counted where it can be, else bounded far above what linear takes -------------
+
+
+class CountingDict(dict):
+    looked_up = 0
+
+    def get(self, *args):
+        self.looked_up += 1
+        return super().get(*args)
+
+    def __contains__(self, key):
+        self.looked_up += 1
+        return super().__contains__(key)
+
+
+@pytest.mark.parametrize("kind", ["one letter", "random letters"])
+def test_encoding_work_grows_linearly_with_the_length_of_a_chunk(kind):
+    r = random.Random(0)
+    tokenizer = T.train("bpe", ["a" * 2000 + TEXT[:20000]], 300)
+    rules = tokenizer._vocabulary.rules
+    work = {}
+    for n in (2000, 16000):
+        ids = [97] * n if kind == "one letter" else r.choices(range(97, 123), k=n)
+        counting = CountingDict(rules)
+        bpe.apply_merges(ids, counting)
+        work[n] = counting.looked_up / n
+    assert work[16000] < 1.2 * work[2000]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_megabyte_without_spaces_is_no_trap(kind):
+    """Quadratic time would take hours here, so that a generous bound on the clock is enough."""
+    r = random.Random(0)
+    start = time.perf_counter()
+    tokenizer = T.train(kind, [TEXT[:20000]], 257 if kind == "bytes" else 400)
+    for text in ("^" * 300_000, " " * 300_000, "".join(r.choices("abcdefgh", k=300_000))):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("letters", ["a", "abcdefghij"])
+def test_training_on_one_huge_chunk_is_no_trap(letters):
+    text = "".join(random.Random(0).choices(letters, k=200_000))
+    start = time.perf_counter()
+    tokenizer = T.train("bpe", [text], 270)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 10
+
+
+# ---- SentencePiece -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_sentencepiece_learns_from_texts_its_trainer_would_skip(kind):
+    lines = [line + "\t\0▁\u2585" for line in TEXT.split("\n")]
+    tokenizer = T.train(kind, lines, 500)
+    assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT)
+
+
+def test_sentencepiece_leaves_rare_characters_to_the_bytes():
+    many = "".join(chr(0x4E00 + k) for k in range(2000))
+    tokenizer = T.train("sentencepiece", [TEXT, many], 400)
+    assert tokenizer.decode(tokenizer.encode(many)) == many
+
+
+def test_sections_do_not_change_the_ids():
+    """We cut texts for speed where no piece can go on; the whole text at once gives the same."""
+    tokenizer = T.train("sentencepiece", [TEXT], 600)
+    for text in (TEXT, "  ".join(TEXT[:9000].split(" ")), " " * 2500 + "x  y" + " " * 1000):
+        assert tokenizer.encode(text) == tokenizer._library.encode(text)
+
+
+def test_sentencepiece_models_that_change_the_text_are_refused(tmp_path):
+    import io
+
+    import sentencepiece
+
+    lossless = {"add_dummy_prefix": False, "normalization_rule_name": "identity"}
+    lossless |= {"remove_extra_whitespaces": False, "byte_fallback": True}
+    spoiled = [
+        {"add_dummy_prefix": True},
+        {"normalization_rule_name": "nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False},
+        {"split_by_whitespace": False},
+    ]
+    for spoil in [{}, *spoiled]:
+        writer = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT.split("\n")),
+            model_writer=writer,
+            vocab_size=600,
+            model_type="bpe",
+            minloglevel=2,
+            **(lossless | spoil),
+        )
+        (tmp_path / "tokenizer.model").write_bytes(writer.getvalue())
+        if spoil:
+            with pytest.raises(ValueError, match="would change the text"):
+                T.load(tmp_path)
+        else:
+            assert T.load(tmp_path).specials == {"<s>": 1, "</s>": 2}
+
+
+# ---- training: sample and errors -----------------------------------------------------------------
+
+
+def test_sample_is_even_bounded_and_whole_when_it_fits():
+    documents = [f"{k:05d} " * 1000 for k in range(400)]
+    assert T.sample(documents, 10**7) == documents
+    some = T.sample(iter(documents), 300_000)
+    assert 100_000 < sum(map(len, some)) <= 300_000
+    picked = [int(re.search(r"\d{5}", text)[0]) for text in some]
+    gaps = [b - a for a, b in pairwise(picked)]
+    assert picked[0] == 0 and picked[-1] >= 390 and max(gaps) - min(gaps) <= 1
+    assert T.sample(["", "x", ""], 100) == ["x"]
+    assert T.sample(["\ud800"], 100) == ["?"]
+    assert T.sample(["xyz"], 1) == ["x"]
+
+
+def test_sample_of_one_large_document_reaches_its_end():
+    document = "".join(f"{k:07d}\n" for k in range(100_000))
+    (text,) = T.sample([document], 100_000)
+    assert len(text) <= 100_000
+    assert int(re.findall(r"\d{7}", text)[-1]) > 90_000
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_vocabulary_larger_than_the_text_allows_names_the_largest(kind):
+    text = "the cat sat on the mat " * 5
+    with pytest.raises(ValueError, match="5000 does not suit the text: use at most") as error:
+        T.train(kind, [text], 5000)
+    most = int(re.findall(r"\d+", str(error.value))[-1])
+    assert T.train(kind, [text], most).vocab_size == most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_too_small_for_the_bytes_is_refused(kind):
+    with pytest.raises(ValueError, match="vocab_size 200"):
+        T.train(kind, [TEXT], 200)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_following_the_errors_leads_to_the_smallest_vocabulary(kind):
+    size, sizes = 1, []
+    while size not in sizes:
+        sizes.append(size)
+        try:
+            tokenizer = T.train(kind, [TEXT], size)
+        except ValueError as error:
+            size = int(re.search(r"at least (\d+)", str(error))[1])
+    assert tokenizer.vocab_size == size < 300
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ValueError, match="'wordpiece'; choose one of sentencepiece"):
+        T.train("wordpiece", [TEXT], 500)
+    with pytest.raises(ValueError, match="single string"):
+        T.train("bpe", TEXT, 500)
+    with pytest.raises(ValueError, match="documents are empty"):
+        T.train("bpe", ["", ""], 500)
+    with pytest.raises(ValueError, match="exactly 257"):
+        T.train("bytes", [TEXT], 500)
+
+
+def test_a_folder_without_tokenizer_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"looked for tokenizer.model, tokenizer.json, vocab.json"):
+        T.load(tmp_path)
+    with pytest.raises(ValueError, match="missing"):
+        T.load(tmp_path / "missing")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        T.load(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        T.load(tmp_path)

@@ -1,0 +1,96 @@
+"""What a run writes about itself: metrics.jsonl, loss.png, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Logbook:
+    """Numbers of a run, as they come. On other ranks than the first it keeps silent.
+
+    Opened on a run that goes on from a step, it drops what was logged after that step.
+    """
+
+    def __init__(self, run: Path, steps: int, start: int, first: bool, tensorboard: bool = False):
+        self.run, self.steps, self.first, self.board = run, steps, first, None
+        self.terminal = first and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.terminal)
+        self.path = run / "metrics.jsonl"
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        if first:
+            run.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
+            if tensorboard:
+                self.board = open_tensorboard(run)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.first:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def add(self, row: dict[str, float]) -> None:
+        """Log one row; it has a "step"."""
+        if not self.first:
+            return
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(to_line(row))
+        if self.board:
+            for name in row.keys() - {"step"}:
+                self.board.add_scalar(name, row[name], row["step"])
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
+        if not self.terminal:
+            values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+            print(f"step {row['step']}/{self.steps}  {values}", flush=True)
+
+    def draw(self) -> None:
+        """Redraw loss.png: training and validation loss over steps."""
+        if not self.first:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a window system
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="step", ylabel="loss")
+        for name, style in (("loss", {"linewidth": 1}), ("val_loss", {"marker": "o"})):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                axes.plot(*zip(*points), label=name, **style)
+        axes.set_title(str(self.run.name))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.run / "loss.png", dpi=110)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def to_line(row: dict) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def open_tensorboard(run: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--train.tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(run / "tensorboard")

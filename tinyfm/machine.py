@@ -1,0 +1,85 @@
+"""What the run stands on: device, number format, memory, and the peak it is measured against."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+
+import torch
+
+# Dense peaks in TFLOP/s of bfloat16 matrix products, by a part of the device's name. The vendors'
+# data sheets; figures "with sparsity" are twice as high and are not meant here.
+BF16_PEAKS = {"H100": 989, "H200": 989, "A100": 312, "MI300X": 1307.4, "4090": 165, "3090": 71}
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device; "auto" is CUDA, else MPS, else the CPU. ValueError if it is not there."""
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); try auto or cpu") from None
+    return torch.device(name)
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself, rather than by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":  # the flags have no public name in torch yet
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The named type; "auto" is bfloat16 where fast, else float32. ValueError if asked in vain."""
+    if name == "auto":
+        name = "bfloat16" if bfloat16_is_fast(device) else "float32"
+    if name == "bfloat16" and not bfloat16_is_fast(device):
+        raise ValueError(f"this {device.type} only emulates bfloat16, slowly; use float32 or auto")
+    return getattr(torch, name)
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{device.type} ({platform.processor() or platform.machine()}{threads})"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak in FLOP/s, or None where it is not known: no utilisation is stated then."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tera * 1e12 for part, tera in BF16_PEAKS.items() if part in name), None)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step.
+
+    By default it returns large buffers to the system at once, and every step pays to have them
+    mapped and zeroed again: on a small model a fifth of the time, or far more. No effect elsewhere.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

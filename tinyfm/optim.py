@@ -1,0 +1,212 @@
+"""Optimizers and schedules: which parameter is updated how, how fast, and what is averaged.
+
+AdamW (Loshchilov & Hutter 2019) scales each number of a gradient by its own running size. Muon
+(Jordan et al. 2024) treats the gradient G of a hidden matrix as one object: it keeps a momentum
+M = mu M + (1 - mu) G and steps along the nearest orthogonal matrix, U V' of the singular value
+decomposition M = U S V', so that no direction is learnt faster than another. U V' comes from a few
+matrix products (Newton-Schulz), not from a decomposition. Embeddings, heads, gains and biases
+stay with AdamW: a table's rows and a vector are not maps between hidden states.
+
+Learning rates follow warmup then decay, as a factor on each group's own rate. The exponential
+moving average (EMA) of the weights is what diffusion models sample with.
+Left out: second-order methods, 8-bit states, layer-wise rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: Literal["muon", "adamw"] = "muon"  # for hidden matrices; the rest is AdamW's
+    lr: float = 3e-3  # AdamW's peak learning rate
+    muon_lr: float = 0.02  # Muon's peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averages of gradient and square
+    momentum: float = 0.95  # Muon's average of gradients
+    weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
+    schedule: Literal["wsd", "cosine"] = "wsd"  # warmup-stable-decay, or warmup-cosine
+    warmup_steps: int = 20  # linear rise to the peak
+    decay_fraction: float = 0.4  # wsd: last part of the run, falling linearly
+    final_lr: float = 0.0  # share of the peak at the end
+    clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    ema_half_life: float = 0.0  # steps in which the average forgets half; 0 = keep no average
+
+    def __post_init__(self):
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("weight_decay", "clip", "ema_half_life", "warmup_steps", "final_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        for name in ("momentum", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+
+
+# ---- Muon ---------------------------------------------------------------------------------------
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, settles near 1
+
+
+def orthogonalise(M: Tensor, steps: int = 5) -> Tensor:
+    """Nearest orthogonal matrix, roughly, of each matrix in M (n, rows, columns), in bfloat16.
+
+    Each step maps every singular value s to a s + b s^3 + c s^5 by products alone:
+    X <- a X + (b A + c A A) X with A = X X'. From any s in (0, 1] it reaches about 0.7 to 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = M.bfloat16()
+    tall = X.size(1) > X.size(2)
+    if tall:  # A is the smaller of the two products
+        X = X.mT
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # every singular value <= 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for 2-D parameters; the same update as torch.optim.Muon.
+
+    Matrices of one shape are stacked and orthogonalised together: few large products in place of
+    many small ones. A matrix with more rows than columns takes a step sqrt(rows / columns) longer,
+    which keeps the size of what it puts out.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        shapes = [p.shape for group in self.param_groups for p in group["params"] if p.ndim != 2]
+        if shapes:
+            raise ValueError(f"Muon updates matrices; it was given the shape {tuple(shapes[0])}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape, p.device].append(p)
+            for (shape, _), params in by_shape.items():
+                self.update(params, group, group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+
+    def update(self, params: list[Tensor], group: dict, lr: float) -> None:
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's look ahead
+        updates = orthogonalise(torch.stack(ahead)).to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
+
+
+# ---- parameter groups ---------------------------------------------------------------------------
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """The 2-D weights between hidden states: all but those of the submodules in `model.outer`.
+
+    A model names there what reads its input or writes its output: tables, not maps.
+    """
+    tables = [getattr(model, name) for name in model.outer if hasattr(model, name)]
+    outer = {id(p) for table in tables for p in table.parameters()}
+    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in outer]
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest; matrices decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    hidden = [p for p in hidden_matrices(model) if p.requires_grad]
+    if config.optimizer == "muon" and hidden:
+        optimizers.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay))
+        taken = {id(p) for p in hidden}
+        params = [p for p in params if id(p) not in taken]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+# ---- schedules, clipping, averaging -------------------------------------------------------------
+
+
+def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at a step of 0 .. steps - 1.
+
+    Both rise linearly over warmup_steps. "cosine" (Loshchilov & Hutter 2017) then falls along half
+    a cosine; "wsd" (Hu et al. 2024) stays, and falls linearly over the last decay_fraction.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        left = steps - step
+        share = min(1.0, max(0.0, left / max(1.0, config.decay_fraction * steps)))
+    return config.final_lr + (1 - config.final_lr) * share
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+
+
+@torch.no_grad()
+def scale_and_clip(model: nn.Module, scale: Tensor | float, clip: float) -> Tensor:
+    """Multiply all gradients by scale, then shrink them to norm clip; return the norm between."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads) * scale
+    factor = scale * (torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else 1.0)
+    torch._foreach_mul_(grads, factor)
+    return norm
+
+
+class EMA:
+    """Moving average of a model's parameters: average += (1 - decay) (parameter - average).
+
+    decay = 2^(-1 / half_life); early on it is (1 + step) / (10 + step) if that is less, so that the
+    average does not hold on to the random start.
+    """
+
+    def __init__(self, model: nn.Module, half_life: float):
+        self.half_life = half_life
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(0.5 ** (1 / self.half_life), (1 + step) / (10 + step))
+        params = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), params, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average."""
+        for name, parameter in model.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, average in self.average.items():
+            average.copy_(tensors[name])

@@ -1,0 +1,197 @@
+"""Named runs: what is trained on what, how, and what to expect of it.
+
+A run type binds a family to the trainer: its configs, and how to build its model, open its data and
+show what it makes. A preset is a value of that type. To add a family: its module, a data set, and
+its run type and presets here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from tinyfm import checkpoint, generate
+from tinyfm.data import TextConfig, TextData
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.optim import OptimConfig
+from tinyfm.tokenizer import Tokenizer
+from tinyfm.tokenizer import load as load_tokenizer
+from tinyfm.trainer import TrainConfig
+
+
+@dataclass(frozen=True)
+class GPTRun:
+    """Pretrain a GPT on text."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: TextConfig = field(default_factory=TextConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str = ""  # run directory; runs/PRESET if not given
+    resume: bool = False  # go on from the last checkpoint in it
+    dry_run: bool = False  # print the config and what it costs, and stop
+
+    family: ClassVar[str] = "gpt"
+    parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
+
+    def build_model(self) -> GPT:
+        return GPT(self.model)
+
+    def open_data(self) -> TextData:
+        c = self.train
+        return TextData.prepare(
+            self.data, self.model.vocab_size, self.model.context_length, c.batch_size, c.seed
+        )
+
+    def show(self, model: GPT, tokenizer: Tokenizer, folder: Path, step: int) -> str:
+        """Write two texts from nothing to folder/step-NNNNNN.txt; return one of them."""
+        length = min(100, model.config.context_length - 1)
+        sampling = generate.Sampling(max_new_tokens=length, stop_tokens=(tokenizer.eot,))
+        rows = generate.complete(model, [[tokenizer.eot]] * 2, sampling)
+        texts = [tokenizer.decode(row) for row in rows]
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:06d}.txt"
+        path.write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+        return f"--- step {step} writes: " + " ".join(texts[0].split())[:300]
+
+
+@dataclass(frozen=True)
+class Preset:
+    about: str
+    run: GPTRun
+    usual: str = ""  # what a run of it reaches, as recorded in the README
+
+
+def gpt_run(steps: int, batch_size: int, micro: int = 0, optim: dict | None = None, data=None,
+            **model: Any) -> GPTRun:  # fmt: skip
+    """A GPU-size run: a batch of batch_size rows, micro of them at a time."""
+    every = max(1, steps // 20)
+    train = TrainConfig(steps, batch_size, micro, eval_every=every, compile=True)
+    optim_config = OptimConfig(**{"lr": 6e-4, "warmup_steps": steps // 50, **(optim or {})})
+    return GPTRun(GPTConfig(**model), data or TextConfig(tokenizer="bpe"), optim_config, train)
+
+
+GPT2 = {
+    "vocab_size": 50257, "context_length": 1024, "position": "learned", "norm": "layernorm",
+    "norm_eps": 1e-5, "mlp": "gelu", "bias": True, "tied": True, "qk_norm": False,
+    "zero_init": False,
+}  # fmt: skip
+LLAMA = {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False}
+
+PRESETS = {
+    "gpt": Preset(
+        "a small GPT on the documentation of Python, numpy and torch: two minutes on two cores",
+        GPTRun(),
+    ),
+    "gpt2-124m": Preset(
+        "GPT-2's smallest size, batches of half a million tokens: for GPUs",
+        gpt_run(20_000, 512, 32, n_layer=12, n_head=12, d_model=768, **GPT2),
+    ),
+    "gpt2-1.5b": Preset(
+        "GPT-2's largest size, batches of a million tokens: for GPUs",
+        gpt_run(50_000, 1024, 8, {"lr": 2e-4}, n_layer=48, n_head=25, d_model=1600, **GPT2),
+    ),
+    "llama-1b": Preset(
+        "the shape of Llama 3.2 1B, batches of two million tokens: for GPUs",
+        gpt_run(50_000, 512, 4, {"lr": 3e-4}, n_layer=16, n_head=32, n_kv_head=8, d_model=2048,
+                d_ff=8192, vocab_size=128_256, context_length=4096, rope_theta=500_000.0,
+                tied=True, **LLAMA),
+    ),
+}  # fmt: skip
+
+
+def get_preset(name: str) -> Preset:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# ---- a run on disk ------------------------------------------------------------------------------
+
+
+def to_record(preset: str, run: GPTRun, fingerprint: str) -> dict[str, Any]:
+    """All that is needed to rebuild a run, as plain values for config.json."""
+    parts = {name: dataclasses.asdict(getattr(run, name)) for name in run.parts}
+    record = {"preset": preset, "family": run.family, **parts, "data_fingerprint": fingerprint}
+    return json.loads(json.dumps(record))
+
+
+def write_run_files(folder: Path, record: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
+    checkpoint.write_json(folder / "config.json", record)
+    tokenizer.save(folder)
+
+
+# What may differ when a run goes on: it changes where and how fast, not what is computed.
+FREE = {"train.device", "train.dtype", "train.compile", "train.micro_batch_size", "train.keep",
+        "train.log_every", "train.eval_every", "train.tensorboard", "train.patience",
+        "data.cache"}  # fmt: skip
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    """Raise ValueError with the differences, if a run is not the one that its folder began."""
+    old, new = flatten(old), flatten(new)
+    differences = [
+        f"{key} was {old.get(key)} and is {new.get(key)}"
+        for key in sorted((old.keys() | new.keys()) - FREE)
+        if old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{out} is another run: {'; '.join(differences[:5])}. "
+            "Give the options it began with, or another --out without --resume"
+        )
+
+
+def verdict(preset: Preset, run: GPTRun, baseline: dict, scores: dict) -> str:
+    """One line: untrained, reached, usual."""
+    name, reached = next((k, v) for k, v in scores.items() if k != "val_loss")
+    same = dataclasses.replace(run, out="", resume=False) == preset.run
+    usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
+    usual = usual or "no usual value: this is not a preset as it stands"
+    return f"{name}: {baseline[name]:.3f} untrained, {reached:.3f} reached; {usual}"
+
+
+# ---- opening a trained run ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    model: GPT
+    tokenizer: Tokenizer
+    folder: Path  # the checkpoint that was read
+    meta: dict[str, Any]  # its step and scores
+    weights: str  # "ema" or "model"
+
+
+def open_run(path: str, raw: bool = False) -> OpenRun:
+    """Load the newest checkpoint of a run directory, or a checkpoint folder, on the CPU.
+
+    The averaged weights if there are any, unless raw. Raises ValueError if it is not whole.
+    """
+    folder = checkpoint.find(path)
+    record = checkpoint.read_json(folder / "config.json")
+    if record.get("family") != GPTRun.family:
+        raise ValueError(f"{folder} holds a run of family {record.get('family')!r}, not a GPT")
+    model = GPT(GPTConfig(**record["model"]))
+    weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
+    checkpoint.load_model(model, checkpoint.load_tensors(folder, weights))
+    meta = checkpoint.read_json(folder / "meta.json")
+    return OpenRun(model.eval(), load_tokenizer(folder), folder, meta, weights)

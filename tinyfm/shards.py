@@ -1,0 +1,227 @@
+"""Documents -> files of token ids: a prepared text in a folder, written once, checked when opened.
+
+    documents -> split into train and val -> token ids, joined by the end-of-text token
+              -> FOLDER/{train,val}-00000.bin, ..., manifest.json, tokenizer/
+
+A shard is nothing but little-endian integers (uint16, or uint32 for a large vocabulary), read
+through a memory map: a corpus larger than memory costs no more than a small one. The manifest holds
+each shard's token count and SHA-256. The folder gets its name when complete: whole or absent.
+
+A split reads EOT document EOT document EOT: the end-of-text token (EOT) stands before each
+document, where generation starts, and after each, where it stops.
+
+Left out: encoding in several processes, and continuing a build that was interrupted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.download import sha256_of
+from data.report import Report
+
+MIN_DOCUMENTS = 100  # from here on, validation gets whole documents
+SHARD_BYTES = 1 << 27  # a shard that has grown to this size is followed by the next
+PIECE_CHARS, GROUP_PIECES = 1 << 15, 128  # encoded at a time; their product bounds the memory
+VERIFY_TOKENS = 100_000_000  # splits up to this size are read and checked in full when opened
+
+
+def spool(documents: Iterable[str], path: Path) -> tuple[int, int]:
+    """Copy the documents to a file, a JSON string a line; return how many, and their characters.
+
+    They are needed twice after they have been counted (to train a tokenizer, to encode), and making
+    them again may take long, keeping them too much memory.
+    """
+    count = chars = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for document in tqdm(documents, "reading", unit=" documents", leave=False, disable=None):
+            # UTF-8 cannot hold half a surrogate pair, which a Python string can: it becomes U+FFFD.
+            text = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if text:
+                count, chars = count + 1, chars + len(text)
+                file.write(json.dumps(text) + "\n")
+    return count, chars
+
+
+def split_documents(
+    path: Path, count: int, chars: int, val_fraction: float
+) -> Iterator[tuple[str, str]]:
+    """Yield ("train" or "val", text) for the `count` documents, `chars` characters, of a spool.
+
+    Many documents: each goes to one side whole, by a hash of its content, so that a growing corpus
+    moves none, and equal ones are never on both sides. Few: the last `val_fraction` of all
+    characters is held out, which may cut a document in two.
+    """
+    cut = int(chars * (1 - val_fraction))  # for a single document as in nanoGPT's prepare.py
+    with open(path, encoding="utf-8") as file:
+        for text in map(json.loads, file):
+            if count >= MIN_DOCUMENTS:
+                draw = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+                yield ("val" if draw < val_fraction * 2**64 else "train"), text
+                continue
+            if head := text[:cut]:
+                yield "train", head
+            if tail := text[cut:]:
+                yield "val", tail
+            cut = max(0, cut - len(text))
+
+
+def pieces(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, bool, str]]:
+    """Cut long documents at line ends: (split, whether it begins a document, text)."""
+    for split, text in documents:
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARS
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            yield split, start == 0, text[start:end]
+            start = end
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smaller of the two integer types that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def append(folder: Path, split: str, ids: list[int], vocab_size: int) -> None:
+    """Write token ids to the end of the split's last shard, or to a new one if that is full."""
+    array = np.array(ids, dtype=np.int64)
+    if len(array) and not 0 <= array.min() <= array.max() < vocab_size:
+        raise ValueError(f"the tokenizer gave an id outside 0..{vocab_size - 1}")
+    shards = sorted(folder.glob(f"{split}-*.bin"))
+    if not shards or shards[-1].stat().st_size >= SHARD_BYTES:
+        shards.append(folder / f"{split}-{len(shards):05d}.bin")
+    with open(shards[-1], "ab") as file:
+        file.write(array.astype(token_dtype(vocab_size)).tobytes())
+
+
+def write_shards(folder: Path, documents: Iterable[tuple[str, str]], tokenizer, chars: int) -> dict:
+    """Encode (split, text), `chars` characters in all, to shards; return what the manifest says."""
+    counts, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    stream = pieces(documents)
+    with tqdm(desc="encoding", total=chars, unit_scale=True, leave=False, disable=None) as bar:
+        while group := list(islice(stream, GROUP_PIECES)):
+            ids = {"train": [], "val": []}
+            texts = [text for _, _, text in group]
+            for (split, begins, text), encoded in zip(group, tokenizer.encode_batch(texts)):
+                ids[split] += [tokenizer.eot] * begins + encoded
+                counts[split] += begins
+                sizes[split] += len(text.encode("utf-8"))
+                bar.update(len(text))
+            for split in ids:
+                append(folder, split, ids[split], tokenizer.vocab_size)
+    manifest = {"documents": counts, "utf8_bytes": sizes}
+    itemsize = token_dtype(tokenizer.vocab_size).itemsize
+    for split in counts:
+        append(folder, split, [tokenizer.eot], tokenizer.vocab_size)
+        manifest[split] = [
+            {"file": p.name, "tokens": p.stat().st_size // itemsize, "sha256": sha256_of(p)}
+            for p in sorted(folder.glob(f"{split}-*.bin"))
+        ]
+    return manifest
+
+
+def build(
+    folder: Path,
+    documents: Iterable[str],
+    report: Report,
+    make_tokenizer: Callable[[Iterable[str]], object],
+    val_fraction: float,
+) -> None:
+    """Make the folder. `make_tokenizer` is given the training documents to learn from, if it likes;
+    `report` is filled as `documents` are read. Raises ValueError if there is no text.
+    """
+    begin = time.perf_counter()
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        copy = temporary / "documents.jsonl"
+        count, chars = spool(documents, copy)
+        if not chars:
+            raise ValueError(f"no text for {folder.name}: all documents are empty")
+        splits = (copy, count, chars, val_fraction)
+        tokenizer = make_tokenizer(t for side, t in split_documents(*splits) if side == "train")
+        manifest = write_shards(temporary, split_documents(*splits), tokenizer, chars)
+        copy.unlink()
+        tokenizer.save(temporary / "tokenizer")
+        manifest |= {"tokenizer": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
+        manifest |= {"report": str(report)}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
+    megabytes, seconds = sum(manifest["utf8_bytes"].values()) / 1e6, time.perf_counter() - begin
+    print(f"{folder}: {megabytes:.1f} MB, {tokens:,} tokens, {seconds:.1f} s; files: {report}")
+
+
+def rebuild_hint(folder: Path) -> str:
+    return f"delete the folder {folder}, it will be built again"
+
+
+def read_manifest(folder: Path) -> dict:
+    """The folder's manifest. Raises ValueError if it is missing or damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["train"], manifest["val"], manifest["utf8_bytes"]["val"], manifest["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): {rebuild_hint(folder)}") from error
+    return manifest
+
+
+class Shards:
+    """The tokens of one split, as if its files were one array."""
+
+    def __init__(self, folder: Path, split: str):
+        """Map the files. Raises ValueError if one is not as it was written."""
+        manifest = read_manifest(folder)
+        self.folder, self.vocab_size = folder, manifest["vocab_size"]
+        self.ends = np.cumsum([entry["tokens"] for entry in manifest[split]])
+        self.arrays = [self._open(**entry) for entry in manifest[split]]
+
+    def _open(self, file: str, tokens: int, sha256: str) -> np.ndarray:
+        path, dtype = self.folder / file, token_dtype(self.vocab_size)
+        hint = rebuild_hint(self.folder)
+        size = path.stat().st_size if path.exists() else 0
+        if size != tokens * dtype.itemsize:
+            expected = tokens * dtype.itemsize
+            raise ValueError(f"{path} has {size} bytes, expected {expected}: {hint}")
+        array = np.memmap(path, dtype, mode="r").view(np.ndarray)  # plain arrays slice faster
+        if len(self) <= VERIFY_TOKENS:
+            for position in np.flatnonzero(array >= self.vocab_size)[:1]:
+                raise ValueError(
+                    f"{path}: id {array[position]} at byte {position * dtype.itemsize} is not "
+                    f"below the tokenizer's vocabulary of {self.vocab_size}: {hint}"
+                )
+            if sha256_of(path) != sha256:
+                raise ValueError(f"{path} was altered since it was written: {hint}")
+        return array
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as int64, across the borders of files."""
+        ids, filled = np.empty(count, dtype=np.int64), 0
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        while filled < count:
+            array = self.arrays[shard]
+            begin = start + filled - (int(self.ends[shard]) - len(array))
+            part = array[begin : begin + count - filled]
+            ids[filled : filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+        return ids

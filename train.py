@@ -1,0 +1,85 @@
+"""Train a preset:  python train.py [PRESET] [--model.n-layer 6] [--train.steps 2000] ...
+
+python train.py                                   # a small GPT on the documentation at hand
+python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
+python train.py gpt --resume                      # go on where a run stopped
+python train.py gpt2-124m --dry-run               # what would it cost?
+torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from tinyfm import calc, checkpoint, distributed, machine, presets
+from tinyfm.trainer import Trainer
+
+
+def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, presets.GPTRun]:
+    name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt", argv)
+    preset = presets.get_preset(name)
+    listed = "\n".join(f"  {key}: {value.about}" for key, value in presets.PRESETS.items())
+    description = f"{__doc__}\nPresets:\n{listed}\n\nBelow: {name}"
+    run = tyro.cli(type(preset.run), default=preset.run, args=argv, description=description)
+    return name, preset, dataclasses.replace(run, out=run.out or f"runs/{name}")
+
+
+def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distributed.World) -> int:
+    """Run it; returns the exit status: 0, or 128 + the signal that stopped it."""
+    out, begun = Path(run.out), time.perf_counter()
+    with torch.device("meta"):
+        cost = calc.training_cost(run.build_model(), run.optim, run.train.batch_size)
+    costs = calc.describe(cost, run.train.steps)
+    if run.dry_run:
+        parts = {part: dataclasses.asdict(getattr(run, part)) for part in run.parts}
+        print(json.dumps(parts, indent=2), costs, sep="\n")
+        return 0
+    if out.exists() and not run.resume:
+        raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
+    with distributed.first_rank_first(world):
+        data = run.open_data()
+    record = presets.to_record(name, run, data.fingerprint)
+    torch.manual_seed(run.train.seed)
+    trainer = Trainer(
+        run.build_model(), data, run.train, run.optim, out, world=world,
+        write=lambda folder: presets.write_run_files(folder, record, data.tokenizer),
+        show=lambda model, folder, step: run.show(model, data.tokenizer, folder, step),
+    )  # fmt: skip
+    say = print if world.first else lambda *line: None
+    if run.resume:
+        presets.check_same(checkpoint.read_json(out / "config.json"), record, out)
+        say(f"going on from {trainer.resume()}")
+    elif world.first:
+        out.mkdir(parents=True)
+        checkpoint.write_json(out / "config.json", record)
+    say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
+    scores = trainer.fit()
+    if trainer.signal:
+        say(f"stopped at step {trainer.counters['step']} and saved; go on with --resume")
+        return 128 + trainer.signal
+    say(presets.verdict(preset, run, data.metrics(trainer.counters["baseline"]), scores))
+    gib = machine.peak_memory_bytes(trainer.device) / 2**30
+    say(f"{time.perf_counter() - begun:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
+    return 0
+
+
+def main() -> int:
+    try:
+        name, preset, run = read_arguments(sys.argv[1:])
+        return train(name, preset, run, distributed.start())
+    except torch.OutOfMemoryError as error:
+        hint = "give --train.micro-batch-size, half of what it is now: less memory, same result"
+        return f"error: {str(error).splitlines()[0]}\n{hint}"
+    except (ValueError, OSError, FloatingPointError) as error:
+        return f"error: {error}"
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
