@@ -89,11 +89,6 @@ def assert_same_logits(ours, theirs, **tolerance):
     torch.testing.assert_close(ours(x), theirs(x).logits, **tolerance)
 
 
-def resolved(config):
-    """With the sizes that 0 leaves open."""
-    return replace(config, n_kv_head=config.G, d_head=config.K, d_ff=config.F)
-
-
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -119,7 +114,7 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(exported.state_dict()[name], tensor), name
     again = GPT.from_pretrained(tmp_path)
-    assert resolved(again.config) == resolved(ours.config)
+    assert hub_gpt.resolve(again.config) == hub_gpt.resolve(ours.config)
     assert again.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(again.state_dict()[n], t) for n, t in ours.state_dict().items())
     assert not list(tmp_path.glob(".tmp-*"))
@@ -240,7 +235,7 @@ def test_shards_and_half_precision(tmp_path):
     half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_same_logits(half, theirs, atol=0.03, rtol=0.03)
+    assert_same_logits(half, theirs, atol=0.1, rtol=0.1)
     half.save_pretrained(tmp_path / "half")
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -272,6 +267,10 @@ def test_stored_extras(llama):
     model = GPT.from_pretrained(llama)
     assert model.head.weight is model.token_embedding.weight
     assert_same_logits(model, AutoModelForCausalLM.from_pretrained(llama), **CLOSE)
+    stored["lm_head.weight"][0] += 1
+    save_file(stored, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
+        GPT.from_pretrained(llama)
 
 
 def test_the_model_does_not_hang_on_the_files(llama):
@@ -299,11 +298,12 @@ def test_the_model_does_not_hang_on_the_files(llama):
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one for all layers"),
         ({"partial_rotary_factor": 0.5, "rope_parameters": ...}, "whole heads"),
+        ({"rope_scaling": "linear"}, "rope_parameters is 'linear'; supported: an object"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"hidden_size": ...}, "hidden_size is None; supported: a value of type int"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"num_attention_heads": 5}, "not divisible"),
-        ({"num_hidden_layers": 3}, "9 tensors do not fit config.json: model.layers.2"),
+        ({"num_hidden_layers": 3}, "llama: 9 tensors do not fit config.json: model.layers.2"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is unexpected"),
         ({"intermediate_size": 65}, r"gate_proj.weight is \(64, 48\), not \(65, 48\)"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is None"),
@@ -321,7 +321,8 @@ def test_refused_config(llama, fields, message):
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
-        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("mistral-window", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("mistral-window", {"use_sliding_window": False}, "use_sliding_window is False"),
         ("qwen3-tied", {"attention_bias": True}, "attention_bias is True; supported: False"),
         ("qwen3-window", {"layer_types": ["full_attention", "sliding_attention"]}, "one type"),
         ("qwen3-window", {"layer_types": ..., "max_window_layers": 1}, "one type for all layers"),

@@ -144,6 +144,26 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
 # ---- layers -------------------------------------------------------------------------------------
 
 
+class Linear(nn.Linear):
+    """y = x W' + b; for a few rows on a CPU, as in generation, (W x')' + b: the same, but faster.
+
+    One row costs the time to read W, and so should eight. Libraries of matrix products are tuned
+    for many rows on the left, and repack W first, which takes longer than the product.
+    """
+
+    def forward(self, x):
+        W, b, rows = self.weight, self.bias, x.numel() // self.in_features
+        few = rows <= 16 if x.dtype == torch.bfloat16 else 4 <= rows <= 16
+        if torch.is_grad_enabled() or not few or x.device.type != "cpu" or x.dtype != W.dtype:
+            return super().forward(x)
+        if rows == 1:
+            y = W.mv(x.flatten()) if b is None else torch.addmv(b, W, x.flatten())
+        else:
+            x_t = x.reshape(rows, -1).T
+            y = (W @ x_t if b is None else torch.addmm(b[:, None], W, x_t)).T
+        return y.reshape(*x.shape[:-1], -1)
+
+
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
@@ -157,10 +177,10 @@ class Attention(nn.Module):
         super().__init__()
         N, G, K = config.n_head, config.G, config.K
         self.d_head, self.grouped, self.dropout = K, G != N, config.dropout
-        self.q = nn.Linear(config.d_model, N * K, bias=config.bias)
-        self.k = nn.Linear(config.d_model, G * K, bias=config.bias)
-        self.v = nn.Linear(config.d_model, G * K, bias=config.bias)
-        self.out = nn.Linear(N * K, config.d_model, bias=config.bias)
+        self.q = Linear(config.d_model, N * K, bias=config.bias)
+        self.k = Linear(config.d_model, G * K, bias=config.bias)
+        self.v = Linear(config.d_model, G * K, bias=config.bias)
+        self.out = Linear(N * K, config.d_model, bias=config.bias)
         self.q_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -190,9 +210,9 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         if self.kind == "swiglu":
-            self.gate = nn.Linear(config.d_model, config.F, bias=config.bias)
-        self.up = nn.Linear(config.d_model, config.F, bias=config.bias)
-        self.down = nn.Linear(config.F, config.d_model, bias=config.bias)
+            self.gate = Linear(config.d_model, config.F, bias=config.bias)
+        self.up = Linear(config.d_model, config.F, bias=config.bias)
+        self.down = Linear(config.F, config.d_model, bias=config.bias)
 
     def forward(self, x):
         if self.kind == "swiglu":
@@ -233,7 +253,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, D)
-        self.head = nn.Linear(D, V, bias=False)
+        self.head = Linear(D, V, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
         self.reset_parameters()
@@ -321,13 +341,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
-        """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (see hub.py)."""
+        """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub_gpt.py)."""
         from tinyfm import hub_gpt
 
         return hub_gpt.load(cls, GPTConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
-        """Write weights, config and tokenizer in the Hugging Face layout (see hub.py)."""
+        """Write weights, config and tokenizer in the Hugging Face layout (hub_gpt.py)."""
         from tinyfm import hub_gpt
 
         hub_gpt.save(self, folder, tokenizer, overwrite)

@@ -35,6 +35,7 @@ from tinyfm.checkpoint import TEMPORARY, load_tensors, read_json, write_json
 
 # ---- names --------------------------------------------------------------------------------------
 
+
 def pairs(table: str, column: int) -> list[tuple[str, str]]:
     """(ours, theirs) from the text of a table; "-" where they have none."""
     rows = [line.split() for line in table.strip().splitlines()]
@@ -52,6 +53,7 @@ def translate(name: str, names: dict[str, str]) -> str:
 
 # ---- in -----------------------------------------------------------------------------------------
 
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, in one file or several, by the names in there.
 
@@ -62,7 +64,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     whole = (folder / "model.safetensors").is_file()
     if not whole and index.is_file():
         tensors = {}
-        for shard in sorted(set(read_json(index)["weight_map"].values())):
+        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
             tensors |= load_tensors(folder, Path(shard).stem)
         return tensors
     if not whole and any(folder.glob("pytorch_model*.bin")):
@@ -74,7 +76,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder, "model")
 
 
-def check_tensors(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError with the first names that are missing, unexpected or of another shape."""
     problems = [f"{name} is missing" for name in expected if name not in stored]
     problems += [f"{name} is unexpected" for name in stored if name not in expected]
@@ -85,7 +87,7 @@ def check_tensors(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
     ]
     if problems:
         raise ValueError(
-            f"{len(problems)} tensors do not fit config.json: {', '.join(problems[:4])}; "
+            f"{folder}: {len(problems)} tensors do not fit config.json: {', '.join(problems[:4])}; "
             "the folder is incomplete, or its weights are of another model"
         )
 
@@ -93,8 +95,9 @@ def check_tensors(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Give a model built on the meta device its weights, as dtype on the CPU, and its buffers.
 
-    The weights are copied: the files may change or go afterwards.
+    `model.reset_buffers()` makes what is not stored. The model is left in evaluation mode.
     """
+    # A copy, as the files may change or go while the model lives.
     own = {"dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
     tensors = {name: tensor.to("cpu", **own) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)

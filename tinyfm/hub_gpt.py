@@ -1,9 +1,9 @@
 """GPT-2, Llama, Mistral and Qwen3 as transformers writes them down, to and from our GPT.
 
-The tables are the content. GPT_NAMES: what a module is called there. GPT_FIELDS: where a size stands
-in config.json. ARCHITECTURES: what each class fixes, and which values of its other switches our
-GPT computes as well. hub.py has the files.
-Left out: fields that matter only in training, save GPT-2's dropout, which is ours too.
+The tables are the content. GPT_NAMES: what a module is called there. GPT_FIELDS: where a setting
+stands in config.json. ARCHITECTURES: what each class fixes, and which values of its other switches
+our GPT computes too. hub.py reads and writes the files.
+Left out: what matters in training only, but for GPT-2's dropout, which works as ours.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Architecture:
         return pairs(GPT_FIELDS, self.column) + [("bias", theirs) for theirs in self.biases]
 
 
-ROTARY = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
+ROTARY = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}  # all but GPT-2
 SILU = {"hidden_act": ("silu", "swish"), "quantization_config": (None,)}
 SILENT = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
           "rope_theta": 10_000.0}  # fmt: skip
@@ -100,7 +100,7 @@ ARCHITECTURES = {  # by their model_type; a model is saved as the first that can
     ),
     "mistral": Architecture(
         "MistralForCausalLM", 2, ROTARY | {"qk_norm": False, "bias": False},
-        SILU | {"layer_types": (None,)},
+        SILU | {"layer_types": (None,), "use_sliding_window": (True,), "max_window_layers": (0,)},
         SILENT | {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
                   "max_window_layers": 0},
     ),
@@ -115,9 +115,6 @@ ARCHITECTURES = {  # by their model_type; a model is saved as the first that can
          "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     ),
 }  # fmt: skip
-
-
-# ---- the GPT: config.json -----------------------------------------------------------------------
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -145,6 +142,8 @@ def take(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict
 def read_rope(raw: dict, config_cls: type) -> dict[str, Any]:
     """Base and extension of the rotary positions; transformers 4 writes them otherwise than 5."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        refuse("rope_parameters", rope, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
     by_layer = any(isinstance(value, dict) for value in rope.values())
@@ -158,25 +157,28 @@ def read_rope(raw: dict, config_cls: type) -> dict[str, Any]:
 
 def read_window(raw: dict, config_cls: type) -> int:
     """Width of the attention window, which all layers must share; 0 for none."""
-    window = raw["use_sliding_window"] and raw["sliding_window"]
-    window = take({"sliding_window": window or None}, [("window", "sliding_window")], config_cls)
-    first, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
-    kinds = ["sliding" if window["window"] and i >= first else "full" for i in layers]
-    kinds = set(raw.get("layer_types") or [f"{kind}_attention" for kind in kinds])
+    window = take(raw, [("window", "sliding_window")], config_cls)["window"]
+    window = window if raw["use_sliding_window"] else 0
+    kinds = {
+        "sliding_attention" if window and layer >= raw["max_window_layers"] else "full_attention"
+        for layer in range(raw["num_hidden_layers"])
+    }
+    kinds = set(raw.get("layer_types") or kinds)
     if kinds == {"full_attention"}:
         return 0
-    if kinds != {"sliding_attention"} or not window["window"]:
+    if kinds != {"sliding_attention"} or not window:
         refuse("layer_types", sorted(kinds), "one type for all layers")
-    return window["window"]
+    return window
 
 
 def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
     """The model_type and GPTConfig of a folder. Raises ValueError for what it cannot express."""
     raw = read_json(folder / "config.json")
     try:
-        if raw.get("model_type") not in ARCHITECTURES:
-            refuse("model_type", raw.get("model_type"), ", ".join(ARCHITECTURES))
-        architecture = ARCHITECTURES[raw["model_type"]]
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type not in ARCHITECTURES:
+            refuse("model_type", model_type, ", ".join(ARCHITECTURES))
+        architecture = ARCHITECTURES[model_type]
         for field, values in architecture.allowed.items():
             if raw.get(field, values[0]) not in values:
                 refuse(field, raw[field], " or ".join(map(repr, values)))
@@ -186,22 +188,26 @@ def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
             values |= read_rope(raw, config_cls)
         if "sliding_window" in architecture.silent:
             values["window"] = read_window(raw, config_cls)
-        return raw["model_type"], config_cls(**values)
+        return model_type, config_cls(**values)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
+def resolve(config: Any) -> Any:
+    """The GPTConfig with the sizes that 0 leaves open."""
+    return replace(config, n_kv_head=config.G, d_head=config.K, d_ff=config.F)
+
+
 def choose_architecture(config: Any) -> str:
-    """The first model_type that can express a GPTConfig. Raises ValueError if there is none."""
+    """The first model_type for a resolved GPTConfig. Raises ValueError if none can express it."""
     misfits = {}
-    sizes = {"n_kv_head": config.G, "d_head": config.K}
     for model_type, architecture in ARCHITECTURES.items():
-        needs = dict(architecture.fixed)
-        if model_type in ("llama", "gpt2"):  # where transformers insists on it
-            needs["d_model"] = config.d_model // config.n_head * config.n_head
-        if model_type == "gpt2":
-            needs |= {"n_kv_head": config.n_head, "d_head": config.d_model // config.n_head}
-        has = {name: sizes.get(name, getattr(config, name)) for name in needs}
+        needs, even = dict(architecture.fixed), config.d_model // config.n_head
+        if model_type in ("llama", "gpt2"):  # in transformers their heads must divide the width,
+            needs["d_model"] = even * config.n_head
+        if model_type == "gpt2":  # and these fill it
+            needs |= {"n_kv_head": config.n_head, "d_head": even}
+        has = {name: getattr(config, name) for name in needs}
         wrong = [f"{n} {needs[n]!r}, not {has[n]!r}" for n in needs if needs[n] != has[n]]
         if not wrong:
             return model_type
@@ -214,24 +220,25 @@ def choose_architecture(config: Any) -> str:
 
 
 def write_config(config: Any, model_type: str) -> dict[str, Any]:
-    """config.json, for transformers 4 and 5."""
+    """config.json of a resolved GPTConfig, for transformers 4 and 5."""
     architecture = ARCHITECTURES[model_type]
-    config = replace(config, n_kv_head=config.G, d_head=config.K, d_ff=config.F)
     raw = {"architectures": [architecture.title], "model_type": model_type}
     raw |= {theirs: getattr(config, ours) for ours, theirs in architecture.fields()}
     allowed = architecture.allowed.items()
     raw |= {field: values[0] for field, values in allowed if values[0] is not None}
     if config.position == "rope":
-        rope, theta = None, {"rope_theta": config.rope_theta}
+        scaling = None
         if config.rope_factor != 1:
-            rope = {theirs: getattr(config, ours) for ours, theirs in pairs(LLAMA3_ROPE, 1)}
-            rope["rope_type"] = "llama3"
-        raw |= theta | {"rope_scaling": rope}
-        raw["rope_parameters"] = {"rope_type": "default"} | theta | (rope or {})
+            scaling = {theirs: getattr(config, ours) for ours, theirs in pairs(LLAMA3_ROPE, 1)}
+            scaling["rope_type"] = "llama3"
+        base = {"rope_theta": config.rope_theta}
+        raw |= base | {"rope_scaling": scaling}  # for 4
+        raw["rope_parameters"] = base | (scaling or {"rope_type": "default"})  # for 5
     if "sliding_window" in architecture.silent:
-        windowed = bool(config.window)
-        raw |= {"sliding_window": config.window or None, "use_sliding_window": windowed}
-        raw["max_window_layers"] = 0 if windowed else config.n_layer
+        raw["sliding_window"] = config.window or None
+    if model_type == "qwen3":  # its window covers the layers from max_window_layers on
+        raw["use_sliding_window"] = bool(config.window)
+        raw["max_window_layers"] = 0 if config.window else config.n_layer
     return raw
 
 
@@ -286,12 +293,15 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
         model = cls(config)
     names, expected = their_tensors(model, model_type)
     stored = {n: t for n, t in read_tensors(folder).items() if not EXTRAS.search(n)}
-    base = names["token_embedding.weight"].split(".")[0] + "."
+    embedding = names["token_embedding.weight"]
+    base = embedding.split(".")[0] + "."
     if not any(name.startswith(base) for name in stored):  # saved without the head, as GPT-2 was
         stored = {n if n == "lm_head.weight" else base + n: t for n, t in stored.items()}
-    if config.tied:
-        stored.pop("lm_head.weight", None)
-    check_tensors(stored, expected)
+    if config.tied and embedding in stored:
+        head = stored.pop("lm_head.weight", stored[embedding])
+        if not torch.equal(head, stored[embedding]):
+            raise ValueError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
+    check_tensors(folder, stored, expected)
     theirs = from_conv1d(stored) if model_type == "gpt2" else stored
     fill(model, {name: theirs[names[name]] for name in names}, dtype)
     if config.tied:
@@ -304,16 +314,12 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
 
     Raises ValueError if no architecture expresses the model, and as hub.publish does.
     """
-    model_type = choose_architecture(model.config)
-    end = None
-    if tokenizer:
-        end = tokenizer.eot
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
-                f"{model.config.vocab_size}; pass the one the model was trained with"
-            )
-    # A text begins, as in training, after the end of another.
-    config = write_config(model.config, model_type) | {"bos_token_id": end, "eos_token_id": end}
+    config = resolve(model.config)
+    model_type = choose_architecture(config)
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        raise ValueError(f"the tokenizer has {sizes}; pass the one the model was trained with")
+    end = tokenizer.eot if tokenizer else None  # a text begins, as in training, after another's end
+    raw = write_config(config, model_type) | {"bos_token_id": end, "eos_token_id": end}
     _, tensors = their_tensors(model, model_type)
-    publish(Path(folder), config, tensors, tokenizer, overwrite)
+    publish(Path(folder), raw, tensors, tokenizer, overwrite)

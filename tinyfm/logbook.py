@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,18 +35,20 @@ class Logbook:
             sys.stdout.flush()
 
     def add(self, row: dict[str, float]) -> None:
-        """Log one row; it has a "step"."""
+        """Log one row; it has a "step", and gets the "time" of day in seconds since 1970."""
         if not self.first:
             return
+        row = {**row, "time": round(time.time(), 2)}
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_line(row))
+        shown = {name: value for name, value in row.items() if name not in ("step", "time")}
         if self.board:
-            for name in row.keys() - {"step"}:
-                self.board.add_scalar(name, row[name], row["step"])
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
+            for name, value in shown.items():
+                self.board.add_scalar(name, value, row["step"])
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         if not self.terminal:
-            values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+            values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             print(f"step {row['step']}/{self.steps}  {values}", flush=True)
 
     def draw(self) -> None:
