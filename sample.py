@@ -5,13 +5,11 @@ python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from n
 python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
 """
 
-import codecs
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from tinyfm import generate, machine, presets
@@ -38,11 +36,10 @@ def write_texts(opened: presets.OpenRun, options: Options) -> list[str]:
         raise ValueError(f"-n is {options.n}; ask for at least 1 text")
     if options.prompt == "":
         raise ValueError("the prompt is empty; give some text, or no --prompt to begin a new one")
-    stops = [codecs.decode(stop, "unicode_escape") for stop in options.stop]
+    stops = [stop.replace("\\n", "\n") for stop in options.stop]
     prompt = options.prompt or ""
-    texts = [prompt] * options.n
+    prompts = texts = [prompt] * options.n
     print(prompt, end="", flush=True)
-    prompts = [prompt] * options.n
     for parts in generate.stream_text(
         opened.model, opened.tokenizer, prompts, options.sampling, stops
     ):
@@ -78,5 +75,4 @@ def main() -> int | str:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     sys.exit(main())

@@ -32,15 +32,13 @@ def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, presets.GPTRun
 def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distributed.World) -> int:
     """Run it; returns the exit status: 0, or 128 + the signal that stopped it."""
     out, begun = Path(run.out), time.perf_counter()
-    with torch.device("meta"):
-        cost = calc.training_cost(run.build_model(), run.optim, run.train.batch_size)
-    costs = calc.describe(cost, run.train.steps)
+    say = print if world.first else lambda line: None
     if run.dry_run:
-        parts = {part: dataclasses.asdict(getattr(run, part)) for part in run.parts}
-        print(json.dumps(parts, indent=2), costs, sep="\n")
+        with torch.device("meta"):  # shapes without memory: any size fits
+            costs = calc.describe(run.build_model(), run.optim, run.train)
+        say(f"{json.dumps(presets.to_record(name, run), indent=2)}\n{costs}")
         return 0
-    if out.exists() and not run.resume:
-        raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
+    presets.check_directory(out, run.resume)
     with distributed.first_rank_first(world):
         data = run.open_data()
     record = presets.to_record(name, run, data.fingerprint)
@@ -50,33 +48,38 @@ def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distrib
         write=lambda folder: presets.write_run_files(folder, record, data.tokenizer),
         show=lambda model, folder, step: run.show(model, data.tokenizer, folder, step),
     )  # fmt: skip
-    say = print if world.first else lambda *line: None
     if run.resume:
         presets.check_same(checkpoint.read_json(out / "config.json"), record, out)
-        say(f"going on from {trainer.resume()}")
+        folder, done = trainer.resume(), trainer.counters["step"] == run.train.steps
+        say(f"{'the run is complete:' if done else 'going on from'} {folder}")
     elif world.first:
         out.mkdir(parents=True)
         checkpoint.write_json(out / "config.json", record)
+    costs = calc.describe(trainer.model, run.optim, run.train)
     say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
     scores = trainer.fit()
-    if trainer.signal:
+    if trainer.signals.agreed:
         say(f"stopped at step {trainer.counters['step']} and saved; go on with --resume")
-        return 128 + trainer.signal
+        return 128 + trainer.signals.agreed
     say(presets.verdict(preset, run, data.metrics(trainer.counters["baseline"]), scores))
     gib = machine.peak_memory_bytes(trainer.device) / 2**30
     say(f"{time.perf_counter() - begun:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
     return 0
 
 
-def main() -> int:
+def main() -> int | str:
     try:
         name, preset, run = read_arguments(sys.argv[1:])
         return train(name, preset, run, distributed.start())
-    except torch.OutOfMemoryError as error:
-        hint = "give --train.micro-batch-size, half of what it is now: less memory, same result"
-        return f"error: {str(error).splitlines()[0]}\n{hint}"
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # what a GPU "tried to", and a CPU "can't"
+            raise
+        reason = str(error).splitlines()[0]
+        return f"error: {reason}; try half the --train.micro-batch-size: same result, less memory"
     except (ValueError, OSError, FloatingPointError) as error:
         return f"error: {error}"
+    except KeyboardInterrupt:  # before the training, which saves, or a second one
+        return 130
     finally:
         distributed.stop()
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,16 +38,22 @@ class World:
         return range(self.rank * share, (self.rank + 1) * share)
 
 
-def start(device: torch.device | None = None) -> World:
-    """Join the processes that torchrun started, or be the only one."""
+def start() -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Raises ValueError if there are more processes than GPUs on this machine.
+    """
     if "RANK" not in os.environ:
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    cuda = torch.cuda.is_available()
-    if cuda:
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if world.local_rank >= gpus:
+            raise ValueError(f"a process needs a GPU: use --nproc_per_node={gpus} or less")
         torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # by where a tensor lies
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+        dist.init_process_group(backend, timeout=timedelta(minutes=5))
     return world
 
 
@@ -56,11 +65,13 @@ def stop() -> None:
 @contextlib.contextmanager
 def first_rank_first(world: World) -> Iterator[None]:
     """The first rank goes through alone, then the others, who find its work done."""
+    if world.size > 1:  # of their own, as encoding a large text takes longer than any step
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if not world.first:
-        dist.barrier()
+        dist.barrier(group)
     yield
     if world.first and world.size > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def total(values: Tensor) -> Tensor:
@@ -70,8 +81,40 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+class Signals:
+    """SIGTERM and Ctrl-C, noted while in the context, until the ranks agree to stop: at the same
+    step, or one of them would wait for the other for ever."""
+
+    def __init__(self):
+        self.noted, self.agreed, self.since = 0, 0, 0.0  # had here, to stop for, time of the first
+
+    def note(self, number: int, frame) -> None:
+        if not self.noted:
+            self.noted, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 2:  # at once, it is torchrun that passes on a Ctrl-C
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+
+    def __enter__(self) -> Signals:
+        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over ranks, and appended one number for `agree`."""
+        return total(torch.cat((sums, sums.new_tensor([self.noted]))))
+
+    def agree(self, asked: float) -> None:
+        """Stop if `asked` is not 0: some rank has noted a signal."""
+        if asked:
+            self.agreed = self.noted or signal.SIGTERM
+
+
 class LossModule(nn.Module):
-    """The model with its loss as forward: DDP synchronises only what runs through forward."""
+    """The model's loss as a forward: DDP synchronises only what runs through forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -81,7 +124,27 @@ class LossModule(nn.Module):
         return self.model.loss(batch, generators)
 
 
-def parallel(model: nn.Module, world: World) -> nn.Module:
+class Compiled:
+    """torch.compile, or the module as it is once a call, mostly the first, fails to compile."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.no_sync = module, getattr(module, "no_sync", None)
+        self.call = torch.compile(module)
+
+    def __call__(self, *args) -> Any:
+        if self.call is not self.module:
+            try:
+                return self.call(*args)
+            except Exception as error:  # the compiler's; the module's own comes again below
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                print(f"torch.compile fails here ({reason}); going on without it", flush=True)
+                self.call = self.module
+        return self.module(*args)
+
+
+def parallel(model: nn.Module, world: World, compiled: bool) -> Callable:
     """What to call as f(batch, generators) -> (loss, metrics): synchronised if there are others."""
     module = LossModule(model)
-    return nn.parallel.DistributedDataParallel(module) if world.size > 1 else module
+    if world.size > 1:
+        module = nn.parallel.DistributedDataParallel(module)
+    return Compiled(module) if compiled else module

@@ -29,39 +29,38 @@ from torch import Tensor
 class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one position's work.
 
-    Allocated once: L layers of (B, G, S, K). S is the longest length to come, or the attention
-    window if that is shorter: position p then lives in slot p mod S, over the one that left the
-    window. Rows of unequal length are padded on the left, `pad` (B,) tells by how much.
+    Two tensors (B, G, S, K) a layer, allocated once. S is the longest length to come, or the
+    attention window if that is shorter: position p then lives in slot p mod S, over the one that
+    left the window. Rows of unequal length are padded on the left, `pad` (B,) tells by how much.
     """
 
-    def __init__(self, config, length: int, pad: Tensor, like: Tensor):
+    def __init__(self, config, length: int, pad: Tensor):
         self.slots = min(length, config.context_length, config.window or length)
-        shape = (config.n_layer, len(pad), config.G, self.slots, config.K)
-        self.k = like.new_zeros(shape)
-        self.v = like.new_zeros(shape)
-        self.pad = pad if bool(pad.any()) else None
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.device, self.pad = pad.device, pad if bool(pad.any()) else None
         self.length = 0  # positions seen, padding included
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, K) of the next T positions; return what they attend over."""
-        T = k.size(2)
-        if T == 1:
-            slot = self.length % self.slots
-            self.k[layer, :, :, slot] = k[:, :, 0]
-            self.v[layer, :, :, slot] = v[:, :, 0]
-            seen = min(self.length + 1, self.slots)
-            return self.k[layer, :, :, :seen], self.v[layer, :, :, :seen]
-        assert self.length == 0, "a prompt goes into an empty cache"
-        kept = torch.arange(max(0, T - self.slots), T, device=k.device)
-        self.k[layer, :, :, kept % self.slots] = k[:, :, kept]
-        self.v[layer, :, :, kept % self.slots] = v[:, :, kept]
-        return k, v
+        B, G, T, K = k.shape
+        if self.length == 0:
+            self.layers.append((k.new_empty(B, G, self.slots, K), v.new_empty(B, G, self.slots, K)))
+        past_k, past_v = self.layers[layer]
+        if T > 1:
+            assert self.length == 0, "a prompt goes into an empty cache"
+            kept = torch.arange(max(0, T - self.slots), T, device=self.device)
+            past_k[:, :, kept % self.slots] = k[:, :, kept]
+            past_v[:, :, kept % self.slots] = v[:, :, kept]
+            return k, v
+        slot, seen = self.length % self.slots, min(self.length + 1, self.slots)
+        past_k[:, :, slot], past_v[:, :, slot] = k[:, :, 0], v[:, :, 0]
+        return past_k[:, :, :seen], past_v[:, :, :seen]
 
     def key_positions(self, T: int) -> Tensor:
         """Position of each key that `update` returns for the next T positions, (T or S,)."""
         if T > 1:
-            return torch.arange(T, device=self.k.device)
-        slot = torch.arange(min(self.length + 1, self.slots), device=self.k.device)
+            return torch.arange(T, device=self.device)
+        slot = torch.arange(min(self.length + 1, self.slots), device=self.device)
         return self.length - (self.length - slot) % self.slots
 
 
@@ -103,7 +102,7 @@ def penalise_repeats(logits: Tensor, rows: list[list[int]], penalty: float) -> T
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Set to -inf what the settings exclude from logits (B, V). The likeliest token always stays."""
+    """Set to -inf what the settings exclude from logits (B, V); the likeliest token stays."""
     if 0 < top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -119,10 +118,17 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
 
 
 def choose(logits: Tensor, s: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token a row, (B,), from logits (B, V); row i uses generators[i] alone."""
+    """Draw one token a row, (B,), from logits (B, V); row i uses generators[i] alone.
+
+    Raises ValueError if the largest logit of a row is infinite or not a number.
+    """
+    largest, likeliest = logits.max(-1)
+    if not largest.isfinite().all():
+        raise ValueError("the model's logits are not finite; its weights are damaged or diverged")
     if s.temperature == 0:
-        return logits.argmax(-1)
-    logits = filter_logits(logits.float() / s.temperature, s.top_k, s.top_p, s.min_p)
+        return likeliest
+    logits = (logits.float() - largest[:, None]) / s.temperature  # <= 0, so nothing overflows
+    logits = filter_logits(logits, s.top_k, s.top_p, s.min_p)
     total = logits.softmax(-1).cumsum(-1)  # (B, V)
     u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(logits.device)  # (B, 1)
     return torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(1)
@@ -157,8 +163,9 @@ def stream(model, prompts: list[list[int]], sampling: Sampling | None = None,
            use_cache: bool = True) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield the next token of every row, step by step; None for a row that has met a stop token.
 
-    Prompts may differ in length. use_cache=False reads the whole text anew for each token: the slow,
-    obvious path to the same tokens. Raises ValueError as check_prompts says.
+    Prompts may differ in length; the model is put into evaluation mode. use_cache=False reads the
+    whole text anew for each token: the slow, obvious path to the same tokens. Raises ValueError as
+    check_prompts and choose say.
     """
     s, context = sampling or Sampling(), model.config.context_length
     rows = [list(prompt) for prompt in prompts]
@@ -174,10 +181,9 @@ def stream(model, prompts: list[list[int]], sampling: Sampling | None = None,
         if cache is None or now != starts or not use_cache:
             shown, starts = [row[start:] for row, start in zip(rows, now)], now
             longest = max(map(len, shown))
-            pads = [longest - len(row) for row in shown]
-            tokens = [[0] * pad + row for pad, row in zip(pads, shown)]
-            slots, pad = longest + s.max_new_tokens, torch.tensor(pads, device=device)
-            cache = KVCache(model.config, slots, pad, like=model.head.weight)
+            tokens = [[0] * (longest - len(row)) + row for row in shown]
+            pad = torch.tensor([longest - len(row) for row in shown], device=device)
+            cache = KVCache(model.config, longest + s.max_new_tokens, pad)
         else:
             tokens = [row[-1:] for row in rows]
         h = model.hidden(torch.tensor(tokens, device=device), cache)  # (B, T, D)
@@ -210,7 +216,8 @@ class TextStream:
     """Bytes of tokens in, printable text out, ended by a stop string.
 
     Held back is what may still change: an unfinished UTF-8 character, and a tail that could be the
-    beginning of a stop string, which may arrive spread over several tokens.
+    beginning of a stop string, which may arrive spread over several tokens. Of several stop strings
+    that which is complete first counts, so the text does not depend on where tokens begin.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()):
@@ -223,10 +230,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self.held + self.decoder.decode(data, final)
-        ends = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
-        if ends or final:
+        found = [(at + len(s), at) for s in self.stop_strings if (at := text.find(s)) >= 0]
+        if found or final:
             self.held, self.stopped = "", True
-            return text[: min(ends)] if ends else text
+            return text[: min(found)[1]] if found else text
         heads = [stop[:n] for stop in self.stop_strings for n in range(1, len(stop))]
         keep = len(text) - max((len(head) for head in heads if text.endswith(head)), default=0)
         self.held = text[keep:]

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -61,26 +61,26 @@ class GPTConfig:
     zero_init: bool = True  # blocks start as the identity: output projections begin at zero
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_kv_head", "d_head", "d_ff", "window"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
-        if not self.d_head and self.d_model % self.n_head:
-            near = self.n_head * max(1, round(self.d_model / self.n_head))
-            raise ValueError(
-                f"d_model {self.d_model} is not divisible by n_head {self.n_head}; "
-                f"use d_model {near}, or set d_head"
-            )
-        if self.n_head % self.G:
-            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.G}")
+        least = dict.fromkeys(("vocab_size", "context_length", "n_layer", "n_head", "d_model"), 1)
+        least |= dict.fromkeys(("n_kv_head", "d_head", "d_ff", "window"), 0)
+        for name, n in least.items():
+            if getattr(self, name) < n:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {n}")
+        D, N, G = self.d_model, self.n_head, self.G
+        if not self.d_head and D % N:
+            fit = N * max(1, round(D / N))
+            raise ValueError(f"d_model {D} is not divisible by n_head {N}; use {fit} or set d_head")
+        if N % G:
+            raise ValueError(f"n_head {N} is not divisible by n_kv_head {G}; use a divisor of {N}")
         if self.position == "rope" and self.K % 2:
             raise ValueError(f"the head width {self.K} is odd; rotary positions need an even one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        for name, kind in get_type_hints(GPTConfig).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
 
-    # The sizes that 0 leaves open. Not stored, so that a changed d_model or n_head changes them too.
+    # The sizes that 0 leaves open. Not stored, so that another d_model or n_head changes them too.
 
     @property
     def G(self) -> int:
@@ -132,9 +132,7 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
     row of the softmax is empty.
     """
     distance = query[:, None] - key[None, :]  # (T, S)
-    allowed = distance >= 0
-    if window:
-        allowed = allowed & (distance < window)
+    allowed = (distance >= 0) & (distance < (window or math.inf))
     if pad is None:
         return allowed[None, None]
     real = key[None, None, :] >= pad[:, None, None]  # (B, 1, S)
@@ -145,23 +143,17 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
 
 
 class Linear(nn.Linear):
-    """y = x W' + b; for a few rows on a CPU, as in generation, (W x')' + b: the same, but faster.
-
-    One row costs the time to read W, and so should eight. Libraries of matrix products are tuned
-    for many rows on the left, and repack W first, which takes longer than the product.
-    """
+    """x W' + b. On a CPU the few rows of generation go as (W x')' + b: W is not repacked first,
+    and eight rows take little longer than one, the time of reading W."""
 
     def forward(self, x):
-        W, b, rows = self.weight, self.bias, x.numel() // self.in_features
-        few = rows <= 16 if x.dtype == torch.bfloat16 else 4 <= rows <= 16
-        if torch.is_grad_enabled() or not few or x.device.type != "cpu" or x.dtype != W.dtype:
+        W, rows = self.weight, x.numel() // self.in_features
+        few = (1 if x.dtype == torch.bfloat16 else 4) <= rows <= 16
+        if not few or torch.is_grad_enabled() or x.device.type != "cpu":
             return super().forward(x)
-        if rows == 1:
-            y = W.mv(x.flatten()) if b is None else torch.addmv(b, W, x.flatten())
-        else:
-            x_t = x.reshape(rows, -1).T
-            y = (W @ x_t if b is None else torch.addmm(b[:, None], W, x_t)).T
-        return y.reshape(*x.shape[:-1], -1)
+        y = W @ x.flatten() if rows == 1 else (W @ x.reshape(rows, -1).T).T.contiguous()
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -193,6 +185,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast norms and rotates in float32
         if cache is not None:
             k, v = cache.update(layer, k, v)
         with torch.autocast(x.device.type, enabled=False):
@@ -288,9 +281,7 @@ class GPT(nn.Module):
         T, config = tokens.size(1), self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
         if start + T > config.context_length:
-            raise ValueError(
-                f"{start + T} tokens are more than the context_length {config.context_length}"
-            )
+            raise ValueError(f"{start + T} tokens exceed context_length {config.context_length}")
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
         mask = None  # plain causal attention, or one token that may look at all the cache returns
         if pad is not None or (T > 1 and 0 < config.window < T):
@@ -323,19 +314,18 @@ class GPT(nn.Module):
         logits, targets = self(tokens[:, :-1]), tokens[:, 1:]  # (B, T, V), (B, T)
         if "mask" in batch:
             targets = targets.masked_fill(~batch["mask"], -100)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return loss, {"weight": (targets != -100).sum()}
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        weight = (targets != -100).sum()
+        return loss / weight.clamp(min=1), {"weight": weight}
 
     def flops_per_row(self) -> int:
         """Forward and backward FLOPs of one row of context_length tokens, 2 a multiply-add.
 
-        6 for every weight that is multiplied, once a token, and 12 N K T for the scores and their
-        sums in each layer, without a discount for causality (Chowdhery et al. 2022, appendix B).
+        6 for every weight of a matrix, once a token, and 12 N K T for the scores and their sums in
+        each layer, without a discount for causality (Chowdhery et al. 2022, appendix B).
         """
-        c, tables = self.config, self.token_embedding.weight.numel() * (not self.config.tied)
-        if c.position == "learned":
-            tables += self.position_embedding.weight.numel()
-        weights = sum(p.numel() for p in self.parameters()) - tables
+        c = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = 12 * c.n_layer * c.n_head * c.K * c.context_length
         return c.context_length * (6 * weights + attention)
 

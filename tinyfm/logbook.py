@@ -24,9 +24,11 @@ class Logbook:
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
         if first:
             run.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
+            kept = self.path.with_name(".tmp-metrics")  # a kill here loses no row
+            kept.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
+            kept.replace(self.path)
             if tensorboard:
-                self.board = open_tensorboard(run)
+                self.board = summary_writer()(run / "tensorboard")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -91,9 +93,10 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def open_tensorboard(run: Path):
+def summary_writer() -> type:
+    """TensorBoard's writer. Raises ValueError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--train.tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter

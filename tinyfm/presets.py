@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from tinyfm import checkpoint, generate
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
@@ -117,10 +115,12 @@ def get_preset(name: str) -> Preset:
 # ---- a run on disk ------------------------------------------------------------------------------
 
 
-def to_record(preset: str, run: GPTRun, fingerprint: str) -> dict[str, Any]:
+def to_record(preset: str, run: GPTRun, fingerprint: str = "") -> dict[str, Any]:
     """All that is needed to rebuild a run, as plain values for config.json."""
     parts = {name: dataclasses.asdict(getattr(run, name)) for name in run.parts}
-    record = {"preset": preset, "family": run.family, **parts, "data_fingerprint": fingerprint}
+    record = {"preset": preset, "family": run.family, **parts}
+    if fingerprint:  # of the tokens; not known before the data are prepared
+        record["data_fingerprint"] = fingerprint[:16]
     return json.loads(json.dumps(record))
 
 
@@ -128,6 +128,14 @@ def write_run_files(folder: Path, record: dict[str, Any], tokenizer: Tokenizer) 
     """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
     checkpoint.write_json(folder / "config.json", record)
     tokenizer.save(folder)
+
+
+def check_directory(out: Path, resume: bool) -> None:
+    """Raise ValueError if a run can neither begin nor go on there."""
+    if resume and not out.exists():
+        raise ValueError(f"there is no run {out} to resume; leave out --resume to begin it")
+    if out.exists() and not resume:
+        raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
 
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
@@ -145,17 +153,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    """Raise ValueError with the differences, if a run is not the one that its folder began."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """In which options two records make different runs, in words."""
     old, new = flatten(old), flatten(new)
-    differences = [
+    return [
         f"{key} was {old.get(key)} and is {new.get(key)}"
         for key in sorted((old.keys() | new.keys()) - FREE)
         if old.get(key) != new.get(key)
     ]
-    if differences:
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    """Raise ValueError with the differences, if a run is not the one that its folder began."""
+    if different := differences(old, new):
         raise ValueError(
-            f"{out} is another run: {'; '.join(differences[:5])}. "
+            f"{out} is another run: {'; '.join(different[:5])}. "
             "Give the options it began with, or another --out without --resume"
         )
 
@@ -163,7 +175,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
 def verdict(preset: Preset, run: GPTRun, baseline: dict, scores: dict) -> str:
     """One line: untrained, reached, usual."""
     name, reached = next((k, v) for k, v in scores.items() if k != "val_loss")
-    same = dataclasses.replace(run, out="", resume=False) == preset.run
+    same = not differences(to_record("", preset.run), to_record("", run))
     usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
     usual = usual or "no usual value: this is not a preset as it stands"
     return f"{name}: {baseline[name]:.3f} untrained, {reached:.3f} reached; {usual}"
@@ -188,9 +200,13 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     """
     folder = checkpoint.find(path)
     record = checkpoint.read_json(folder / "config.json")
-    if record.get("family") != GPTRun.family:
-        raise ValueError(f"{folder} holds a run of family {record.get('family')!r}, not a GPT")
-    model = GPT(GPTConfig(**record["model"]))
+    try:
+        if record["family"] != GPTRun.family:
+            raise ValueError(f"{folder} holds a run of family {record['family']!r}, not a GPT")
+        model = GPT(GPTConfig(**record["model"]))
+    except (TypeError, KeyError) as error:
+        problem = f"{folder}/config.json is not of this version: {error}"
+        raise ValueError(f"{problem}; use the code that wrote it") from error
     weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
     checkpoint.load_model(model, checkpoint.load_tensors(folder, weights))
     meta = checkpoint.read_json(folder / "meta.json")

@@ -8,18 +8,17 @@ It asks of a model `loss(batch, generators) -> (loss, metrics)`, of data `batch(
     gradients / total weight, clipped;  optimizers step;  moving average follows
 
 so that the update is that of the whole batch, however it was cut, also where rows weigh unequally.
-Everything random in step s comes from (seed, s) and a row's place in the batch: nothing random is
-saved, and a run that was stopped goes on as if it had not been.
+Everything random in step s comes from (seed, s) and a row's place in the batch, or, for dropout,
+its rank's: nothing random is saved, and a run that was stopped goes on as if it had not been.
 
 A step whose loss or gradient is not finite is skipped; after several in a row the run ends, and
-keeps its last checkpoint. SIGTERM and Ctrl-C end the step, save, and leave.
+keeps its last checkpoint. SIGTERM and Ctrl-C end the step or evaluation, save, and leave.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm import checkpoint, distributed, machine
-from tinyfm.logbook import Logbook
+from tinyfm.logbook import Logbook, summary_writer
 from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
 
@@ -40,7 +39,7 @@ class TrainConfig:
     batch_size: int = 32  # rows in an update, over all processes
     micro_batch_size: int = 0  # rows in a forward pass: less memory, same update; 0 = all
     seed: int = 0  # of the weights, the order of the data and all else that is random
-    eval_every: int = 250  # steps between evaluations, with samples and a checkpoint; 0 = at the end
+    eval_every: int = 250  # steps between evaluations, samples and checkpoints; 0 = only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # latest checkpoints to keep, beside the best
     device: str = "auto"  # cpu, cuda, mps, or auto
@@ -58,31 +57,21 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
 
 
+def mix(seed: int, step: int, place: int) -> int:
+    """A seed for one place in one step of one run: far apart for neighbours in any of the three."""
+    odd = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+    return sum(m * n for m, n in zip(odd, (seed + 1, step, place))) % 2**63
+
+
 def row_generators(seed: int, step: int, rows: range) -> list[torch.Generator]:
     """A random stream for each row of a batch, whichever rank or micro-batch has the row."""
-    mix = ((seed + 1) * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
-    return [torch.Generator().manual_seed((mix + row * 0x94D049BB133111EB) % 2**63) for row in rows]
+    return [torch.Generator().manual_seed(mix(seed, step, row)) for row in rows]
 
 
-class Compiled:
-    """torch.compile, or the module as it is if the first call shows that compiling fails here."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.tried = module, False
-        self.call, self.no_sync = torch.compile(module), getattr(module, "no_sync", None)
-
-    def __call__(self, *args) -> Any:
-        try:
-            result = self.call(*args)
-        except Exception as error:
-            if self.tried:
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"torch.compile does not work here ({reason}); going on without it", flush=True)
-            self.call = self.module
-            result = self.module(*args)
-        self.tried = True
-        return result
+def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
+    """(loss * weight, weight) of a micro-batch: what adds up, as means do not."""
+    weight = torch.as_tensor(metrics.get("weight", rows), device=loss.device, dtype=torch.float32)
+    return loss * weight, weight
 
 
 class Trainer:
@@ -100,21 +89,23 @@ class Trainer:
         self.write, self.show, self.world = write, show, world
         if train.batch_size % world.size:
             raise ValueError(
-                f"batch_size {train.batch_size} is not divisible by the {world.size} processes"
+                f"batch_size {train.batch_size} is not divisible by the {world.size} processes; "
+                f"use {max(1, round(train.batch_size / world.size)) * world.size}"
             )
+        if train.tensorboard:
+            summary_writer()  # now, rather than when the run directory is made
         self.device = machine.choose_device(train.device)
         self.dtype = machine.choose_dtype(train.dtype, self.device)
         machine.keep_freed_memory()
         self.model = model.to(self.device)
         self.optimizers = build_optimizers(model, optim)
         self.ema = EMA(model, optim.ema_half_life) if optim.ema_half_life else None
-        self.call = distributed.parallel(model, world)
-        if train.compile:
-            self.call = Compiled(self.call)
+        self.call = distributed.parallel(model, world, train.compile)
         # Plain numbers, saved with a checkpoint.
         self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf, "baseline": math.inf}
+        self.scores: dict[str, float] = {}  # of this step; empty if it was not evaluated
         self.skipped = 0  # non-finite steps in a row
-        self.signal = 0  # the signal that asked to stop
+        self.signals = distributed.Signals()
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -141,22 +132,20 @@ class Trainer:
                 with self.autocast():
                     generators = row_generators(self.train.seed, step, rows)
                     loss, metrics = self.call(batch, generators)
-                weight = torch.as_tensor(metrics.get("weight", len(rows)), device=self.device)
-                (loss * weight).backward()
-            sums += torch.stack((loss.detach() * weight, weight.float()))
+                loss, weight = weighted(loss, metrics, len(rows))
+                loss.backward()
+            sums += torch.stack((loss.detach(), weight))
         return sums
 
     def update(self, step: int) -> tuple[float, float]:
         """One step; returns (loss, gradient norm). Changes no weight if either is not finite."""
-        torch.manual_seed((self.train.seed * 1_000_003 + step) * self.world.size + self.world.rank)
+        torch.manual_seed(mix(self.train.seed, step, -1 - self.world.rank))  # for dropout
         set_lr(self.optimizers, lr_factor(step, self.train.steps, self.optim))
-        sums = torch.cat((self.backward(step), torch.tensor([self.signal], device=self.device)))
-        total, weight, signals = distributed.total(sums)
+        total, weight, asked = self.signals.total(self.backward(step))
         # DDP has averaged over ranks what is to be summed, hence world.size.
         norm = scale_and_clip(self.model, self.world.size / weight, self.optim.clip)
-        loss, norm, signals = torch.stack((total / weight, norm, signals)).tolist()
-        if signals:  # whichever rank was asked to stop, all stop at this step
-            self.signal = self.signal or signal.SIGTERM
+        loss, norm, asked = torch.stack((total / weight, norm, asked)).tolist()
+        self.signals.agree(asked)
         if math.isfinite(loss) and math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -183,39 +172,47 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Mean loss over the validation split, shared out over ranks, and what data makes of it.
 
-        A signal to stop ends it early: then there is nothing to report.
+        A signal to stop ends it early: then there is nothing to report. Raises FloatingPointError
+        if the loss is not finite.
         """
         self.model.eval()
         sums, size = torch.zeros(2, device=self.device), self.train.micro_batch_size
         rows = size or self.train.batch_size // self.world.size
         with self.averaged(), self.autocast():
             for i, batch in enumerate(self.data.val_batches(rows)):
-                if self.signal:
+                if self.signals.noted:
                     break
                 if i % self.world.size == self.world.rank:
                     n = len(next(iter(batch.values())))
                     generators = row_generators(self.train.seed, -1, range(i * rows, i * rows + n))
                     loss, metrics = self.model.loss(self.load(batch), generators)
-                    weight = torch.as_tensor(metrics.get("weight", n), device=self.device)
-                    sums += torch.stack((loss * weight, weight.float()))
+                    sums += torch.stack(weighted(loss, metrics, n))
         self.model.train()
-        total, weight = distributed.total(sums).tolist()
-        if self.signal or not weight:
+        total, weight, asked = self.signals.total(sums).tolist()
+        self.signals.agree(asked)
+        if asked:
             return {}
-        return {"val_loss": total / weight, **self.data.metrics(total / weight)}
+        loss = total / weight
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss} at step {self.counters['step']}; {self.advice()}"
+            )
+        return {"val_loss": loss, **self.data.metrics(loss)}
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    def save(self, scores: dict[str, float]) -> None:
+    def save(self) -> None:
         """Write a checkpoint of this step; remove those that are neither late nor best."""
-        step = self.counters["step"]
-        if scores.get("val_loss", math.inf) < self.counters["best_loss"]:
-            self.counters |= {"best_loss": scores["val_loss"], "best_step": step}
+        step, loss = self.counters["step"], self.scores.get("val_loss", math.inf)
+        if loss < self.counters["best_loss"]:
+            self.counters |= {"best_loss": loss, "best_step": step}
         tensors = {"model": self.model.state_dict()}
-        if self.ema:
-            tensors["ema"] = {**tensors["model"], **self.ema.average}
+        if self.ema:  # and what is no parameter; a tied weight's second name is left out
+            own = {parameter.data_ptr() for parameter in self.model.parameters()}
+            rest = {k: v for k, v in tensors["model"].items() if v.data_ptr() not in own}
+            tensors["ema"] = {**rest, **self.ema.average}
         state = checkpoint.training_state(self.model, self.optimizers, self.counters)
-        checkpoint.save(self.out, step, tensors, state, scores, self.write)
+        checkpoint.save(self.out, step, tensors, state, self.scores, self.write)
         if self.world.first:
             checkpoint.prune(self.out, self.train.keep, self.counters["best_step"])
 
@@ -226,9 +223,16 @@ class Trainer:
         if self.ema:
             self.ema.load(checkpoint.load_tensors(folder, "ema"))
         checkpoint.load_state(folder, self.model, self.optimizers, self.counters)
+        self.scores = checkpoint.read_json(folder / "meta.json")
+        del self.scores["step"]
         return folder
 
     # ---- the run ---------------------------------------------------------------------------------
+
+    def due(self) -> bool:
+        """Whether this step is one to evaluate: the first, every so often, the last."""
+        step, every = self.counters["step"], self.train.eval_every
+        return step in (0, self.train.steps) or (every > 0 and step % every == 0)
 
     def fit(self) -> dict[str, float]:
         """Train to the last step, or until a signal; returns the last evaluation's numbers.
@@ -237,42 +241,50 @@ class Trainer:
         """
         start, train = self.counters["step"], self.train
         log = Logbook(self.out, train.steps, start, self.world.first, train.tensorboard)
-        scores: dict[str, float] = {}
-        with self.caught_signals():
-            if start == 0:
-                scores = self.evaluate()
-                self.counters["baseline"] = scores.get("val_loss", math.inf)
-                log.add({"step": 0, **scores})
+        with contextlib.closing(log), self.signals:
+            if self.due() and not self.scores:  # a new run, or one that was stopped evaluating
+                self.report(log)
             clock, since = time.perf_counter(), start
-            while self.counters["step"] < train.steps and not self.signal:
+            while self.counters["step"] < train.steps and not self.signals.agreed:
                 loss, norm = self.update(self.counters["step"])
                 self.count_skips(loss, norm, log)
                 step = self.counters["step"] = self.counters["step"] + 1
                 log.bar.update()
-                due = train.eval_every and step % train.eval_every == 0
                 if (step % train.log_every == 0 or step == train.steps) and math.isfinite(loss):
                     speed = self.speed(step - since, time.perf_counter() - clock)
                     lr = lr_factor(step - 1, train.steps, self.optim)
                     log.add({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **speed})
                     clock, since = time.perf_counter(), step
-                if due or step == train.steps or self.signal:
-                    scores = self.report(log)
+                if self.due() or self.signals.agreed:
+                    self.report(log)
                     clock, since = time.perf_counter(), step
-        log.close()
-        return scores
+        return self.scores
 
-    def report(self, log: Logbook) -> dict[str, float]:
+    def report(self, log: Logbook) -> None:
         """Evaluate, save, draw the curve, show samples."""
-        step, scores = self.counters["step"], self.evaluate()
-        if scores:
-            log.add({"step": step, **scores})
-        self.save(scores)
-        log.draw()
-        if self.show and self.world.first and not self.signal:
-            with self.averaged():
-                log.say(self.show(self.model, self.out / "samples", step))
-            self.model.train()
-        return scores
+        step, self.scores = self.counters["step"], self.evaluate()
+        if self.scores:
+            log.add({"step": step, **self.scores})
+            if step == 0:  # nothing is learnt yet: nothing to keep or to show
+                self.counters["baseline"] = self.scores["val_loss"]
+                return
+        self.save()
+        if not self.world.first:
+            return
+        try:
+            log.draw()
+            if self.show and not self.signals.noted:
+                with self.averaged():
+                    log.say(self.show(self.model, self.out / "samples", step))
+        except Exception as error:  # a picture is not worth a run
+            log.say(f"step {step}: nothing to show, {type(error).__name__}: {error}")
+        self.model.train()
+
+    def advice(self) -> str:
+        return (
+            f"the checkpoints in {self.out} are from before. Try a lower --optim.lr, "
+            "--train.dtype float32, or look for broken rows in the data"
+        )
 
     def count_skips(self, loss: float, norm: float, log: Logbook) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -282,11 +294,8 @@ class Trainer:
         step = self.counters["step"]
         log.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
         if self.skipped == self.train.patience:
-            log.close()
             raise FloatingPointError(
-                f"{self.skipped} steps in a row were not finite, the last was step {step}; the "
-                f"checkpoints in {self.out} are from before. Try a lower --optim.lr, "
-                "--train.dtype float32, or look for broken rows in the data"
+                f"{self.skipped} steps in a row were not finite, to step {step}; {self.advice()}"
             )
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
@@ -297,20 +306,3 @@ class Trainer:
         if peak and hasattr(self.model, "flops_per_row"):
             result["mfu"] = rows * self.model.flops_per_row() / (peak * self.world.size)
         return result
-
-    @contextlib.contextmanager
-    def caught_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C set a flag that steps and evaluation read; a second one kills."""
-
-        def note(number, frame):
-            self.signal = number
-            signal.signal(number, previous[number])
-
-        previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        for number in previous:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

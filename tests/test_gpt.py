@@ -1,0 +1,289 @@
+"""The GPT: what every variant of the architecture must obey, whatever its weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinyfm.gpt import GPT, GPTConfig, Linear, attention_mask, rope_frequencies, rotate
+
+GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tied": True,
+        "qk_norm": False}  # fmt: skip
+VARIANTS = {
+    "ours": {},
+    "gpt2": GPT2,
+    "llama2": {"qk_norm": False},
+    "llama3": {"qk_norm": False, "n_kv_head": 2, "rope_factor": 8.0, "rope_original_context": 8},
+    "mistral": {"qk_norm": False, "n_kv_head": 1, "window": 5},
+    "qwen3": {"n_kv_head": 2, "d_head": 6, "tied": True, "bias": True},
+    "relu2": {"mlp": "relu2", "norm": "layernorm", "d_ff": 24},
+}
+V, T = 41, 16
+
+
+def small(**options) -> GPTConfig:
+    sizes = {"vocab_size": V, "context_length": T, "n_layer": 2, "n_head": 4, "d_model": 32}
+    return GPTConfig(**{**sizes, "zero_init": False, **options})
+
+
+def loud(config: GPTConfig, seed: int = 0) -> GPT:
+    """A model in float64 with random weights so large that every input matters to its output."""
+    torch.manual_seed(seed)
+    model = GPT(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (p.size(1) ** -0.5 if p.ndim == 2 else 1))
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request) -> GPTConfig:
+    return small(**VARIANTS[request.param])
+
+
+# ---- what may see what --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_token_changes_no_logits_before_it(config):
+    model, tokens = loud(config), random_tokens(2, T)
+    logits = model(tokens)
+    assert logits.shape == (2, T, V)
+    for t in (0, 1, 7, T - 1):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % V
+        difference = (model(changed) - logits).abs().amax(-1)  # (B, T)
+        assert difference[:, :t].sum() == 0
+        assert (difference[:, t] > 1e-3).all()
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_meet(config):
+    model, tokens = loud(config), random_tokens(3, T)
+    alone = torch.cat([model(row[None]) for row in tokens])
+    torch.testing.assert_close(model(tokens), alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"position": "learned"}, {"n_kv_head": 1}])
+def test_window_limits_what_is_seen(options):
+    model, tokens, t = loud(small(window=5, n_layer=1, **options)), random_tokens(1, T), 12
+    seen = []
+    for s in range(T):
+        changed = tokens.clone()
+        changed[:, s] = (changed[:, s] + 1) % V
+        seen.append(not torch.equal(model(changed)[:, t], model(tokens)[:, t]))
+    assert [s for s in range(T) if seen[s]] == [8, 9, 10, 11, 12]  # the 5 latest, itself included
+
+
+def test_window_as_long_as_the_row_is_no_window():
+    tokens = random_tokens(2, T)
+    plain, windowed = (loud(small(window=w))(tokens) for w in (0, T))
+    torch.testing.assert_close(plain, windowed)
+
+
+def test_attention_mask_by_hand():
+    positions, pad = torch.arange(4), torch.tensor([0, 2])
+    full, padded = attention_mask(positions, positions, 2, pad)[:, 0].int().tolist()
+    assert full == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert padded == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]  # itself, always
+
+
+@torch.no_grad()
+def test_grouped_heads_are_shared_heads():
+    grouped, full = loud(small(n_kv_head=2)), loud(small(), seed=1)
+    state = grouped.state_dict()
+    for name in state:
+        if ".k.weight" in name or ".v.weight" in name:  # (G K, D): every head for two query heads
+            state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+    full.load_state_dict(state)
+    tokens = random_tokens(2, T)
+    torch.testing.assert_close(grouped(tokens), full(tokens))
+
+
+# ---- positions ----------------------------------------------------------------------------------
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    config, (q, k) = small(), torch.randn(2, 1, 1, 1, 8)
+    turns = torch.arange(T)[:, None] * rope_frequencies(config)
+    q, k = (rotate(x.expand(1, 1, T, 8), turns.cos(), turns.sin())[0, 0] for x in (q, k))
+    scores = q @ k.T  # (T, T)
+    for distance in range(T):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert scores[:, 0].unique().numel() == T
+
+
+def test_context_extension_slows_long_waves_only():
+    plain = GPTConfig(d_head=64, rope_theta=500_000.0)
+    longer = replace(plain, rope_factor=8.0, rope_original_context=8192)
+    ratio = rope_frequencies(plain) / rope_frequencies(longer)
+    waves = 2 * math.pi / rope_frequencies(plain)
+    torch.testing.assert_close(ratio[waves < 8192 / 4], torch.ones(int((waves < 8192 / 4).sum())))
+    assert (ratio[waves > 8192] - 8).abs().max() < 1e-4
+    between = ratio[(waves > 8192 / 4) & (waves < 8192)]
+    assert len(between) and (between > 1).all() and (between < 8).all()
+
+
+def test_too_many_tokens():
+    with pytest.raises(ValueError, match="17 tokens exceed context_length 16"):
+        GPT(small())(random_tokens(1, T + 1))
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_every_parameter_learns(config):
+    model = loud(config).train()
+    model.loss({"tokens": random_tokens(4, T + 1)})[0].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        if name.endswith("k.bias") and config.position == "learned" and not config.qk_norm:
+            continue  # adds q . b to every score of a row, which the softmax does not notice
+        assert p.grad.abs().max() > 1e-6, name
+
+
+def test_first_loss_is_that_of_guessing(config):
+    torch.manual_seed(0)
+    for zero_init in (False, True):
+        model = GPT(replace(config, zero_init=zero_init))
+        loss, _ = model.loss({"tokens": random_tokens(8, T + 1)})
+        assert abs(loss.item() - math.log(V)) < 0.1
+
+
+def test_zero_init_starts_from_the_identity():
+    model, tokens = GPT(small(zero_init=True)), random_tokens(2, T)
+    torch.testing.assert_close(model.hidden(tokens), model.norm(model.token_embedding(tokens)))
+
+
+def test_dropout_is_for_training_only():
+    tokens = random_tokens(2, T)
+    model = loud(small(dropout=0.5))
+    torch.testing.assert_close(model(tokens), loud(small())(tokens))
+    model.train()
+    assert (model(tokens) - model(tokens)).abs().max() > 1e-3
+
+
+def test_masked_targets_do_not_count():
+    model, tokens = loud(small()), random_tokens(3, T + 1)
+    mask = torch.rand(3, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[:, -1] = False
+    loss, metrics = model.loss({"tokens": tokens, "mask": mask})
+    assert metrics["weight"] == mask.sum() < mask.numel()
+    log_p = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(loss.double(), -log_p[mask].mean(), rtol=1e-5, atol=1e-5)
+    tokens[:, -1] = (tokens[:, -1] + 1) % V  # a target that nobody asks for
+    assert model.loss({"tokens": tokens, "mask": mask})[0] == loss
+
+
+def test_weights_make_unequal_batches_one():
+    model, tokens = loud(small()), random_tokens(4, T + 1)
+    mask = torch.arange(T) < torch.tensor([[1], [T], [3], [0]])
+    whole, metrics = model.loss({"tokens": tokens, "mask": mask})
+    parts = [model.loss({"tokens": tokens[i:i + 1], "mask": mask[i:i + 1]}) for i in range(4)]
+    assert metrics["weight"] == sum(m["weight"] for _, m in parts) == 1 + T + 3
+    mean = sum(loss * m["weight"] for loss, m in parts) / metrics["weight"]
+    torch.testing.assert_close(mean, whole)  # the row without targets adds 0, not nan
+    assert model.loss({"tokens": tokens})[1]["weight"] == 4 * T
+
+
+def test_bfloat16_and_autocast_are_near_float32(config):
+    torch.manual_seed(0)
+    model, tokens = GPT(config).eval(), random_tokens(2, T + 1)
+    loss = model.loss({"tokens": tokens})[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.loss({"tokens": tokens})[0]
+    half = model.bfloat16().loss({"tokens": tokens})[0]
+    assert half.dtype == mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, loss, rtol=0.01, atol=0)
+    torch.testing.assert_close(half, loss, rtol=0.01, atol=0)
+
+
+# ---- counting -----------------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_run(config):
+    # The counter knows matrix products: as attention is asked for in that form, it sees all
+    # T x T scores, the causal half that the mask discards included; nothing but products counts.
+    model = GPT(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss({"tokens": random_tokens(3, T + 1)})[0].backward()
+    assert counter.get_total_flops() == 3 * model.flops_per_row()
+
+
+def test_gpt2_has_its_published_size():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(50257, 1024, 12, 12, d_model=768, **GPT2))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert model.flops_per_row() == 874_944_921_600
+
+
+# ---- few rows on a CPU --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1), (5,), (4, 2), (8, 1), (17,), (0,)])
+def test_linear_is_the_same_in_any_number_of_rows(shape, bias, dtype):
+    torch.manual_seed(0)
+    ours, x = Linear(48, 40, bias).to(dtype), torch.randn(*shape, 48, dtype=dtype)
+    theirs = F.linear(x, ours.weight, ours.bias)
+    got = ours(x)
+    assert got.shape == theirs.shape and got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(got, theirs, rtol=tolerance, atol=tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+
+
+def test_linear_learns_from_few_rows():
+    ours, x = Linear(6, 5).bfloat16(), torch.randn(2, 6, dtype=torch.bfloat16)
+    ours(x).sum().backward()
+    torch.testing.assert_close(ours.weight.grad, x.sum(0).expand(5, 6))
+    assert isinstance(ours, nn.Linear)  # so tools that look for linear layers find it
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"n_layer": 0}, "n_layer is 0; it must be at least 1"),
+    ({"vocab_size": -3}, "vocab_size is -3"),
+    ({"window": -1}, "window is -1; it must be at least 0"),
+    ({"d_model": 33}, "d_model 33 is not divisible by n_head 4; use 32 or set d_head"),
+    ({"n_kv_head": 3}, "n_head 4 is not divisible by n_kv_head 3; use a divisor of 4"),
+    ({"n_kv_head": 8}, "n_head 4 is not divisible by n_kv_head 8"),
+    ({"d_head": 5}, "head width 5 is odd; rotary positions need an even one"),
+    ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+    ({"mlp": "gelo"}, "mlp is 'gelo'; use one of"),
+    ({"norm": "batch"}, "norm is 'batch'; use one of"),
+    ({"position": None}, "position is None; use one of"),
+]
+
+
+@pytest.mark.parametrize("options, sentence", MISTAKES)
+def test_mistakes_in_a_config(options, sentence):
+    with pytest.raises(ValueError) as error:
+        small(**options)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_open_sizes_follow_a_changed_config():
+    config = GPTConfig(d_model=256, n_head=4)
+    assert (config.K, config.G, config.F) == (64, 4, 704)
+    wider = replace(config, d_model=768, n_head=6)
+    assert (wider.K, wider.G, wider.F) == (128, 6, 2048)
+    assert replace(wider, mlp="gelu").F == 3072
+    fixed = replace(config, d_head=16, n_kv_head=2, d_ff=100)
+    assert replace(fixed, d_model=512).F == 100 and (fixed.K, fixed.G) == (16, 2)
+    assert GPT(replace(small(), d_model=64)).blocks[0].attention.q.weight.shape == (64, 64)

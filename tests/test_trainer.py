@@ -1,0 +1,493 @@
+"""The loop: it learns, and however a run is cut, stopped, spread or hurt, it is the same run."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import call
+
+import train
+from tinyfm import checkpoint, distributed, generate, machine
+from tinyfm.data import TextConfig, TextData
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.logbook import Logbook
+from tinyfm.optim import OptimConfig
+from tinyfm.trainer import TrainConfig, Trainer, row_generators
+
+ROOT = Path(__file__).parent.parent
+TINY = GPTConfig(257, context_length=16, n_layer=1, n_head=2, d_model=16, zero_init=False)
+OPTIM = OptimConfig(warmup_steps=2)
+TRAIN = TrainConfig(
+    steps=10, batch_size=8, eval_every=5, log_every=1, device="cpu", dtype="float32"
+)
+
+
+@pytest.fixture(scope="module")
+def data(text, tmp_path_factory):
+    """40 windows of 16 bytes: an epoch is five steps of eight rows."""
+    path = tmp_path_factory.mktemp("small") / "small.txt"
+    path.write_text(text.read_text(encoding="utf-8")[:730], encoding="utf-8")
+    config = TextConfig(str(path), "bytes", cache=str(path.parent / "cache"))
+    return TextData.prepare(config, TINY.vocab_size, TINY.context_length, TRAIN.batch_size, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """test_machine.py and test_cli.py draw; here it would be most of the time."""
+    monkeypatch.setattr(Logbook, "draw", lambda self: None)
+
+
+class Wrapped:
+    """Data with something else in one place; what is not given is the data's own."""
+
+    def __init__(self, data, **changes):
+        self.data = data
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+
+def make(out, data, model=TINY, config=TRAIN, optim=OPTIM, seed=0, cls=GPT, **others) -> Trainer:
+    torch.manual_seed(seed)
+    return Trainer(cls(model), data, config, optim, Path(out), **others)
+
+
+def rows(run) -> list[dict]:
+    """What metrics.jsonl says, without what a clock says."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    clock = ("time", "tokens_per_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def losses(run) -> list[float]:
+    return [row["loss"] for row in rows(run) if "loss" in row]
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_few_rows_are_learnt_by_heart(tmp_path, data, optimizer):
+    """Of ln 257 = 5.5 nats a token at the start nothing need remain, as each row begins otherwise:
+    what follows is certain. Fifty steps bring it below 0.05."""
+    few = data.batch(0, slice(4))
+    few["tokens"][:, 0] = torch.arange(4)
+    stub = Wrapped(data, batch=lambda step, part: few, val_batches=lambda n: iter([few]))
+    model = replace(TINY, n_layer=2, d_model=64)
+    config = replace(TRAIN, steps=50, batch_size=4, eval_every=0)
+    trainer = make(tmp_path, stub, model, config, replace(OPTIM, optimizer=optimizer, lr=1e-2))
+    scores = trainer.fit()
+    assert trainer.counters["baseline"] == pytest.approx(math.log(257), abs=0.2)
+    assert scores["val_loss"] < 0.05
+
+
+# ---- stop and go on -----------------------------------------------------------------------------
+
+
+def show(model, folder, step) -> str:
+    """Draws as sampling does, and from the global generator, which training must not notice."""
+    torch.rand(3)
+    return str(generate.complete(model, [[1, 2]], generate.Sampling(max_new_tokens=3)))
+
+
+def stopping(data, place: str, number: int, at: int):
+    """Data, and what to show, that raise a signal once at one place of the loop."""
+    evaluations = []
+
+    def batch(step, part):
+        if place == "step" and step == at and part.start == 0:  # in the first micro-batch
+            signal.raise_signal(number)
+        return data.batch(step, part)
+
+    def val_batches(n):
+        evaluations.append(n)
+        for i, batch in enumerate(data.val_batches(n)):
+            if place == "evaluation" and len(evaluations) == at and i == 1:
+                signal.raise_signal(number)
+            yield batch
+
+    def shown(model, folder, step):
+        if place == "samples" and step == at:
+            signal.raise_signal(number)
+        return show(model, folder, step)
+
+    return Wrapped(data, batch=batch, val_batches=val_batches), shown
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    ("place", "at", "stopped_at", "number", "dtype"),
+    [
+        ("step", 6, 7, signal.SIGTERM, "float32"),
+        ("step", 6, 7, signal.SIGINT, "bfloat16"),
+        ("step", 9, 10, signal.SIGTERM, "float32"),  # the last: its evaluation is left to do
+        ("evaluation", 1, 0, signal.SIGTERM, "float32"),
+        ("evaluation", 2, 5, signal.SIGINT, "float32"),
+        ("samples", 5, 6, signal.SIGTERM, "float32"),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path, data, monkeypatch, place, at, stopped_at, number, dtype
+):
+    """With dropout, an average, micro-batches of unequal size, two optimizers, over an epoch."""
+    monkeypatch.setattr(machine, "bfloat16_is_fast", lambda device: True)
+    model, optim = replace(TINY, dropout=0.1), replace(OPTIM, ema_half_life=3)
+    config = replace(TRAIN, micro_batch_size=3, dtype=dtype)
+    straight = make(tmp_path / "a", data, model, config, optim, show=show)
+    scores = straight.fit()
+
+    stub, shown = stopping(data, place, number, at)
+    first = make(tmp_path / "b", stub, model, config, optim, show=shown)
+    first.fit()
+    assert (first.signals.agreed, first.counters["step"]) == (number, stopped_at)
+    resumed = make(tmp_path / "b", data, model, config, optim, seed=1, show=show)
+    assert resumed.resume().name == f"step-{stopped_at:06d}"
+    assert resumed.fit() == scores
+
+    assert same(resumed.model.state_dict(), straight.model.state_dict())
+    assert same(resumed.ema.average, straight.ema.average)
+    for ours, theirs in zip(resumed.optimizers, straight.optimizers):
+        assert same(ours.state_dict()["state"], theirs.state_dict()["state"])
+    assert resumed.counters == straight.counters
+    assert rows(tmp_path / "b") == rows(tmp_path / "a")
+    assert len(losses(tmp_path / "a")) == 10
+
+
+def test_a_complete_run_is_left_as_it_is(tmp_path, data):
+    scores = make(tmp_path, data).fit()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    logged, again = rows(tmp_path), make(tmp_path, data)
+    again.resume()
+    assert again.fit() == scores and rows(tmp_path) == logged
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_second_signal_kills_but_not_at_once(monkeypatch):
+    now, survived = [100.0], False
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), distributed.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.1
+        signal.raise_signal(signal.SIGINT)  # torchrun, passing on the same Ctrl-C
+        survived = signals.noted == signal.SIGINT and not signals.agreed
+        now[0] += 10
+        signal.raise_signal(signal.SIGINT)
+    assert survived
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- one batch, however it is cut ---------------------------------------------------------------
+
+
+def masked(data):
+    """Training rows of which the first has one target, the next two, and so on."""
+
+    def batch(step, part):
+        counts = torch.arange(TRAIN.batch_size)[part] % TRAIN.batch_size
+        mask = torch.arange(TINY.context_length) < counts[:, None]
+        return {**data.batch(step, part), "mask": mask}
+
+    return Wrapped(data, batch=batch)
+
+
+class Noisy(GPT):
+    """A GPT with noise of its own on every row's loss, as a denoiser has."""
+
+    def loss(self, batch, generators):
+        loss, _ = super().loss(batch)
+        return loss + torch.cat([torch.rand(1, generator=g) for g in generators]).mean(), {}
+
+
+@pytest.mark.parametrize(
+    ("weigh", "cls"), [(Wrapped, GPT), (Wrapped, Noisy), (masked, GPT)],
+    ids=["equal", "noisy", "masked"],
+)  # fmt: skip
+def test_micro_batches_make_one_batch(tmp_path, data, weigh, cls):
+    """Row 0 of the masked batch has no target at all, and as a micro-batch of its own no mean."""
+    optim = replace(OPTIM, optimizer="adamw", lr=1e-3)
+    results = []
+    for size in (0, 1, 3):
+        config = replace(TRAIN, steps=3, micro_batch_size=size, eval_every=0)
+        trainer = make(tmp_path / str(size), weigh(data), config=config, optim=optim, cls=cls)
+        trainer.fit()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        results.append((losses(trainer.out), weights))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        torch.testing.assert_close(weights, results[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_row_generators_follow_the_row(data):
+    def draws(part):
+        return [torch.rand(1, generator=g).item() for g in row_generators(3, 5, part)]
+
+    assert draws(range(4, 8)) == draws(range(8))[4:]
+    assert len(set(draws(range(100)))) == 100
+    others = [row_generators(seed, step, range(1))[0] for seed, step in ((4, 5), (3, 6), (3, -1))]
+    assert draws(range(1))[0] not in [torch.rand(1, generator=g).item() for g in others]
+
+
+# ---- what is not a number -----------------------------------------------------------------------
+
+
+class Poisoned(GPT):
+    """A GPT whose loss is multiplied by batch["factor"] where there is one."""
+
+    def loss(self, batch, generators=None):
+        loss, metrics = super().loss(batch, generators)
+        return loss * batch.get("factor", 1.0), metrics
+
+
+def poison(data, steps, factor=math.nan):
+    def batch(step, part):
+        extra = {"factor": torch.tensor(factor)} if step in steps else {}
+        return {**data.batch(step, part), **extra}
+
+    return Wrapped(data, batch=batch)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, data, capsys, factor):
+    optim = replace(OPTIM, ema_half_life=3)
+    trainer = make(tmp_path, poison(data, {1, 2, 4}, factor), optim=optim, cls=Poisoned)
+    trainer.update(0)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    average = {k: v.clone() for k, v in trainer.ema.average.items()}
+    loss, norm = trainer.update(1)
+    assert not math.isfinite(loss) and not math.isfinite(norm)
+    assert same(trainer.model.state_dict(), before) and same(trainer.ema.average, average)
+    assert math.isfinite(trainer.update(3)[0])
+    assert not same(trainer.model.state_dict(), before)
+
+    trainer.train = replace(trainer.train, patience=3)
+    assert math.isfinite(trainer.fit()["val_loss"])
+    assert capsys.readouterr().out.count("skipped, no weight was changed") == 3
+
+
+def test_many_such_steps_end_the_run_and_keep_its_checkpoints(tmp_path, data):
+    config = replace(TRAIN, patience=4, eval_every=2)
+    trainer = make(tmp_path, poison(data, range(5, 99)), config=config, cls=Poisoned)
+    with pytest.raises(FloatingPointError, match=r"4 steps in a row.*before.*--optim.lr"):
+        trainer.fit()
+    assert math.isfinite(rows(tmp_path)[-1].get("val_loss", 0))
+    resumed = make(tmp_path, data, cls=Poisoned)
+    resumed.resume()
+    assert all(p.isfinite().all() for p in resumed.model.parameters())
+
+
+def test_weights_that_blew_up_are_not_saved(tmp_path, data):
+    config, optim = replace(TRAIN, eval_every=1), replace(OPTIM, optimizer="adamw", lr=1e38)
+    with pytest.raises(FloatingPointError, match="validation loss is nan at step"):
+        make(tmp_path, data, config=config, optim=optim).fit()
+    assert not [*tmp_path.glob("step-*")]
+
+
+# ---- evaluation and checkpoints -----------------------------------------------------------------
+
+
+def test_evaluating_and_sampling_leave_the_training_alone(tmp_path, data):
+    modes = []
+
+    class Watched(GPT):
+        def loss(self, batch, generators=None):
+            modes.append(self.training)
+            return super().loss(batch, generators)
+
+    model, results = replace(TINY, dropout=0.2), []
+    for every, shown in ((0, None), (1, show)):
+        config = replace(TRAIN, steps=6, eval_every=every)
+        trainer = make(tmp_path / str(every), data, model, config, cls=Watched, show=shown)
+        trainer.fit()
+        assert modes.count(True) == 6 and trainer.model.training
+        results.append((losses(trainer.out), trainer.model.state_dict()))
+        modes.clear()
+    assert same(results[0], results[1])
+
+
+def test_the_loss_is_that_of_the_averaged_weights(tmp_path, data):
+    trainer = make(tmp_path, data, optim=replace(OPTIM, ema_half_life=5))
+    scores = trainer.fit()
+    total = weight = 0
+    other = GPT(TINY).eval()
+    checkpoint.load_model(other, checkpoint.load_tensors(checkpoint.find(tmp_path), "ema"))
+    with torch.no_grad():
+        for batch in data.val_batches(8):
+            loss, metrics = other.loss(batch)
+            total, weight = total + loss * metrics["weight"], weight + metrics["weight"]
+    assert scores["val_loss"] == pytest.approx(float(total / weight), rel=1e-6)
+    assert not same(other.state_dict(), trainer.model.state_dict())
+
+
+def test_a_tied_head_is_averaged_once(tmp_path, data):
+    """The head's name must not bring the last step's weights back over the average."""
+    model = replace(TINY, tied=True)
+    trainer = make(tmp_path, data, model, optim=replace(OPTIM, ema_half_life=5))
+    trainer.fit()
+    other = GPT(model)
+    checkpoint.load_model(other, checkpoint.load_tensors(checkpoint.find(tmp_path), "ema"))
+    assert same(dict(other.named_parameters()), trainer.ema.average)
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path, data, monkeypatch):
+    script = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 2.0, 6: 3.0}
+
+    def folders():
+        return sorted(path.name for path in tmp_path.glob("step-*"))
+
+    config = replace(TRAIN, steps=6, eval_every=1, keep=1)
+    stub, _ = stopping(data, "step", signal.SIGTERM, 3)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (
+        {} if self.signals.agreed else {"val_loss": script[self.counters["step"]]}))  # fmt: skip
+    make(tmp_path, stub, config=config).fit()
+    assert folders() == ["step-000002", "step-000004"]
+    trainer = make(tmp_path, data, config=config)
+    trainer.resume()
+    trainer.fit()
+    assert folders() == ["step-000002", "step-000006"]
+    assert trainer.counters == {"step": 6, "best_step": 2, "best_loss": 1.0, "baseline": 5.0}
+
+
+def test_what_cannot_be_shown_stops_nothing(tmp_path, data, capsys):
+    def broken(model, folder, step):
+        raise OSError("no room for pictures")
+
+    trainer = make(tmp_path, data, optim=replace(OPTIM, ema_half_life=3), show=broken)
+    trainer.fit()
+    assert trainer.counters["step"] == 10 and trainer.model.training
+    assert capsys.readouterr().out.count("no room for pictures") == 2
+
+
+def test_compiling_that_fails_is_told_and_left(tmp_path, data, monkeypatch, capsys):
+    def compile(module):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nlong story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    make(tmp_path / "a", data).fit()
+    capsys.readouterr()
+    make(tmp_path / "b", data, config=replace(TRAIN, compile=True)).fit()
+    out = capsys.readouterr().out
+    assert out.count("torch.compile fails here (RuntimeError: no C++ compiler); going on") == 1
+    assert "long story" not in out and rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_compiling_that_works_is_used(tmp_path, data, monkeypatch):
+    calls = []
+
+    def compile(module):
+        def call(*args):
+            calls.append(module)
+            return module(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    make(tmp_path, data, config=replace(TRAIN, compile=True)).fit()
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"batch_size": -2}, "batch_size is -2"),
+        ({"micro_batch_size": -1}, "micro_batch_size is -1"),
+        ({"patience": 0}, "patience is 0"),
+    ],
+)
+def test_bad_configs(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change)
+
+
+# ---- two ranks ----------------------------------------------------------------------------------
+
+# Each process runs train.py thrice: whole; with a signal that only rank 1 gets, and only as it
+# evaluates; and with a batch that cannot be shared.
+RANK = """
+import os, signal, sys
+import train
+from tinyfm import distributed
+from tinyfm.data import TextData
+out, *options = sys.argv[1:]
+rank = int(os.environ["RANK"])
+distributed.stop = lambda: None
+
+def run(*more):
+    sys.argv = ["train.py", *options, *more]
+    print("status:", train.main(), flush=True)
+
+run("--out", out)
+plain, calls = TextData.val_batches, []
+def val_batches(self, n):
+    calls.append(n)
+    for i, batch in enumerate(plain(self, n)):
+        if rank == 1 and len(calls) == 2 and i == 3:
+            signal.raise_signal(signal.SIGINT)
+        yield batch
+TextData.val_batches = val_batches
+run("--out", out + "-stopped")
+run("--out", out + "-uneven", "--train.batch-size", "3")
+import torch
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+"""
+
+
+def test_two_ranks_are_one_batch_and_stop_together(tmp_path, options, tiny_run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = [*options, "--train.device", "cpu", "--train.dtype", "float32"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "two"), *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=100) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    uneven = "status: error: batch_size 3 is not divisible by the 2 processes; use 4"
+    for (out, err), number in zip(outputs, (signal.SIGTERM, signal.SIGINT)):
+        statuses = [line for line in out.splitlines() if line.startswith("status")]
+        assert statuses == ["status: 0", f"status: {128 + number}", uneven], out + err
+    assert "stopped at step 2 and saved" in outputs[0][0]
+    assert outputs[1][0].count("\n") == 3  # the second rank is silent
+    assert checkpoint.find(tmp_path / "two-stopped").name == "step-000002"
+
+    assert call(train, *options, "--out", tmp_path / "one") == 0
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == 7 and [r["step"] for r in one] == [r["step"] for r in two]
+    for ours, theirs in zip(one, two):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    weights = [checkpoint.load_tensors(tmp_path / name / "step-000004") for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)
