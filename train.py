@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, checkpoint, distributed, machine, presets
+from tinyfm import calc, distributed, files, machine, presets
 from tinyfm.trainer import Trainer
 
 
@@ -49,12 +49,12 @@ def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distrib
         show=lambda model, folder, step: run.show(model, data.tokenizer, folder, step),
     )  # fmt: skip
     if run.resume:
-        presets.check_same(checkpoint.read_json(out / "config.json"), record, out)
+        presets.check_same(files.read_json(out / "config.json"), record, out)
         folder, done = trainer.resume(), trainer.counters["step"] == run.train.steps
         say(f"{'the run is complete:' if done else 'going on from'} {folder}")
     elif world.first:
         out.mkdir(parents=True)
-        checkpoint.write_json(out / "config.json", record)
+        files.write_json(out / "config.json", record)
     costs = calc.describe(trainer.model, run.optim, run.train)
     say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
     scores = trainer.fit()

@@ -42,7 +42,8 @@ def main(options: list[str]) -> None:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
         bpb = [row["val_bpb"] for row in rows if "val_bpb" in row]
-        print(f"train.py: {seconds:.0f} s, {peak:.2f} GiB at most, bpb {bpb[0]:.3f} to {bpb[-1]:.3f}")
+        ends = f"{bpb[0]:.3f} to {bpb[-1]:.3f}"
+        print(f"train.py: {seconds:.0f} s, {peak:.2f} GiB at most, bits per byte {ends}")
         model, train = record["model"], record["train"]
         config = TextConfig(**{**record["data"], "cache": str(cache)})
         data = TextData.prepare(

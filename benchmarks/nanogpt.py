@@ -96,8 +96,9 @@ def shakespeare(clone: Path, text: Path, rounds: int) -> None:
         for _ in range(rounds):
             target, limit = run_nanogpt(clone, text, work)
             early, until, whole = run_ours(text, work, EARLY)
-            print(f"nanoGPT {target:.3f} bpb in {limit:.1f} s; ours {early:.3f} known after "
-                  f"{until:.1f} s (process {whole:.1f} s): {until / limit:.3f} of its time")  # fmt: skip
+            print(f"nanoGPT {target:.3f} bits per byte in {limit:.1f} s")
+            print(f"  ours {early:.3f} after {until:.1f} s, {until / limit:.3f} of its time; "
+                  f"the process ends after {whole:.1f} s")  # fmt: skip
             steps = 60
             for _ in range(2):  # how many steps fit into its time?
                 full, until_full, _ = run_ours(text, work, f"{FULL} --train.steps {steps}")

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tinyfm import checkpoint
-from tinyfm.checkpoint import CheckpointError
+from tinyfm import checkpoint, files, training_state
+from tinyfm.files import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {"model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}}
@@ -98,15 +98,15 @@ def test_resume_is_bit_for_bit(tmp_path, kind, late_from):
     saver = build(kind)
     train(*saver, range(5), late_from)
     counters = {"step": 5, "best": 1.5, "rng": torch.get_rng_state(), "history": {"loss": [2.0]}}
-    state = checkpoint.training_state(*saver, counters)
+    state = training_state.collect(*saver, counters)
     checkpoint.save(tmp_path, 5, {"model": saver[0].state_dict()}, state)
 
     resumed = build(kind)
     folder = checkpoint.find(tmp_path)
-    checkpoint.load_model(resumed[0], checkpoint.load_tensors(folder))
+    files.load_model(resumed[0], files.load_tensors(folder))
     rng = torch.zeros_like(counters["rng"])
     empty = {"step": 0, "best": 0.0, "rng": rng, "history": {"loss": 0}}
-    checkpoint.load_state(folder, *resumed, empty)
+    training_state.restore(folder, *resumed, empty)
     assert torch.equal(empty.pop("rng"), counters.pop("rng")) and empty == counters
     for run in (saver, resumed):  # the one that saved must not notice that it did
         train(*run, range(5, 10), late_from)
@@ -119,11 +119,11 @@ def test_resume_is_bit_for_bit(tmp_path, kind, late_from):
 
 def test_saving_before_the_first_step_changes_nothing(tmp_path):
     model, optimizers = build("adamw")
-    state = checkpoint.training_state(model, optimizers, {"step": 0})
+    state = training_state.collect(model, optimizers, {"step": 0})
     folder = checkpoint.save(tmp_path, 0, {"model": model.state_dict()}, state)
     assert not optimizers[0].state
     other, others = build("adamw")
-    checkpoint.load_state(folder, other, others, {"step": 9})
+    training_state.restore(folder, other, others, {"step": 9})
     assert not others[0].state
 
 
@@ -133,12 +133,12 @@ def test_saving_before_the_first_step_changes_nothing(tmp_path):
 def test_state_of_another_optimizer_is_refused(tmp_path, saved, loaded):
     model, optimizers = build(saved)
     train(model, optimizers, range(2), 0)
-    state = checkpoint.training_state(model, optimizers, {"step": 2})
+    state = training_state.collect(model, optimizers, {"step": 2})
     folder = checkpoint.save(tmp_path, 2, {"model": model.state_dict()}, state)
     with pytest.raises(CheckpointError, match=r"fit this run: .*\.(exp_avg|momentum_buffer) is un"):
-        checkpoint.load_state(folder, *build(loaded), {"step": 0})
+        training_state.restore(folder, *build(loaded), {"step": 0})
     with pytest.raises(CheckpointError, match=r"counters\.wished"):
-        checkpoint.load_state(folder, *build(saved), {"step": 0, "wished": 0})
+        training_state.restore(folder, *build(saved), {"step": 0, "wished": 0})
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -146,10 +146,10 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     folder = checkpoint.save(tmp_path, 1, {"model": model.state_dict(), "ema": model.state_dict()})
     assert not (folder / "state").exists()
     for name in ("model", "ema"):
-        tensors = checkpoint.load_tensors(folder, name)
+        tensors = files.load_tensors(folder, name)
         assert "embed.weight" in tensors and "head.weight" not in tensors
     other = Tied()
-    checkpoint.load_model(other, tensors)
+    files.load_model(other, tensors)
     assert other.head.weight is other.embed.weight
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_change_nothing():
     del tensors["late.weight"], tensors["head.weight"]
     tensors["stray"] = torch.zeros(1)
     with pytest.raises(ValueError, match="3 weights") as error:
-        checkpoint.load_model(model, tensors)
+        files.load_model(model, tensors)
     for part in ("late.weight is missing", "stray is unexpected", r"hidden.bias is (7,), not (4,)"):
         assert part in str(error.value)
     assert "head.weight" not in str(error.value)
@@ -178,11 +178,11 @@ def test_layout_and_empty_or_strided_tensors(tmp_path):
     folder = checkpoint.save(tmp_path, 500, {"model": odd}, toy_state(), {"val": 2.5}, write)
     assert folder == tmp_path / "step-000500"
     assert (tmp_path / "latest").read_text(encoding="utf-8") == "step-000500\n"
-    assert checkpoint.read_json(folder / "meta.json") == {"step": 500, "val": 2.5}
+    assert files.read_json(folder / "meta.json") == {"step": 500, "val": 2.5}
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "meta.json", "tokenizer.json", "state", "manifest.json",
     }  # fmt: skip
-    loaded = checkpoint.load_tensors(folder)
+    loaded = files.load_tensors(folder)
     assert all(torch.equal(odd[name], loaded[name]) for name in odd)
     assert all(tensor.device.type == "cpu" for tensor in loaded.values())
 
@@ -190,7 +190,7 @@ def test_layout_and_empty_or_strided_tensors(tmp_path):
 # ---- kills, full disks, poison ----
 
 STAGES = [
-    (os, "mkdir"), (io, "open"), (checkpoint, "save_file"), (os, "fsync"), (os, "replace"),
+    (os, "mkdir"), (io, "open"), (files, "save_file"), (os, "fsync"), (os, "replace"),
     (os, "rename"),
 ]  # fmt: skip
 
@@ -488,7 +488,7 @@ def test_a_run_that_went_back_resumes_its_own_branch(tmp_path):
     for step in (1, 2, 3):
         small_save(tmp_path, step)
     small_save(tmp_path, 2, meta={"branch": "new"})  # resumed from step 1 on purpose
-    assert checkpoint.read_json(checkpoint.find(tmp_path) / "meta.json")["branch"] == "new"
+    assert files.read_json(checkpoint.find(tmp_path) / "meta.json")["branch"] == "new"
 
 
 # ---- what others send ----
@@ -521,10 +521,10 @@ def test_pickles_are_refused_and_never_run(tmp_path):
                 checkpoint.verify(folder)
         (folder / "model.safetensors").write_bytes(payload)
         with pytest.raises(CheckpointError, match="never opened") as error:
-            checkpoint.load_tensors(folder)
+            files.load_tensors(folder)
         assert "\n" not in str(error.value)
         with pytest.raises(CheckpointError):
-            checkpoint.read_json(folder / "manifest.json")
+            files.read_json(folder / "manifest.json")
     assert not (tmp_path / "ran").exists()
 
 
@@ -565,10 +565,10 @@ def test_malformed_safetensors(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(MALFORMED_SAFETENSORS[name])
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors"):
-        checkpoint.load_tensors(tmp_path)
+        files.load_tensors(tmp_path)
     assert time.perf_counter() - start < 1
     with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
-        checkpoint.load_tensors(tmp_path, "ema")
+        files.load_tensors(tmp_path, "ema")
 
 
 def test_mutated_safetensors_load_or_are_refused(tmp_path):
@@ -581,7 +581,7 @@ def test_mutated_safetensors_load_or_are_refused(tmp_path):
             mutated[rng.randrange(len(mutated))] = rng.randrange(256)
         path.write_bytes(mutated[: rng.choice([None, None, rng.randrange(len(mutated))])])
         try:
-            tensors = checkpoint.load_tensors(tmp_path)
+            tensors = files.load_tensors(tmp_path)
             assert sum(t.numel() * t.element_size() for t in tensors.values()) <= len(whole)
         except CheckpointError:
             refused += 1
@@ -597,18 +597,18 @@ def test_malformed_json(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
-        checkpoint.read_json(path)
+        files.read_json(path)
 
 
 def test_json_is_plain_and_replaced_as_a_whole(tmp_path):
     path = tmp_path / "config.json"
     value = {"name": "é", "n": [1, 2.5, None, True], "nested": {"a": {}}}
-    checkpoint.write_json(path, value)
-    assert checkpoint.read_json(path) == value
+    files.write_json(path, value)
+    assert files.read_json(path) == value
     for poison in (torch.ones(1).numpy()[0], float("nan"), {1, 2}, Path("x")):
         with pytest.raises((TypeError, ValueError)):
-            checkpoint.write_json(path, {"a": poison})
-    assert checkpoint.read_json(path) == value
+            files.write_json(path, {"a": poison})
+    assert files.read_json(path) == value
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -639,7 +639,7 @@ def two_ranks(rank: int, run: Path) -> None:
     model, optimizers = build("adamw")
     train(model, optimizers, range(5), 0)
     counters = {"step": 5, f"seed_{rank}": 100 + rank}
-    state = checkpoint.training_state(model, optimizers, counters)
+    state = training_state.collect(model, optimizers, counters)
     tensors = {"model": model.state_dict()} if rank == 0 else {}
     checkpoint.save(run, 5, tensors, state)
     poison = {"counters": {"step": 6, f"mine_{rank}": (lambda: 0) if rank else 0}}
@@ -650,7 +650,7 @@ def two_ranks(rank: int, run: Path) -> None:
             print(error)
     other, others = build("adamw")
     mine = {"step": 0, f"seed_{rank}": 0}
-    checkpoint.load_state(checkpoint.find(run), other, others, mine)
+    training_state.restore(checkpoint.find(run), other, others, mine)
     assert mine == counters, mine
     torch.distributed.barrier()
     sys.stdout.flush()
@@ -676,9 +676,9 @@ def test_two_ranks_save_together_and_one_loads(tmp_path):
     train(*straight, range(10), 0)
     resumed = build("adamw")
     folder = checkpoint.find(run)
-    checkpoint.load_model(resumed[0], checkpoint.load_tensors(folder))
+    files.load_model(resumed[0], files.load_tensors(folder))
     counters = {"step": 0, "seed_0": 0, "seed_1": 0}
-    checkpoint.load_state(folder, *resumed, counters)
+    training_state.restore(folder, *resumed, counters)
     assert counters == {"step": 5, "seed_0": 100, "seed_1": 101}
     train(*resumed, range(5, 10), 0)
     for ours, theirs in zip(resumed[0].parameters(), straight[0].parameters()):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, generate, machine, presets
+from tinyfm import checkpoint, files, generate, machine, presets
 from tinyfm.gpt import GPT
 from tinyfm.trainer import Trainer
 
@@ -62,7 +62,7 @@ def test_a_run_reports_itself(tmp_path, options, capsys):
         "config.json", "metrics.jsonl", "loss.png", "samples", "latest", "step-000002",
         "step-000004",
     }  # fmt: skip
-    record = checkpoint.read_json(out / "config.json")
+    record = files.read_json(out / "config.json")
     assert record["model"]["dropout"] == 0.1 and record["preset"] == "gpt"
     assert (out / "samples" / "step-000004.txt").read_text(encoding="utf-8").count("----") == 1
 
@@ -161,7 +161,7 @@ def test_shards_with_an_id_past_the_vocabulary(tmp_path, options, fails):
 
 
 def test_a_full_disk_at_a_save(tmp_path, options, monkeypatch, fails):
-    plain, saves = checkpoint.save_file, []
+    plain, saves = files.save_file, []
 
     def full(*arguments):
         saves.append(arguments)
@@ -169,7 +169,7 @@ def test_a_full_disk_at_a_save(tmp_path, options, monkeypatch, fails):
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     said = fails(train, *options, "--out", tmp_path / "run")
     assert "step 4 could not be saved" in said and "No space left on device; make room" in said
     assert checkpoint.find(tmp_path / "run").name == "step-000002"
@@ -262,9 +262,9 @@ def test_other_data_are_not_resumed(run, options, text, tmp_path, fails):
     """Of the same name; to the byte, text like the old."""
     changed = tmp_path / "changed.txt"
     changed.write_text(text.read_text(encoding="utf-8").replace("e", "i", 1), encoding="utf-8")
-    record = checkpoint.read_json(run / "config.json")
+    record = files.read_json(run / "config.json")
     record["data"]["path"] = str(changed)
-    checkpoint.write_json(run / "config.json", record)
+    files.write_json(run / "config.json", record)
     said = fails(train, *options, "--data.path", changed, "--out", run, "--resume")
     assert "data_fingerprint was" in said
 
@@ -374,7 +374,7 @@ def test_raw_weights(tmp_path, options, capsys):
 
 def reseal(folder: Path) -> None:
     """A manifest that fits, as a forger would write."""
-    checkpoint.write_json(folder / checkpoint.MANIFEST, checkpoint._seals(folder))
+    files.write_json(folder / checkpoint.MANIFEST, checkpoint._seals(folder))
 
 
 class Bomb:
@@ -416,7 +416,7 @@ def test_what_is_no_checkpoint_of_ours(run, tmp_path, monkeypatch, fails):
         ({"family": "gpt", "model": {"n_wings": 2}}, "n_wings"),
         ({"family": "gpt"}, "model"),
     ):
-        checkpoint.write_json(folder / "config.json", record)
+        files.write_json(folder / "config.json", record)
         reseal(folder)
         assert message in fails(sample, run)
 

@@ -190,7 +190,7 @@ def test_weights_make_unequal_batches_one():
     model, tokens = loud(small()), random_tokens(4, T + 1)
     mask = torch.arange(T) < torch.tensor([[1], [T], [3], [0]])
     whole, metrics = model.loss({"tokens": tokens, "mask": mask})
-    parts = [model.loss({"tokens": tokens[i:i + 1], "mask": mask[i:i + 1]}) for i in range(4)]
+    parts = [model.loss({"tokens": tokens[i : i + 1], "mask": mask[i : i + 1]}) for i in range(4)]
     assert metrics["weight"] == sum(m["weight"] for _, m in parts) == 1 + T + 3
     mean = sum(loss * m["weight"] for loss, m in parts) / metrics["weight"]
     torch.testing.assert_close(mean, whole)  # the row without targets adds 0, not nan

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 BUDGETS = {  # lines; over it, an idea is in the wrong file
     "train.py": 90, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
     "tinyfm/gpt.py": 350, "tinyfm/generate.py": 260, "tinyfm/data.py": 250, "tinyfm/shards.py": 250,
-    "tinyfm/optim.py": 220, "tinyfm/trainer.py": 320, "tinyfm/distributed.py": 150,
+    "tinyfm/optim.py": 220, "tinyfm/trainer.py": 320, "tinyfm/distributed.py": 180,
+    "tinyfm/files.py": 130,
     "tinyfm/checkpoint.py": 250, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
     "tinyfm/calc.py": 400, "tinyfm/hub.py": 300, "tinyfm/hub_gpt.py": 330,
     "tinyfm/machine.py": 100, "tinyfm/logbook.py": 120, "tinyfm/__init__.py": 20,
@@ -76,7 +77,7 @@ def test_the_trainer_names_no_family():
     families = ("gpt", "tokenizer", "presets", "data", "generate")
     assert not {f"tinyfm.{family}" for family in families} & imported(ROOT / "tinyfm/trainer.py")
     text = (ROOT / "tinyfm/trainer.py").read_text(encoding="utf-8").lower()
-    assert not re.search(r"\bgpt\b|\bclip\b|\bddpm\b", text)
+    assert not re.search(r"\bgpt\b|\bvae\b|\bddpm\b", text)
 
 
 # ---- the README ---------------------------------------------------------------------------------
@@ -90,10 +91,10 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line and not line.startswith(("python3 -m venv", "#"))]
 
 
-SMALL = (
+SMALL = shlex.split(
     "--train.steps 2 --train.batch-size 4 --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
     "--model.context-length 32"
-).split()
+)
 
 
 def test_every_readme_command_runs(tmp_path):

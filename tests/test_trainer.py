@@ -15,7 +15,7 @@ import torch
 from conftest import call
 
 import train
-from tinyfm import checkpoint, distributed, generate, machine
+from tinyfm import checkpoint, distributed, files, generate, machine
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.logbook import Logbook
@@ -327,7 +327,7 @@ def test_the_loss_is_that_of_the_averaged_weights(tmp_path, data):
     scores = trainer.fit()
     total = weight = 0
     other = GPT(TINY).eval()
-    checkpoint.load_model(other, checkpoint.load_tensors(checkpoint.find(tmp_path), "ema"))
+    files.load_model(other, files.load_tensors(checkpoint.find(tmp_path), "ema"))
     with torch.no_grad():
         for batch in data.val_batches(8):
             loss, metrics = other.loss(batch)
@@ -342,7 +342,7 @@ def test_a_tied_head_is_averaged_once(tmp_path, data):
     trainer = make(tmp_path, data, model, optim=replace(OPTIM, ema_half_life=5))
     trainer.fit()
     other = GPT(model)
-    checkpoint.load_model(other, checkpoint.load_tensors(checkpoint.find(tmp_path), "ema"))
+    files.load_model(other, files.load_tensors(checkpoint.find(tmp_path), "ema"))
     assert same(dict(other.named_parameters()), trainer.ema.average)
 
 
@@ -488,6 +488,6 @@ def test_two_ranks_are_one_batch_and_stop_together(tmp_path, options, tiny_run):
     assert len(one) == 7 and [r["step"] for r in one] == [r["step"] for r in two]
     for ours, theirs in zip(one, two):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    weights = [checkpoint.load_tensors(tmp_path / name / "step-000004") for name in ("one", "two")]
+    weights = [files.load_tensors(tmp_path / name / "step-000004") for name in ("one", "two")]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)

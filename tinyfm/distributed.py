@@ -74,6 +74,27 @@ def first_rank_first(world: World) -> Iterator[None]:
         dist.barrier(group)
 
 
+def rank() -> int:
+    """This process's rank; 0 when there is only one process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 alone; every rank waits for it, and fails if it failed."""
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            problem = error
+    if dist.is_available() and dist.is_initialized():
+        message = [problem and repr(problem)]
+        dist.broadcast_object_list(message, src=0)
+        problem = problem or (message[0] and RuntimeError(f"rank 0: {message[0]}"))
+    if problem:
+        raise problem
+
+
 def total(values: Tensor) -> Tensor:
     """Sum over ranks, on every rank."""
     if dist.is_initialized():

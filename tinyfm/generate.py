@@ -127,7 +127,7 @@ def choose(logits: Tensor, s: Sampling, generators: list[torch.Generator]) -> Te
         raise ValueError("the model's logits are not finite; its weights are damaged or diverged")
     if s.temperature == 0:
         return likeliest
-    logits = (logits.float() - largest[:, None]) / s.temperature  # <= 0, so nothing overflows
+    logits = (logits.float() - largest[:, None]) / max(s.temperature, 1e-30)  # at most 0
     logits = filter_logits(logits, s.top_k, s.top_p, s.min_p)
     total = logits.softmax(-1).cumsum(-1)  # (B, V)
     u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(logits.device)  # (B, 1)

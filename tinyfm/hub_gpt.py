@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tinyfm.checkpoint import read_json
+from tinyfm.files import read_json
 from tinyfm.hub import check_tensors, fill, pairs, publish, read_tensors, translate
 
 # ---- tables -------------------------------------------------------------------------------------

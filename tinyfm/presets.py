@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tinyfm import checkpoint, generate
+from tinyfm import checkpoint, files, generate
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.optim import OptimConfig
@@ -126,7 +126,7 @@ def to_record(preset: str, run: GPTRun, fingerprint: str = "") -> dict[str, Any]
 
 def write_run_files(folder: Path, record: dict[str, Any], tokenizer: Tokenizer) -> None:
     """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
-    checkpoint.write_json(folder / "config.json", record)
+    files.write_json(folder / "config.json", record)
     tokenizer.save(folder)
 
 
@@ -199,7 +199,7 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     The averaged weights if there are any, unless raw. Raises ValueError if it is not whole.
     """
     folder = checkpoint.find(path)
-    record = checkpoint.read_json(folder / "config.json")
+    record = files.read_json(folder / "config.json")
     try:
         if record["family"] != GPTRun.family:
             raise ValueError(f"{folder} holds a run of family {record['family']!r}, not a GPT")
@@ -208,6 +208,6 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
         problem = f"{folder}/config.json is not of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
     weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
-    checkpoint.load_model(model, checkpoint.load_tensors(folder, weights))
-    meta = checkpoint.read_json(folder / "meta.json")
+    files.load_model(model, files.load_tensors(folder, weights))
+    meta = files.read_json(folder / "meta.json")
     return OpenRun(model.eval(), load_tokenizer(folder), folder, meta, weights)

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfm import checkpoint, distributed, machine
+from tinyfm import checkpoint, distributed, files, machine, training_state
 from tinyfm.logbook import Logbook, summary_writer
 from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
@@ -211,7 +211,7 @@ class Trainer:
             own = {parameter.data_ptr() for parameter in self.model.parameters()}
             rest = {k: v for k, v in tensors["model"].items() if v.data_ptr() not in own}
             tensors["ema"] = {**rest, **self.ema.average}
-        state = checkpoint.training_state(self.model, self.optimizers, self.counters)
+        state = training_state.collect(self.model, self.optimizers, self.counters)
         checkpoint.save(self.out, step, tensors, state, self.scores, self.write)
         if self.world.first:
             checkpoint.prune(self.out, self.train.keep, self.counters["best_step"])
@@ -219,11 +219,11 @@ class Trainer:
     def resume(self) -> Path:
         """Go on from the newest checkpoint. Raises CheckpointError if it cannot be trusted."""
         folder = checkpoint.find(self.out)
-        checkpoint.load_model(self.model, checkpoint.load_tensors(folder))
+        files.load_model(self.model, files.load_tensors(folder))
         if self.ema:
-            self.ema.load(checkpoint.load_tensors(folder, "ema"))
-        checkpoint.load_state(folder, self.model, self.optimizers, self.counters)
-        self.scores = checkpoint.read_json(folder / "meta.json")
+            self.ema.load(files.load_tensors(folder, "ema"))
+        training_state.restore(folder, self.model, self.optimizers, self.counters)
+        self.scores = files.read_json(folder / "meta.json")
         del self.scores["step"]
         return folder
 
