@@ -59,7 +59,7 @@ def orthogonalise(M: Tensor, steps: int = 5) -> Tensor:
     """Nearest orthogonal matrix, roughly, of each matrix in M (n, rows, columns), in bfloat16.
 
     Each step maps every singular value s to a s + b s^3 + c s^5 by products alone:
-    X <- a X + (b A + c A A) X with A = X X'. From any s in (0, 1] it reaches about 0.7 to 1.2.
+    X <- a X + (b A + c A A) X with A = X X'. From any s in [0.002, 1] it reaches 0.68 to 1.21.
     """
     a, b, c = NEWTON_SCHULZ
     X = M.bfloat16()

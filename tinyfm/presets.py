@@ -85,7 +85,13 @@ LLAMA = {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False
 PRESETS = {
     "gpt": Preset(
         "a small GPT on the documentation of Python, numpy and torch: two minutes on two cores",
-        GPTRun(),
+        GPTRun(
+            # Wide and shallow: on a CPU a wider product costs little more, another layer a lot.
+            GPTConfig(vocab_size=4096, context_length=256, n_layer=2, n_head=2, d_model=256),
+            TextConfig(val_fraction=0.03),  # all of it is read at each evaluation
+            OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
+            TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
+        ),
     ),
     "gpt2-124m": Preset(
         "GPT-2's smallest size, batches of half a million tokens: for GPUs",
