@@ -126,3 +126,6 @@ def test_every_readme_command_runs(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
     assert ran > 8
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=60)

@@ -1,0 +1,1 @@
+"""Foundation models in one small repository; README.md is the tour."""

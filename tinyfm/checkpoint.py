@@ -111,7 +111,7 @@ def find(run: str | Path) -> Path:
         return run
     folders = _step_folders(run)
     if not folders:
-        raise CheckpointError(f"{run} holds no complete checkpoint; train without --resume")
+        raise CheckpointError(f"{run} holds no complete checkpoint; remove it and train again")
     try:
         verify(folders[0])
     except CheckpointError as error:
