@@ -10,7 +10,7 @@ import train
 
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
 --model.d-model 32 --model.context-length 32 --train.batch-size 4 --train.steps 4
---train.eval-every 2 --train.log-every 1"""
+--train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
 
 
 def call(module, *arguments: str) -> int:

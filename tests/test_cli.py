@@ -244,7 +244,7 @@ def run(tiny_run, tmp_path) -> Path:
 
 CHANGES = {
     "model": (["--model.n-layer", "2"], "model.n_layer was 1 and is 2"),
-    "optimizer": (["--optim.lr", "0.5"], "optim.lr was 0.003 and is 0.5"),
+    "optimizer": (["--optim.lr", "0.5"], "optim.lr was 0.012 and is 0.5"),
     "batch": (["--train.batch-size", "8"], "train.batch_size was 4 and is 8"),
     "tokenizer": (["--data.tokenizer", "bpe"], "data.tokenizer was bytes and is bpe"),
 }

@@ -160,6 +160,7 @@ SECTION = re.compile(f"{SPACE}|(?s:[^{SPACE}]{{0,1000}}[^ {SPACE}]+)| +[^ {SPACE
 OPTIONS = {
     "normalization_rule_name": "identity", "remove_extra_whitespaces": False,  # keep the text
     "add_dummy_prefix": False, "allow_whitespace_only_pieces": True, "byte_fallback": True,
+    "required_chars": SPACE,  # also where the text has none
     "unk_id": 0, "eos_id": 1, "eos_piece": EOT, "bos_id": -1, "split_digits": True,
     "num_threads": 1, "minloglevel": 2, "character_coverage": 1.0,  # 1 thread: one order of sums
 }  # fmt: skip
@@ -227,6 +228,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) 
     for reserved in ("\0", "\t", SPACE, "\u2585"):  # the trainer skips any text with one of these
         del counts[reserved]
     total, covered, alphabet, room = counts.total(), 0, " ", vocab_size - 258
+    room -= " " not in counts  # it is a piece all the same
     for char, count in counts.most_common(max(1, min(room, max(128, room // 2)))):
         if covered < 0.9995 * total:
             alphabet, covered = alphabet + re.escape(char), covered + count
