@@ -39,6 +39,7 @@ def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distrib
         say(f"{json.dumps(presets.to_record(name, run), indent=2)}\n{costs}")
         return 0
     presets.check_directory(out, run.resume)
+    machine.choose_dtype(run.train.dtype, machine.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
     record = presets.to_record(name, run, data.fingerprint)
