@@ -48,10 +48,12 @@ class Logbook:
         if self.board:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, row["step"])
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-        if not self.terminal:
+        if self.terminal and "val_loss" not in row:  # an evaluation is worth a line of its own
+            values = {name: f"{value:.4g}" for name, value in shown.items()}
+            self.bar.set_postfix(values, refresh=False)
+        else:
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"step {row['step']}/{self.steps}  {values}", flush=True)
+            self.say(f"step {row['step']}/{self.steps}  {values}")
 
     def draw(self) -> None:
         """Redraw loss.png: training and validation loss over steps."""
