@@ -143,8 +143,8 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
 
 
 class Linear(nn.Linear):
-    """x W' + b. On a CPU the few rows of generation go as (W x')' + b: W is not repacked first,
-    and eight rows take little longer than one, the time of reading W."""
+    """x W' + b. On a CPU the few rows of generation go as (W x')' + b, for which W is not repacked
+    first: that would take longer than to read it, and a row cannot cost less than that."""
 
     def forward(self, x):
         W, rows = self.weight, x.numel() // self.in_features

@@ -77,7 +77,7 @@ def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, 
 class Trainer:
     """Trains `model` on `data` into the run directory `out`.
 
-    config is what config.json will say. write(folder) adds files to a checkpoint (a tokenizer's);
+    write(folder) adds files to a checkpoint: the config, a tokenizer.
     show(model, folder, step) writes samples to a folder and returns a line to print.
     """
 
