@@ -4,9 +4,10 @@
 
 One token of one row needs every weight once, so the time to read the weights bounds the speed:
 what is measured is the share of that limit that is reached, and what more rows cost. Both libraries
-hold the same random weights, run in this process by turns on the same prompts, greedily, and the
-tokens are compared. The limit is measured in the same run: the sum over a tensor of the weights'
-size. Medians of the repeats. transformers must be installed (tests/requirements.txt).
+hold the same random weights, ours also compiled (sample.py --compile), run in this process by turns
+on the same prompts, greedily, and the tokens are compared. The limit is measured in the same run:
+the sum over a tensor of the weights' size. Medians of the repeats. transformers must be installed
+(tests/requirements.txt).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tinyfm.compiled import compile_decoding
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
 
@@ -68,6 +70,8 @@ def measure(folder: str, dtype: torch.dtype, n: int, repeats: int) -> None:
     weights = torch.ones(sum(p.numel() for p in ours.parameters()), dtype=dtype)
     prompts = torch.randint(0, GPT2_124M.vocab_size, (8, PROMPT_TOKENS))
     rows, s = prompts.tolist(), Sampling(max_new_tokens=n, temperature=0)
+    compiled = GPT.from_pretrained(folder, dtype=dtype).eval()
+    compile_decoding(compiled)
 
     def reference(tokens: torch.Tensor) -> list[list[int]]:
         out = theirs.generate(
@@ -81,14 +85,17 @@ def measure(folder: str, dtype: torch.dtype, n: int, repeats: int) -> None:
             "limit": lambda: [weights.sum() for _ in range(8)],
             "transformers, 1 row": lambda: reference(prompts[:1]),
             "tinyfm, 1 row": lambda: complete(ours, rows[:1], s),
+            "compiled, 1 row": lambda: complete(compiled, rows[:1], s),
             "transformers, 8 rows": lambda: reference(prompts),
             "tinyfm, 8 rows": lambda: complete(ours, rows, s),
+            "compiled, 8 rows": lambda: complete(compiled, rows, s),
         },
         repeats,
     )
     report(dtype, weights.numel() * weights.element_size() / 1e9, took, n)
-    same = agreement(complete(ours, rows, s), reference(prompts))
-    print(f"  the same as transformers up to the first difference of a row: {same} tokens")
+    for label, model in (("tinyfm", ours), ("compiled", compiled)):
+        same = agreement(complete(model, rows, s), reference(prompts))
+        print(f"  {label}: {same} tokens as transformers', to the first difference of a row")
 
 
 def report(dtype: torch.dtype, gigabytes: float, took: dict[str, float], n: int) -> None:
@@ -99,10 +106,11 @@ def report(dtype: torch.dtype, gigabytes: float, took: dict[str, float], n: int)
         tokens = n * (8 if "8 rows" in label else 1)
         print(f"  {label:22}{tokens / elapsed:10.1f}{1e3 * elapsed / n:11.1f}", end="")
         print(f"{limit * n / elapsed:14.0%}")
-    one, eight = took["tinyfm, 1 row"], took["tinyfm, 8 rows"]
-    print(f"  over transformers: {took['transformers, 1 row'] / one:.2f}x with 1 row, ", end="")
-    print(f"{took['transformers, 8 rows'] / eight:.2f}x with 8")
-    print(f"  throughput of 8 rows over 1 row: {8 * one / eight:.1f}x")
+    for label in ("tinyfm", "compiled"):
+        one, eight = took[f"{label}, 1 row"], took[f"{label}, 8 rows"]
+        print(f"  {label} over transformers: {took['transformers, 1 row'] / one:.2f}x with 1 row, "
+              f"{took['transformers, 8 rows'] / eight:.2f}x with 8; "
+              f"8 rows over 1 row {8 * one / eight:.1f}x")  # fmt: skip
 
 
 def processor() -> str:

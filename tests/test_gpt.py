@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm.gpt import GPT, GPTConfig, Linear, attention_mask, rope_frequencies, rotate
+from tinyfm.gpt import GPT, GPTConfig, attention_mask, rope_frequencies, rotate
 
 GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tied": True,
         "qk_norm": False}  # fmt: skip
@@ -226,32 +224,6 @@ def test_gpt2_has_its_published_size():
         model = GPT(GPTConfig(50257, 1024, 12, 12, d_model=768, **GPT2))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     assert model.flops_per_row() == 874_944_921_600
-
-
-# ---- few rows on a CPU --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1), (5,), (4, 2), (8, 1), (17,), (0,)])
-def test_linear_is_the_same_in_any_number_of_rows(shape, bias, dtype):
-    torch.manual_seed(0)
-    ours, x = Linear(48, 40, bias).to(dtype), torch.randn(*shape, 48, dtype=dtype)
-    theirs = F.linear(x, ours.weight, ours.bias)
-    got = ours(x)
-    assert got.shape == theirs.shape and got.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(got, theirs, rtol=tolerance, atol=tolerance)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ours(x).dtype == torch.bfloat16
-
-
-def test_linear_learns_from_few_rows():
-    ours, x = Linear(6, 5).bfloat16(), torch.randn(2, 6, dtype=torch.bfloat16)
-    ours(x).sum().backward()
-    torch.testing.assert_close(ours.weight.grad, x.sum(0).expand(5, 6))
-    assert isinstance(ours, nn.Linear)  # so tools that look for linear layers find it
 
 
 # ---- configuration ------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tinyfm.compiled import Compiled
+
 
 @dataclass(frozen=True)
 class World:
@@ -143,24 +145,6 @@ class LossModule(nn.Module):
 
     def forward(self, batch, generators):
         return self.model.loss(batch, generators)
-
-
-class Compiled:
-    """torch.compile, or the module as it is once a call, mostly the first, fails to compile."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.no_sync = module, getattr(module, "no_sync", None)
-        self.call = torch.compile(module)
-
-    def __call__(self, *args) -> Any:
-        if self.call is not self.module:
-            try:
-                return self.call(*args)
-            except Exception as error:  # the compiler's; the module's own comes again below
-                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                print(f"torch.compile fails here ({reason}); going on without it", flush=True)
-                self.call = self.module
-        return self.module(*args)
 
 
 def parallel(model: nn.Module, world: World, compiled: bool) -> Callable:

@@ -9,7 +9,7 @@ The prompt is read once into a key/value cache; then each token costs one positi
 text outgrows the context, the model sees its latest tokens only (see `visible_from`).
 
 Letters: B batch, T tokens, V vocabulary, L layers, G key/value heads, K head width, S cache slots.
-Left out: beam search, speculative decoding.
+Left out: beam search, speculative decoding. compiled.py makes a CPU write faster.
 """
 
 from __future__ import annotations

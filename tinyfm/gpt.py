@@ -142,20 +142,6 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
 # ---- layers -------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
-    """x W' + b. On a CPU the few rows of generation go as (W x')' + b, for which W is not repacked
-    first: that would take longer than to read it, and a row cannot cost less than that."""
-
-    def forward(self, x):
-        W, rows = self.weight, x.numel() // self.in_features
-        few = (1 if x.dtype == torch.bfloat16 else 4) <= rows <= 16
-        if not few or torch.is_grad_enabled() or x.device.type != "cpu":
-            return super().forward(x)
-        y = W @ x.flatten() if rows == 1 else (W @ x.reshape(rows, -1).T).T.contiguous()
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
@@ -169,31 +155,32 @@ class Attention(nn.Module):
         super().__init__()
         N, G, K = config.n_head, config.G, config.K
         self.d_head, self.grouped, self.dropout = K, G != N, config.dropout
-        self.q = Linear(config.d_model, N * K, bias=config.bias)
-        self.k = Linear(config.d_model, G * K, bias=config.bias)
-        self.v = Linear(config.d_model, G * K, bias=config.bias)
-        self.out = Linear(N * K, config.d_model, bias=config.bias)
+        self.q = nn.Linear(config.d_model, N * K, bias=config.bias)
+        self.k = nn.Linear(config.d_model, G * K, bias=config.bias)
+        self.v = nn.Linear(config.d_model, G * K, bias=config.bias)
+        self.out = nn.Linear(N * K, config.d_model, bias=config.bias)
         self.q_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, angles, mask, cache, layer):
-        T, project = x.size(1), (self.q, self.k, self.v)
-        q, k, v = (rearrange(f(x), "B T (N K) -> B N T K", K=self.d_head) for f in project)
+    def project(self, x, angles):
+        """Normalised states (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K)."""
+        rows = (self.q(x), self.k(x), self.v(x))
+        q, k, v = (rearrange(row, "B T (N K) -> B N T K", K=self.d_head) for row in rows)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # On a CPU the backward pass of attention is several times slower in bfloat16.
             q, k, v = q.float(), k.float(), v.float()
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast norms and rotates in float32
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast norms and rotates in float32
+
+    def mix(self, q, k, v, mask):
+        """What each query finds among the values: (B, N, T, K)."""
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
                 dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.grouped,
             )  # fmt: skip
-        return self.out(rearrange(y, "B N T K -> B T (N K)"))
 
 
 class MLP(nn.Module):
@@ -203,9 +190,9 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         if self.kind == "swiglu":
-            self.gate = Linear(config.d_model, config.F, bias=config.bias)
-        self.up = Linear(config.d_model, config.F, bias=config.bias)
-        self.down = Linear(config.F, config.d_model, bias=config.bias)
+            self.gate = nn.Linear(config.d_model, config.F, bias=config.bias)
+        self.up = nn.Linear(config.d_model, config.F, bias=config.bias)
+        self.down = nn.Linear(config.F, config.d_model, bias=config.bias)
 
     def forward(self, x):
         if self.kind == "swiglu":
@@ -222,9 +209,20 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config, config.d_model), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, angles, mask, cache, layer):
-        x = x + self.dropout(self.attention(self.norm1(x), angles, mask, cache, layer))
+    # Two halves without state, which compiled.py compiles, and the cache between them.
+
+    def begin(self, x, angles):
+        return self.attention.project(self.norm1(x), angles)
+
+    def end(self, x, y):
+        x = x + self.dropout(self.attention.out(rearrange(y, "B N T K -> B T (N K)")))
         return x + self.dropout(self.mlp(self.norm2(x)))  # (B, T, D)
+
+    def forward(self, x, angles, mask, cache, layer):
+        q, k, v = self.begin(x, angles)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        return self.end(x, self.attention.mix(q, k, v, mask))
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -246,7 +244,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, D)
-        self.head = Linear(D, V, bias=False)
+        self.head = nn.Linear(D, V, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
         self.reset_parameters()
