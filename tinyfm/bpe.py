@@ -13,7 +13,7 @@ Done literally, each merge costs a pass over the text. Both functions below inst
 in a linked list and the candidates in a heap, so that a merge costs only its own occurrences.
 
 The second half reads and writes tokenizer.json, the format of Hugging Face's libraries.
-Left out: merges across chunks, dropout of merges, and suffixes that mark the end of a word.
+Left out: merges across chunks, dropout of merges. Marked ends of words: see clip_tokenizer.py.
 """
 
 import heapq
@@ -239,9 +239,10 @@ def train(texts: Sequence[str], vocab_size: int, eot: str) -> dict:
     return learned_spec(pairs, eot)
 
 
-def gpt2_spec(vocab: dict[str, int], merges_txt: str, end_names: Sequence[str]) -> dict:
+def gpt2_spec(vocab_json: bytes, merges_txt: bytes, end_names: Sequence[str]) -> dict:
     """The tokenizer.json of a vocab.json and merges.txt, as GPT-2 was first published."""
-    lines = [line for line in merges_txt.split("\n") if line and not line.startswith("#version")]
+    vocab, lines = json.loads(vocab_json), merges_txt.decode("utf-8").split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
     if any(line.endswith("</w>") for line in lines):
         raise ValueError("merges.txt marks ends of words with </w>; it is not byte-level BPE")
     return bpe_spec(vocab, lines, {name: vocab[name] for name in end_names if name in vocab})

@@ -2,7 +2,7 @@
 
 1. Bytes. UTF-8 writes any text with 256 symbols: nothing is unknown, but the rows of ids are long.
 2. Byte-level BPE (Radford et al. 2019, GPT-2). The most frequent pair of tokens becomes a token of
-   its own, again and again; bpe.py shows how. GPT-2's, Llama 3's and Qwen's vocabularies load.
+   its own, again and again: see bpe.py, and for CLIP's, which changes the text, clip_tokenizer.py.
 3. SentencePiece (Kudo and Richardson 2018), the default. A library that builds pieces from
    characters, with a space written as U+2581, and spells in bytes what it has no piece for. The
    pieces come from BPE, or from a unigram model (Kudo 2018), whose encoding is the most probable
@@ -41,10 +41,10 @@ def replace_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """What the three have in common. Ids are 0 ... vocab_size - 1, and `eot` ends a document.
+    """What all have in common: ids 0 ... vocab_size - 1, `eot` to end a text, `bot` to start one.
 
-    A subclass passes on the bytes of each id and the specials, text -> id. Its `_encode` turns
-    ordinary text into ids, `_files` is what it saves, and `_spec` its tokenizer.json.
+    A subclass passes on the bytes of each id and the specials, text -> id. Its `_encode` turns text
+    into ids, `_files` is what it saves, `_spec` its tokenizer.json. `bot` is None, save in CLIP's.
     """
 
     def __init__(self, table: Sequence[bytes], specials: dict[str, int]):
@@ -52,7 +52,7 @@ class Tokenizer:
         if not ends:
             raise ValueError(f"none of the special tokens {[*specials]} ends a text; add {EOT}")
         self.vocab_size, self.specials, self.eot = len(table), specials, specials[ends[0]]
-        self._table, self._end = list(table), ends[0]
+        self._table, self._end, self.bot = list(table), ends[0], None
         for text, i in specials.items():
             self._table[i] = text.encode("utf-8")
         longest_first = sorted(specials, key=len, reverse=True)
@@ -236,13 +236,11 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain.from_iterable(map(known.findall, texts)),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
+            sentence_iterator=chain.from_iterable(map(known.findall, texts)), model_writer=model,
+            model_type=model_type, vocab_size=vocab_size,
             seed_sentencepiece_size=4 * vocab_size,  # unigram: the default, a million, is slow
             **OPTIONS,
-        )
+        )  # fmt: skip
     except RuntimeError as error:
         limit = re.search(r"(<=|vs) (\d+)", str(error))
         hint = f"use at {'most' if limit[1] == '<=' else 'least'} {limit[2]}" if limit else error
@@ -278,13 +276,16 @@ def train(
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
     """The tokenizer that files, name -> content, hold: the first of FILES decides."""
+    from tinyfm import clip_tokenizer  # here, as it builds on this module
+
     if "tokenizer.model" in files:
         return SentencePieceTokenizer(files["tokenizer.model"])
+    if clip := clip_tokenizer.from_files(files):
+        return clip
     if "tokenizer.json" in files:
         return BPETokenizer(json.loads(files["tokenizer.json"]))
     if "vocab.json" in files and "merges.txt" in files:
-        vocab, merges = json.loads(files["vocab.json"]), files["merges.txt"].decode("utf-8")
-        return BPETokenizer(bpe.gpt2_spec(vocab, merges, END_NAMES))
+        return BPETokenizer(bpe.gpt2_spec(files["vocab.json"], files["merges.txt"], END_NAMES))
     if "bytes.json" in files:
         return ByteTokenizer()
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")

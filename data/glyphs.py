@@ -1,0 +1,170 @@
+"""Letters and symbols with their names: about 40,000 image-caption pairs that are on your disk.
+
+matplotlib brings fonts along, and Unicode has a name for each character. So we draw every named
+character of DejaVu Sans, Sans Mono and Serif and of STIX, in four styles each, white on black:
+
+    serif bold italic latin small letter a with acute       sans digit seven       stix infinity
+
+A caption is the style (oblique counts as italic), then the name in lower case; the name alone is
+the label. Names compose: "small", "with acute" and "bold" stand in many captions each, and that
+makes two honest tests of whether a model has understood the words.
+
+    held-out fonts         bold italic in all four families. Bold was seen, italic was seen, the
+                           character was seen, but never this drawing.
+    held-out characters    seen in no font, though each word of the name was, in at least MIN_NAMES
+                           names of the training split.
+
+A drawing that equals an earlier one in every pixel is dropped, whatever its name (a Latin A is
+mostly a Greek Alpha as well), so that no picture is in two splits. The earlier one is that of the
+earlier font, then of the lower code point; the held-out fonts come last. A character of a held-out
+font that no other font has is dropped as well: it would be neither test.
+
+    python -m data.glyphs [contact-sheet.png]
+"""
+
+import hashlib
+import sys
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import version as version_of
+
+import numpy as np
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageDraw, ImageFont, features
+
+from data.pictures import FONTS, Record, save_grid
+from data.report import Report
+
+TRAIN, HELD_OUT_FONTS, HELD_OUT_CHARACTERS = "train", "held-out fonts", "held-out characters"
+SPLITS = (TRAIN, HELD_OUT_FONTS, HELD_OUT_CHARACTERS)
+HELD_OUT_STYLE = "bold italic"
+FILES = {  # style words -> file; those of the held-out style last
+    "sans": "DejaVuSans", "sans bold": "DejaVuSans-Bold", "sans italic": "DejaVuSans-Oblique",
+    "mono": "DejaVuSansMono", "mono bold": "DejaVuSansMono-Bold",
+    "mono italic": "DejaVuSansMono-Oblique", "serif": "DejaVuSerif",
+    "serif bold": "DejaVuSerif-Bold", "serif italic": "DejaVuSerif-Italic", "stix": "STIXGeneral",
+    "stix bold": "STIXGeneralBol", "stix italic": "STIXGeneralItalic",
+    "sans bold italic": "DejaVuSans-BoldOblique", "mono bold italic": "DejaVuSansMono-BoldOblique",
+    "serif bold italic": "DejaVuSerif-BoldItalic", "stix bold italic": "STIXGeneralBolIta",
+}  # fmt: skip
+SIZE = 32  # rows and columns of a drawing
+FONT_SIZE = 26  # pixels an em, with which nearly all characters fit, accents and descenders too
+BASELINE = 25  # rows above the line that letters stand on
+N_HELD_OUT = 500  # characters
+MIN_NAMES = 3
+
+
+@cache
+def load_font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    # Pillow's other layout engine, Raqm, is not in every build and fails on some characters.
+    path = FONTS / f"{file}.ttf"
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def draw(character: str, file: str, size: int = FONT_SIZE) -> np.ndarray | None:
+    """uint8 (SIZE, SIZE, 1), ink 255 on paper 0, antialiased; None where there is no ink.
+
+    The ink is centred from left to right. From top to bottom it keeps its place on the line, or a
+    comma would be an apostrophe, and moves only as far as the frame demands. A character too large
+    for the frame is drawn in the largest size that fits.
+    """
+    canvas = Image.new("L", (6 * FONT_SIZE, 4 * FONT_SIZE))
+    middle, line = canvas.width // 2, canvas.height // 2
+    pen = ImageDraw.Draw(canvas)
+    pen.text((middle, line), character, fill=255, font=load_font(file, size), anchor="ls")
+    box = canvas.getbbox()
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    if max(right - left, bottom - top) > SIZE:
+        return draw(character, file, size - 1)
+    left = (left + right - SIZE) // 2
+    top = min(max(line - BASELINE, bottom - SIZE), top)
+    return np.array(canvas.crop((left, top, left + SIZE, top + SIZE)))[:, :, None]
+
+
+def named_characters(file: str, report: Report) -> Iterator[tuple[str, str]]:
+    """Yield (character, name in lower case) for what a font can draw, by code point."""
+    with TTFont(FONTS / f"{file}.ttf", lazy=True) as font:
+        code_points = sorted(font.getBestCmap())
+    report.found += len(code_points)
+    for code_point in code_points:
+        if name := unicodedata.name(chr(code_point), ""):
+            yield chr(code_point), name.lower()
+        else:
+            report.skip("no name", f"{file} U+{code_point:04X}")
+
+
+def drawings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (style words, name, image), no image twice."""
+    seen = set()
+    for style, file in FILES.items():
+        for character, name in named_characters(file, report):
+            image = draw(character, file)
+            if image is None:
+                report.skip("no ink", f"{style} {name}")
+            elif (content := image.tobytes()) in seen:
+                report.skip("drawn before", f"{style} {name}")
+            else:
+                seen.add(content)
+                yield style, name, image
+
+
+def choose_held_out(names: Iterable[str]) -> set[str]:
+    """N_HELD_OUT of the names at random, but leave each of their words in MIN_NAMES others."""
+    names = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    left = Counter(word for name in names for word in set(name.split()))
+    chosen = set()
+    for name in names:
+        words = set(name.split())
+        if len(chosen) < N_HELD_OUT and min(left[word] for word in words) > MIN_NAMES:
+            chosen.add(name)
+            left.subtract(words)
+    return chosen
+
+
+def version() -> str:
+    """What the records depend on."""
+    freetype, unicode = features.version("freetype2"), unicodedata.unidata_version
+    packages = [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
+    return " ".join(["glyphs-1", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
+
+
+def records(report: Report | None = None) -> Iterator[Record]:
+    """Yield a record for each drawing. Raises ValueError if the fonts are not there."""
+    report = report if report is not None else Report()
+    if missing := [file for file in FILES.values() if not (FONTS / f"{file}.ttf").exists()]:
+        advice = "install matplotlib from PyPI, which brings them along"
+        raise ValueError(f"the fonts {', '.join(missing)} are not in {FONTS}: {advice}")
+    drawn = list(drawings(report))
+    seen = {name for style, name, _ in drawn if not style.endswith(HELD_OUT_STYLE)}
+    held_out = choose_held_out(seen)
+    labels = {split: [] for split in SPLITS}
+    for style, name, image in drawn:
+        caption, split = f"{style} {name}", TRAIN
+        if name in held_out:
+            split = HELD_OUT_CHARACTERS
+        elif style.endswith(HELD_OUT_STYLE):
+            split = HELD_OUT_FONTS
+        if name not in seen:
+            report.skip("in a held-out font only", caption)
+            continue
+        report.used += 1
+        labels[split].append(name)
+        yield Record(image, (caption,), name, split)
+    for split, names in labels.items():
+        report.notes.append(f"{split}: {len(names):,} drawings of {len(set(names)):,} characters")
+
+
+if __name__ == "__main__":
+    start, report = time.perf_counter(), Report()
+    everything = list(records(report))
+    print(f"{len(everything):,} records, {time.perf_counter() - start:.1f} s")
+    print(str(report).replace("; ", "\n"))
+    if len(sys.argv) > 1:
+        shown = everything[:: len(everything) // 120 + 1]
+        images = np.stack([record.image for record in shown])
+        save_grid(images, sys.argv[1], 12, [record.captions[0] for record in shown])

@@ -1,0 +1,181 @@
+"""The glyphs: what is drawn, how it is named, and that what is held out was never seen."""
+
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL.Image import open as open_image
+
+from data import glyphs
+from data.report import Report
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return Report()
+
+
+@pytest.fixture(scope="module")
+def records(report):
+    return list(glyphs.records(report))
+
+
+def labels_of(records, split):
+    return {record.label for record in records if record.split == split}
+
+
+# --- Drawings -------------------------------------------------------------------------------------
+
+
+def extent(ink: np.ndarray) -> int:
+    """The longer side of the ink, (H, W)."""
+    sides = [np.flatnonzero(ink.any(axis)) for axis in (0, 1)]
+    return max(side[-1] - side[0] + 1 for side in sides)
+
+
+@pytest.mark.parametrize("file", ["DejaVuSerif-BoldItalic", "STIXGeneral"])
+def test_every_character_is_drawn_whole_and_as_large_as_fits(file):
+    smaller = 0
+    for character, name in list(glyphs.named_characters(file, Report()))[::5]:
+        image = glyphs.draw(character, file)
+        if image is None:
+            continue
+        for size in range(glyphs.FONT_SIZE, 0, -1):
+            mask = glyphs.load_font(file, size).getmask(character)  # all of it, as FreeType has it
+            ink = np.array(mask).reshape(mask.size[::-1])
+            if extent(ink) <= glyphs.SIZE:
+                break
+        assert ink.sum() == image.sum(), name
+        smaller += size < glyphs.FONT_SIZE
+    assert smaller > 5
+
+
+def test_ink_is_bright_centred_and_keeps_its_place_on_the_line():
+    image = glyphs.draw("A", "DejaVuSans")
+    assert image.shape == (glyphs.SIZE, glyphs.SIZE, 1)
+    assert image.dtype == np.uint8
+    assert image.max() == 255
+    assert image[0].max() == image[-1].max() == 0
+    rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
+    assert rows[-1] == glyphs.BASELINE - 1
+    assert abs(columns[0] + columns[-1] - (glyphs.SIZE - 1)) <= 1
+    comma, apostrophe = (glyphs.draw(c, "DejaVuSans") for c in ",'")
+    assert np.flatnonzero(comma.any(1))[0] > 16 > np.flatnonzero(apostrophe.any(1))[-1]
+
+
+def test_blanks_are_none_and_the_frame_is_filled_by_what_is_too_large():
+    assert glyphs.draw(" ", "DejaVuSans") is None
+    wide = glyphs.draw("\N{LONG LEFT RIGHT ARROW}", "STIXGeneral")
+    columns = np.flatnonzero(wide.any((0, 2)))
+    assert columns[-1] - columns[0] + 1 > glyphs.SIZE - 4
+
+
+# --- The set --------------------------------------------------------------------------------------
+
+
+def test_the_report_accounts_for_every_code_point(records, report):
+    assert report.found == report.used + sum(map(len, report.skipped.values()))
+    assert report.used == len(records)
+    assert 38_000 < len(records) < 43_000  # "about 40,000"
+    assert set(report.skipped) == {"no ink", "drawn before", "no name", "in a held-out font only"}
+    for split in glyphs.SPLITS:
+        rows = [record.label for record in records if record.split == split]
+        expected = f"{split}: {len(rows):,} drawings of {len(set(rows)):,} characters"
+        assert expected in report.notes
+
+
+def test_captions_are_style_and_name(records):
+    captions = set()
+    for image, (caption,), label, split in records:
+        assert image.shape == (32, 32, 1)
+        assert split in glyphs.SPLITS
+        style = caption.removesuffix(label)
+        assert style[:-1] in glyphs.FILES
+        unicodedata.lookup(label)  # KeyError if there is no such name
+        captions.add(caption)
+    assert len(captions) == len(records)
+    assert {
+        "serif bold italic latin small letter a with acute", "sans digit seven", "stix infinity",
+    } <= captions  # fmt: skip
+
+
+def test_no_drawing_occurs_twice(records):
+    assert len({record.image.tobytes() for record in records}) == len(records)
+
+
+def test_held_out_fonts_show_known_characters_in_new_drawings(records):
+    train = [record for record in records if record.split == glyphs.TRAIN]
+    held_out = [record for record in records if record.split == glyphs.HELD_OUT_FONTS]
+    seen = {record.label for record in train}
+    assert {record.label for record in held_out} <= seen
+    assert len({record.label for record in held_out}) >= 2500
+    styles = {record.captions[0].removesuffix(record.label)[:-1] for record in held_out}
+    families = ("sans", "mono", "serif", "stix")
+    assert styles == {f"{family} bold italic" for family in families}
+    styles = {record.captions[0].removesuffix(record.label)[:-1] for record in train}
+    assert styles == {f"{f}{s}" for f in families for s in ("", " bold", " italic")}
+
+
+def test_held_out_characters_are_new_though_their_words_are_not(records):
+    held_out = labels_of(records, glyphs.HELD_OUT_CHARACTERS)
+    train = labels_of(records, glyphs.TRAIN)
+    assert len(held_out) == glyphs.N_HELD_OUT >= 400
+    assert not held_out & (train | labels_of(records, glyphs.HELD_OUT_FONTS))
+    counts = Counter(word for name in train for word in set(name.split()))
+    assert min(counts[word] for name in held_out for word in name.split()) >= glyphs.MIN_NAMES
+    assert sum("letter" in name for name in held_out) > 100
+    assert sum("letter" not in name for name in held_out) > 50
+
+
+WORDS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=3).map(" ".join)
+
+
+@given(st.lists(WORDS, max_size=80), st.randoms())
+def test_the_choice_leaves_enough_names_and_does_not_depend_on_their_order(names, random):
+    chosen = glyphs.choose_held_out(names)
+    left = Counter(word for name in set(names) - chosen for word in set(name.split()))
+    assert all(left[word] >= glyphs.MIN_NAMES for name in chosen for word in name.split())
+    for name in set(names) - chosen:  # it stays only where it is needed
+        assert any(left[word] <= glyphs.MIN_NAMES for word in name.split())
+    random.shuffle(names)
+    assert glyphs.choose_held_out(names) == chosen
+
+
+def test_a_character_of_a_held_out_font_alone_is_dropped(records, report):
+    dropped = report.skipped["in a held-out font only"]
+    assert all("bold italic" in name for name in dropped)
+    assert not set(dropped) & {record.captions[0] for record in records}
+
+
+def test_missing_fonts_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "FONTS", tmp_path)
+    with pytest.raises(ValueError, match=r"the fonts DejaVuSans, .* are not in .*install"):
+        list(glyphs.records())
+
+
+def test_the_version_tells_what_the_drawings_depend_on():
+    for part in ("matplotlib-", "pillow-", "freetype-", f"unicode-{unicodedata.unidata_version}"):
+        assert part in glyphs.version()
+
+
+def test_the_module_runs_and_does_not_import_matplotlib(tmp_path):
+    code = "import runpy, sys; sys.argv = sys.argv[:2]\n"
+    code += "runpy.run_module('data.glyphs', run_name='__main__')\n"
+    code += "assert 'matplotlib' not in sys.modules"
+    sheet = tmp_path / "sheet.png"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(sheet)], cwd=ROOT, check=True, capture_output=True,
+        encoding="utf-8",
+    )  # fmt: skip
+    assert "records" in done.stdout
+    assert "held-out fonts:" in done.stdout
+    with open_image(sheet) as image:
+        assert min(image.size) > 1000

@@ -1,0 +1,672 @@
+"""Pictures with captions: reading images, one's own pairs, prepared folders, batches, mistakes."""
+
+import csv
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.Image import open as open_image
+from transformers import CLIPImageProcessorPil
+
+from data import captioned, glyphs, pictures
+from data.report import Report
+from tinyfm import pair_files, tokenizer
+from tinyfm.pairs import PairConfig, PairData, shuffle
+
+ROOT = Path(__file__).parents[1]
+
+
+def noise(height, width, channels=3, seed=0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def save(path: Path, seed: int, size: int = 8) -> Path:
+    return write(path, encoded(Image.fromarray(noise(size, size, seed=seed))))
+
+
+# --- Reading one image ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 33])
+@pytest.mark.parametrize("shape", [(50, 50), (40, 71), (71, 40), (33, 200), (7, 9), (32, 33)])
+def test_squares_are_those_of_clip(tmp_path, shape, size):
+    image = noise(*shape)
+    path = write(tmp_path / "a.png", encoded(Image.fromarray(image)))
+    crop = {"height": size, "width": size}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=crop, do_rescale=False, do_normalize=False
+    )
+    expected = processor(Image.fromarray(image))["pixel_values"][0]
+    assert np.array_equal(pictures.read(path, size, 3).transpose(2, 0, 1), expected)
+
+
+def test_grey_is_the_usual_mix_and_grey_files_fit_colour_models(tmp_path):
+    image = noise(8, 8)
+    path = write(tmp_path / "a.png", encoded(Image.fromarray(image)))
+    grey = pictures.read(path, 8, 1)
+    assert grey.shape == (8, 8, 1)
+    assert np.abs(grey[..., 0] - image @ [0.299, 0.587, 0.114]).max() <= 0.51
+    write(path, encoded(Image.fromarray(grey[..., 0])))
+    assert np.array_equal(pictures.read(path, 8, 1), grey)
+    assert np.array_equal(pictures.read(path, 8, 3), np.repeat(grey, 3, axis=2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(tmp_path, orientation):
+    upright = noise(8, 8)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    path = write(tmp_path / "a.png", encoded(image, exif=exif))
+    assert np.array_equal(pictures.read(path, 8, 3), upright)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    half = np.zeros((8, 8, 4), np.uint8)
+    half[:4, :, 3] = 255  # black above, nothing below
+    image, options = Image.fromarray(half), {}
+    if mode == "RGB":
+        half[4:, :, 0] = 7  # this colour stands for transparent
+        image, options = Image.fromarray(half[..., :3].copy()), {"transparency": (7, 0, 0)}
+    elif mode == "P":
+        image, options = Image.fromarray(half[..., 3] // 255, "L").convert("P"), {"transparency": 0}
+        image.putpalette([9, 9, 9, 0, 0, 0])
+    path = write(tmp_path / "a.png", encoded(image.convert(mode), **options))
+    pixels = pictures.read(path, 8, 3)
+    assert pixels[:4].max() == 0
+    assert pixels[4:].min() == 255
+
+
+def test_deep_grey_is_scaled_not_clipped(tmp_path):
+    deep = np.repeat(np.array([[0, 257, 32768, 40000]], np.uint16), 4, axis=0)
+    for format in ("PNG", "TIFF"):
+        path = write(tmp_path / "a.png", encoded(Image.fromarray(deep), format))
+        assert pictures.read(path, 4, 1)[0, :, 0].tolist() == [0, 1, 128, 156]
+    for top in (1.0, 2.0):  # floating point: white is 1, or the brightest pixel
+        values = np.repeat(np.array([[0, np.nan, 0.5, top]], np.float32), 4, axis=0)
+        path = write(tmp_path / "a.tif", encoded(Image.fromarray(values), "TIFF"))
+        assert pictures.read(path, 4, 1)[0, :, 0].tolist() == [0, 0, round(127.5 / top), 255]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_printers_ink_becomes_colour(tmp_path, format):
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow: red
+    path = write(tmp_path / "a", encoded(ink, format))
+    red, green, blue = pictures.read(path, 8, 3)[4, 4]
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+def test_one_bit_and_every_format(tmp_path):
+    path = write(tmp_path / "a", encoded(Image.new("1", (8, 8), 1)))
+    assert pictures.read(path, 8, 1).min() == 255
+    smooth = Image.linear_gradient("L").convert("RGB")
+    for format in pictures.FORMATS:
+        path = write(tmp_path / "mislabelled.png", encoded(smooth, format))  # told by content
+        pixels = pictures.read(path, 256, 3).astype(int)
+        assert np.abs(pixels - np.asarray(smooth, int)).max() <= 8, format
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    for format in ("GIF", "WEBP", "PNG", "TIFF"):
+        content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        pixels, count = pictures.decode(write(tmp_path / "a", content), 8, 3)
+        assert count == 3
+        assert pixels[4, 4, 0] > 250
+        assert pixels[4, 4, 1:].max() < 5
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    return start + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 0) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an image in one of the formats PNG, JPEG"),
+        (b"<html>not found</html>", "not an image"),
+        (encoded(Image.fromarray(noise(64, 64)), "PPM"), "not an image"),
+        (encoded(Image.fromarray(noise(64, 64)))[:2000], "truncated or damaged"),
+        (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:2000], "truncated or damaged"),
+        (encoded(Image.fromarray(noise(64, 64)), "TIFF")[:2000], "truncated or damaged"),
+        (png_header(9_000, 12_000), "more than 100,000,000 pixels"),  # Pillow would only warn
+        (png_header(90_000, 90_000), "more than 100,000,000 pixels"),
+        (png_header(0, 0), "no pixels|not an image|damaged"),
+        (encoded(Image.new("L", (1, 60_000))), "too long for its width"),
+    ],
+)
+def test_bad_images_are_refused_with_a_reason(tmp_path, content, reason):
+    path = write(tmp_path / "bad.png", content)
+    with pytest.raises(ValueError, match=rf"bad\.png cannot be used as an image: .*({reason})"):
+        pictures.read(path, 224, 3)
+
+
+def test_missing_images_and_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.png cannot be used .*: No such file"):
+        pictures.read(tmp_path / "a.png", 8, 3)
+    with pytest.raises(ValueError, match="cannot be used as an image"):
+        pictures.read(tmp_path, 8, 3)
+
+
+SEEDS = [
+    encoded(Image.fromarray(noise(9, 9)).convert(mode), format)
+    for mode, format in [
+        ("RGB", "PNG"), ("P", "GIF"), ("RGB", "JPEG"), ("CMYK", "TIFF"), ("L", "BMP"),
+        ("RGBA", "WEBP"),
+    ]
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=9))
+def test_whatever_the_bytes_there_is_a_picture_or_a_reason(tmp_path_factory, content, changes):
+    damaged = bytearray(content)
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
+    path = write(tmp_path_factory.getbasetemp() / "damaged", bytes(damaged))
+    try:
+        pixels, _ = pictures.decode(path, 8, 1)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert pixels.shape == (8, 8, 1)
+
+
+def test_a_grid_of_pictures(tmp_path):
+    images = noise(5 * 8, 8).reshape(5, 8, 8, 3)
+    pictures.save_grid(images, tmp_path / "grid", 3)
+    with open_image(tmp_path / "grid") as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 * 9 + 1, 3 * 9 + 1, 3)
+    assert np.array_equal(pixels[1:9, 10:18], images[1])
+    assert np.array_equal(pixels[10:18, 10:18], images[4])
+    titles = ["serif latin small letter a with circumflex and acute and more", "", "x", "y", "z"]
+    pictures.save_grid(images[..., :1], tmp_path / "grid", 5, titles)
+    with open_image(tmp_path / "grid") as image:
+        pixels = np.asarray(image)
+    tile = pixels[-100:-4, 4:100]
+    assert np.array_equal(tile[::12, ::12, 0], images[0, :, :, 0])
+    above = pixels[:-100]
+    assert above[:, 4:100].max() > above[:, 104:200].max()  # a title, and none
+    assert above[:, 100:104].std() == 0  # it does not run into the next
+
+
+# --- One's own pairs ------------------------------------------------------------------------------
+
+
+def read_all(path, **options):
+    report = Report()
+    return list(captioned.records(path, 8, 3, report, **options)), report
+
+
+def test_a_text_file_beside_each_image(tmp_path):
+    save(tmp_path / "a.png", 0)
+    write(tmp_path / "a.txt", "a first caption\r\n\n  and a second \n")
+    save(tmp_path / "deep" / "b.JPG", 1)  # a PNG inside
+    write(tmp_path / "deep" / "b.txt", "\ufeffünïcode")
+    save(tmp_path / "deep" / "none.png", 2)
+    save(tmp_path / ".hidden" / "c.png", 3)
+    save(tmp_path / "._c.png", 3)
+    save(tmp_path / "empty.png", 4)
+    write(tmp_path / "empty.txt", " \n")
+    write(tmp_path / "bad.png", "no image")
+    write(tmp_path / "bad.txt", "a caption")
+    records, report = read_all(tmp_path)
+    captions = {record.captions: record.label for record in records}
+    assert captions == {
+        ("a first caption", "and a second"): "a first caption", ("ünïcode",): "ünïcode",
+    }  # fmt: skip
+    assert np.array_equal(records[0].image, noise(8, 8, seed=0))
+    assert (report.found, report.used) == (5, 2)
+    reasons = {why: [Path(name).name for name in names] for why, names in report.skipped.items()}
+    assert reasons.pop("not an image in one of the formats PNG, JPEG, WEBP, BMP, GIF, TIFF") == [
+        "bad.png"
+    ]
+    assert reasons.pop("its caption: empty") == ["empty.png"]
+    ((why, names),) = reasons.items()
+    assert "No such file" in why
+    assert names == ["none.png"]
+
+
+def test_folders_named_for_what_they_show(tmp_path):
+    for i in range(6):
+        save(tmp_path / ("polar_bear" if i % 2 else "cat") / f"{i}.png", i)
+    save(tmp_path / "loose.png", 9)
+    records, report = read_all(tmp_path, template="one {} here")
+    assert {r.captions: r.label for r in records} == {
+        ("one cat here",): "cat", ("one polar bear here",): "polar bear",
+    }  # fmt: skip
+    assert report.skipped == {"no caption": [(tmp_path / "loose.png").as_posix()]}
+    records, _ = read_all(tmp_path)
+    assert records[0].captions == ("a picture of a cat",)
+
+
+def table(folder, rows, kind) -> Path:
+    path = folder / f"pairs.{kind}"
+    if kind == "jsonl":
+        return write(path, "\n".join(map(json.dumps, rows)) + "\n")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "image", "caption"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_tables(tmp_path, kind):
+    save(tmp_path / "pictures" / "a.png", 0)
+    save(tmp_path / "b.png", 1)
+    absolute = str(save(tmp_path / "elsewhere" / "c.png", 2))
+    path = table(tmp_path, [
+        {"path": "pictures/a.png", "caption": 'one, with "quotes"'},
+        {"image": "b.png", "caption": "line\nbreak"},
+        {"path": "pictures/a.png", "caption": "two"},
+        {"path": absolute, "caption": "three"},
+        {"path": "missing.png", "caption": "four"},
+        {"path": "b.png", "caption": " "},
+        {"caption": "five"},
+    ], kind)  # fmt: skip
+    records, report = read_all(path)
+    assert [r.captions for r in records] == [
+        ('one, with "quotes"', "two"), ("line\nbreak",), ("three",)
+    ]  # fmt: skip
+    assert np.array_equal(records[0].image, noise(8, 8, seed=0))
+    assert (report.found, report.used) == (6, 3)
+    assert report.skipped["no path or no caption"] == ["row 6", "row 7"]
+    assert report.skipped["No such file or directory"] == [(tmp_path / "missing.png").as_posix()]
+
+
+def test_odd_lines_of_a_jsonl_are_skipped(tmp_path):
+    save(tmp_path / "a.png", 0)
+    lines = ['{"path": "a.png", "caption": ["one", "two", 3]}', "{", "[]", '{"path": 1}', "7"]
+    records, report = read_all(write(tmp_path / "pairs.jsonl", "\n".join(lines)))
+    assert [r.captions for r in records] == [("one", "two")]
+    assert len(report.skipped["no path or no caption"]) == 4
+
+
+def test_mistakes_with_pairs_are_named_with_the_fix(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder .*\.csv or \.jsonl"):
+        read_all(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no image with a caption in .*0 found"):
+        read_all(tmp_path)
+    save(tmp_path / "a.png", 0)
+    with pytest.raises(ValueError, match=r"no caption .*put a text file .* beside each image"):
+        read_all(tmp_path)
+    path = write(tmp_path / "pairs.csv", "file,text\na.png,a caption\n")
+    with pytest.raises(ValueError, match=r'no path or no caption .*columns "path" and "caption"'):
+        read_all(path)
+    path = write(tmp_path / "pairs.csv", "path,caption\na.png,größer\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"pairs\.csv cannot be read: UTF-16"):
+        read_all(path)
+    path = write(tmp_path / "pairs.csv", "path,caption\nmissing.png,a caption\n")
+    with pytest.raises(ValueError, match=r"no image in .* can be used: 1 found, 0 used"):
+        read_all(path)
+
+
+def test_the_split_is_by_name_and_equal_pictures_stay_together(tmp_path):
+    for top in ("here", "there"):
+        for i in range(40):
+            save(tmp_path / top / ("cat" if i % 2 else "dog") / f"{i}.png", i % 30)
+    records, _ = read_all(tmp_path / "here", val_fraction=0.25)
+    splits = [record.split for record in records]
+    assert [r.split for r in read_all(tmp_path / "there", val_fraction=0.25)[0]] == splits
+    assert 4 <= splits.count("val") <= 16
+    assert {r.label for r in records if r.split == "val"} == {"cat", "dog"}
+    sides = [{r.image.tobytes() for r in records if r.split == side} for side in captioned.SPLITS]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 30
+    assert [r.split for r in read_all(tmp_path / "here" / "cat" / "..")[0]].count("val") <= 8
+
+
+def test_a_handful_of_pairs_has_two_for_validation(tmp_path):
+    for count, expected in enumerate(
+        ("train", "train val", "train val val", "train train val val")
+    ):
+        save(tmp_path / "cat" / f"{count}.png", count)
+        assert sorted(r.split for r in read_all(tmp_path)[0]) == expected.split()
+
+
+def test_animations_are_counted(tmp_path):
+    frames = [Image.fromarray(noise(8, 8, seed=seed)) for seed in (0, 1)]
+    write(
+        tmp_path / "cat" / "a.gif",
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+    )
+    assert "1 with several frames or pages" in str(read_all(tmp_path)[1])
+
+
+# --- Prepared folders and batches -----------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """40 pictures of 10 kinds."""
+    for i in range(40):
+        save(tmp_path / "own" / f"kind_{i % 10}" / f"{i}.png", i)
+    return tmp_path / "own"
+
+
+def prepare(path, batch_size=8, seed=0, vocab_size=300, context_length=64, size=8, **config):
+    config = {"tokenizer": "bytes", "cache": str(Path(path).parent / "cache")} | config
+    config = PairConfig(path=str(path), **config)
+    return PairData.prepare(config, size, 3, vocab_size, context_length, batch_size, seed)
+
+
+def prepared(path) -> Path:
+    (folder,) = (path.parent / "cache").iterdir()
+    return folder
+
+
+def test_what_a_batch_holds(own):
+    data = prepare(own)
+    batch = data.batch(0)
+    assert {name: (x.dtype, len(x)) for name, x in batch.items()} == {
+        "images": (torch.float32, 8), "tokens": (torch.int64, 8), "labels": (torch.int64, 8),
+    }  # fmt: skip
+    index = shuffle(np.arange(8), 36, seed=0)
+    originals = {f"a picture of a kind {i % 10}": set() for i in range(40)}
+    for i in range(40):
+        originals[f"a picture of a kind {i % 10}"].add(noise(8, 8, seed=i).tobytes())
+    for row in range(8):
+        text = data.tokenizer.decode(batch["tokens"][row][:-1].tolist())
+        assert data.train.captions[index[row]] == [text]
+        image = ((batch["images"][row] + 1) * 127.5).round().to(torch.uint8)
+        assert image.permute(1, 2, 0).numpy().tobytes() in originals[text]
+    assert batch["images"].min() >= -1
+    assert batch["images"].max() <= 1
+    assert batch["images"].max() - batch["images"].min() > 1.9
+    assert (data.unit, data.units_per_row, data.metrics(1.0)) == ("images", 1, {})
+    assert "36 train, 4 val pictures of (3, 8, 8)" in data.description.replace("[", "(")
+
+
+def test_labels_are_equal_where_captions_are(own):
+    data = prepare(own, batch_size=36)
+    batch = data.batch(2)
+    texts = [data.tokenizer.decode(row.tolist()) for row in batch["tokens"]]
+    same = [[a == b for b in texts] for a in texts]
+    assert torch.equal(batch["labels"][:, None] == batch["labels"], torch.tensor(same))
+    groups = {own[0]: group for own, group in zip(data.train.captions, data.train.groups)}
+    assert all(groups[c[0]] == group for c, group in zip(data.val.captions, data.val.groups))
+
+
+def test_tokens_end_with_the_end_token_and_are_no_longer_than_needed(tmp_path):
+    for i in range(12):
+        save(tmp_path / "own" / f"{i}.png", i)
+        write(tmp_path / "own" / f"{i}.txt", "x" * (i + 1) + "\nnot this one, it is far too long")
+    data = prepare(tmp_path / "own", batch_size=2, context_length=9)
+    eot = data.tokenizer.eot
+    for step in range(5):
+        tokens = data.batch(step)["tokens"]
+        lengths = (tokens != eot).sum(1)
+        assert tokens.shape == (2, lengths.max() + 1)
+        for row, length in zip(tokens, lengths):
+            assert (row[length:] == eot).all()
+            assert data.tokenizer.decode(row[:length].tolist()) == "x" * length
+        assert lengths.max() <= 8
+    manifest = json.loads(
+        (prepared(tmp_path / "own") / "manifest.json").read_text(encoding="utf-8")
+    )
+    assert "4 captions cut to 9 tokens" in manifest["report"]
+    assert [len(captions) for captions in data.train.captions] == [2] * len(data.train.captions)
+
+
+def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(own):
+    def order(steps, **options):
+        data = prepare(own, batch_size=5, **options)  # 36 pictures: batches straddle epochs
+        return [row.numpy().tobytes() for step in steps for row in data.batch(step)["images"]]
+
+    drawn = order(range(36))
+    epochs = [tuple(drawn[i : i + 36]) for i in range(0, 180, 36)]
+    assert all(len(set(epoch)) == 36 for epoch in epochs)
+    assert len(set(epochs)) == 5
+    assert tuple(order(range(8), seed=1)[:36]) not in epochs
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(own):
+    data, big = prepare(own, batch_size=4), prepare(own, batch_size=8)
+    whole = big.batch(5)
+    for world in (2, 4):
+        rows = 8 // world
+        parts = [big.batch(5, slice(r * rows, (r + 1) * rows)) for r in range(world)]
+        for name in ("images", "labels"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    halves = torch.cat([data.batch(10)["images"], data.batch(11)["images"]])
+    assert torch.equal(halves, whole["images"])
+    assert torch.equal(big.batch(5)["tokens"], whole["tokens"])
+    assert big.fingerprint == data.fingerprint
+
+
+def test_validation_takes_full_batches_in_a_fixed_order(own):
+    data = prepare(own, val_fraction=0.25)
+    batches = list(data.val_batches(4))
+    assert [len(batch["labels"]) for batch in batches] == [4, 4]
+    again = prepare(own, val_fraction=0.25, seed=5).val_batches(4)
+    assert all(torch.equal(a["images"], b["images"]) for a, b in zip(batches, again))
+    (all_of_it,) = data.val_batches(100)
+    held_out = {image.tobytes() for image in data.splits["val"].images}
+    images = ((all_of_it["images"] + 1) * 127.5).round().to(torch.uint8).numpy()
+    assert {image.tobytes() for image in images} == held_out
+    assert [*data.splits] == ["train", "val"]
+    assert len(held_out) == len(data.val.labels) == 10
+
+
+def test_glyphs_are_a_source(tmp_path, monkeypatch):
+    fonts = {style: file for style, file in glyphs.FILES.items() if "mono" in style}
+    monkeypatch.setattr(glyphs, "FILES", fonts)
+    config = PairConfig(cache=str(tmp_path), tokenizer="bpe")
+    data = PairData.prepare(config, 32, 1, 1000, 32, 64, 0)
+    assert [*data.splits] == [*glyphs.SPLITS]
+    assert data.val is data.splits[glyphs.HELD_OUT_FONTS]
+    expected = {split: [] for split in glyphs.SPLITS}
+    for record in glyphs.records():
+        expected[record.split].append(record)
+    for name, split in data.splits.items():
+        assert split.images.shape == (len(expected[name]), 1, 32, 32)
+        for i in range(0, len(split.labels), 50):
+            assert np.array_equal(split.images[i, 0], expected[name][i].image[:, :, 0])
+            assert split.captions[i] == list(expected[name][i].captions)
+            assert split.labels[i] == expected[name][i].label
+    assert data.batch(0)["images"].shape == (64, 1, 32, 32)
+    with pytest.raises(ValueError, match=r"32 x 32 .* 64 x 64 in 3: set --model.image-size 32"):
+        PairData.prepare(config, 64, 3, 1000, 32, 64, 0)
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_used_again_until_something_changes(own, capsys):
+    first = prepare(own)
+    assert "40 found, 40 used" in capsys.readouterr().out
+    assert prepare(own, batch_size=3).fingerprint == first.fingerprint
+    assert capsys.readouterr().out == ""
+    fingerprints = {first.fingerprint}
+    for change in ({"val_fraction": 0.3}, {"template": "a {}"}, {"size": 9}):
+        fingerprints.add(prepare(own, **change).fingerprint)
+    save(own / "kind_1" / "1.png", 77)
+    fingerprints.add(prepare(own).fingerprint)
+    assert len(fingerprints) == 5
+    prepare(own, context_length=9)
+    assert len(list((own.parent / "cache").iterdir())) == 6  # and nothing half-done
+
+
+def test_altered_files_are_refused_by_name(own):
+    prepare(own, tokenizer="bpe", vocab_size=270)
+    folder = prepared(own)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        good = file.read_bytes()
+        for bad in (good[:-1], good[:2] + bytes([good[2] ^ 1]) + good[3:], None):
+            file.write_bytes(bad) if bad is not None else file.unlink()
+            with pytest.raises(ValueError) as error:
+                prepare(own, tokenizer="bpe", vocab_size=270)
+            assert str(folder) in str(error.value), file.name
+        file.write_bytes(good)
+    prepare(own, tokenizer="bpe", vocab_size=270)
+
+
+def test_an_interrupted_build_leaves_nothing(own, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pair_files, "write_texts", interrupted)
+        prepare(own)
+    assert list((own.parent / "cache").iterdir()) == []
+    prepare(own)
+
+
+def test_two_builds_at_once_agree(own, monkeypatch):
+    real = pair_files.write_texts
+
+    def slow(*arguments):  # another process finishes the same folder meanwhile
+        monkeypatch.setattr(pair_files, "write_texts", real)
+        prepare(own)
+        return real(*arguments)
+
+    monkeypatch.setattr(pair_files, "write_texts", slow)
+    assert len(prepare(own).train.labels) == 36
+    assert prepared(own).name.startswith("own-")
+
+
+# --- Tokenizers and mistakes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-unigram", "bpe"])
+def test_a_vocabulary_that_the_captions_do_not_fill_is_made_smaller(own, capsys, kind):
+    data = prepare(own, tokenizer=kind, vocab_size=5000)
+    assert 257 < data.tokenizer.vocab_size < 400
+    size = data.tokenizer.vocab_size
+    assert f"the captions allow {size} tokens, not 5000" in capsys.readouterr().out
+    ids = data.batch(0)["tokens"]
+    assert data.tokenizer.decode(ids[0].tolist()).startswith("a picture of a kind")
+    with pytest.raises(ValueError, match="vocab_size 100"):
+        prepare(own, tokenizer=kind, vocab_size=100)
+
+
+def test_the_tokenizer_learns_from_all_training_captions_only(own, monkeypatch):
+    for path in own.rglob("*.png"):
+        write(path.with_suffix(".txt"), f"caption of {path.stem}\nsecond of {path.stem}")
+    seen, train = [], tokenizer.train
+    monkeypatch.setattr(
+        tokenizer, "train", lambda kind, texts, size: seen.extend(texts) or train("bytes", [], 257)
+    )
+    data = prepare(own, tokenizer="bpe")
+    assert seen == [caption for captions in data.train.captions for caption in captions]
+    assert len(seen) == 72
+
+
+def test_a_saved_tokenizer_is_used(own, tmp_path):
+    first = prepare(own)
+    first.tokenizer.save(tmp_path / "saved")
+    data = prepare(own, tokenizer=str(tmp_path / "saved"))
+    assert data.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+    with pytest.raises(ValueError, match=r"--model.vocab-size 257"):
+        prepare(own, tokenizer=str(tmp_path / "saved"), vocab_size=256)
+
+
+def test_captions_that_are_all_equal_are_warned_about(tmp_path):
+    for i in range(8):
+        save(tmp_path / "own" / "cat" / f"{i}.png", i)
+    with pytest.warns(UserWarning, match="all captions are 'a picture of a cat'"):
+        prepare(tmp_path / "own", batch_size=2, val_fraction=0.3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"val_fraction": 0.0}, "val-fraction 0.0"),
+        ({"val_fraction": 1.0}, "val-fraction 1.0"),
+        ({"val_fraction": float("nan")}, "val-fraction nan"),
+        ({"path": ""}, "empty"),
+        ({"tokenizer": ""}, "empty"),
+        ({"template": "a picture"}, r"template 'a picture': write {}"),
+    ],
+)
+def test_bad_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        PairConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": 37},
+            "36 training pictures, the batch takes 37: use --train.batch-size <= 36",
+        ),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"context_length": 1}, "context length 1"),
+        ({"size": 0}, "image size 0"),
+        ({"tokenizer": "bite"}, "'bite' is no folder"),
+    ],
+)
+def test_mistakes_are_named_with_the_fix(own, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(own, **options)
+
+
+def test_whatever_a_caption_holds_it_becomes_tokens(tmp_path):
+    texts = ["<|endoftext|>", "\ud800 half a pair", "zero\0byte", "▁", "🎈"]
+    for i in range(5):
+        save(tmp_path / f"{i}.png", i)
+    rows = [{"path": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
+    path = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)).replace("\\u0000", " "))
+    data = prepare(path, batch_size=1, val_fraction=0.4, tokenizer="sentencepiece")
+    texts = {tokenizer.replace_surrogates(text).replace("\0", " ") for text in texts}
+    eot = data.tokenizer.eot
+    for split in data.splits.values():
+        for row in split.tokens.tolist():
+            assert data.tokenizer.decode(row[: row.index(eot)]) in texts
+
+
+def test_the_module_reads_a_folder(own):
+    for path, status in ((own, 0), (own / "missing", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "data.captioned", path], cwd=ROOT, capture_output=True,
+            encoding="utf-8",
+        )  # fmt: skip
+        assert done.returncode == status
+        found = done.stderr if status else done.stdout
+        assert ("is not a folder" if status else "a picture of a kind 3") in found
+    assert "Traceback" not in done.stderr
+
+
+def test_a_split_without_pictures_is_named(tmp_path):
+    for i in range(6):
+        save(tmp_path / "own" / "cat" / f"{i}.png", seed=0)  # one picture goes to one split
+    message = r"the split '(train|val)' has 0 pictures, need 2: add pairs"
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "own", batch_size=1)

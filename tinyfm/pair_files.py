@@ -1,0 +1,200 @@
+"""Records -> files: pictures with captions in a folder, written once, checked when opened.
+
+    records -> FOLDER/train.images     bytes (B, C, H, W)
+               FOLDER/train.tokens     token ids (B, T) of the first captions, uint16 or uint32
+               FOLDER/train.json       all captions and labels; so for each other split
+               FOLDER/manifest.json    shapes, sizes and SHA-256;  FOLDER/tokenizer/
+
+The first two are arrays and nothing else, read through a memory map: the pictures may be more than
+fits in memory. The folder gets its name when it is complete: it is whole, or it is absent.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.download import sha256_of
+from data.pictures import Record
+from data.report import Report
+from tinyfm.shards import rebuild_hint, token_dtype
+from tinyfm.tokenizer import Tokenizer
+
+VERIFY_BYTES = 1 << 30  # files up to this size are read and checked in full when opened
+
+# ---- write ---------------------------------------------------------------------------------------
+
+
+def encode_captions(
+    tokenizer: Tokenizer, captions: list[str], context_length: int
+) -> tuple[np.ndarray, int]:
+    """The rows a text tower reads, (B, T) int64, and how many captions were cut to fit.
+
+    A row is the start token, if the tokenizer has one, as much of the caption as context_length
+    allows, then the end token as often as it takes; T is the longest row's length. Raises
+    ValueError if there is no room for any text.
+    """
+    start = [] if tokenizer.bot is None else [tokenizer.bot]
+    room = context_length - len(start) - 1
+    if room < 1:
+        least = len(start) + 2
+        raise ValueError(f"context_length {context_length} has no room for text: use >= {least}")
+    encoded = tokenizer.encode_batch(captions)
+    cut = sum(len(ids) > room for ids in encoded)
+    encoded = [start + ids[:room] for ids in encoded]
+    tokens = np.full((len(encoded), 1 + max(map(len, encoded), default=0)), tokenizer.eot)
+    for row, ids in zip(tokens, encoded):
+        row[: len(ids)] = ids
+    return tokens, cut
+
+
+@contextlib.contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which is given its name if nothing goes wrong."""
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_names(split: str) -> list[str]:
+    """Where the images (B, C, H, W), the tokens (B, T) and all texts of a split are."""
+    return [f"{split.replace(' ', '-')}.{kind}" for kind in ("images", "tokens", "json")]
+
+
+def write_images(
+    folder: Path, records: Iterable[Record], splits: tuple[str, ...]
+) -> tuple[dict, tuple[int, ...]]:
+    """Write the images as they come; return {split: (captions, labels)} and their (C, H, W)."""
+    texts, shape = {split: ([], []) for split in splits}, ()
+    with contextlib.ExitStack() as stack:
+        out = {s: stack.enter_context(open(folder / file_names(s)[0], "wb")) for s in splits}
+        for record in tqdm(records, "reading", unit=" images", leave=False, disable=None):
+            image = record.image.transpose(2, 0, 1)  # (C, H, W)
+            out[record.split].write(image.tobytes())
+            captions, labels = texts[record.split]
+            captions.append(record.captions)
+            labels.append(record.label)
+            shape = image.shape
+    return texts, shape
+
+
+def write_texts(
+    folder: Path, texts: dict, tokenizer: Tokenizer, context_length: int, report: Report
+) -> None:
+    """Write the tokens of each first caption, and all captions and labels."""
+    cut = 0
+    for split, (captions, labels) in texts.items():
+        firsts = [own[0] for own in captions]
+        tokens, cut_here = encode_captions(tokenizer, firsts, context_length)
+        cut += cut_here
+        _, tokens_file, texts_file = file_names(split)
+        tokens.astype(token_dtype(tokenizer.vocab_size)).tofile(folder / tokens_file)
+        content = json.dumps({"captions": captions, "labels": labels})
+        (folder / texts_file).write_text(content, encoding="utf-8")
+    if cut:
+        report.notes.append(f"{cut:,} captions cut to {context_length} tokens")
+
+
+def build(
+    folder: Path,
+    records: Iterable[Record],
+    report: Report,
+    splits: tuple[str, ...],
+    make_tokenizer: Callable[[list[str]], Tokenizer],
+    context_length: int,
+) -> None:
+    """Make the folder. `make_tokenizer` is given all captions of "train", the first split;
+    `report` is filled as `records`, all of one shape, are read."""
+    begin = time.perf_counter()
+    with whole_or_absent(folder) as temporary:
+        texts, shape = write_images(temporary, records, splits)
+        tokenizer = make_tokenizer([text for own in texts["train"][0] for text in own])
+        write_texts(temporary, texts, tokenizer, context_length, report)
+        tokenizer.save(temporary / "tokenizer")
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        names = [path.relative_to(temporary).as_posix() for path in files]
+        manifest = {
+            "image": shape,
+            "rows": {split: len(labels) for split, (_, labels) in texts.items()},
+            "bytes": {name: path.stat().st_size for name, path in zip(names, files)},
+            "sha256": {name: sha256_of(path) for name, path in zip(names, files)},
+            "report": str(report),
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    print(f"{folder}: {time.perf_counter() - begin:.1f} s; pictures: {report}")
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict:
+    """The folder's manifest. Raises ValueError if it or a file that it lists is damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["image"], manifest["rows"]
+        written = [(folder / f, n, manifest["sha256"][f]) for f, n in manifest["bytes"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): {rebuild_hint(folder)}") from error
+    for path, size, sha256 in written:
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise ValueError(f"{path} has {found} bytes, expected {size}: {rebuild_hint(folder)}")
+        if size <= VERIFY_BYTES and sha256_of(path) != sha256:
+            raise ValueError(f"{path} was altered since it was written: {rebuild_hint(folder)}")
+    return manifest
+
+
+class Split(NamedTuple):
+    """Row i of each says something of picture i of B."""
+
+    images: np.ndarray  # uint8 (B, C, H, W), on disk
+    tokens: np.ndarray  # uint16 or uint32 (B, T), on disk: the first caption
+    groups: np.ndarray  # int64 (B,), equal where the first captions are equal, in all splits alike
+    captions: list[list[str]]  # one or more
+    labels: list[str]  # what is shown, without how
+
+    def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Rows `index` (int64) as PairData.batch returns them."""
+        tokens = self.tokens[index].astype(np.int64)
+        padding = tokens[:, -1:] == tokens  # the last token of any row is the end-of-text token
+        tokens = tokens[:, : 1 + padding.argmax(axis=1).max()]
+        return {
+            "images": torch.from_numpy(self.images[index]).float() / 127.5 - 1,
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(self.groups[index]),
+        }
+
+
+def open_splits(folder: Path, manifest: dict, dtype: np.dtype) -> dict[str, Split]:
+    """Map the arrays and read the texts of each split."""
+    splits, groups = {}, {}
+    for name, rows in manifest["rows"].items():
+        images, tokens, texts = (folder / file for file in file_names(name))
+        content = json.loads(texts.read_text(encoding="utf-8"))
+        group = [groups.setdefault(own[0], len(groups)) for own in content["captions"]]
+        splits[name] = Split(
+            np.memmap(images, np.uint8, "r", shape=(rows, *manifest["image"])).view(np.ndarray),
+            np.memmap(tokens, dtype, "r").view(np.ndarray).reshape(rows, -1),
+            np.array(group, dtype=np.int64),
+            content["captions"],
+            content["labels"],
+        )
+    return splits
