@@ -2,6 +2,7 @@
 
 python train.py                                   # a small GPT on the documentation at hand
 python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
+python train.py clip                              # images and their captions
 python train.py gpt --resume                      # go on where a run stopped
 python train.py gpt2-124m --dry-run               # what would it cost?
 torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
@@ -17,10 +18,12 @@ import torch
 import tyro
 
 from tinyfm import calc, distributed, files, machine, presets
+from tinyfm.families import Run
+from tinyfm.logbook import read_metrics
 from tinyfm.trainer import Trainer
 
 
-def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, presets.GPTRun]:
+def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt", argv)
     preset = presets.get_preset(name)
     listed = "\n".join(f"  {key}: {value.about}" for key, value in presets.PRESETS.items())
@@ -29,7 +32,7 @@ def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, presets.GPTRun
     return name, preset, dataclasses.replace(run, out=run.out or f"runs/{name}")
 
 
-def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distributed.World) -> int:
+def train(name: str, preset: presets.Preset, run: Run, world: distributed.World) -> int:
     """Run it; returns the exit status: 0, or 128 + the signal that stopped it."""
     out, begun = Path(run.out), time.perf_counter()
     say = print if world.first else lambda line: None
@@ -46,8 +49,9 @@ def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distrib
     torch.manual_seed(run.train.seed)
     trainer = Trainer(
         run.build_model(), data, run.train, run.optim, out, world=world,
-        write=lambda folder: presets.write_run_files(folder, record, data.tokenizer),
-        show=lambda model, folder, step: run.show(model, data.tokenizer, folder, step),
+        write=lambda folder: presets.write_run_files(folder, record, run, data),
+        score=lambda model: run.score(model, data),
+        show=lambda model, folder, step: run.show(model, data, folder, step),
     )  # fmt: skip
     if run.resume:
         presets.check_same(files.read_json(out / "config.json"), record, out)
@@ -62,7 +66,8 @@ def train(name: str, preset: presets.Preset, run: presets.GPTRun, world: distrib
     if trainer.signals.agreed:
         say(f"stopped at step {trainer.counters['step']} and saved; go on with --resume")
         return 128 + trainer.signals.agreed
-    say(presets.verdict(preset, run, data.metrics(trainer.counters["baseline"]), scores))
+    baseline = next((row for row in read_metrics(out / "metrics.jsonl") if not row["step"]), {})
+    say(presets.verdict(preset, run, baseline, scores))
     gib = machine.peak_memory_bytes(trainer.device) / 2**30
     say(f"{time.perf_counter() - begun:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
     return 0

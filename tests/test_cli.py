@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, files, generate, machine, presets
+from tinyfm import checkpoint, families, files, generate, machine, presets
 from tinyfm.gpt import GPT
 from tinyfm.trainer import Trainer
 
@@ -205,7 +205,8 @@ def test_nothing_but_nan(tmp_path, options, monkeypatch, fails):
 
 
 def test_interrupted_before_the_training(options, monkeypatch, capsys):
-    monkeypatch.setattr(presets.GPTRun, "open_data", lambda run: signal.raise_signal(signal.SIGINT))
+    interrupt = lambda run: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(families.GPTRun, "open_data", interrupt)
     assert call(train, *options, "--out", "nowhere") == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -411,7 +412,7 @@ def test_what_is_no_checkpoint_of_ours(run, tmp_path, monkeypatch, fails):
     reseal(folder)
     assert "weights do not fit the model: somebody.elses is unexpected" in fails(sample, run)
     for record, message in (
-        ({"family": "cat"}, "holds a run of family 'cat', not a GPT"),
+        ({"family": "cat"}, "the run is of family 'cat', none of gpt"),
         ([], "config.json is not of this version"),
         ({"family": "gpt", "model": {"n_wings": 2}}, "n_wings"),
         ({"family": "gpt"}, "model"),

@@ -50,7 +50,9 @@ def test_bfloat16_on_gpus(monkeypatch, capability, fast):
 def test_peaks(monkeypatch):
     assert machine.peak_flops(CPU, torch.bfloat16) is None  # not known, so no share of it is stated
     cuda = torch.device("cuda")
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce GTX 1080", None)):
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+             "Tesla V100-SXM2-32GB": None, "NVIDIA GeForce GTX 1080": None}  # fmt: skip
+    for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert machine.peak_flops(cuda, torch.bfloat16) == peak
         assert machine.peak_flops(cuda, torch.float32) is None

@@ -13,11 +13,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {  # lines; over it, an idea is in the wrong file
-    "train.py": 90, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
+    "train.py": 100, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
     "tinyfm/gpt.py": 350, "tinyfm/generate.py": 260, "tinyfm/data.py": 250, "tinyfm/shards.py": 250,
     "tinyfm/optim.py": 220, "tinyfm/trainer.py": 320, "tinyfm/distributed.py": 180,
     "tinyfm/files.py": 130, "tinyfm/pairs.py": 250, "tinyfm/pair_files.py": 200,
-    "tinyfm/clip.py": 300, "tinyfm/towers.py": 170, "tinyfm/families.py": 250, "tinyfm/compiled.py": 100,
+    "tinyfm/clip.py": 300, "tinyfm/towers.py": 170, "tinyfm/families.py": 250,
+    "tinyfm/compiled.py": 100, "tinyfm/ledgers.py": 400, "tinyfm/systems.py": 210,
+    "tinyfm/memory.py": 320, "tinyfm/measure.py": 210, "tinyfm/report.py": 230,
+    "tinyfm/scaling_laws.py": 250, "tinyfm/zero_shot.py": 170, "tinyfm/hub_clip.py": 250,
+    "tinyfm/unet.py": 350, "tinyfm/ddpm.py": 400,
+    "tinyfm/autoencoder.py": 300, "tinyfm/hub_diffusion.py": 330, "tinyfm/hub_pipeline.py": 140,
     "tinyfm/checkpoint.py": 250, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
     "tinyfm/calc.py": 400, "tinyfm/hub.py": 300, "tinyfm/hub_gpt.py": 330,
     "tinyfm/machine.py": 100, "tinyfm/logbook.py": 120, "tinyfm/__init__.py": 20,

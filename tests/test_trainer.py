@@ -86,7 +86,7 @@ def test_a_few_rows_are_learnt_by_heart(tmp_path, data, optimizer):
     config = replace(TRAIN, steps=50, batch_size=4, eval_every=0)
     trainer = make(tmp_path, stub, model, config, replace(OPTIM, optimizer=optimizer, lr=1e-2))
     scores = trainer.fit()
-    assert trainer.counters["baseline"] == pytest.approx(math.log(257), abs=0.2)
+    assert rows(tmp_path)[0]["val_loss"] == pytest.approx(math.log(257), abs=0.2)
     assert scores["val_loss"] < 0.05
 
 
@@ -362,7 +362,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, data, monkeypatch):
     trainer.resume()
     trainer.fit()
     assert folders() == ["step-000002", "step-000006"]
-    assert trainer.counters == {"step": 6, "best_step": 2, "best_loss": 1.0, "baseline": 5.0}
+    assert trainer.counters == {"step": 6, "best_step": 2, "best_loss": 1.0}
 
 
 def test_what_cannot_be_shown_stops_nothing(tmp_path, data, capsys):
@@ -490,4 +490,4 @@ def test_two_ranks_are_one_batch_and_stop_together(tmp_path, options, tiny_run):
         assert ours == pytest.approx(theirs, rel=1e-4)  # Muon magnifies rounding
     weights = [files.load_tensors(tmp_path / name / "step-000004") for name in ("one", "two")]
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=2e-3)

@@ -1,21 +1,45 @@
-"""What a model will cost, before it runs: parameters, FLOPs and bytes of its training.
+"""Know before you train: parameters, memory, FLOPs, time and cost of a model.
 
-Counted from the very module that trains, built on the meta device, where tensors have shapes but
-no memory. Bytes are of one process that holds everything; GiB = 2^30 bytes.
+python -m tinyfm.calc gpt3-175b                                   # a published system
+python -m tinyfm.calc gpt3-175b --gpu h100 --gpus 1024 --tokens 300e9
+python -m tinyfm.calc llama3-8b --fit 24GiB                       # does it fit, and how?
+python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
+python -m tinyfm.calc runs/gpt                                    # a run of one's own, or a preset
+python -m tinyfm.calc optimal 5.76e23                             # how to spend so many FLOPs
+python -m tinyfm.calc fit runs/sweep-*                            # a scaling law of one's own runs
+
+Published systems are counted by closed forms (ledgers.py, systems.py), modules of our own by
+running them on tensors without memory (measure.py); memory.py adds up bytes, gpus.py hours and
+dollars. Here they are put together and printed. torch is imported only for what is our own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+from tinyfm import gpus, memory, report, systems
+from tinyfm.memory import Layout, Network, Training
+from tinyfm.report import Assumptions, Report
 
-from tinyfm.optim import OptimConfig, hidden_matrices
-from tinyfm.trainer import TrainConfig
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tinyfm.optim import OptimConfig
+    from tinyfm.trainer import TrainConfig
+
+
+# ---- a module about to be trained ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainingCost:
+    """Of one process that holds everything."""
+
     parameters: int  # numbers that are learnt; a tied head counts once
     parameter_bytes: int  # float32 weights
     gradient_bytes: int  # float32
@@ -31,18 +55,251 @@ class TrainingCost:
 
 def training_cost(model: nn.Module, optim: OptimConfig, batch_size: int) -> TrainingCost:
     """Cost of training `model`, on any device, with batches of batch_size rows."""
-    n = sum(p.numel() for p in model.parameters())
-    hidden = sum(p.numel() for p in hidden_matrices(model)) if optim.optimizer == "muon" else 0
-    flops = batch_size * model.flops_per_row()
-    optimizer, average = 4 * (2 * n - hidden), 4 * n if optim.ema_half_life else 0
-    return TrainingCost(n, 4 * n, 4 * n, optimizer, average, flops)
+    from tinyfm import measure
+
+    parameters = list(model.parameters())
+    weights = sum(p.nbytes for p in parameters)
+    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+    optimizer, average = measure.average_bytes(model, optim)
+    flops = 0  # where the model neither says nor can be measured
+    if hasattr(model, "flops_per_row"):
+        flops = batch_size * model.flops_per_row()
+    elif hasattr(model, "example_batch"):
+        flops = sum(measure.count_flops(model, batch_size))
+    n = sum(p.numel() for p in parameters)
+    return TrainingCost(n, weights, gradients, optimizer, average, flops)
+
+
+def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tuple[int, str]:
+    """Bytes of tensors at the peak of a step, as the trainer would run it here; and how, in words.
+
+    Of the device that is asked for; of the CPU, in a dry run for another machine.
+    """
+    import torch
+
+    from tinyfm import machine, measure
+
+    try:
+        device = machine.choose_device(train.device)
+        dtype = machine.choose_dtype(train.dtype, device)
+    except ValueError:
+        device, dtype = measure.CPU, machine.choose_dtype("auto", measure.CPU)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rows, several = measure.micro_batch(model, train, world)
+    at_once = train.micro_batch_size
+    peak = max(measure.step_bytes(model, optim, rows, several, at_once, device, dtype))
+    return peak, f"{at_once or rows} rows at once in {str(dtype).removeprefix('torch.')}"
 
 
 def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
-    cost = training_cost(model, optim, train.batch_size)
-    gib = cost.state_bytes / 2**30
-    return (
-        f"{cost.parameters:,} parameters; {gib:.2f} GiB for weights, gradients and optimizer, "
-        f"activations come on top; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
-        f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
+    """One line on what training will take, for one process; with its peak of memory, if the model
+    has example_batch(rows)."""
+    try:
+        cost = training_cost(model, optim, train.batch_size)
+        state = f"{cost.state_bytes / 2**30:.2f} GiB for weights, gradients and optimizer"
+        memory = f"{state}, activations come on top"
+        if hasattr(model, "example_batch"):
+            peak, how = predict_peak(model, optim, train)
+            memory = f"a peak of {peak / 2**30:.2f} GiB of tensors predicted for {how}: {state}, "
+            memory += f"{(peak - cost.state_bytes) / 2**30:.2f} GiB for activations"
+    except Exception as error:  # a forecast is not worth a run
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"what training takes cannot be predicted ({reason})"
+    steps = ""
+    if cost.flops_per_step:
+        steps = f"; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
+        steps += f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
+    return f"{cost.parameters:,} parameters; {memory}{steps}"
+
+
+# ---- what the command line asks about -----------------------------------------------------------
+
+
+def rebuild(path: Path):
+    """The run that a config.json describes, as a value of its run type."""
+    from tinyfm import files, presets
+
+    record = files.read_json(path)
+    try:
+        run = presets.get_preset(record["preset"]).run
+        parts = {part: type(getattr(run, part))(**record[part]) for part in run.parts}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not of this version: {error}") from error
+    return replace(run, **parts)
+
+
+def own(name: str, run) -> tuple[Network, Training]:
+    """A run of one's own: its network, and how it trains. In float32, with 16-bit products."""
+    import torch
+
+    from tinyfm import measure
+
+    with torch.device("meta"):
+        model = run.build_model()
+    if not hasattr(model, "example_batch"):
+        raise ValueError(f"{type(model).__name__} has no example_batch(rows): nothing to measure")
+    rows, several = measure.micro_batch(model, run.train)
+    dtype = torch.float32 if run.train.dtype == "float32" else torch.bfloat16
+    network = measure.measure(
+        name, model, run.optim, rows, several, run.train.micro_batch_size, dtype=dtype
     )
+    network = replace(network, trained=run.train.steps * run.train.batch_size * network.row)
+    return network, Training(rows, "fp32", run.optim.optimizer)
+
+
+def find(name: str, context: int = 0) -> tuple[Network, Training | None]:
+    """A published system, a run directory or a preset, by name. ValueError if there is none."""
+    if name in systems.rows():
+        return systems.get(name, context), None
+    if context:
+        raise ValueError(f"--context is for published systems; {name!r} is none")
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is not a run directory: it has no config.json")
+        return own(name, rebuild(path / "config.json"))
+    from tinyfm import presets
+
+    if name in presets.PRESETS:
+        return own(name, presets.get_preset(name).run)
+    hint = systems.nearest(name, [*systems.rows(), *presets.PRESETS])
+    raise ValueError(f"there is no system, preset or run directory {name!r}; {hint}")
+
+
+def choose_dtype(asked: str, gpu: gpus.GPU | None) -> str:
+    """The format asked for; else bf16, or the first that the GPU has."""
+    if asked and gpu:
+        gpu.peak(asked)  # raises if it has none
+    return asked or (next(iter(gpu.peaks)) if gpu else "bf16")
+
+
+def make_report(name: str, options: argparse.Namespace) -> Report:
+    """Raises ValueError for what does not exist or cannot be laid out."""
+    gpu = gpus.get(options.gpu) if options.gpu else None
+    assumed = Assumptions(
+        options.gpus, choose_dtype(options.dtype, gpu), options.mfu, options.availability,
+        options.price, options.pue,
+    )  # fmt: skip
+    network, training = find(name, options.context)
+    training = training or Training(dtype=assumed.dtype, fused=not options.unfused)
+    asked = {key: getattr(options, key) for key in ("rows", "optimizer", "checkpoint")}
+    training = replace(training, **{key: value for key, value in asked.items() if value})
+    zero = options.zero if options.zero is not None else 3 if options.gpus > 1 else 0
+    layout = Layout(options.gpus, options.tensor, options.pipeline, zero)
+    units = options.tokens or network.trained
+    flops, bill = units * network.flops_per_row() / network.row, None
+    if gpu and units:
+        busy = gpus.busy_hours(flops, gpu, assumed.dtype, assumed.mfu)
+        bill = gpus.bill(busy, gpu, assumed.gpus, assumed.availability, assumed.price, assumed.pue)
+    return Report(
+        network, training, layout, memory.training_memory(network, training, layout),
+        memory.serving_memory(network, network.row, 1, assumed.dtype), units, flops, assumed, gpu,
+        bill,
+    )  # fmt: skip
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1; 300e9 and 1_000 are numbers too."""
+    value = amount(text)
+    if value != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(value)
+
+
+def amount(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("python -m tinyfm.calc", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="a published system, a run directory or a preset")
+    add("--list", action="store_true", help="all published systems")
+    add("--compare", action="store_true", help="a table of several names")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", metavar="PNG", help="draw the memory of training, by term")
+    add("--fit", metavar="24GiB", help="does training fit into that memory of a GPU, and how?")
+    add("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
+    add("--gpus", type=count, default=1, help="how many (default 1)")
+    add("--tokens", type=amount, help="to train on, or images; what was published, if not given")
+    add("--context", type=count, default=0, help="tokens of a row, if not the published number")
+    add("--rows", type=count, help="rows of a micro-batch (default 1)")
+    add("--dtype", default="", help="bf16 (default), fp16 or fp32")
+    add("--optimizer", help="adamw (default) or muon")
+    add("--checkpoint", help="activation checkpointing: none (default), selective or full")
+    add("--unfused", action="store_true", help="attention that stores its scores")
+    add("--zero", type=int, help="0 = DDP, 1, 2, 3 = FSDP2 (default where there are more GPUs)")
+    add("--tensor", type=count, default=1, help="GPUs that share each matrix (default 1)")
+    add("--pipeline", type=count, default=1, help="GPUs that share the blocks (default 1)")
+    add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
+    add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
+    add("--price", type=amount, help="USD a GPU-hour; a dated price, if not given")
+    add("--pue", type=amount, default=1.1, help="energy of the building over GPUs' (default 1.1)")
+    options = parser.parse_args(argv)
+    if not options.list and not options.names:
+        raise ValueError("name a system, a preset or a run directory; --list shows the systems")
+    if len(options.names) > 1 and not options.compare:
+        raise ValueError(f"{len(options.names)} names: add --compare for a table of them")
+    if options.compare and (options.json or options.fit):
+        raise ValueError("--compare prints a table; ask for --json or --fit of one name at a time")
+    return options
+
+
+def read_budget(argv: list[str]) -> float:
+    parser = Parser("python -m tinyfm.calc optimal")
+    parser.add_argument("flops", type=amount, help="to spend on training")
+    return parser.parse_args(argv).flops
+
+
+def answer(argv: list[str]) -> str:
+    """What is asked for, as text. Raises ValueError for what cannot be answered."""
+    if argv[:1] == ["fit"]:
+        from tinyfm import sweep
+
+        return sweep.fit_runs(argv[1:])
+    if argv[:1] == ["optimal"]:
+        from tinyfm import scaling_laws
+
+        return scaling_laws.optima_text(read_budget(argv[1:]))
+    options = read_arguments(argv)
+    if options.list:
+        found = map(systems.get, systems.rows())
+        return "\n".join(f"{s.name:18} {s.parameters:>15,}  {s.source}" for s in found)
+    reports = [make_report(name, options) for name in options.names]
+    if options.plot:
+        report.plot(reports, options.plot)
+    if options.compare:
+        return report.table(reports)
+    if options.fit:
+        return report.fit_text(reports[0], options.fit)
+    if options.json:
+        return json.dumps(report.to_json(reports[0]), indent=2)
+    return report.to_text(reports[0])
+
+
+def main() -> int | str:
+    try:
+        print(answer(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

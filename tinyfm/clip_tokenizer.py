@@ -28,7 +28,7 @@ from pathlib import Path
 import regex
 
 from tinyfm import bpe
-from tinyfm.tokenizer import EOT, BPETokenizer, Tokenizer
+from tinyfm.tokenizer import EOT, BPETokenizer
 
 START, END_OF_WORD = "<|startoftext|>", b"</w>"
 CONTEXT_LENGTH = 77  # of OpenAI's models; it goes with the files, as pipelines cut texts by it

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -134,6 +133,27 @@ class Signals:
         """Stop if `asked` is not 0: some rank has noted a signal."""
         if asked:
             self.agreed = self.noted or signal.SIGTERM
+
+
+class Gather(torch.autograd.Function):
+    """Rows (R, ...) of each rank -> rows (R * ranks, ...) on every rank, in order of rank."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # each rank's loss may depend on everybody's rows
+        return gradient.chunk(dist.get_world_size())[rank()]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """All ranks' rows; the gradient of every rank's loss comes back to the rank they are from."""
+    return Gather.apply(rows) if dist.is_available() and dist.is_initialized() else rows
 
 
 class LossModule(nn.Module):

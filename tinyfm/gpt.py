@@ -209,8 +209,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config, config.d_model), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    # Two halves without state, which compiled.py compiles, and the cache between them.
-
+    # Two halves without state, for compiled.py, and the cache between them.
     def begin(self, x, angles):
         return self.attention.project(self.norm1(x), angles)
 
@@ -327,6 +326,10 @@ class GPT(nn.Module):
         attention = 12 * c.n_layer * c.n_head * c.K * c.context_length
         return c.context_length * (6 * weights + attention)
 
+    def example_batch(self, rows: int) -> dict[str, Tensor]:
+        """Rows as data could give them."""
+        return {"tokens": torch.zeros(rows, self.config.context_length + 1, dtype=torch.long)}
+
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
         """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub_gpt.py)."""
@@ -341,7 +344,7 @@ class GPT(nn.Module):
         hub_gpt.save(self, folder, tokenizer, overwrite)
 
     def generate(self, prompts: list[list[int]], sampling=None) -> list[list[int]]:
-        """Continue each prompt of token ids; return each row's new tokens (see generate.py)."""
+        """Continue each prompt of token ids; return each row's new tokens (generate.py)."""
         from tinyfm import generate
 
         return generate.complete(self, prompts, sampling)

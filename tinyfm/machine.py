@@ -8,9 +8,7 @@ import sys
 
 import torch
 
-# Dense peaks in TFLOP/s of bfloat16 matrix products, by a part of the device's name. The vendors'
-# data sheets; figures "with sparsity" are twice as high and are not meant here.
-BF16_PEAKS = {"H100": 989, "H200": 989, "A100": 312, "MI300X": 1307.4, "4090": 165, "3090": 71}
+from tinyfm import gpus
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,8 +54,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak in FLOP/s, or None where it is not known: no utilisation is stated then."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for part, tera in BF16_PEAKS.items() if part in name), None)
+    gpu = gpus.by_driver_name(torch.cuda.get_device_name(device))
+    return gpu.peak("bf16") if gpu and "bf16" in gpu.peaks else None
 
 
 def keep_freed_memory() -> None:

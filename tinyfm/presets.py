@@ -1,8 +1,7 @@
-"""Named runs: what is trained on what, how, and what to expect of it.
+"""Named runs: what is trained on what, how, and what to expect of it; and runs on disk.
 
-A run type binds a family to the trainer: its configs, and how to build its model, open its data and
-show what it makes. A preset is a value of that type. To add a family: its module, a data set, and
-its run type and presets here.
+A preset is a value of a run type (families.py). What a run was is written to its config.json, from
+which it is opened again.
 """
 
 from __future__ import annotations
@@ -10,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from tinyfm import checkpoint, files, generate
-from tinyfm.data import TextConfig, TextData
-from tinyfm.gpt import GPT, GPTConfig
+from torch import nn
+
+from tinyfm import checkpoint, files
+from tinyfm.clip import CLIPConfig
+from tinyfm.data import TextConfig
+from tinyfm.families import FAMILIES, CLIPRun, GPTRun, Run
+from tinyfm.gpt import GPTConfig
 from tinyfm.optim import OptimConfig
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.tokenizer import load as load_tokenizer
@@ -24,45 +27,9 @@ from tinyfm.trainer import TrainConfig
 
 
 @dataclass(frozen=True)
-class GPTRun:
-    """Pretrain a GPT on text."""
-
-    model: GPTConfig = field(default_factory=GPTConfig)
-    data: TextConfig = field(default_factory=TextConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    out: str = ""  # run directory; runs/PRESET if not given
-    resume: bool = False  # go on from the last checkpoint in it
-    dry_run: bool = False  # print the config and what it costs, and stop
-
-    family: ClassVar[str] = "gpt"
-    parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
-
-    def build_model(self) -> GPT:
-        return GPT(self.model)
-
-    def open_data(self) -> TextData:
-        c = self.train
-        return TextData.prepare(
-            self.data, self.model.vocab_size, self.model.context_length, c.batch_size, c.seed
-        )
-
-    def show(self, model: GPT, tokenizer: Tokenizer, folder: Path, step: int) -> str:
-        """Write two texts from nothing to folder/step-NNNNNN.txt; return one of them."""
-        length = min(100, model.config.context_length - 1)
-        sampling = generate.Sampling(max_new_tokens=length, stop_tokens=(tokenizer.eot,))
-        rows = generate.complete(model, [[tokenizer.eot]] * 2, sampling)
-        texts = [tokenizer.decode(row) for row in rows]
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step:06d}.txt"
-        path.write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
-        return f"--- step {step} writes: " + " ".join(texts[0].split())[:300]
-
-
-@dataclass(frozen=True)
 class Preset:
     about: str
-    run: GPTRun
+    run: Run
     usual: str = ""  # what a run of it reaches, as recorded in the README
 
 
@@ -72,7 +39,8 @@ def gpt_run(steps: int, batch_size: int, micro: int = 0, optim: dict | None = No
     every = max(1, steps // 20)
     train = TrainConfig(steps, batch_size, micro, eval_every=every, compile=True)
     optim_config = OptimConfig(**{"lr": 6e-4, "warmup_steps": steps // 50, **(optim or {})})
-    return GPTRun(GPTConfig(**model), data or TextConfig(tokenizer="bpe"), optim_config, train)
+    text = data or TextConfig(tokenizer="bpe")
+    return GPTRun(model=GPTConfig(**model), data=text, optim=optim_config, train=train)
 
 
 GPT2 = {
@@ -87,12 +55,20 @@ PRESETS = {
         "a small GPT on the documentation of Python, numpy and torch: two minutes on two cores",
         GPTRun(
             # Wide and shallow: on a CPU a wider product costs little more, another layer a lot.
-            GPTConfig(vocab_size=4096, context_length=256, n_layer=2, n_head=2, d_model=256),
-            TextConfig(val_fraction=0.03),  # all of it is read at each evaluation
-            OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
-            TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
+            model=GPTConfig(vocab_size=4096, context_length=256, n_layer=2, n_head=2, d_model=256),
+            data=TextConfig(val_fraction=0.03),  # all of it is read at each evaluation
+            optim=OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
+            train=TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
         ),
         usual="1.65 to 1.66, as three seeds gave",
+    ),
+    "clip": Preset(
+        "images and captions in one space, on letters and symbols: ten minutes on two cores",
+        CLIPRun(
+            model=CLIPConfig(),
+            optim=OptimConfig(lr=3e-3, muon_lr=0.02, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=600, batch_size=512, eval_every=150),
+        ),
     ),
     "gpt2-124m": Preset(
         "GPT-2's smallest size, batches of half a million tokens: for GPUs",
@@ -122,7 +98,7 @@ def get_preset(name: str) -> Preset:
 # ---- a run on disk ------------------------------------------------------------------------------
 
 
-def to_record(preset: str, run: GPTRun, fingerprint: str = "") -> dict[str, Any]:
+def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
     """All that is needed to rebuild a run, as plain values for config.json."""
     parts = {name: dataclasses.asdict(getattr(run, name)) for name in run.parts}
     record = {"preset": preset, "family": run.family, **parts}
@@ -131,10 +107,10 @@ def to_record(preset: str, run: GPTRun, fingerprint: str = "") -> dict[str, Any]
     return json.loads(json.dumps(record))
 
 
-def write_run_files(folder: Path, record: dict[str, Any], tokenizer: Tokenizer) -> None:
+def write_run_files(folder: Path, record: dict[str, Any], run: Run, data: Any) -> None:
     """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
     files.write_json(folder / "config.json", record)
-    tokenizer.save(folder)
+    run.write_files(folder, data)
 
 
 def check_directory(out: Path, resume: bool) -> None:
@@ -179,7 +155,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
         )
 
 
-def verdict(preset: Preset, run: GPTRun, baseline: dict, scores: dict) -> str:
+def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
     """One line: untrained, reached, usual."""
     name, reached = next((k, v) for k, v in scores.items() if k != "val_loss")
     train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is as usual
@@ -187,7 +163,8 @@ def verdict(preset: Preset, run: GPTRun, baseline: dict, scores: dict) -> str:
     same = not differences(to_record("", preset.run), to_record("", run))
     usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
     usual = usual or "no usual value: this is not a preset as it stands"
-    return f"{name}: {baseline[name]:.3f} untrained, {reached:.3f} reached; {usual}"
+    untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
+    return f"{name}: {untrained} untrained, {reached:.3f} reached; {usual}"
 
 
 # ---- opening a trained run ----------------------------------------------------------------------
@@ -195,11 +172,23 @@ def verdict(preset: Preset, run: GPTRun, baseline: dict, scores: dict) -> str:
 
 @dataclass(frozen=True)
 class OpenRun:
-    model: GPT
+    run: Run  # its configs
+    model: nn.Module
     tokenizer: Tokenizer
     folder: Path  # the checkpoint that was read
     meta: dict[str, Any]  # its step and scores
     weights: str  # "ema" or "model"
+
+
+def read_run(record: dict[str, Any]) -> Run:
+    """The run that a config.json describes. Raises TypeError or KeyError if it does not fit, and
+    ValueError for an unknown family."""
+    if record["family"] not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"the run is of family {record['family']!r}, none of {known}")
+    kind = FAMILIES[record["family"]]
+    defaults = kind()
+    return kind(**{part: type(getattr(defaults, part))(**record[part]) for part in kind.parts})
 
 
 def open_run(path: str, raw: bool = False) -> OpenRun:
@@ -210,13 +199,12 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     folder = checkpoint.find(path)
     record = files.read_json(folder / "config.json")
     try:
-        if record["family"] != GPTRun.family:
-            raise ValueError(f"{folder} holds a run of family {record['family']!r}, not a GPT")
-        model = GPT(GPTConfig(**record["model"]))
+        run = read_run(record)
+        model = run.build_model()
     except (TypeError, KeyError) as error:
         problem = f"{folder}/config.json is not of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
     weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
     files.load_model(model, files.load_tensors(folder, weights))
     meta = files.read_json(folder / "meta.json")
-    return OpenRun(model.eval(), load_tokenizer(folder), folder, meta, weights)
+    return OpenRun(run, model.eval(), load_tokenizer(folder), folder, meta, weights)

@@ -78,15 +78,20 @@ class Trainer:
     """Trains `model` on `data` into the run directory `out`.
 
     write(folder) adds files to a checkpoint: the config, a tokenizer.
+    score(model) gives numbers beside the validation loss, at each evaluation.
     show(model, folder, step) writes samples to a folder and returns a line to print.
+
+    A model whose loss compares the rows of a batch says `whole_batch`. It gets all rows of a rank
+    at once, cuts them itself as its `rows_at_once` says, and calls its `gather` for the others'.
     """
 
     def __init__(self, model: nn.Module, data, train: TrainConfig, optim: OptimConfig, out: Path,
                  write: Callable[[Path], None] | None = None,
+                 score: Callable[[nn.Module], dict[str, float]] | None = None,
                  show: Callable[[nn.Module, Path, int], str] | None = None,
                  world: distributed.World = distributed.World()):  # noqa: B008  # fmt: skip
         self.data, self.train, self.optim, self.out = data, train, optim, out
-        self.write, self.show, self.world = write, show, world
+        self.write, self.score, self.show, self.world = write, score, show, world
         if train.batch_size % world.size:
             raise ValueError(
                 f"batch_size {train.batch_size} is not divisible by the {world.size} processes; "
@@ -98,11 +103,16 @@ class Trainer:
         self.dtype = machine.choose_dtype(train.dtype, self.device)
         machine.keep_freed_memory()
         self.model = model.to(self.device)
+        self.rows_at_once = train.micro_batch_size or train.batch_size // world.size
+        self.whole_batch = getattr(model, "whole_batch", False)
+        if self.whole_batch:
+            model.rows_at_once, model.rank = train.micro_batch_size, world.rank
+            model.gather = distributed.gather
         self.optimizers = build_optimizers(model, optim)
         self.ema = EMA(model, optim.ema_half_life) if optim.ema_half_life else None
         self.call = distributed.parallel(model, world, train.compile)
         # Plain numbers, saved with a checkpoint.
-        self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf, "baseline": math.inf}
+        self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf}
         self.scores: dict[str, float] = {}  # of this step; empty if it was not evaluated
         self.skipped = 0  # non-finite steps in a row
         self.signals = distributed.Signals()
@@ -112,7 +122,7 @@ class Trainer:
     def micro_batches(self) -> list[range]:
         """This rank's rows of the global batch, cut as micro_batch_size says."""
         rows = self.world.rows(self.train.batch_size)
-        size = self.train.micro_batch_size or len(rows)
+        size = len(rows) if self.whole_batch else self.rows_at_once
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def autocast(self):
@@ -170,14 +180,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss over the validation split, shared out over ranks, and what data makes of it.
+        """Mean loss over the validation split, shared out over ranks; other scores beside it.
 
         A signal to stop ends it early: then there is nothing to report. Raises FloatingPointError
         if the loss is not finite.
         """
         self.model.eval()
-        sums, size = torch.zeros(2, device=self.device), self.train.micro_batch_size
-        rows = size or self.train.batch_size // self.world.size
+        sums, scores = torch.zeros(2, device=self.device), {}
+        rows = self.train.batch_size if self.whole_batch else self.rows_at_once
         with self.averaged(), self.autocast():
             for i, batch in enumerate(self.data.val_batches(rows)):
                 if self.signals.noted:
@@ -187,6 +197,8 @@ class Trainer:
                     generators = row_generators(self.train.seed, -1, range(i * rows, i * rows + n))
                     loss, metrics = self.model.loss(self.load(batch), generators)
                     sums += torch.stack(weighted(loss, metrics, n))
+            if self.score and not self.signals.noted:
+                scores = self.score(self.model)
         self.model.train()
         total, weight, asked = self.signals.total(sums).tolist()
         self.signals.agree(asked)
@@ -197,7 +209,7 @@ class Trainer:
             raise FloatingPointError(
                 f"the validation loss is {loss} at step {self.counters['step']}; {self.advice()}"
             )
-        return {"val_loss": loss, **self.data.metrics(loss)}
+        return {"val_loss": loss, **self.data.metrics(loss), **scores}
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -266,7 +278,6 @@ class Trainer:
         if self.scores:
             log.add({"step": step, **self.scores})
             if step == 0:  # nothing is learnt yet: nothing to keep or to show
-                self.counters["baseline"] = self.scores["val_loss"]
                 return
         self.save()
         if not self.world.first:

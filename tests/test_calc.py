@@ -1,0 +1,581 @@
+"""The calculators: memory, FLOPs, time and cost against published figures, and against torch."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinyfm import calc, gpus, measure, memory, report, systems
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.memory import Layout, Memory, Training
+from tinyfm.optim import OptimConfig, build_optimizers
+from tinyfm.trainer import TrainConfig
+
+GB, GiB = 1e9, 2**30
+SMALL = GPTConfig(300, context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32)
+
+
+@pytest.fixture(autouse=True)
+def example_batch(monkeypatch):
+    """What a model has for its measuring: a batch of so many rows."""
+
+    def example_batch(model, rows):
+        length = model.config.context_length + 1
+        return {"tokens": torch.zeros(rows, length, dtype=torch.int64)}
+
+    monkeypatch.setattr(GPT, "example_batch", example_batch, raising=False)
+
+
+# ---- memory.py: published figures ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)]
+)  # Rajbhandari et al. 2020, figure 1
+def test_zero_stages(stage, gigabytes):
+    shared = memory.state(7.5e9, Training(), Layout(64, zero=stage))
+    assert shared.total / GB == pytest.approx(gigabytes, abs=0.05)
+
+
+def blocks(name):
+    return systems.get(name).stacks[1]
+
+
+def test_activations_of_korthikanti_et_al():
+    """Their equations 1, 2 and 4 for GPT-3's block, and 70% saved by selective recomputation."""
+    gpt3, whole = blocks("gpt3-175b"), Training(fused=False, dropout=True)
+    T, D, N = 2048, 12288, 96
+    for t in (1, 8):
+        layout = Layout(8, tensor=t)
+        kept = memory.kept_by_block(gpt3, whole, layout)
+        assert kept == pytest.approx(T * D * (10 + 24 / t + 5 * N * T / (D * t)))
+        sequence = memory.kept_by_block(gpt3, whole, replace(layout, sequence=True))
+        assert sequence == pytest.approx(T * D * (34 + 5 * N * T / D) / t)
+    one, selective = Layout(), replace(whole, checkpoint="selective")
+    everything = memory.kept_by_block(gpt3, whole, one)
+    saved = 1 - memory.kept_by_block(gpt3, selective, one) / everything
+    assert everything / GB == pytest.approx(2.869, abs=5e-4)
+    assert saved == pytest.approx(0.70, abs=0.005)
+    assert memory.kept_by_block(gpt3, replace(whole, fused=True), one) == 34 * T * D
+
+
+def test_activations_of_mt_nlg():
+    """530B: 105 layers of width 20480 and 128 heads; 65% saved."""
+    row = systems.rows()["gpt3-175b"] | {"layers": "105", "d_model": "20480", "heads": "128"}
+    c = systems.read_shape(row)
+    block = systems.ledgers.block(c, 2048)
+    whole = Training(fused=False, dropout=True)
+    kept = [memory.kept_by_block(block, replace(whole, checkpoint=how), Layout())
+            for how in ("none", "selective")]  # fmt: skip
+    assert 1 - kept[1] / kept[0] == pytest.approx(0.65, abs=0.005)
+    assert kept[0] / GB == pytest.approx(4.110, abs=5e-4)
+
+
+def test_full_checkpointing_keeps_what_enters_a_block_and_one_block():
+    gpt3, c = systems.get("gpt3-175b"), systems.get("gpt3-175b").shape
+    T, D, L = 2048, 12288, c["layers"]
+    got = memory.activations(gpt3, Training(rows=3, checkpoint="full"), Layout())
+    ends = 2 * 2 * T * D  # the final norm's input, and the head's
+    assert got == 3 * (2 * T * D * L + 32 * T * D + ends)
+
+
+def test_weights_of_published_checkpoints():
+    """BLOOM's 329 "GB" are GiB, and its 2.3 "TB" TiB."""
+    bloom, gpt3 = systems.get("bloom-176b"), systems.get("gpt3-175b")
+    assert 2 * bloom.parameters / GiB == pytest.approx(328.3, abs=0.05)
+    assert 14 * bloom.parameters / 2**40 == pytest.approx(2.244, abs=5e-4)
+    assert memory.serving_memory(gpt3, 1, dtype="fp32").weights / GB == pytest.approx(700, rel=3e-3)
+    assert memory.serving_memory(gpt3, 1, tensor=8).weights == 2 * gpt3.parameters / 8
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("opt-13b", 800 * 1024), ("llama2-7b", 524_288), ("llama2-70b", 327_680),
+        ("llama3-8b", 131_072), ("gpt3-175b", 4_718_592), ("bloom-176b", 4_014_080),
+        ("falcon-7b", 8192), ("palm-540b", 120_832), ("gpt2", 36_864), ("bert-base", 0),
+        ("resnet-50", 0),
+    ],
+)  # fmt: skip
+def test_cache_of_a_token(name, size):
+    """800 KiB is Kwon et al. 2023's (vLLM) for OPT-13B."""
+    assert memory.cache_bytes(systems.get(name), 1) == size
+
+
+def test_cache_of_windows_rows_and_encoders():
+    mistral, t5 = systems.get("mistral-7b"), systems.get("t5-small")
+    token = memory.cache_bytes(mistral, 1)
+    assert memory.cache_bytes(mistral, 9000, rows=2) == 2 * 4096 * token
+    of_encoder = 2 * 6 * 2 * 512 * 512  # bytes, layers, keys and values, tokens, width
+    assert memory.cache_bytes(t5, 10) == 2 * 6 * 2 * 512 * 10 + of_encoder
+
+
+# ---- memory.py: properties ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral-8x7b", "t5-base", "clip-vit-b32", "sd1-unet"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_bytes_of_a_parameter(name, optimizer):
+    system = systems.get(name)
+    for dtype, each in (("bf16", 16), ("fp32", 16)):
+        training = Training(dtype=dtype, optimizer=optimizer)
+        got = memory.state(system.parameters, training, Layout(), system.matrices).total
+        less = 4 * system.matrices if optimizer == "muon" else 0
+        assert got == each * system.parameters - less
+
+
+def test_memory_is_linear_in_rows_and_falls_with_sharding():
+    llama = systems.get("llama3-8b")
+    totals = [memory.training_memory(llama, Training(rows=n)).total for n in (1, 2, 3)]
+    assert totals[2] - totals[1] == totals[1] - totals[0] > 0
+    spread = [memory.training_memory(llama, Training(), Layout(8, zero=z)) for z in range(4)]
+    assert [m.total for m in spread] == sorted((m.total for m in spread), reverse=True)
+    assert spread[3].weights == 2 * llama.parameters / 8
+    both = memory.training_memory(llama, Training(), Layout(16, tensor=4, pipeline=2, zero=1))
+    assert both.weights == 2 * llama.parameters / 8
+    assert both.optimizer == 12 * llama.parameters / 8 / 2
+
+
+def test_logits():
+    gpt2 = systems.get("gpt2")
+    got = memory.training_memory(gpt2, Training(rows=3)).logits
+    assert got == 3 * 1024 * 50257 * 12
+    assert memory.training_memory(systems.get("t5-small"), Training()).logits == 114 * 32128 * 12
+    assert memory.training_memory(systems.get("bert-base"), Training()).logits == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "sd1-unet"])
+@pytest.mark.parametrize("gib", [8, 24, 80])
+@pytest.mark.parametrize("n", [1, 8])
+def test_fit_is_the_largest_micro_batch(name, gib, n):
+    system, budget = systems.get(name), gib * GiB
+    best = memory.fit(system, budget, Training(), n)
+    if best is None:
+        fewest = memory.fewest_gpus(system, budget, Training())
+        assert fewest == 0 or fewest > n
+        return
+    rows = best.training.rows
+    assert best.memory.total <= budget
+    more = replace(best.training, rows=rows + 1)
+    assert memory.training_memory(system, more, best.layout).total > budget
+    assert 1 <= memory.fewest_gpus(system, budget, Training()) <= n
+
+
+def test_fit_takes_the_plainest_way():
+    gpt2, llama = systems.get("gpt2"), systems.get("llama3-8b")
+    assert memory.fit(gpt2, 24 * GiB, Training()).way == "one GPU"
+    assert memory.fit(gpt2, 24 * GiB, Training(), 4).way == "DDP on 4 GPUs"
+    assert memory.fit(llama, 160 * GB, Training()).way == "one GPU with activation checkpointing"
+    assert memory.fit(llama, 80 * GB, Training(), 8).way == "FSDP2 on 8 GPUs"
+    assert memory.fit(llama, 24 * GiB, Training()) is None
+    fewest = memory.fewest_gpus(llama, 24 * GiB, Training())
+    assert memory.fit(llama, 24 * GiB, Training(), fewest)
+    assert not memory.fit(llama, 24 * GiB, Training(), fewest - 1)
+    assert memory.fewest_gpus(systems.get("llama3.1-405b"), 1 * GB, Training()) == 0
+
+
+def test_amounts_of_memory():
+    assert memory.read_bytes("24GiB") == 24 * 2**30
+    assert memory.read_bytes(" 1.5 GB") == 1_500_000_000
+    for text in ("24", "GiB", "24gib", "-1GB", "1.2.3GB", "0GB"):
+        with pytest.raises(ValueError, match="write it as 24GiB or 80GB"):
+            memory.read_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Layout(10, tensor=4), "10 GPUs are not divisible by tensor 4 x pipeline 1 = 4"),
+        (lambda: Layout(0), "gpus is 0; it must be at least 1"),
+        (lambda: Layout(zero=4), "ZeRO stage 4"),
+        (lambda: Training(rows=0), "the micro-batch is 0"),
+        (lambda: Training(dtype="int3"), "dtype is 'int3'; use bf16 or fp16 or fp32"),
+        (lambda: Training(optimizer="sgd"), "optimizer is 'sgd'; use adamw or muon"),
+        (lambda: memory.training_memory(systems.get("gpt2"), Training(), Layout(5, 5)),
+         "gpt2 has 12 heads, not divisible by 5"),
+        (lambda: memory.training_memory(systems.get("gpt2"), Training(), Layout(5, 1, 5)),
+         "gpt2 has 12 layers, not divisible by 5"),
+        (lambda: memory.training_memory(systems.get("resnet-50"), Training(), Layout(2, 2)),
+         "resnet-50 is no stack of blocks"),
+        (lambda: memory.activations(systems.get("sd1-vae"), Training(checkpoint="full"), Layout()),
+         "no repeated blocks to checkpoint"),
+    ],
+)  # fmt: skip
+def test_refused_layouts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- gpus.py ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "flops", "petaflop_days"),
+    [
+        (125e6, 2.25e20, 2.6), (356e6, 6.41e20, 7.42), (760e6, 1.37e21, 15.8),
+        (1320e6, 2.38e21, 27.5), (2.65e9, 4.77e21, 55.2), (6.66e9, 1.20e22, 139),
+        (12.85e9, 2.31e22, 268), (174.6e9, 3.14e23, 3640),
+    ],
+)  # fmt: skip  # Brown et al. 2020, table D.1
+def test_compute_of_gpt3(parameters, flops, petaflop_days):
+    """6 N tokens, in FLOPs and in days of a PFLOP/s."""
+    assert gpus.rule_of_six(parameters, 300e9) == pytest.approx(flops, rel=4e-3)
+    assert gpus.rule_of_six(parameters, 300e9) / 8.64e19 == pytest.approx(petaflop_days, rel=4e-3)
+
+
+def test_time_of_llama_65b():
+    """380 tokens/s on each of 2048 A100: about 21 days (Touvron et al. 2023, section 2.4)."""
+    a100, llama = gpus.get("a100"), systems.get("llama-65b")
+    flops = gpus.rule_of_six(llama.parameters, 1)
+    mfu = gpus.utilisation(380 * flops, a100)
+    assert mfu == pytest.approx(0.477, abs=5e-4)
+    busy = gpus.busy_hours(flops * 1.4e12, a100, "bf16", mfu)
+    assert gpus.bill(busy, a100, 2048).days == pytest.approx(20.8, abs=0.05)
+    assert gpus.bill(busy, a100, 2048).gpu_hours == pytest.approx(1_022_362, rel=2e-3)
+
+
+def test_cost_and_energy_of_stable_diffusion():
+    """150,000 A100-hours at 4 USD, 256 GPUs; 250 W and 0.3 kg/kWh are its model card's."""
+    a100 = replace(gpus.get("a100-40gb"), watts=250)
+    found = gpus.bill(150_000, a100, 256, price=4.0, pue=1.0)
+    assert found.cost_usd == 600_000
+    assert found.days == pytest.approx(24.4, abs=0.05)
+    assert found.energy_kwh * 0.3 == pytest.approx(11_250)
+
+
+def test_time_of_bloom():
+    """Three and a half months on 384 A100 at 150 TFLOP/s, of which 3/4 are the model's."""
+    a100, bloom = gpus.get("a100-80gb"), systems.get("bloom-176b")
+    mfu = gpus.utilisation(150e12 * 3 / 4, a100)
+    busy = gpus.busy_hours(gpus.rule_of_six(bloom.parameters, bloom.trained), a100, mfu=mfu)
+    found = gpus.bill(busy, a100, 384)
+    assert found.days / 30.4 == pytest.approx(3.5, abs=0.1)
+    stated = busy / 1_082_990  # of the GPU-hours that the paper states
+    assert gpus.bill(busy, a100, 384, stated).gpu_hours == pytest.approx(1_082_990)
+    assert stated == pytest.approx(0.88, abs=0.01)
+
+
+def test_energy_of_gpt3():
+    """10,000 V100 for 14.8 days, at 330 W and a PUE of 1.1 (Patterson et al. 2021, table 4)."""
+    v100 = replace(gpus.get("v100"), watts=330)
+    found = gpus.bill(10_000 * 14.8 * 24, v100, 10_000)
+    assert found.energy_kwh / 1000 == pytest.approx(1287, rel=2e-3)
+    assert found.days == pytest.approx(14.8)
+
+
+def test_time_scales_as_it_should():
+    h100 = gpus.get("H100")
+    busy = gpus.busy_hours(989e12 * 3600, h100, "bf16", 0.5)
+    assert busy == pytest.approx(2)
+    assert gpus.busy_hours(1e18, h100, "fp32") > gpus.busy_hours(1e18, h100, "bf16")
+    one, many = gpus.bill(busy, h100), gpus.bill(busy, h100, 8, availability=0.8)
+    assert many.gpu_hours == pytest.approx(one.gpu_hours / 0.8)
+    assert many.days == pytest.approx(one.days / 8 / 0.8)
+    assert many.cost_usd == pytest.approx(many.gpu_hours * h100.price)
+
+
+def test_names_that_drivers_give():
+    """An H100 in a PCIe slot is slower than one in its own."""
+    assert gpus.by_driver_name("NVIDIA H100 80GB HBM3").peaks["bf16"] == 989
+    assert gpus.by_driver_name("NVIDIA H100 PCIe").peaks["bf16"] == 756
+    assert gpus.by_driver_name("NVIDIA GeForce GTX 1080") is None
+    assert {gpus.by_driver_name(name).name for name in gpus.DRIVER_NAMES} <= gpus.GPUS.keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gpus.get("h1000"), "there is no GPU 'h1000'; did you mean h100"),
+        (lambda: gpus.get("v100").peak("bf16"), "v100-32gb has no bf16; use fp16 or fp32"),
+        (lambda: gpus.busy_hours(1, gpus.get("h100"), mfu=40), "mfu is 40; it must be above 0"),
+        (lambda: gpus.bill(1, gpus.get("h100"), availability=0), "availability is 0"),
+        (lambda: gpus.bill(1, gpus.get("h100"), gpus=0), "0 GPUs"),
+        (lambda: gpus.bill(1, gpus.get("h100"), price=-1), "a price of -1"),
+    ],
+)
+def test_refused_gpus(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- measure.py: modules of our own -------------------------------------------------------------
+
+VARIANTS = [SMALL, replace(SMALL, tied=True, window=16), replace(SMALL, mlp="gelu", dropout=0.1)]
+VARIANTS += [replace(SMALL, position="learned", norm="layernorm", bias=True, n_kv_head=0)]
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_flops_are_counted_exactly(config):
+    """On tensors without memory as on real ones, and as the closed form of the GPT."""
+    model = GPT(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model.example_batch(2))[0].backward()
+    forward, backward = measure.count_flops(model, 2)
+    assert forward + backward == counter.get_total_flops() == 2 * model.flops_per_row()
+    assert backward == 2 * forward
+
+
+def real_peak(model, optim, rows, accumulate):
+    """Peak bytes of a step, by the allocations that torch's profiler saw."""
+    optimizers = build_optimizers(model, optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    if not accumulate:
+        model.zero_grad()
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    held += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    held += sum(value.nbytes for each in optimizers for state in each.state.values()
+                for name, value in state.items() if name != "step")  # fmt: skip
+    batch = model.example_batch(rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:  # fmt: skip
+        model.loss(batch)[0].backward()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return held + batch["tokens"].nbytes + most
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("config", VARIANTS)
+def test_peak_is_what_is_allocated(config, accumulate):
+    model, optim = GPT(config), OptimConfig()
+    predicted, _ = measure.step_bytes(model, optim, 8, accumulate)
+    assert predicted == pytest.approx(real_peak(model, optim, 8, accumulate), abs=1000)
+
+
+def test_a_copy_without_memory_leaves_the_model_alone():
+    model = GPT(replace(SMALL, tied=True)).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    measured = measure.measure("small", model, OptimConfig(ema_half_life=3.0))
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert measured.parameters == sum(p.numel() for p in model.parameters())
+    assert sum(measured.parts.values()) == measured.parameters
+    assert measured.non_embedding == measured.parameters - 300 * 32
+    assert memory.cache_bytes(measured, 10, dtype="fp32") == 10 * 4 * 2 * 2 * 2 * 8
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig("adamw", ema_half_life=9.0)])
+def test_measured_memory_goes_through_the_peaks_it_was_not_measured_at(optim):
+    model, rows = GPT(SMALL), 7
+    network = measure.measure("small", model, optim, accumulate=True)
+    training = Training(rows, "fp32", optim.optimizer)
+    predicted = memory.training_memory(network, training).total
+    assert predicted == max(measure.step_bytes(model, optim, rows, accumulate=True))
+    with pytest.raises(ValueError, match="small has no activation checkpointing"):
+        memory.activations(network, Training(checkpoint="full"), Layout())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_average_bytes_are_those_of_the_optimizers(optimizer):
+    model, optim = GPT(SMALL), OptimConfig(optimizer=optimizer, ema_half_life=1.0)
+    optimizers = build_optimizers(model, optim)
+    model.loss(model.example_batch(1))[0].backward()
+    for each in optimizers:
+        each.step()
+    states = [value.nbytes for each in optimizers for state in each.state.values()
+              for name, value in state.items() if name != "step"]  # fmt: skip
+    weights = sum(p.nbytes for p in model.parameters())
+    assert measure.average_bytes(model, optim) == (sum(states), weights)
+
+
+class Pairs(nn.Module):
+    """A model of no family of ours: convolutions, random numbers, a loss that compares rows."""
+
+    outer, whole_batch = (), True
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.rows_at_once, self.gather = None, 0, None
+        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+
+    def example_batch(self, rows):
+        return {"images": torch.zeros(rows, 3, 16, 16)}
+
+    def loss(self, batch, generators):
+        if len(generators) < 2:
+            raise ValueError("one row")
+        noise = torch.stack([torch.randn(3, 16, 16, generator=g) for g in generators])
+        x = batch["images"] + noise.to(batch["images"].device)
+        z = self.frozen(self.out(self.conv(x).relu().mean(dim=(2, 3))))
+        z = self.gather(z)
+        return (z @ z.T).square().mean(), {}
+
+
+def test_any_module_can_be_measured():
+    model, train = Pairs(), TrainConfig(5, batch_size=6, micro_batch_size=2, device="cpu")
+    line = calc.describe(model, OptimConfig(), train)
+    forward = 6 * 2 * (16 * 16 * 27 * 8 + 8 * 16 + 16 * 16) + 2 * 6 * 6 * 16
+    assert measure.count_flops(model, 6)[0] == forward
+    assert "640 parameters" in line and "for 2 rows at once" in line
+    assert measure.micro_batch(model, train) == (6, False)  # it takes the batch whole
+    assert measure.micro_batch(GPT(SMALL), train) == (2, True)
+    assert measure.micro_batch(GPT(SMALL), train, world=3) == (2, False)
+    network = measure.measure("pairs", model, OptimConfig("adamw"), 6)
+    whole = max(measure.step_bytes(model, OptimConfig("adamw"), 6))
+    assert memory.training_memory(network, Training(6, "fp32")).total == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pairs, "loss", lambda *_: 1 / 0)
+        assert "cannot be predicted (ZeroDivisionError" in calc.describe(
+            model, OptimConfig(), train
+        )
+
+
+# ---- calc.py ------------------------------------------------------------------------------------
+
+
+def test_description_of_a_run():
+    model, optim = GPT(SMALL), OptimConfig()
+    train = TrainConfig(steps=10, batch_size=32, micro_batch_size=4, device="cpu", dtype="float32")
+    line = calc.describe(model, optim, train)
+    peak = max(measure.step_bytes(model, optim, 4, accumulate=True)) / GiB
+    assert f"a peak of {peak:.2f} GiB" in line and "for 4 rows at once in float32" in line
+    assert f"{32 * model.flops_per_row() * 10:.3g} FLOP in all" in line and "\n" not in line
+    away = calc.describe(model, optim, replace(train, device="cuda", dtype="auto"))
+    assert "peak of" in away  # a dry run for a machine that is not this one
+
+
+def ask(*words):
+    return calc.answer(list(map(str, words)))
+
+
+def test_json_of_a_system():
+    found = json.loads(ask("gpt3-175b", "--json", "--gpu", "h100", "--gpus", 1024, "--tokens", 3e11,
+                           "--price", 2, "--mfu", 0.5, "--availability", 0.9))  # fmt: skip
+    gpt3 = systems.get("gpt3-175b")
+    assert list(found) == ["name", "params_total", "params_non_embedding", "weights_bytes",
+                           "train_bytes_per_gpu", "kv_cache_bytes", "train_flops", "gpu_hours",
+                           "days", "cost_usd"]  # fmt: skip
+    assert found["params_total"] == gpt3.parameters == 174_604_259_328
+    assert found["params_non_embedding"] == gpt3.non_embedding
+    assert found["weights_bytes"] == 2 * gpt3.parameters
+    assert found["kv_cache_bytes"] == 2048 * 4_718_592
+    assert found["train_flops"] == pytest.approx(3.14e23 * 1.0277, rel=2e-3)  # + attention
+    assert found["gpu_hours"] == pytest.approx(found["train_flops"] / 989e12 / 0.5 / 3600 / 0.9)
+    assert found["days"] == pytest.approx(found["gpu_hours"] / 1024 / 24)
+    assert found["cost_usd"] == pytest.approx(2 * found["gpu_hours"])
+    spread = memory.training_memory(gpt3, Training(), Layout(1024, zero=3))
+    assert found["train_bytes_per_gpu"] == int(spread.total)
+
+
+def test_json_of_what_is_not_known():
+    found = json.loads(ask("mistral-7b", "--json"))
+    assert found["train_flops"] is found["gpu_hours"] is found["days"] is found["cost_usd"] is None
+    assert json.loads(ask("gpt2", "--json", "--gpu", "tpu-v4", "--tokens", 1))["cost_usd"] is None
+
+
+def test_text_says_what_was_taken_for_granted():
+    text = ask("gpt3-13b", "--gpu", "h100", "--gpus", 8)
+    for part in (
+        "12,853,386,240 parameters (published: 12.85B)", "Table 2.1 has a width of 5140",
+        "51.41 GB in fp32, 25.71 GB in bf16", "FSDP2 over 8", "2 a multiply-add",
+        "no discount for causality", "training on 3e+11 tokens", "availability 1",
+        "8 x h100, at MFU 0.4 of 989", "2.79 USD a GPU-hour (April 2026", "PUE of 1.1",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "--gpu says" in ask("gpt3-13b") and "--tokens says" in ask("gpt2")
+    assert "active a token" in ask("mixtral-8x7b")
+    assert "rule of 6 N" in ask("gpt2") and "rule of 6 N" not in ask("t5-11b")
+    assert "FLOP an image, forward" in ask("sd1-unet")
+
+
+def test_fit_answers():
+    assert "fits into 24GiB: one GPU, micro-batches of up to 25 rows" in ask(
+        "gpt2", "--fit", "24GiB"
+    )
+    text = ask("llama3-8b", "--fit", "24GiB")
+    assert "does not fit into 24GiB on 1 GPU, but does: FSDP2 on" in text and "at least" in text
+    assert "on any number of GPUs" in ask("llama3.1-405b", "--fit", "1GB")
+
+
+def test_table_plot_and_list(tmp_path):
+    import matplotlib.image
+
+    picture = tmp_path / "memory.png"
+    names = ("gpt2", "bloom-176b", "sd1-unet")
+    lines = ask("--compare", *names, "--plot", picture).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(names)
+    assert len({len(line) for line in lines}) == 1
+    assert "176,247,271,424" in lines[2] and "4.014 MB" in lines[2]
+    image = matplotlib.image.imread(picture)
+    assert (
+        image.shape[1] > image.shape[0] > 300
+        and len({*map(tuple, image[::9, ::9, :3].reshape(-1, 3))}) > 4
+    )
+    listed = ask("--list").splitlines()
+    assert [line.split()[0] for line in listed] == list(systems.rows())
+
+
+def test_a_run_directory(tiny_run):
+    found = json.loads(ask(tiny_run, "--json", "--gpu", "a100"))
+    record = json.loads((tiny_run / "config.json").read_text(encoding="utf-8"))
+    model = GPT(GPTConfig(**record["model"]))
+    train = record["train"]
+    assert found["params_total"] == sum(p.numel() for p in model.parameters())
+    assert found["train_flops"] == train["steps"] * train["batch_size"] * model.flops_per_row()
+    assert found["kv_cache_bytes"] > 0 and found["days"] > 0
+    assert "token_embedding" in ask(tiny_run)
+    assert "one GPU" in ask(tiny_run, "--fit", "1GiB")
+
+
+def test_presets_are_names_too():
+    assert json.loads(ask("gpt", "--json"))["params_total"] == 3_704_576
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gpt3-175", "no system, preset or run directory 'gpt3-175'; did you mean gpt3-175b"),
+        ("gpt2-124", "did you mean gpt2-124m"),
+        ("tests", "tests is not a run directory: it has no config.json"),
+        ("runs/none", "no system, preset or run directory"),
+        ("gpt2 --gpus 0", "argument --gpus: 0 must be above 0"),
+        ("gpt2 --tokens -3", "argument --tokens: -3 must be above 0"),
+        ("gpt2 --tokens many", "'many' is not a number"),
+        ("gpt2 --rows 1.5", "1.5 is not a whole number"),
+        ("gpt2 --gpu v100 --dtype bf16", "v100-32gb has no bf16; use fp16 or fp32"),
+        ("gpt2 --gpu h1000", "there is no GPU 'h1000'"),
+        ("gpt2 --gpus 10 --tensor 4", "10 GPUs are not divisible by tensor 4"),
+        ("gpt2 --fit 24", "write it as 24GiB"),
+        ("gpt2 --mfu 40 --gpu h100 --tokens 1", "mfu is 40"),
+        ("gpt2 gpt1", "add --compare"),
+        ("--compare gpt2 gpt1 --json", "of one name at a time"),
+        ("gpt2 --bogus", "unrecognized arguments: --bogus"),
+        ("gpt2-124m --context 5", "--context is for published systems"),
+        ("", "name a system, a preset or a run directory"),
+    ],
+)
+def test_refused_questions(words, message, capsys):
+    with pytest.raises(ValueError, match=message) as caught:
+        ask(*words.split())
+    assert "\n" not in str(caught.value)
+    assert call(calc, *words.split()) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_it_answers_at_once_and_without_torch():
+    code = (
+        "import sys, tinyfm.calc as c; c.answer(['gpt3-175b']); assert 'torch' not in sys.modules"
+    )
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert time.perf_counter() - began < 5
+
+
+def test_memory_adds_up():
+    amount = Memory(1, 2, 3, 4, 5, 6, 7)
+    assert amount.total == 28 and "28" in report.memory_text(amount)

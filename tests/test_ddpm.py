@@ -1,0 +1,620 @@
+"""Diffusion: diffusers' schedulers and a mixture with a known denoiser are the oracles."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyfm import ddpm
+from tinyfm.ddpm import SAMPLERS, Diffusion, DiffusionConfig
+from tinyfm.unet import UNet
+
+diffusers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers'
+TINY = DiffusionConfig(image_size=8, channels=(8, 16), attend=(False, True), n_block=1, groups=4,
+                       n_head=2)  # fmt: skip
+BETAS = {
+    "linear": {"beta_schedule": "linear"},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def config_of(name, **fields):
+    ends = {key: BETAS[name][key] for key in ("beta_start", "beta_end") if key in BETAS[name]}
+    return replace(TINY, schedule=name, **{"clip": False, **ends, **fields})
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generators(n, seed=0):
+    return [torch.Generator().manual_seed(100 * seed + i) for i in range(n)]
+
+
+def trained(config, seed=0):
+    """A model whose prediction is not zero, as if it had been trained."""
+    torch.manual_seed(seed)
+    model = Diffusion(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+# ---- schedules and predictions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_schedules_equal_diffusers(name):
+    ours = ddpm.alpha_bars(config_of(name))
+    assert ours.dtype == torch.float64
+    theirs = DDPMScheduler(**BETAS[name]).alphas_cumprod
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-7)
+    assert (ours.diff() < 0).all() and 0 < ours[-1] < 0.01 and ours[0] > 0.99
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+@settings(deadline=None, max_examples=30)
+@given(share=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
+def test_the_triangle_closes(prediction, share, seed):
+    """From x_t and what is predicted, x_0 and eps come back; and from those, every prediction."""
+    config = replace(TINY, prediction=prediction)
+    _, alpha, sigma = ddpm.level(config, torch.tensor([share], dtype=torch.float64))
+    x0, eps = random(2, 3, 4, 4, seed=seed).double().unbind()
+    x_t = ddpm.q_sample(x0, eps, alpha, sigma)
+    y = ddpm.target(prediction, x0, eps, alpha, sigma)
+    found_x0, found_eps = ddpm.separate(prediction, y, x_t, alpha, sigma)
+    rounding = 1e-14 / min(alpha, sigma).item()
+    torch.testing.assert_close(found_x0, x0, atol=rounding, rtol=0)
+    torch.testing.assert_close(found_eps, eps, atol=rounding, rtol=0)
+
+
+def test_q_sample_keeps_the_variance():
+    config = config_of("linear")
+    x0, eps = random(2, 100_000).double()
+    for alpha_bar in ddpm.alpha_bars(config)[::250]:
+        x_t = ddpm.q_sample(x0, eps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        assert abs(x_t.var() - 1) < 0.02
+
+
+def test_min_snr_weights_equal_errors_of_x0():
+    """Weighted errors of y, whatever y is, are min(SNR, 5) times the error of x_0."""
+    alpha_bar = ddpm.alpha_bars(TINY)[::50]
+    alpha, sigma, snr = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar / (1 - alpha_bar)
+    assert (snr > 5).any() and (snr < 5).any()
+    x0, eps, y = random(3, len(alpha)).double()
+    x_t = ddpm.q_sample(x0, eps, alpha, sigma)
+    for prediction in PREDICTIONS:
+        error = (y - ddpm.target(prediction, x0, eps, alpha, sigma)).square()
+        found_x0, _ = ddpm.separate(prediction, y, x_t, alpha, sigma)
+        weighted = ddpm.min_snr_weight(prediction, snr, 5.0) * error
+        expected = snr.clamp(max=5) * (found_x0 - x0).square()
+        torch.testing.assert_close(weighted, expected, rtol=1e-6, atol=1e-9)
+
+
+# ---- samplers against diffusers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 20, 300])
+def test_timesteps_equal_diffusers(spacing, steps):
+    theirs = DDIMScheduler(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert ddpm.timesteps(1000, steps, spacing) == theirs.timesteps.tolist()
+    theirs = DPMSolverMultistepScheduler(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    ours = Diffusion(replace(TINY, spacing=spacing)).path(steps, "dpm++")
+    assert [t for t, _, _ in ours[:-1]] == theirs.timesteps.tolist()
+
+
+def scripted(config, predictions):
+    """A denoiser that predicts what it is told, and the times that it was asked at."""
+    asked, script = [], iter(predictions)
+
+    def denoise(x, t, alpha, sigma):
+        asked.append(t)
+        x0, eps = ddpm.separate(config.prediction, next(script), x, alpha, sigma)
+        return (x0.clamp(-1, 1) if config.clip else x0), eps
+
+    return denoise, asked
+
+
+def assert_same_steps(config, sampler, theirs, steps, options=None, step_options=None):
+    """From the same state, prediction and noise, every step leads to the same state."""
+    theirs.set_timesteps(steps)
+    predictions, x = random(steps, 2, 3, 4, 4, seed=1), random(2, 3, 4, 4, seed=2)
+    denoise, asked = scripted(config, predictions)
+    noises = iter(random(steps, 2, 3, 4, 4, seed=3))
+    path = Diffusion(config).path(steps, sampler)
+    states = SAMPLERS[sampler](denoise, x, path, lambda: next(noises), **(options or {}))
+    count = 0
+    for t, prediction, noise, ours in zip(theirs.timesteps, predictions,
+                                          random(steps, 2, 3, 4, 4, seed=3), states):  # fmt: skip
+        extra = step_options(noise) if step_options else {}
+        expected = theirs.step(prediction, t, x, **extra).prev_sample
+        torch.testing.assert_close(ours, expected, atol=3e-5, rtol=3e-5)
+        x, count = ours, count + 1
+    assert count == steps and asked == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_steps(name, prediction, eta):
+    # The cosine schedule ends at so little signal that eps as a prediction of x_0 overflows.
+    clip = name == "cosine"
+    config = config_of(name, prediction=prediction, clip=clip)
+    theirs = DDIMScheduler(**BETAS[name], prediction_type=PREDICTIONS[prediction],
+                           clip_sample=clip, timestep_spacing="trailing")  # fmt: skip
+    assert_same_steps(config, "ddim", theirs, 20, {"eta": eta},
+                      lambda noise: {"eta": eta, "variance_noise": noise})  # fmt: skip
+
+
+def test_ddim_steps_as_stable_diffusion_takes_them():
+    config = config_of("scaled_linear", prediction="eps", spacing="leading", offset=1,
+                       end_clean=False)  # fmt: skip
+    theirs = DDIMScheduler(**BETAS["scaled_linear"], clip_sample=False, set_alpha_to_one=False,
+                           steps_offset=1)  # fmt: skip
+    assert_same_steps(config, "ddim", theirs, 50)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_ddpm_steps(prediction, variance, steps, monkeypatch):
+    config = config_of("linear", prediction=prediction, variance=variance, spacing="leading")
+    theirs = DDPMScheduler(prediction_type=PREDICTIONS[prediction], clip_sample=False,
+                           variance_type=f"fixed_{variance}")  # fmt: skip
+    # Its float32 tables lose the small betas of single steps: 1 - 0.9999 keeps three digits.
+    theirs.alphas_cumprod = ddpm.alpha_bars(config)
+    noises = iter(random(steps, 2, 3, 4, 4, seed=3))
+    scheduling = diffusers.schedulers.scheduling_ddpm
+    monkeypatch.setattr(scheduling, "randn_tensor", lambda *a, **k: next(noises))
+    assert_same_steps(config, "ddpm", theirs, steps, {"variance": variance})
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps, spacing", [(1, "trailing"), (20, "trailing"), (20, "linspace"),
+                                            (9, "leading")])  # fmt: skip
+def test_dpm_solver_steps(prediction, steps, spacing):
+    config = config_of("scaled_linear", prediction=prediction, spacing=spacing)
+    theirs = DPMSolverMultistepScheduler(
+        **BETAS["scaled_linear"], prediction_type=PREDICTIONS[prediction], timestep_spacing=spacing
+    )
+    assert_same_steps(config, "dpm++", theirs, steps)
+
+
+def test_euler_steps_of_a_flow():
+    steps, config = 10, replace(TINY, prediction="flow", clip=False)
+    path = Diffusion(config).path(steps, "euler")
+    theirs = FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(sigmas=[sigma for _, _, sigma in path[:-1]])
+    velocities, x = random(steps, 2, 1, 4, 4, seed=1), random(2, 1, 4, 4, seed=2)
+    denoise, asked = scripted(config, velocities)
+    states = SAMPLERS["euler"](denoise, x, path, None)
+    for t, velocity, ours in zip(theirs.timesteps, velocities, states):
+        x = theirs.step(velocity, t, x).prev_sample
+        torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
+    assert asked == pytest.approx(theirs.timesteps.tolist())
+
+
+def test_the_last_step_of_ddpm_adds_no_noise():
+    drawn = []
+
+    def noise():
+        drawn.append(1)
+        return random(2, 1, 4, 4)
+
+    for variance in ("small", "large"):
+        drawn.clear()
+        path = Diffusion(TINY).path(5, "ddpm")
+        answer = random(2, 1, 4, 4, seed=9)
+        denoise = lambda x, *level: (answer, x)  # noqa: B023, E731
+        states = list(SAMPLERS["ddpm"](denoise, answer, path, noise, variance=variance))
+        assert len(drawn) == 4
+        torch.testing.assert_close(states[-1], answer)
+
+
+# ---- samplers against a distribution known in closed form ----------------------------------------
+
+MEANS, SPREAD, SHARES = torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.0]]), 0.3, (0.2, 0.3, 0.5)
+
+
+def denoise_mixture(x, t, alpha, sigma):
+    """E[x_0 | x_t] for three Gaussians in the plane, here (B, 2, 1, 1), and the eps of it."""
+    points = x.flatten(1)[:, None].double()  # (B, 1, 2)
+    variance = alpha**2 * SPREAD**2 + sigma**2
+    distance = (points - alpha * MEANS).square().sum(-1)  # (B, 3)
+    weight = (torch.tensor(SHARES).log() - distance / (2 * variance)).softmax(-1)
+    posterior = MEANS + alpha * SPREAD**2 / variance * (points - alpha * MEANS)
+    x0 = (weight[..., None] * posterior).sum(1).reshape(x.shape)
+    return x0.float(), ((x - alpha * x0) / sigma).float()
+
+
+@pytest.mark.parametrize(
+    "sampler, prediction, steps, options",
+    [
+        ("ddpm", "v", 250, {}),
+        ("ddim", "v", 100, {}),
+        ("ddim", "v", 250, {"eta": 1.0}),
+        ("dpm++", "v", 20, {}),
+        ("euler", "flow", 100, {}),
+        ("heun", "flow", 20, {}),
+        ("dpm++", "flow", 20, {}),
+        ("ddpm", "flow", 250, {}),
+    ],
+)
+def test_samplers_recover_a_mixture(sampler, prediction, steps, options):
+    model, n = Diffusion(replace(TINY, prediction=prediction, schedule="cosine")), 4000
+    noise = iter(random(steps + 1, n, 2, 1, 1, seed=5))
+    start = next(noise)
+    path = model.path(steps, sampler)
+    *_, x = SAMPLERS[sampler](denoise_mixture, start, path, lambda: next(noise), **options)
+    points = x.flatten(1)
+    nearest = torch.cdist(points, MEANS).argmin(1)
+    for k, share in enumerate(SHARES):
+        cloud = points[nearest == k]
+        assert abs(len(cloud) / n - share) < 0.03
+        torch.testing.assert_close(cloud.mean(0), MEANS[k], atol=0.04, rtol=0)
+        torch.testing.assert_close(cloud.std(0), torch.full((2,), SPREAD), atol=0.03, rtol=0)
+
+
+def test_higher_orders_need_fewer_steps():
+    """Against many small steps from the same noise."""
+    x = random(500, 2, 1, 1, seed=6)
+
+    def run(sampler, prediction, steps):
+        path = Diffusion(replace(TINY, prediction=prediction)).path(steps, sampler)
+        *_, end = SAMPLERS[sampler](denoise_mixture, x, path, None)
+        return end
+
+    for low, high, prediction in (("ddim", "dpm++", "v"), ("euler", "heun", "flow")):
+        exact = run(high, prediction, 500)
+        error = {s: (run(s, prediction, 20) - exact).abs().mean() for s in (low, high)}
+        assert error[high] < error[low] / 2
+
+
+def test_euler_is_ddim_on_the_straight_path():
+    path = Diffusion(replace(TINY, prediction="flow")).path(10, "euler")
+    start = x = random(50, 2, 1, 1)
+    states = SAMPLERS["ddim"](denoise_mixture, start, path, None)
+    for ((t, a, s), (_, _, s_next)), ours in zip(pairwise(path), states):
+        x0, eps = denoise_mixture(x, t, a, s)
+        x = x + (s_next - s) * (eps - x0)
+        torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+def test_loss_by_hand(prediction):
+    """The same draws, in plain loops."""
+    config = replace(TINY, prediction=prediction)
+    model, images = trained(config), random(3, 1, 8, 8).clamp(-1, 1)
+    loss, metrics = model.loss({"images": images}, generators(3))
+    rows, shares = [], []
+    for x0, g in zip(images, generators(3)):
+        share = torch.rand((), generator=g, dtype=torch.float64).item()
+        eps = torch.randn(x0.shape, generator=g)
+        t, alpha_bar = int(1000 * share), ddpm.alpha_bars(config)[int(1000 * share)].item()
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        if prediction == "flow":
+            t, alpha, sigma = 1000 * share, 1 - share, share
+        y = model.unet((alpha * x0 + sigma * eps)[None], torch.tensor([t]))[0]
+        wanted = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+        rows.append((y - wanted[prediction]).square().mean().item())
+        shares.append(share)
+    assert loss.item() == pytest.approx(sum(rows) / 3, rel=1e-4)
+    assert metrics.keys() == {"loss_t0", "loss_t1", "loss_t2", "loss_t3"}
+    for k in range(4):
+        part = sum(row for row, share in zip(rows, shares) if int(4 * share) == k) * 4 / 3
+        assert metrics[f"loss_t{k}"].item() == pytest.approx(part, rel=1e-4)
+    assert sum(metrics.values()).item() / 4 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_loss_does_not_depend_on_the_micro_batch():
+    config = replace(TINY, d_context=6, context_dropout=0.5, min_snr=5.0)
+    model = trained(config)
+    images, context = random(6, 1, 8, 8), random(6, 3, 6, seed=1)
+    whole, _ = model.loss({"images": images, "context": context}, generators(6))
+    parts = [
+        model.loss({"images": images[i : i + 2], "context": context[i : i + 2]},
+                   generators(6)[i : i + 2])[0] for i in (0, 2, 4)
+    ]  # fmt: skip
+    assert whole.item() == pytest.approx(sum(parts).item() / 3, rel=1e-5)
+
+
+def test_contexts_are_left_out_by_row():
+    config = replace(TINY, d_context=6, context_dropout=0.3)
+    model, n = trained(config), 200
+    seen = []
+    model.unet.forward = lambda x, t, context: seen.append(context) or x
+    context = random(n, 3, 6, seed=1)
+    model.loss({"images": random(n, 1, 8, 8), "context": context}, generators(n))
+    null = model.null_context.expand(3, 6)
+    dropped = [torch.equal(row, null) for row in seen[0]]
+    assert 0.2 < sum(dropped) / n < 0.4
+    assert all(torch.equal(row, own) for row, own, d in zip(seen[0], context, dropped) if not d)
+    given = torch.full((1, 3, 6), 7.0)
+    model.loss({"images": random(n, 1, 8, 8), "context": context, "null_context": given},
+               generators(n))  # fmt: skip
+    assert [bool((row == 7).all()) for row in seen[1]] == dropped
+
+
+@pytest.mark.parametrize("fields", [{}, {"d_context": 6}, {"d_context": 6, "learned_null": False}])
+def test_an_example_batch_is_one(fields):
+    model = Diffusion(replace(TINY, **fields))
+    loss, _ = model.loss(model.example_batch(2), generators(2))
+    assert loss.isfinite()
+
+
+def test_a_context_is_learned_also_where_it_is_left_out():
+    model = trained(replace(TINY, d_context=6, context_dropout=1.0))
+    loss, _ = model.loss({"images": random(2, 1, 8, 8), "context": random(2, 3, 6)}, generators(2))
+    loss.backward()
+    assert model.null_context.grad.abs().sum() > 0
+
+
+def test_it_overfits_one_picture():
+    torch.manual_seed(0)
+    model = Diffusion(TINY)
+    picture = random(1, 1, 8, 8, seed=3).clamp(-1, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    losses = []
+    for step in range(120):
+        batch = {"images": picture.expand(8, -1, -1, -1)}
+        loss, _ = model.loss(batch, generators(8, seed=step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.4 * sum(losses[:3]) / 3
+    drawn = model.sample(2, steps=10, sampler="dpm++", generators=generators(2))
+    assert (drawn - picture).abs().mean() < 0.35 < picture.abs().mean()
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, prediction", [("ddpm", "v"), ("ddim", "eps"), ("dpm++", "x0"),
+                                                 ("heun", "flow")])  # fmt: skip
+def test_a_sample_does_not_depend_on_its_batch(sampler, prediction):
+    model = trained(replace(TINY, prediction=prediction))
+    together = model.sample(3, 4, sampler, generators=generators(3))
+    alone = [model.sample(1, 4, sampler, generators=[g]) for g in generators(3)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+    assert together.abs().max() <= 1  # the last estimate is clipped, and nothing is added to it
+
+
+def test_film_and_noise_of_another_size():
+    model = trained(TINY)
+    noise = random(2, 1, 4, 12)
+    film = model.sample(noise, 5, "ddim", film=True)
+    assert film.shape == (6, 2, 1, 4, 12)
+    assert torch.equal(film[0], noise)
+    assert torch.equal(film[-1], model.sample(noise, 5, "ddim"))
+    torch.manual_seed(3)
+    first = model.sample(1, 2)
+    assert not torch.equal(first, model.sample(1, 2))
+    torch.manual_seed(3)
+    assert torch.equal(first, model.sample(1, 2))
+
+
+def test_sampling_leaves_the_mode_as_it_was():
+    model = trained(replace(TINY, dropout=0.5)).train()
+    first = model.sample(random(1, 1, 8, 8), 2)
+    assert model.training and model.unet.training
+    assert torch.equal(first, model.sample(random(1, 1, 8, 8), 2))
+    assert not model.eval().sample(1, 2).requires_grad and not model.training
+
+
+def test_guidance():
+    config = replace(TINY, d_context=6, clip=False, prediction="eps")
+    model, x = trained(config), random(2, 1, 8, 8)
+    context, given = random(2, 3, 6, seed=1), random(1, 3, 6, seed=2)
+
+    def eps(guidance, context=context, null=None):
+        return model.denoiser(context, guidance, null)(x, 500, 0.6, 0.8)[1]
+
+    t = torch.tensor(500)
+    plain = model.unet(x, t, context)
+    empty = model.unet(x, t, model.null_context.expand(2, 3, 6))
+    torch.testing.assert_close(eps(1.0), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(eps(0.0), empty, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(eps(3.0), empty + 3 * (plain - empty), atol=1e-4, rtol=1e-4)
+    other = model.unet(x, t, given.expand(2, 3, 6))
+    torch.testing.assert_close(eps(2.0, null=given), 2 * plain - other, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, empty, atol=1e-2)
+    samples = [model.sample(x, 3, "ddim", guidance, context) for guidance in (1.0, 3.0)]
+    assert not torch.allclose(*samples, atol=1e-3)
+
+
+# ---- folders of diffusers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [
+    {"prediction": "eps", "schedule": "linear", "variance": "large", "d_head": 8},
+    {"prediction": "v", "spacing": "leading", "offset": 1, "end_clean": False, "clip": False},
+    {"prediction": "flow", "d_context": 6},
+    {"prediction": "x0", "schedule": "scaled_linear", "beta_start": 0.001, "d_context": 6,
+     "learned_null": False},
+], ids=str)  # fmt: skip
+def test_a_folder_returns_the_same_model(fields, tmp_path):
+    config = replace(TINY, **fields)
+    model = trained(config)
+    model.save_pretrained(tmp_path)
+    again = Diffusion.from_pretrained(tmp_path)
+    learned = bool(config.d_context) and config.learned_null
+    assert replace(again.config, n_head=config.n_head, d_head=config.d_head) == replace(
+        config, out_channels=1, learned_null=learned
+    )
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert not again.training
+    with pytest.raises(ValueError, match="holds a model already"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, overwrite=True)
+    other = trained(replace(TINY, d_context=6, learned_null=False))
+    other.save_pretrained(tmp_path, overwrite=True)
+    assert not Diffusion.from_pretrained(tmp_path).config.learned_null
+
+
+def test_a_pipeline_of_diffusers_draws_the_same(tmp_path):
+    """DDPMPipeline over what we write; and over what it writes itself, in one folder as once."""
+    model = trained(replace(TINY, prediction="eps", schedule="linear", spacing="leading"))
+    model.save_pretrained(tmp_path)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = pipeline(1, torch.Generator().manual_seed(4), 10, output_type="np").images
+    ours = model.sample(1, 10, "ddpm", generators=[torch.Generator().manual_seed(4)])
+    torch.testing.assert_close(ours[0].permute(1, 2, 0).numpy() / 2 + 0.5, pixels[0], atol=1e-4,
+                               rtol=1e-4)  # fmt: skip
+    flat = tmp_path / "flat"
+    pipeline.unet.save_pretrained(flat)
+    pipeline.scheduler.save_pretrained(flat)
+    again = Diffusion.from_pretrained(flat)
+    assert again.config == Diffusion.from_pretrained(tmp_path).config
+
+
+@pytest.mark.parametrize("theirs", [
+    DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    DDPMScheduler(variance_type="fixed_large"),
+    PNDMScheduler(steps_offset=1, beta_schedule="scaled_linear", skip_prk_steps=True),
+    DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
+    FlowMatchEulerDiscreteScheduler(),
+], ids=lambda s: type(s).__name__)  # fmt: skip
+def test_schedulers_of_other_samplers(theirs, tmp_path):
+    trained(TINY).save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "scheduler")
+    ours = Diffusion.from_pretrained(tmp_path).config
+    said = theirs.config
+    assert ours.prediction == {"epsilon": "eps", "v_prediction": "v"}.get(
+        said.get("prediction_type"), "flow")  # fmt: skip
+    assert ours.clip == said.get("clip_sample", False)
+    if ours.prediction != "flow":
+        assert (ours.spacing, ours.offset) == (said.timestep_spacing, said.steps_offset)
+        assert ours.end_clean == said.get("set_alpha_to_one", True)
+        assert ours.variance == ("large" if said.get("variance_type") == "fixed_large" else "small")
+        torch.testing.assert_close(ddpm.alpha_bars(ours).float(), theirs.alphas_cumprod)
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler, PNDMScheduler,
+                                 DPMSolverMultistepScheduler])  # fmt: skip
+def test_schedulers_that_say_nothing(cls, tmp_path):
+    """What each class takes by itself is read as if it had said so."""
+    trained(TINY).save_pretrained(tmp_path)
+    cls().save_pretrained(tmp_path / "scheduler")
+    said = Diffusion.from_pretrained(tmp_path).config
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": cls.__name__}), encoding="utf-8")
+    assert Diffusion.from_pretrained(tmp_path).config == said
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'; supported: DDPMScheduler"),
+    ({"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; supported: None"),
+    ({"thresholding": True}, "thresholding is True; supported: False"),
+    ({"beta_schedule": "sigmoid"}, "schedule is 'sigmoid'; supported: linear"),
+    ({"variance_type": "learned"}, "variance is 'learned'; supported: fixed_small"),
+    ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
+    ({"beta_start": 3.0}, "beta_start is 3.0"),
+])  # fmt: skip
+def test_schedulers_that_ours_cannot_express(fields, message, tmp_path):
+    trained(TINY).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Diffusion.from_pretrained(tmp_path)
+
+
+def test_a_config_survives_json():
+    config = replace(TINY, prediction="flow", d_context=6)
+    assert DiffusionConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"prediction": "noise"}, "prediction is 'noise'; use one of"),
+    ({"schedule": "square"}, "schedule is 'square'; use one of"),
+    ({"diffusion_steps": 0}, "diffusion_steps is 0; use 1 to inf"),
+    ({"beta_start": 0.5}, "beta_start is 0.5; use 0 to 0.02"),
+    ({"beta_end": 1.5}, "beta_end is 1.5"),
+    ({"context_dropout": 1.1}, "context_dropout is 1.1; use 0 to 1"),
+    ({"min_snr": 5.0, "prediction": "flow"}, "a flow is weighted evenly"),
+    ({"out_channels": 2}, "out_channels is 2; it must be in_channels"),
+    ({"image_size": 7}, "cannot be halved 1 times; the nearest size that can is 8 x 8"),
+])  # fmt: skip
+def test_configs_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **fields)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"steps": 1001}, "1001 steps do not fit a schedule of 1000; use 1 to 1000"),
+    ({"steps": 0}, "0 steps do not fit"),
+    ({"sampler": "dpm"}, r"no sampler 'dpm'; use one of ddpm, ddim, dpm\+\+"),
+    ({"sampler": "heun"}, "heun follows a flow; this model predicts v"),
+    ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or above"),
+    ({"guidance": 2.0}, "guidance is 2.0, but no context was given"),
+    ({"start": 0}, "0 samples"),
+    ({"generators": generators(3)}, "2 samples with 3 generators"),
+    ({"context": torch.zeros(1, 2, 6)}, "2 samples with 2 generators and 1 contexts"),
+    ({"context": torch.zeros(2, 2, 6)}, "this model takes none"),
+    ({"start": torch.zeros(2, 3, 8, 8)}, "3 channels .*takes 1 channel"),
+    ({"start": torch.zeros(2, 1, 8, 9)}, "8 x 9 cannot be halved 1 times"),
+])  # fmt: skip
+def test_samples_that_cannot_be_drawn(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Diffusion(TINY).sample(**{"start": 2, "steps": 3, **arguments})
+
+
+def test_what_a_flow_refuses():
+    with pytest.raises(ValueError, match="1001 steps"):
+        Diffusion(replace(TINY, prediction="flow")).path(1001, "euler")
+
+
+def test_contexts_that_are_missing():
+    model = Diffusion(replace(TINY, d_context=6, learned_null=False))
+    images, context = random(2, 1, 8, 8), random(2, 3, 6)
+    with pytest.raises(ValueError, match="needs a context"):
+        model.loss({"images": images}, generators(2))
+    with pytest.raises(ValueError, match="needs a context"):
+        model.sample(2, 3)
+    with pytest.raises(ValueError, match="learned no null_context"):
+        model.sample(2, 3, guidance=2.0, context=context)
+    with pytest.raises(ValueError, match="learned no null_context"):
+        model.loss({"images": images, "context": context}, generators(2))
+    with pytest.raises(ValueError, match="3 channels"):
+        model.loss({"images": random(2, 3, 8, 8), "context": context}, generators(2))
+
+
+def test_the_u_net_alone(tmp_path):
+    """A pipeline's unet/ is a U-Net's folder too."""
+    model = trained(replace(TINY, d_context=6))
+    model.save_pretrained(tmp_path)
+    unet = UNet.from_pretrained(tmp_path / "unet")
+    x, t, context = random(2, 1, 8, 8), torch.tensor(5), random(2, 3, 6)
+    assert torch.equal(unet(x, t, context), model.unet(x, t, context))
+    assert not (tmp_path / "model_index.json").exists()

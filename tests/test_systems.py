@@ -1,0 +1,363 @@
+"""The ledgers of published systems: parameters and FLOPs are those of the reference modules."""
+
+import re
+
+import diffusers
+import pytest
+import torch
+import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinyfm import presets, systems
+
+# ---- the same system, as the reference libraries build it ---------------------------------------
+
+
+def decoder(name, c):
+    """Classes of transformers whose configs have the usual names."""
+    rope = {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"], "vocab_size": c["vocab"],
+            "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"],
+            "head_dim": c["d_head"], "intermediate_size": c["d_ff"],
+            "tie_word_embeddings": c["head"] == "tied"}  # fmt: skip
+    if name.startswith("mixtral"):
+        return hf.MixtralForCausalLM(hf.MixtralConfig(**rope, num_local_experts=c["experts"]))
+    if name.startswith("mistral"):
+        return hf.MistralForCausalLM(hf.MistralConfig(**rope, sliding_window=c["window"]))
+    if name.startswith("qwen3"):
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**rope))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**rope))
+
+
+def gpt(name, c):
+    sizes = {"n_layer": c["layers"], "n_embd": c["d_model"], "n_head": c["heads"],
+             "vocab_size": c["vocab"], "n_positions": c["positions"]}  # fmt: skip
+    if name == "gpt1":
+        return hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**sizes))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_inner=c["d_ff"]))
+
+
+def opt(name, c):
+    narrow = c["d_embed"] > 0
+    return hf.OPTForCausalLM(hf.OPTConfig(
+        hidden_size=c["d_model"], num_hidden_layers=c["layers"], ffn_dim=c["d_ff"],
+        num_attention_heads=c["heads"], vocab_size=c["vocab"], max_position_embeddings=c["context"],
+        word_embed_proj_dim=c["d_embed"] or c["d_model"], do_layer_norm_before=not narrow,
+    ))  # fmt: skip
+
+
+def bloom(name, c):
+    return hf.BloomForCausalLM(hf.BloomConfig(
+        hidden_size=c["d_model"], n_layer=c["layers"], n_head=c["heads"], vocab_size=c["vocab"],
+    ))  # fmt: skip
+
+
+def falcon(name, c):
+    large = c["norms"] == 2
+    return hf.FalconForCausalLM(hf.FalconConfig(
+        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
+        num_kv_heads=c["kv_heads"], new_decoder_architecture=large, vocab_size=c["vocab"],
+        multi_query=True, parallel_attn=True, bias=False, alibi=False,
+    ))  # fmt: skip
+
+
+def bert(name, c):
+    sizes = {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"],
+             "num_attention_heads": c["heads"], "intermediate_size": c["d_ff"],
+             "vocab_size": c["vocab"], "max_position_embeddings": c["positions"]}  # fmt: skip
+    if name.startswith("roberta"):
+        return hf.RobertaForMaskedLM(hf.RobertaConfig(**sizes, type_vocab_size=1))
+    if name.startswith("electra"):
+        width = c["d_embed"] or c["d_model"]
+        return hf.ElectraForPreTraining(hf.ElectraConfig(**sizes, embedding_size=width))
+    if name == "distilbert":
+        return hf.DistilBertModel(hf.DistilBertConfig())
+    return hf.BertModel(hf.BertConfig(**sizes))
+
+
+def xlnet(name, c):
+    return hf.XLNetLMHeadModel(hf.XLNetConfig(
+        d_model=c["d_model"], n_layer=c["layers"], n_head=c["heads"], d_inner=c["d_ff"],
+    ))  # fmt: skip
+
+
+def t5(name, c):
+    return hf.T5ForConditionalGeneration(hf.T5Config(
+        d_model=c["d_model"], d_kv=c["d_head"], d_ff=c["d_ff"], num_layers=c["layers"],
+        num_heads=c["heads"], vocab_size=c["vocab"],
+    ))  # fmt: skip
+
+
+def whisper(name, c):
+    n, heads, width = c["layers"], c["heads"], c["d_ff"]
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(
+        d_model=c["d_model"], encoder_layers=n, decoder_layers=n, encoder_attention_heads=heads,
+        decoder_attention_heads=heads, encoder_ffn_dim=width, decoder_ffn_dim=width,
+        vocab_size=c["vocab"],
+    ))  # fmt: skip
+
+
+def musicgen(name, c):
+    config = hf.MusicgenDecoderConfig(
+        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
+        ffn_dim=c["d_ff"], vocab_size=c["vocab"],
+    )  # fmt: skip
+    return hf.MusicgenForCausalLM(config)
+
+
+def clip_text_config(c):
+    return {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"],
+            "num_attention_heads": c["heads"], "intermediate_size": c["d_ff"]}  # fmt: skip
+
+
+def clip(name, c):
+    if name == "sd1-text":
+        return hf.CLIPTextModel(hf.CLIPTextConfig(**clip_text_config(c)))
+    D = c["image_width"]
+    vision = {"hidden_size": D, "num_hidden_layers": c["image_layers"], "patch_size": c["patch"],
+              "num_attention_heads": D // 64, "intermediate_size": 4 * D}  # fmt: skip
+    return hf.CLIPModel(hf.CLIPConfig(text_config=clip_text_config(c), vision_config=vision,
+                                      projection_dim=c["outputs"]))  # fmt: skip
+
+
+def vit(name, c):
+    return hf.ViTForImageClassification(hf.ViTConfig(
+        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
+        intermediate_size=c["d_ff"], patch_size=c["patch"], num_labels=1000,
+    ))  # fmt: skip
+
+
+def unet(name, c):
+    if name.startswith("ddpm"):
+        here = ["AttnDownBlock2D" if i in c["attention"] else "DownBlock2D"
+                for i in range(len(c["channels"]))]  # fmt: skip
+        back = [kind.replace("Down", "Up") for kind in reversed(here)]
+        return diffusers.UNet2DModel(
+            sample_size=c["side"], block_out_channels=c["channels"], down_block_types=here,
+            up_block_types=back, attention_head_dim=None,
+        )  # fmt: skip
+    n, xl = len(c["channels"]), name == "sdxl-unet"
+    here = ["CrossAttnDownBlock2D" if i in c["attention"] else "DownBlock2D" for i in range(n)]
+    back = ["CrossAttnUpBlock2D" if i in c["attention"] else "UpBlock2D" for i in range(n)][::-1]
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 2816,
+             "transformer_layers_per_block": [1, 2, 10]}  # fmt: skip
+    heads = [width // 64 for width in c["channels"]] if c["d_head"] else 8
+    return diffusers.UNet2DConditionModel(
+        sample_size=c["side"], block_out_channels=c["channels"], down_block_types=here,
+        up_block_types=back, cross_attention_dim=c["cross"], attention_head_dim=heads,
+        **(added if xl else {}),
+    )  # fmt: skip
+
+
+def vae(name, c):
+    n = len(c["channels"])
+    return diffusers.AutoencoderKL(
+        block_out_channels=c["channels"], latent_channels=c["latent"], layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+    )  # fmt: skip
+
+
+def resnet(name, c):
+    return hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=1000))
+
+
+def mobilenet(name, c):
+    return hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(num_labels=1000))
+
+
+BUILDERS = {
+    "gpt": gpt, "opt": opt, "bloom": bloom, "falcon": falcon, "llama": decoder, "bert": bert,
+    "roberta": bert, "distilbert": bert, "electra": bert, "xlnet": xlnet, "t5": t5,
+    "whisper": whisper, "musicgen": musicgen, "clip": clip, "clip-text": clip, "vit": vit,
+    "unet": unet, "vae": vae, "resnet": resnet, "mobilenet": mobilenet,
+}  # fmt: skip
+EXACT = {  # of families that neither library has, counted once from their authors' code or forms
+    "adm-64": 295_904_454, "adm-128": 421_529_606, "adm-256": 553_838_086, "adm-512": 558_997_638,
+    "dit-b2": 130_315_808, "dit-l2": 457_840_672, "dit-xl2": 674_834_720, "dit-s2": 32_865_056,
+    # The papers' forms, and a gain for each norm: 118 (2 D 12288 + 2 D 256 + 12 D^2) + V D ...
+    "palm-540b": 540_354_281_472 + 119 * 18432, "palm-62b": 62_495_129_600 + 65 * 8192,
+    "palm-8b": 8_631_877_632 + 33 * 4096,
+    # ... and 80 x 13 D^2 + V D, with two.
+    "gopher-280b": 279_697_162_240 + 161 * 16384, "chinchilla-70b": 70_055_362_560 + 161 * 8192,
+}  # fmt: skip
+
+
+def build(name):
+    system = systems.get(name)
+    with torch.device("meta"):
+        return BUILDERS[system.family](name, system.shape)
+
+
+def learnt(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", systems.rows())
+def test_parameters_are_those_of_the_reference(name):
+    system = systems.get(name)
+    if name in EXACT:
+        assert system.parameters == EXACT[name]
+    else:
+        assert system.parameters == learnt(build(name))
+
+
+def test_dit_with_one_embedding_of_time_and_class_a_block_is_that_of_diffusers():
+    """diffusers repeats in every block what the authors' code, and the count here, has once."""
+    for name in ("dit-s2", "dit-b2", "dit-l2", "dit-xl2"):
+        c = systems.get(name).shape
+        with torch.device("meta"):
+            theirs = diffusers.DiTTransformer2DModel(
+                num_attention_heads=c["heads"], attention_head_dim=c["d_head"], out_channels=8,
+                num_layers=c["layers"], sample_size=32,
+            )  # fmt: skip
+        parts = systems.get(name).by_part("parameters")
+        once = parts["time"] + parts["embedding"]
+        assert learnt(theirs) == systems.get(name).parameters + (c["layers"] - 1) * once
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+def tokens(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def noise(*shape):
+    return torch.zeros(shape)
+
+
+INPUTS = {
+    "gpt2": lambda m: m(tokens(1, 1024), use_cache=False),
+    "bloom-560m": lambda m: m(tokens(1, 2048), use_cache=False),
+    "opt-350m": lambda m: m(tokens(1, 2048), use_cache=False),
+    "bert-base": lambda m: m(tokens(1, 512)),
+    "roberta-base": lambda m: m(tokens(1, 512)),
+    "electra-small": lambda m: m(tokens(1, 512)),
+    "distilbert": lambda m: m(tokens(1, 512)),
+    "xlnet-base": lambda m: m(tokens(1, 512)),
+    "t5-3b": lambda m: m(tokens(1, 512), decoder_input_ids=tokens(1, 114), use_cache=False),
+    "clip-vit-b32": lambda m: m(tokens(1, 77), noise(1, 3, 224, 224)),
+    "vit-b16": lambda m: m(noise(1, 3, 224, 224)),
+    "whisper-tiny": lambda m: m(noise(1, 80, 3000), decoder_input_ids=tokens(1, 448)),
+    "resnet-50": lambda m: m(noise(1, 3, 224, 224)),
+    "mobilenetv2": lambda m: m(noise(1, 3, 224, 224)),
+    "ddpm-cifar10": lambda m: m(noise(1, 3, 32, 32), 0),
+    "sd1-unet": lambda m: m(noise(1, 4, 64, 64), 0, noise(1, 77, 768)),
+    "sd1-vae": lambda m: m(noise(1, 3, 512, 512)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_forward_flops_are_those_that_torch_counts(name):
+    """On shapes without numbers: meta tensors, or fake ones where the code asks for a CPU."""
+    system, counter = systems.get(name), FlopCounterMode(display=False)
+    empty = FakeTensorMode() if name in ("gpt2", "xlnet-base") else torch.device("meta")
+    with empty, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model = BUILDERS[system.family](name, system.shape).eval()
+        with counter:
+            INPUTS[name](model)
+    assert system.flops_per_row(backward=False) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("preset", "system"),
+    [("gpt2-124m", "gpt2"), ("gpt2-1.5b", "gpt2-xl"), ("llama-1b", "llama3.2-1b")],
+)
+def test_our_own_presets_are_the_published_shapes(preset, system):
+    run = presets.get_preset(preset).run
+    with torch.device("meta"):
+        model = run.build_model()
+    published = systems.get(system, run.model.context_length)
+    assert published.parameters == learnt(model)
+    assert published.flops_per_row() == model.flops_per_row()
+
+
+# ---- what was published -------------------------------------------------------------------------
+
+
+def tolerance(figure):
+    """(value, half a unit of its last digit) of "174600M"."""
+    digits, letter = re.fullmatch(r"([\d.]+)([MB]?)", figure).groups()
+    scale = {"M": 1e6, "B": 1e9, "": 1}[letter]
+    places = len(digits.partition(".")[2])
+    return float(digits) * scale, 0.5 * scale / 10**places
+
+
+def test_published_figures_hold_within_their_rounding():
+    checked = 0
+    for name, row in systems.rows().items():
+        if row["published"]:
+            value, half = tolerance(row["published"])
+            assert abs(systems.get(name).parameters - value) <= half, name
+            checked += 1
+        else:
+            assert row["note"], f"{name}: nothing published, and no word on why"
+    assert checked > 85
+
+
+def test_figures_that_count_something_else():
+    """Where a source counts otherwise, the difference is what the note says it is."""
+    get = systems.get
+    assert get("llama2-70b").parameters == 68_976_653_312 - 80 * 64  # rotary frequencies
+    head = 65_024 * get("falcon-180b").shape["d_model"]
+    assert get("falcon-180b").parameters + head == 179_522_565_120  # its head, stored twice
+    assert get("gpt2").parameters - 102_144 == 124_337_664  # without biases
+    blocks = get("bloom-176b").stacks[1]
+    assert blocks.total("parameters") / blocks.n == 2_466_437_120
+    assert get("bloom-176b").by_part("parameters")["embedding"] == 3_596_615_680
+    sd1 = [get(f"sd1-{part}").parameters for part in ("unet", "vae", "text")]
+    assert sum(sd1) == 1_066_235_307
+    assert get("mixtral-8x7b").active == pytest.approx(12.9e9, rel=2e-3)
+
+
+def test_published_flops():
+    assert systems.get("gpt2").flops_per_row(backward=False) == 291_648_307_200  # nanoGPT's table
+    assert systems.get("gpt2").flops_per_row() == 874_944_921_600
+    for name, gmacs in (("s2", 6.06), ("b2", 23.01), ("l2", 80.71), ("xl2", 118.64)):
+        assert systems.get(f"dit-{name}").total("macs") / 1e9 == pytest.approx(gmacs, abs=0.021)
+    for name, gflops in (("b32", 14.78), ("b16", 41.09), ("l14", 175.33)):  # open_clip's table
+        got = systems.get(f"clip-vit-{name}").flops_per_row(backward=False)
+        assert got / 1e9 == pytest.approx(gflops, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("gpt2", 85_056_000), ("bloom-176b", 172_650_655_744), ("opt-350m", 303_357_952),
+        ("qwen3-0.6b", 440_467_456), ("llama2-70b", 68_452_360_192), ("bert-base", 85_646_592),
+        ("t5-small", 44_056_576),
+    ],
+)  # fmt: skip
+def test_non_embedding_parameters(name, n):
+    assert systems.get(name).non_embedding == n
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_context_changes_positions_and_attention_only():
+    short, long = systems.get("llama3-8b", 1024), systems.get("llama3-8b", 2048)
+    assert short.parameters == long.parameters
+    c = short.shape
+    scores = 12 * c["layers"] * c["heads"] * c["d_head"]
+    assert long.flops_per_row() - 2 * short.flops_per_row() == scores * (2048**2 - 2 * 1024**2)
+    window = systems.get("mistral-7b", 8192).by_part("products")["attention"]
+    assert window == 2 * 32 * 4096 * 8192 * 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "message"),
+    [
+        ("gpt3-175", 0, "there is no system 'gpt3-175'; did you mean gpt3-175b"),
+        ("Llama-7B", 0, "did you mean llama-7b"),
+        ("zzz", 0, "--list shows all names"),
+        ("gpt2", 2048, "context 2048: gpt2 takes 1 to 1024 tokens"),
+        ("llama-7b", -1, "context -1: llama-7b takes at least 1 token"),
+        ("resnet-50", 10, "resnet-50 has rows of a fixed size"),
+    ],
+)
+def test_refused(name, context, message):
+    with pytest.raises(ValueError, match=message):
+        systems.get(name, context)

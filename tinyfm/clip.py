@@ -1,0 +1,276 @@
+"""CLIP: images and texts in one space, learnt from pairs (Radford et al. 2021).
+
+Two towers, a Vision Transformer (Dosovitskiy et al. 2021) and a text Transformer, each turn their
+input into a unit vector of E numbers. Trained on pairs, the vectors of an image and of its own
+caption come to point the same way, those of an image and another's caption apart:
+
+    z_ij = exp(s) x_i . y_j        similarity of image i and text j, s a learnt log-scale
+    loss = (L(z) + L(z')) / 2,     L(z) = -mean_i ln softmax_j(z_ij) at j = i        (InfoNCE)
+
+Each row of z is a classification: which of the B texts belongs to image i? So a class needs no
+training, only a name: write names as captions, and an image belongs to the nearest (zero-shot).
+Two more losses have the same signature. SigLIP (Zhai et al. 2023) asks of each pair by itself if
+it belongs together. SimCLR (Chen et al. 2020) has no captions: the pair is one image, altered
+twice at random.
+
+A batch is a problem, not a sum of problems: its rows are each other's wrong answers. To save
+memory, the towers run on `rows_at_once` rows at a time and do so again on the way back (GradCache,
+Gao et al. 2021, by checkpointing), and z is made a few rows at a time: same loss, same gradients.
+With several processes, `gather` brings the other ranks' vectors; gradients flow through it.
+
+One config expresses OpenAI's CLIP models exactly. Our own default has convolutions in front of the
+image tower (Xiao et al. 2021), which learns faster from few images.
+
+Letters: B batch, R rows of it, T tokens, P patches, D width of a tower, N heads, E embedding width,
+V vocabulary, C channels, H W rows and columns. Left out: the ResNet image towers, and text towers
+that look both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyfm.towers import ImageTower, TextTower
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    image_size: int = 32  # rows and columns of an image
+    channels: int = 1  # of an image: 1 grey, 3 colour
+    patch_size: int = 4  # rows and columns of a patch, one token of the image tower
+    stem: Literal["patch", "conv"] = "conv"  # how patches become tokens: one product, or layers
+    image_layer: int = 4  # blocks of the image tower
+    image_width: int = 192
+    image_head: int = 3
+    vocab_size: int = 2048  # tokens the text tower knows
+    context_length: int = 32  # tokens of a caption, the end token included
+    text_layer: int = 3  # blocks of the text tower
+    text_width: int = 192
+    text_head: int = 3
+    embed_dim: int = 192  # width of the space that both share
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-5  # added to the variance
+    loss: Literal["infonce", "siglip", "simclr"] = "infonce"
+    temperature: float = 0.07  # exp(-s) at the start
+    max_scale: float = 100.0  # largest exp(s)
+    augment: float = 0.3  # how far training alters an image, 0 = not at all; simclr: at least 1
+
+    def __post_init__(self):
+        sizes = ("image_size", "patch_size", "image_layer", "image_width", "image_head",
+                 "vocab_size", "text_layer", "text_width", "text_head", "embed_dim")  # fmt: skip
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for tower in ("image", "text"):
+            D, N = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_head")
+            if D % N:
+                problem = f"{tower}_width {D} is not divisible by {tower}_head {N}"
+                raise ValueError(f"{problem}; use {N * max(1, round(D / N))}")
+        if self.image_size % self.patch_size:
+            fit = self.patch_size * max(1, round(self.image_size / self.patch_size))
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
+                f"use {fit}"
+            )
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size is {self.patch_size}; the conv stem needs a power of 2")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}; use 1 for grey, 3 for colour images")
+        if self.context_length < 2:
+            raise ValueError(f"context_length is {self.context_length}; it must be at least 2")
+        if min(self.temperature, self.max_scale) <= 0 or self.augment < 0:
+            raise ValueError("temperature and max_scale must be above 0, augment at least 0")
+        for name, kind in get_type_hints(CLIPConfig).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
+
+
+# ---- losses: unit vectors x (R, E) of this rank's rows, y (B, E) of all columns -----------------
+#
+# ids (R,) and (B,) say what belongs together: where they are equal, and equal captions are.
+
+
+def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
+    """Sum over rows of z (R, B) of -ln softmax at the positives, shared evenly (InfoNCE)."""
+    share = positive / positive.sum(1, keepdim=True)
+    return z.logsumexp(1).sum() - z.clamp(min=-1e9).mul(share).sum()
+
+
+def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
+    """Sum over all pairs of -ln P(together or not), P a sigmoid (SigLIP, algorithm 1)."""
+    return -F.logsigmoid(torch.where(positive, z, -z)).sum()
+
+
+def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, scale: Tensor,
+             bias: Tensor | None = None, skip: Tensor | None = None,
+             rows: int = 0) -> Tensor:  # fmt: skip
+    """Mean over the R rows of x of `loss`, z and its gradient made `rows` rows at a time.
+
+    skip (R,) is the column each row must not see: itself, where x and y are the same vectors.
+    """
+
+    def part(x, x_ids, skip):
+        z = scale * (x @ y.T)  # (rows, B)
+        z = z if bias is None else z + bias
+        positive = x_ids[:, None] == y_ids
+        if skip is not None:
+            itself = skip[:, None] == torch.arange(len(y), device=y.device)
+            z, positive = z.masked_fill(itself, -math.inf), positive & ~itself
+        return loss(z, positive)
+
+    if not 0 < rows < len(x):
+        return part(x, x_ids, skip) / len(x)
+    skips = [None] * math.ceil(len(x) / rows) if skip is None else skip.split(rows)
+    parts = zip(x.split(rows), x_ids.split(rows), skips)
+    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts) / len(x)
+
+
+# ---- random views of images ---------------------------------------------------------------------
+
+
+def augment(images: Tensor, generators: list[torch.Generator], strength: float) -> Tensor:
+    """Shift, turn, stretch, shear and shade each image (B, C, H, W) by its own random stream.
+
+    Strength 1 shifts by up to 1/8 of the frame, turns by 15 degrees, stretches by a fifth either
+    way, and scales contrast by up to 0.6 to 1.4. The border is repeated outside.
+    """
+    u = torch.stack([torch.rand(7, generator=g) for g in generators]).to(images.device)
+    u = (2 * u - 1) * strength  # (B, 7) in [-strength, strength]
+    angle, shear = u[:, 0] * math.radians(15), 0.15 * u[:, 1]
+    wide, high = torch.exp(0.2 * u[:, 2]), torch.exp(0.2 * u[:, 3])
+    cos, sin = angle.cos(), angle.sin()
+    first = torch.stack((cos * wide, (shear - sin) * high, u[:, 4] / 4), dim=1)
+    second = torch.stack((sin * wide, cos * high, u[:, 5] / 4), dim=1)
+    grid = F.affine_grid(torch.stack((first, second), dim=1), images.shape, align_corners=False)
+    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return (moved * (1 + 0.4 * u[:, 6].clamp(-1, 1))[:, None, None, None]).clamp(-1, 1)
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class CLIP(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] and tokens (B, T) -> logits (B, B), row i for image i."""
+
+    outer = ("token_embedding", "position", "class_token", "stem", "logit")  # AdamW's, not Muon's
+    whole_batch = True  # the loss compares the rows: the trainer hands over all it has
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.rows_at_once = 0  # in the towers and in z, to save memory; 0 = all
+        self.rank, self.gather = 0, lambda rows: rows  # gather: all ranks' rows, in their order
+        self.image_tower = ImageTower(config)
+        self.image_projection = nn.Linear(config.image_width, config.embed_dim, bias=False)
+        if config.loss != "simclr":
+            self.text_tower = TextTower(config)
+            self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        if config.loss == "siglip":
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Normal with deviation 1/sqrt(fan-in), smaller the more layers write to the same state."""
+        for name, p in self.named_parameters():
+            layers = self.config.text_layer if "text" in name else self.config.image_layer
+            if name.endswith("bias") and "logit" not in name:
+                nn.init.zeros_(p)
+            elif "norm" in name:
+                nn.init.ones_(p)
+            elif p.ndim >= 2 and "embedding" not in name and "position" not in name:
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=(p[0].numel() * (2 * layers if last else 1)) ** -0.5)
+            elif p.ndim:
+                nn.init.normal_(p, std=0.02)
+
+    # ---- embeddings ----
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> unit vectors (B, E)."""
+        c = self.config
+        expected = (c.channels, c.image_size, c.image_size)
+        if images.shape[1:] != expected:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, the model takes {expected}")
+        return F.normalize(self.image_projection(self.image_tower(images)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T), each row filled up with its end token -> unit vectors (B, E)."""
+        if self.config.loss == "simclr":
+            raise ValueError("this model was trained on images alone: it has no text tower")
+        return F.normalize(self.text_projection(self.text_tower(tokens)).float(), dim=-1)
+
+    def scale(self) -> Tensor:
+        return self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        return self.scale() * self.encode_image(images) @ self.encode_text(tokens).T  # (B, B)
+
+    # ---- loss ----
+
+    def example_batch(self, rows: int) -> dict[str, Tensor]:
+        """What data could give: that many images and captions of full length."""
+        c, ids = self.config, torch.arange(rows)
+        images = torch.zeros(rows, c.channels, c.image_size, c.image_size)
+        tokens = torch.zeros(rows, c.context_length, dtype=torch.long)
+        return {"images": images, "tokens": tokens, "labels": ids}
+
+    def in_parts(self, encode: Callable, inputs: Tensor) -> Tensor:
+        """encode(inputs), rows_at_once rows at a time, what is between kept for one part only."""
+        if not 0 < self.rows_at_once < len(inputs):
+            return encode(inputs)
+        parts = inputs.split(self.rows_at_once)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
+
+    def views(self, batch: dict[str, Tensor], generators) -> list[Tensor]:
+        """The two sides of the contrast, unit vectors (R, E) each."""
+        images, c = batch["images"], self.config
+        if c.loss == "simclr":  # in evaluation too, where the streams are the same each time
+            strength = max(1.0, c.augment)
+            pair = [augment(images, generators, strength) for _ in range(2)]
+            return [self.in_parts(self.encode_image, view) for view in pair]
+        if self.training and c.augment:
+            images = augment(images, generators, c.augment)
+        texts = self.in_parts(self.encode_text, batch["tokens"])
+        return [self.in_parts(self.encode_image, images), texts]
+
+    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrastive loss of the config, in nats (siglip: per image, summed over texts).
+
+        batch: "images" (R, C, H, W) in [-1, 1], "tokens" (R, T), "labels" (R,), equal where
+        captions are. generators: one a row, for the augmentation. Raises ValueError for one row.
+        """
+        x, y = self.views(batch, generators)
+        gather = self.gather if self.training else lambda rows: rows
+        all_x, all_y = gather(x), gather(y)
+        if len(all_x) < 2:
+            raise ValueError("a contrastive loss needs a batch of 2 rows or more: of 1 it is 0")
+        rows = self.rows_at_once
+        if self.config.loss == "simclr":
+            return self.simclr_loss(x, y, all_x, all_y), {}
+        ids, scale = batch["labels"], self.scale()
+        all_ids = gather(ids)
+        if self.config.loss == "siglip":
+            bias = self.logit_bias
+            return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
+        ways = [(x, all_y), (y, all_x)]  # which text to an image, which image to a text
+        losses = [contrast(softmax_loss, *w, ids, all_ids, scale, rows=rows) for w in ways]
+        return sum(losses) / 2, {}
+
+    def simclr_loss(self, x, y, all_x, all_y):
+        """NT-Xent (Chen et al. 2020, eq. 1): a view's partner among all views but itself."""
+        ids = torch.arange(len(all_x), device=x.device)
+        own = ids if len(all_x) == len(x) else ids.split(len(x))[self.rank]
+        rows, columns = torch.cat((x, y)), torch.cat((all_x, all_y))
+        return contrast(
+            softmax_loss, rows, columns, own.repeat(2), ids.repeat(2), self.scale(),
+            skip=torch.cat((own, own + len(ids))), rows=self.rows_at_once,
+        )  # fmt: skip

@@ -1,0 +1,198 @@
+"""Published models by name: their parameters, FLOPs and activations, from their ledgers.
+
+systems.csv holds the shapes and what was published of them, with a word where sources disagree. A
+family is the function that writes its ledger, and the numbers that all its members share.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace as Shape
+
+from tinyfm import ledgers
+from tinyfm.ledgers import Stack
+
+
+@dataclass(frozen=True)
+class System:
+    """A published model. A row of its data is `row` units (tokens of a text, or 1 image)."""
+
+    name: str
+    family: str
+    stacks: tuple[Stack, ...]
+    shape: dict = field(compare=False)  # the fields of systems.csv, with the family's defaults
+    unit: str = "image"
+    row: int = 1
+    logits: int = 0  # numbers that the head puts out, a row
+    published: str = ""  # parameters, as its authors or the released weights say
+    trained: int = 0  # units it was trained on; 0 = not published
+    note: str = ""  # where sources disagree: which is right
+    source: str = ""
+
+    def total(self, quantity: str) -> int:
+        return sum(stack.total(quantity) for stack in self.stacks)
+
+    def by_part(self, quantity: str) -> dict[str, int]:
+        """Sum of a quantity of Layer for each part, in the order of the network."""
+        sums: dict[str, int] = {}
+        for stack in self.stacks:
+            for layer in stack.layers:
+                value = stack.n * getattr(layer, quantity)
+                sums[layer.part] = sums.get(layer.part, 0) + value
+        return {part: value for part, value in sums.items() if value}
+
+    @property
+    def parameters(self) -> int:
+        return self.total("parameters")
+
+    @property
+    def non_embedding(self) -> int:
+        """Without the tables of tokens and positions and an untied head, as Kaplan et al. count."""
+        parts = self.by_part("parameters")
+        return self.parameters - parts.get("embedding", 0) - parts.get("head", 0)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token passes: without the experts that it is not sent to."""
+        return self.parameters - self.by_part("parameters").get("idle experts", 0)
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the matrices between hidden states: what Muon updates."""
+        idle = self.by_part("vectors").get("idle experts", 0)
+        return self.total("weights") - self.by_part("weights").get("head", 0) + idle
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest repeated block, or of all if nothing repeats: what FSDP2
+        gathers at a time."""
+        return max(stack.total("parameters") // stack.n for stack in self.stacks)
+
+    def flops_per_row(self, backward: bool = True) -> int:
+        """2 a multiply-add; the backward pass multiplies each matrix twice, so 6 in all.
+
+        Attention is counted for all pairs in reach, without a discount for causality.
+        """
+        return (6 if backward else 2) * self.total("macs")
+
+
+# ---- families: the code, and what all its members share ------------------------------------------
+
+BASE = {
+    "causal": 1, "norm": 2, "norms": 2, "final_norm": 1, "bias": 1, "no_k_bias": 0, "mlp_bias": 1,
+    "mlp": "gelu", "head": "tied", "types": 0, "embed_norm": 0, "d_embed": 0, "d_position": 0,
+    "projection_bias": 0, "window": 0, "experts": 1, "active": 1, "qk_norm": 0, "relative": 0,
+    "relative_biases": 0, "positions": 0,
+}  # fmt: skip
+PLAIN = {"bias": 0, "mlp_bias": 0}
+LLAMA = {**PLAIN, "norm": 1, "mlp": "swiglu", "head": "untied"}
+BERT = {"causal": 0, "final_norm": 0, "embed_norm": 1, "head": "pooler", "types": 2}
+UNET = {
+    "attention": (), "depth": (1,) * 9, "cross": 0, "text": 77, "updown": 0, "scale_shift": 0,
+    "first": 0, "added": 0, "classes": 0, "blocks": 2, "heads": 1, "d_head": 0, "time": 0,
+}  # fmt: skip
+
+FAMILIES = {
+    "gpt": (ledgers.transformer, {}),
+    "opt": (ledgers.transformer, {"mlp": "relu"}),
+    "bloom": (ledgers.transformer, {"embed_norm": 1}),
+    "falcon": (ledgers.transformer, PLAIN),
+    "llama": (ledgers.transformer, LLAMA),
+    "palm": (ledgers.transformer, {**LLAMA, "head": "tied", "norms": 1}),
+    "gopher": (ledgers.transformer, {**PLAIN, "norm": 1, "relative": 1}),
+    "bert": (ledgers.transformer, BERT),
+    "roberta": (ledgers.transformer, {**BERT, "head": "masked", "types": 1}),
+    "distilbert": (ledgers.transformer, {**BERT, "head": "none", "types": 0}),
+    "electra": (ledgers.transformer, {**BERT, "head": "binary", "projection_bias": 1}),
+    "xlnet": (ledgers.transformer, {"causal": 0, "final_norm": 0, "bias": 0, "relative": 1,
+                            "relative_biases": 5, "head": "biased"}),
+    "t5": (ledgers.t5, {**PLAIN, "norm": 1, "mlp": "relu", "targets": 114}),
+    "whisper": (ledgers.whisper, {"no_k_bias": 1, "frames": 1500, "mels": 80}),
+    "musicgen": (ledgers.musicgen, {**PLAIN, "streams": 4, "text": 64}),
+    "clip": (ledgers.clip, {"causal": 0, "head": "none", "image": 224, "patch_bias": 0}),
+    "clip-text": (ledgers.transformer, {"causal": 0, "head": "none"}),
+    "vit": (ledgers.vision, {"causal": 0, "image": 224, "patch_bias": 1, "outputs": 1000}),
+    "dit": (ledgers.dit, {"causal": 0, "norm": 0, "image": 32, "patch": 2, "channels": 4,
+                  "classes": 1000}),
+    "unet": (ledgers.unet, UNET),
+    "adm": (ledgers.unet, {**UNET, "updown": 1, "scale_shift": 1, "classes": 1000, "inputs": 3,
+                   "outputs": 6}),
+    "vae": (ledgers.vae, UNET),
+    "resnet": (ledgers.resnet, {"image": 224, "outputs": 1000}),
+    "mobilenet": (ledgers.mobilenet, {"image": 224, "outputs": 1000}),
+}  # fmt: skip
+
+UNITS = {
+    ledgers.transformer: "token", ledgers.t5: "token", ledgers.musicgen: "step",
+    ledgers.whisper: "segment", ledgers.clip: "pair",
+}  # fmt: skip  # all others read images
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def read_option(text: str) -> int | str | tuple[int, ...]:
+    """8 -> 8; 320:640: -> (320, 640); anything else is a word."""
+    if ":" in text:
+        return tuple(int(value) for value in text.split(":") if value)
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def read_shape(row: dict[str, str]) -> Shape:
+    """The numbers of a row of systems.csv, over the defaults of its family and the usual ratios."""
+    options = dict(option.split("=") for option in row["options"].split())
+    columns = ("layers", "d_model", "heads", "kv_heads", "d_head", "d_ff", "vocab", "context",
+               "positions")  # fmt: skip
+    given = {name: row[name] for name in columns if row[name]} | options
+    values = BASE | FAMILIES[row["family"]][1]
+    values |= {name: read_option(text) for name, text in given.items()}
+    if "d_model" in values:
+        D, N = values["d_model"], values["heads"]
+        values = {"kv_heads": N, "d_head": D // N, "d_ff": 4 * D} | values
+    return Shape(**values)
+
+
+@functools.cache
+def rows() -> dict[str, dict[str, str]]:
+    path = Path(__file__).with_name("systems.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """For an error message: the likeliest of `names`, or where to see them all."""
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "--list shows all names"
+
+
+def get(name: str, context: int = 0) -> System:
+    """The system of that name; with a context, on rows of that many tokens.
+
+    Raises ValueError, with the nearest names, if there is none, or if the context does not fit it.
+    """
+    if name not in rows():
+        raise ValueError(f"there is no system {name!r}; {nearest(name, rows())}")
+    row = rows()[name]
+    code, _ = FAMILIES[row["family"]]
+    if context:
+        most = int(row["positions"] or context)
+        if code is not ledgers.transformer:
+            raise ValueError(f"{name} has rows of a fixed size; leave out the context")
+        if not 1 <= context <= most:
+            sizes = f"takes 1 to {most} tokens" if row["positions"] else "takes at least 1 token"
+            raise ValueError(f"context {context}: {name} {sizes}")
+        row = {**row, "context": str(context)}
+    c = read_shape(row)
+    stacks, unit = tuple(code(c)), UNITS.get(code, "image")
+    logits = 0
+    if any(layer.part == "head" for stack in stacks for layer in stack.layers):
+        logits = getattr(c, "targets", c.context) * c.vocab * getattr(c, "streams", 1)
+    return System(
+        name, row["family"], stacks, vars(c), unit, c.context if unit in ("token", "step") else 1,
+        logits, row["published"], int(float(row["trained"] or 0)), row["note"], row["source"],
+    )  # fmt: skip

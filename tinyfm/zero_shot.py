@@ -1,0 +1,130 @@
+"""What a CLIP model knows without having been taught it: measures on pictures with captions.
+
+A class is a name. It is put into templates, "serif bold {}" or "a picture of a {}", each caption is
+embedded, and the mean of the vectors stands for the class (Radford et al. 2021, section 3.1.4); an
+image belongs to the class nearest to it. Retrieval asks the same of whole captions: is the right
+one among the k nearest of all? Probes use the image tower alone: the class of the nearest training
+images (k-NN), or a linear map from features to classes, fitted by least squares.
+
+Letters: B images, M classes, E embedding width. Vectors are unit vectors of float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyfm.pair_files import Split, encode_captions
+
+ROWS = 512  # through a tower at once
+MAX_TEMPLATES = 16
+
+
+@torch.no_grad()
+def embed_images(model, images: np.ndarray) -> Tensor:
+    """uint8 (B, C, H, W) -> (B, E)."""
+    device = model.logit_scale.device
+    parts = (torch.from_numpy(images[i : i + ROWS]) for i in range(0, len(images), ROWS))
+    return torch.cat([model.encode_image(part.to(device).float() / 127.5 - 1) for part in parts])
+
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, captions: Sequence[str]) -> Tensor:
+    """Captions -> (B, E); short ones first, so that few rows are filled up."""
+    tokens, _ = encode_captions(tokenizer, list(captions), model.config.context_length)
+    device, lengths = model.logit_scale.device, (tokens != tokenizer.eot).sum(1)
+    order, vectors = np.argsort(lengths, kind="stable"), []
+    for i in range(0, len(order), ROWS):
+        rows = order[i : i + ROWS]
+        cut = tokens[rows, : lengths[rows].max() + 1]
+        vectors.append(model.encode_text(torch.from_numpy(cut).to(device)))
+    return torch.cat(vectors)[torch.from_numpy(np.argsort(order))]
+
+
+def find_templates(split: Split) -> list[str]:
+    """How captions are made of labels, the commonest ways first: ["sans bold {}", ...]."""
+    ways = Counter()
+    for captions, label in zip(split.captions, split.labels):
+        before, label_, after = captions[0].rpartition(label)
+        ways[f"{before}{{}}{after}" if label_ else "{}"] += 1
+    return [way for way, _ in ways.most_common(MAX_TEMPLATES)]
+
+
+def class_vectors(model, tokenizer, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(M, E): for each name the direction of the mean over the templates."""
+    total = 0
+    for template in templates:
+        captions = [template.replace("{}", name) for name in names]
+        total = total + embed_texts(model, tokenizer, captions)
+    return F.normalize(total, dim=-1)
+
+
+# ---- measures: shares of 1 ----------------------------------------------------------------------
+
+
+def classify(x: Tensor, classes: Tensor) -> Tensor:
+    """The nearest class (B,) to each of x (B, E)."""
+    return torch.cat([(part @ classes.T).argmax(1) for part in x.split(ROWS)])
+
+
+def numbered(labels: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The different labels in order, and the number of each label among them, (B,)."""
+    names = sorted(set(labels))
+    place = {name: i for i, name in enumerate(names)}
+    return names, torch.tensor([place[label] for label in labels])
+
+
+def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Recall at k between images x (B, E) and captions y; owner (captions,) is a caption's image.
+
+    Image to text: one of the image's own captions is among its k nearest. Text to image: the
+    caption's image is among its k nearest. A tie counts against the model.
+    """
+    own = torch.full((len(x),), -torch.inf, device=x.device)
+    best = own.scatter_reduce(0, owner, (x[owner] * y).sum(1), "amax")  # of an image's captions
+    ranks = {"image_to_text": [], "text_to_image": []}
+    for i in range(0, len(x), ROWS):
+        z, rows = x[i : i + ROWS] @ y.T, torch.arange(i, min(i + ROWS, len(x)), device=x.device)
+        others = owner[None, :] != rows[:, None]
+        ranks["image_to_text"].append(((z >= best[rows, None] - 1e-6) & others).sum(1))
+    for part, of in zip(y.split(ROWS), owner.split(ROWS)):
+        z = part @ x.T
+        own = z.gather(1, of[:, None])
+        ranks["text_to_image"].append((z >= own - 1e-6).sum(1) - 1)
+    ranks = {way: torch.cat(parts) for way, parts in ranks.items()}
+    return {f"{way}_at_{k}": share(rank < k) for way, rank in ranks.items() for k in ks}
+
+
+def share(right: Tensor) -> float:
+    return right.float().mean().item()
+
+
+def nearest_neighbours(x: Tensor, train_x: Tensor, train_y: Tensor, k: int = 1) -> Tensor:
+    """The class (B,) that most of the k nearest of train_x have, the nearer winning a tie."""
+    found = []
+    for part in x.split(ROWS):
+        near = train_y[(part @ train_x.T).topk(k).indices]  # (rows, k)
+        votes = (near[:, :, None] == near[:, None, :]).sum(2)
+        found.append(near.gather(1, votes.argmax(1, keepdim=True)).squeeze(1))
+    return torch.cat(found)
+
+
+def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-3) -> Tensor:
+    """The class (B,) by least squares from features, and 1, to one-hot classes.
+
+    W = (X'X + ridge n I)^-1 X'Y; the one-hot Y of many classes is never built.
+    """
+
+    def with_one(rows):
+        return torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1).double()
+
+    X, M = with_one(train_x), int(train_y.max()) + 1
+    products = X.new_zeros(M, X.size(1)).index_add(0, train_y, X)  # (M, E + 1) = Y'X
+    gram = X.T @ X + ridge * len(X) * torch.eye(X.size(1), dtype=X.dtype, device=X.device)
+    weights = torch.linalg.solve(gram, products.T)
+    return torch.cat([(part @ weights).argmax(1) for part in with_one(x).split(ROWS)])
