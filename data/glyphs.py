@@ -1,7 +1,7 @@
 """Letters and symbols with their names: about 40,000 image-caption pairs that are on your disk.
 
 matplotlib brings fonts along, and Unicode has a name for each character. So we draw every named
-character of DejaVu Sans, Sans Mono and Serif and of STIX, in four styles each, white on black:
+character of DejaVu Sans, Sans Mono and Serif and of STIX, in four styles each, black on white:
 
     serif bold italic latin small letter a with acute       sans digit seven       stix infinity
 
@@ -65,7 +65,7 @@ def load_font(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw(character: str, file: str, size: int = FONT_SIZE) -> np.ndarray | None:
-    """uint8 (SIZE, SIZE, 1), ink 255 on paper 0, antialiased; None where there is no ink.
+    """uint8 (SIZE, SIZE, 1), ink 0 on paper 255, antialiased; None where there is no ink.
 
     The ink is centred from left to right. From top to bottom it keeps its place on the line, or a
     comma would be an apostrophe, and moves only as far as the frame demands. A character too large
@@ -83,7 +83,7 @@ def draw(character: str, file: str, size: int = FONT_SIZE) -> np.ndarray | None:
         return draw(character, file, size - 1)
     left = (left + right - SIZE) // 2
     top = min(max(line - BASELINE, bottom - SIZE), top)
-    return np.array(canvas.crop((left, top, left + SIZE, top + SIZE)))[:, :, None]
+    return 255 - np.array(canvas.crop((left, top, left + SIZE, top + SIZE)))[:, :, None]
 
 
 def named_characters(file: str, report: Report) -> Iterator[tuple[str, str]]:
@@ -130,7 +130,7 @@ def version() -> str:
     """What the records depend on."""
     freetype, unicode = features.version("freetype2"), unicodedata.unidata_version
     packages = [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
-    return " ".join(["glyphs-1", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
+    return " ".join(["glyphs-2", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
 
 
 def records(report: Report | None = None) -> Iterator[Record]:

@@ -105,10 +105,11 @@ class CLIPRun(Run):
     def score(self, model: CLIP, data: PairData) -> dict[str, float]:
         """Share of QUICK images of each held-out split whose name is found among the split's.
 
-        With one plain caption a name; evaluate.py measures it in full. SimCLR, which has no texts:
+        With one caption a name; evaluate.py measures it in full. SimCLR, which has no texts:
         the share of which the nearest training image has the same name.
         """
         scores, simclr = {}, self.model.loss == "simclr"
+        template = zero_shot.find_templates(data.train)[:1]
         if simclr:
             known = zero_shot.embed_images(model, data.train.images)
         for name, split in list(data.splits.items())[1:]:
@@ -120,7 +121,7 @@ class CLIPRun(Run):
                 right = [data.train.labels[i] == label for i, label in zip(near, labels)]
             else:
                 names = sorted(set(split.labels))
-                classes = zero_shot.class_vectors(model, data.tokenizer, names, ["{}"])
+                classes = zero_shot.class_vectors(model, data.tokenizer, names, template)
                 found = zero_shot.classify(x, classes).tolist()
                 right = [names[i] == label for i, label in zip(found, labels)]
             key = f"{'neighbour' if simclr else 'zero_shot'} {name}"
@@ -137,7 +138,8 @@ class CLIPRun(Run):
             classes = zero_shot.embed_images(model, data.train.images)
         else:
             names = sorted(set(split.labels))
-            classes = zero_shot.class_vectors(model, data.tokenizer, names, ["{}"])
+            template = zero_shot.find_templates(data.train)[:1]
+            classes = zero_shot.class_vectors(model, data.tokenizer, names, template)
         found = [names[i] for i in zero_shot.classify(x, classes).tolist()]
         folder.mkdir(exist_ok=True)
         images = split.images[rows].transpose(0, 2, 3, 1)

@@ -47,12 +47,15 @@ class PairConfig:
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     template: str = captioned.TEMPLATE  # caption of an image in a folder named for what it shows
+    neighbours: int = 1  # rows that stay together in a batch: alike, so hard to tell apart
     val_fraction: float = 0.1  # share of your own pictures held out; glyphs has splits of its own
     cache: str = "data/cache"  # folder for what is prepared
 
     def __post_init__(self):
         if not self.path or not self.tokenizer:
             raise ValueError("--data.path and --data.tokenizer must not be empty")
+        if self.neighbours < 1:
+            raise ValueError(f"--data.neighbours {self.neighbours}: it must be at least 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--data.val-fraction {self.val_fraction}: it must be between 0 and 1")
         if "{}" not in self.template:
@@ -125,11 +128,27 @@ def shuffle(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
     return rows
 
 
+def shuffle_runs(samples: np.ndarray, size: int, seed: int, length: int) -> np.ndarray:
+    """As `shuffle`, but `length` rows that follow each other stay together.
+
+    An epoch cuts the rows, as a ring, into runs from an offset of its own; what is left over at the
+    end of the ring it leaves out.
+    """
+    runs = size // length
+    start = shuffle(samples // length, runs, seed) * length
+    for epoch in np.unique(samples // length // runs):
+        here = samples // length // runs == epoch
+        start[here] += np.random.SeedSequence((seed, int(epoch), 1)).generate_state(1)[0] % size
+    return (start + samples % length) % size
+
+
 class PairData:
     """Batches of pictures with captions, and `splits`, name -> Split, as a whole: "train", then the
     one that validates the training, then others."""
 
-    def __init__(self, folder: Path, vocab_size: int, batch_size: int, seed: int):
+    def __init__(
+        self, folder: Path, vocab_size: int, batch_size: int, seed: int, neighbours: int = 1
+    ):
         """Open a prepared folder. Raises ValueError if it is damaged or does not fit the model."""
         if batch_size < 1 or seed < 0:
             raise ValueError(f"batch size {batch_size} must be at least 1, seed {seed} at least 0")
@@ -143,7 +162,7 @@ class PairData:
             raise ValueError(f"{rows} training pictures, the batch takes {batch_size}: {advice}")
         self.tokenizer = tokenizers.load(folder / "tokenizer")
         check_vocabulary(self.tokenizer, vocab_size)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.neighbours = batch_size, seed, neighbours
         self.unit, self.units_per_row = "images", 1
         self.splits = open_splits(folder, manifest, token_dtype(self.tokenizer.vocab_size))
         self.train, self.val = list(self.splits.values())[:2]
@@ -170,7 +189,7 @@ class PairData:
                 f"least 1, channels {channels} 1 (grey) or 3 (colour)"
             )
         folder = prepare_folder(config, image_size, channels, vocab_size, context_length)
-        return cls(folder, vocab_size, batch_size, seed)
+        return cls(folder, vocab_size, batch_size, seed, config.neighbours)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """`rows` of the global batch of `step`, R of them:
@@ -179,7 +198,8 @@ class PairData:
         with T the longest of these rows, and labels equal where captions are.
         """
         samples = np.arange(self.batch_size, dtype=np.int64)[rows] + step * self.batch_size
-        return self.train.batch(shuffle(samples, len(self.train.labels), self.seed))
+        size = len(self.train.labels)
+        return self.train.batch(shuffle_runs(samples, size, self.seed, self.neighbours))
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
         """The validation split, `rows` pictures at a time, mixed in an order that never changes.

@@ -28,9 +28,9 @@ MAX_TEMPLATES = 16
 @torch.no_grad()
 def embed_images(model, images: np.ndarray) -> Tensor:
     """uint8 (B, C, H, W) -> (B, E)."""
-    device = model.logit_scale.device
-    parts = (torch.from_numpy(images[i : i + ROWS]) for i in range(0, len(images), ROWS))
-    return torch.cat([model.encode_image(part.to(device).float() / 127.5 - 1) for part in parts])
+    like = model.logit_scale
+    parts = (torch.tensor(images[i : i + ROWS]) for i in range(0, len(images), ROWS))
+    return torch.cat([model.encode_image(part.to(like) / 127.5 - 1) for part in parts])
 
 
 @torch.no_grad()

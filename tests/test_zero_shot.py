@@ -1,0 +1,222 @@
+"""CLIP in use: trained through train.py on a folder of pictures, sampled, evaluated, measured."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+
+import sample
+import train
+from tinyfm import evaluate, families, files, zero_shot
+from tinyfm.pair_files import Split
+
+COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink"]
+SIZES = """clip --model.image-size 8 --model.channels 3 --model.patch-size 4 --model.image-layer 1
+--model.image-width 32 --model.image-head 2 --model.vocab-size 257 --model.context-length 24
+--model.text-layer 1 --model.text-width 32 --model.text-head 2 --model.embed-dim 16
+--data.tokenizer bytes --data.neighbours 1 --train.batch-size 8 --train.eval-every 25
+--train.log-every 5 --train.dtype float32 --train.device cpu"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve squares of each of eight colours, a folder a colour, all a little different."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for colour in COLOURS:
+        (folder / colour).mkdir()
+        for i in range(12):
+            noise = random.integers(-20, 20, (8, 8, 3))
+            ink = np.array(Image.new("RGB", (8, 8), colour)).astype(int) + noise
+            picture = Image.fromarray(ink.clip(0, 255).astype(np.uint8))
+            picture.save(folder / colour / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(pictures, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return [*SIZES.split(), "--data.path", str(pictures), "--data.cache", str(cache)]
+
+
+@pytest.fixture(scope="module")
+def run(arguments, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "clip"
+    assert call(train, *arguments, "--train.steps", "50", "--out", out) == 0
+    return out
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def test_eight_colours_are_learnt_in_fifty_steps(run):
+    """Equal captions share the target, so what remains is the entropy of a colour's own copies."""
+    first, *_, last = [row for row in metrics(run) if "val_loss" in row]
+    assert first["zero_shot_val"] < 0.5 and last["zero_shot_val"] == 1
+    assert last["val_loss"] < 0.6 < math.log(8) - 0.5 < first["val_loss"]
+    assert Image.open(run / "samples" / "step-000050.png").size[0] > 100
+
+
+def test_micro_batches_and_resume_change_nothing(run, arguments, tmp_path, capsys):
+    """Micro-batches save memory; the loss is of the whole batch all the same. A run that is
+    stopped after 25 of 50 steps goes on bit for bit."""
+    options = [*arguments, "--train.steps", "50", "--out", tmp_path / "cut"]
+    assert call(train, *options, "--train.micro-batch-size", "3") == 0
+    losses = [[r["loss"] for r in metrics(out) if "loss" in r] for out in (run, tmp_path / "cut")]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)  # then rounding grows
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    shutil.rmtree(whole / "step-000050")
+    files.write_text(whole / "latest", "step-000025\n")
+    capsys.readouterr()
+    assert call(train, *arguments, "--train.steps", "50", "--out", whole, "--resume") == 0
+    assert "zero_shot_val: " in capsys.readouterr().out  # the untrained score is still known
+    for name, weight in files.load_tensors(run / "step-000050").items():
+        assert torch.equal(weight, files.load_tensors(whole / "step-000050")[name]), name
+
+
+@pytest.mark.parametrize("loss", ["simclr", "siglip"])
+def test_other_losses_train(arguments, tmp_path, loss):
+    out = tmp_path / loss
+    assert call(train, *arguments, "--train.steps", "25", "--model.loss", loss, "--out", out) == 0
+    first, *_, last = [row for row in metrics(out) if "val_loss" in row]
+    assert last["val_loss"] < first["val_loss"] - 0.1
+    assert ("neighbour_val" in last) == (loss == "simclr")
+    assert call(evaluate, out) == 0
+    if loss == "simclr":
+        assert call(sample, out, "--prompt", "red") == 1
+        assert call(evaluate, out, "--picture", tmp_path / "x.png") == 1
+
+
+# ---- sample and evaluate ------------------------------------------------------------------------
+
+
+def test_an_image_is_named(run, pictures, tmp_path, capsys):
+    big = tmp_path / "big.jpg"
+    Image.open(pictures / "blue" / "0.png").resize((300, 200)).save(big)
+    assert call(sample, run, "--image", big, "--labels", "red, blue,green") == 0
+    lines = [line.split("%  ") for line in capsys.readouterr().out.splitlines()]
+    assert [name for _, name in lines][0] == "blue" and len(lines) == 3
+    assert sum(float(p) for p, _ in lines) == pytest.approx(100, abs=0.1)
+    names = tmp_path / "names.txt"
+    names.write_text("pink\nblue\n", encoding="utf-8")
+    assert call(sample, run, "--image", big, "--labels", names) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("blue")
+
+
+def test_images_are_found(run, tmp_path, capsys):
+    out = tmp_path / "found.png"
+    prompt = "a picture of a yellow"
+    assert call(sample, run, "--prompt", prompt, "-n", "5", "--out", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines[:5]] == [prompt] * 5
+    assert np.array(Image.open(out)).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --image FILE with --labels, or --prompt"),
+        (["--image", "IMAGE", "--prompt", "x"], "give --image FILE with --labels, or --prompt"),
+        (["--image", "IMAGE"], "there is no label"),
+        (["--image", "IMAGE", "--labels", " , "], "there is no label"),
+        (["--image", "IMAGE", "--labels", "red,blue,red"], "'red' more than once"),
+        (["--image", "nowhere.png", "--labels", "red"], "nowhere.png"),
+        (["--prompt", "x", "-n", "0"], "-n is 0"),
+    ],
+)
+def test_mistakes_get_a_sentence(run, pictures, capsys, arguments, message):
+    image = str(pictures / "red" / "0.png")
+    assert call(sample, run, *(image if a == "IMAGE" else a for a in arguments)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_of_one_is_refused(arguments, tmp_path, capsys):
+    assert call(train, *arguments, "--train.batch-size", "1", "--out", tmp_path / "one") == 1
+    assert "needs a batch of 2 rows or more" in capsys.readouterr().err
+
+
+def test_evaluation(run, tmp_path, capsys):
+    picture = tmp_path / "confusions.png"
+    assert call(evaluate, run, "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    names = next(row for name, row in scores.items() if name.startswith("zero-shot, val, "))
+    assert names["reached"] == 1 and names["untrained"] < 0.6
+    features = [row for name, row in scores.items() if "features" in name]
+    assert len(features) == 2 and all(row.keys() == {"untrained", "reached", "pixels"}
+                                      for row in features)  # fmt: skip
+    last = [row for row in metrics(run) if "val_loss" in row][-1]
+    assert scores["val_loss"]["reached"] == pytest.approx(last["val_loss"], rel=1e-4)
+    assert call(evaluate, run, "--picture", picture) == 1  # nothing is confused
+    assert "no confusion" in capsys.readouterr().err
+    assert call(evaluate, run) == 0
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_gpt(tiny_run, capsys):
+    assert call(evaluate, tiny_run, "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    last = [row for row in metrics(tiny_run) if "val_loss" in row][-1]
+    assert scores["val_bpb"]["reached"] == pytest.approx(last["val_bpb"], rel=1e-4)
+    assert call(evaluate, tiny_run, "--picture", "x.png") == 1
+
+
+# ---- measures -----------------------------------------------------------------------------------
+
+
+def test_recall_counts_ranks():
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(30, 4), dim=-1)
+    owner = torch.arange(60) % 30  # two captions an image
+    y = torch.nn.functional.normalize(x[owner] + torch.randn(60, 4), dim=-1)
+    found, z = zero_shot.recall(x, y, owner, (1, 3)), x @ y.T
+    for k in (1, 3):
+        images = [bool({*z[i].topk(k).indices.tolist()} & {i, i + 30}) for i in range(30)]
+        texts = [owner[j].item() in z[:, j].topk(k).indices.tolist() for j in range(60)]
+        assert found[f"image_to_text_at_{k}"] == pytest.approx(np.mean(images))
+        assert found[f"text_to_image_at_{k}"] == pytest.approx(np.mean(texts))
+
+
+def test_a_model_that_says_the_same_of_everything_recalls_nothing():
+    x = torch.ones(10, 4) / 2
+    assert zero_shot.recall(x, x, torch.arange(10), (1,)) == {
+        "image_to_text_at_1": 0.0,
+        "text_to_image_at_1": 0.0,
+    }
+
+
+def test_probes():
+    torch.manual_seed(0)
+    train_y, y = torch.arange(60) % 3, torch.arange(30) % 3
+    centres = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    train_x, x = centres[train_y], centres[y] + 0.01 * torch.randn(30, 8)
+    assert torch.equal(zero_shot.nearest_neighbours(x, train_x, train_y, k=5), y)
+    assert torch.equal(zero_shot.linear_probe(x, train_x, train_y), y)
+    train_x = train_x + 0.5 * torch.randn(60, 8)
+    with_one = torch.cat((train_x, torch.ones(60, 1)), 1).double()
+    targets = torch.nn.functional.one_hot(train_y).double()
+    padded = torch.cat((with_one, (1e-3 * 60) ** 0.5 * torch.eye(9).double()))
+    weights = torch.linalg.lstsq(padded, torch.cat((targets, torch.zeros(9, 3)))).solution
+    expected = (torch.cat((x, torch.ones(30, 1)), 1).double() @ weights).argmax(1)
+    assert torch.equal(zero_shot.linear_probe(x, train_x, train_y), expected)
+
+
+def test_templates_are_read_off_the_captions():
+    captions = [["a red cat"], ["a blue cat"], ["red: one"], ["nothing of it"]]
+    none = np.zeros((4, 1))
+    split = Split(none, none, none, captions, ["red", "blue", "red", "red"])
+    assert zero_shot.find_templates(split) == ["a {} cat", "{}: one", "{}"]
+
+
+def test_families_are_known_by_name():
+    assert {name: run.family for name, run in families.FAMILIES.items()} == {
+        name: name for name in families.FAMILIES
+    }

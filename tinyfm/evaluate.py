@@ -1,0 +1,174 @@
+"""What a run is worth:  python -m tinyfm.evaluate RUN [--json] [--picture confusions.png]
+
+A GPT: nats per token and bits per byte of its validation text. CLIP: names found zero-shot among
+all names of each held-out split, retrieval of captions and images, and classes found from image
+features alone. Beside each figure stands that of the same model before training, and for features
+that of the raw pixels: what is not above those was not learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from data.pictures import save_grid
+from tinyfm import machine, presets, zero_shot
+from tinyfm.pairs import PairData
+from tinyfm.trainer import row_generators
+
+RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
+SHOWN = 48  # confusions in the picture
+Scores = dict[str, float]
+
+
+def validation(run: presets.Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
+    """The loss of the validation split, as training measures it."""
+    rows, sums = run.train.batch_size, torch.zeros(2)
+    for i, batch in enumerate(data.val_batches(rows)):
+        n = len(next(iter(batch.values())))
+        generators = row_generators(run.train.seed, -1, range(i * rows, i * rows + n))
+        loss, metrics = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
+        weight = float(metrics.get("weight", n))
+        sums += torch.tensor((float(loss) * weight, weight))
+    loss = float(sums[0] / sums[1])
+    return {"val_loss": loss, **data.metrics(loss)}
+
+
+# ---- CLIP ---------------------------------------------------------------------------------------
+
+
+def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Scores, dict]:
+    """Top-1 among all names of each held-out split, and what was found in each."""
+    templates, scores, found = zero_shot.find_templates(data.train), {}, {}
+    for split in list(data.splits)[1:]:
+        names, labels = zero_shot.numbered(data.splits[split].labels)
+        classes = zero_shot.class_vectors(model, tokenizer, names, templates)
+        guesses = zero_shot.classify(x[split], classes).cpu()
+        scores[f"zero-shot, {split}, {len(names):,} names"] = zero_shot.share(guesses == labels)
+        found[split] = [names[i] for i in guesses.tolist()]
+    return scores, found
+
+
+def by_caption(model, tokenizer, data: PairData, x: Tensor) -> Scores:
+    """Recall at 1, 5 and 10 in the validation split, both ways, with all captions of an image."""
+    rows = np.random.default_rng(0).permutation(len(data.val.labels))[:RETRIEVAL_IMAGES]
+    own = [data.val.captions[i] for i in rows]
+    owner = torch.tensor([i for i, captions in enumerate(own) for _ in captions], device=x.device)
+    captions = [caption for captions in own for caption in captions]
+    y = zero_shot.embed_texts(model, tokenizer, captions)
+    found = zero_shot.recall(x[torch.from_numpy(rows).to(x.device)], y, owner, (1, 5, 10))
+    return {f"{name.replace('_', ' ')} of {len(rows):,}": value for name, value in found.items()}
+
+
+def by_features(data: PairData, x: dict[str, Tensor], what: str) -> Scores:
+    """Classes of validation images that training shows, from frozen features."""
+    train, val = list(data.splits)[:2]
+    names, labels = zero_shot.numbered(data.train.labels)
+    place = {name: i for i, name in enumerate(names)}
+    rows = [i for i, label in enumerate(data.val.labels) if label in place]
+    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=x[val].device)
+    inputs = (x[val][rows], x[train], labels.to(x[val].device))
+    probes = {"nearest neighbour": zero_shot.nearest_neighbours, "linear": zero_shot.linear_probe}
+    return {
+        f"{name} on {what}, {len(names):,} classes": zero_shot.share(probe(*inputs) == truth)
+        for name, probe in probes.items()
+    }
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """Images (B, C, H, W) as unit vectors, the mean taken away."""
+    x = torch.tensor(images).flatten(1).float()
+    return nn.functional.normalize(x - x.mean(1, keepdim=True) + 1e-6, dim=-1)
+
+
+def clip_scores(run, model, tokenizer, data: PairData) -> tuple[Scores, dict]:
+    x = {name: zero_shot.embed_images(model, split.images) for name, split in data.splits.items()}
+    val, scores, found = list(data.splits)[1], {}, {}
+    if run.model.loss != "simclr":
+        scores, found = by_name(model, tokenizer, data, x)
+        scores |= by_caption(model, tokenizer, data, x[val])
+    return scores | by_features(data, x, "features"), found
+
+
+def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:
+    """A grid of images of the last split that were taken for something else: truth, then guess."""
+    split, guesses = data.splits[list(found)[-1]], found[list(found)[-1]]
+    wrong = [i for i, label in enumerate(split.labels) if guesses[i] != label]
+    rows = np.random.default_rng(0).permutation(wrong)[:SHOWN]
+    if not len(rows):
+        raise ValueError("there is no confusion to draw: every name was found")
+    titles = [f"{split.labels[i]} → {guesses[i]}" for i in rows]
+    save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
+    json: bool = False  # print JSON
+    picture: str = ""  # CLIP: also draw what is confused with what, to this PNG
+    raw: bool = False  # the weights of the last step, even if averaged ones were kept
+    device: str = "auto"  # cpu, cuda, mps, or auto
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the matrix products
+
+
+@torch.inference_mode()
+def evaluate(opened: presets.OpenRun, options: Options) -> dict[str, dict[str, float]]:
+    """{measure: {"untrained": ..., "reached": ...}}, and "pixels" for measures of features."""
+    run, tokenizer, table = opened.run, opened.tokenizer, {}
+    device = machine.choose_device(options.device)
+    dtype = machine.choose_dtype(options.dtype, device)
+    data = run.open_data()
+    torch.manual_seed(run.train.seed)
+    untrained = run.build_model().eval()
+    for column, model in (("untrained", untrained), ("reached", opened.model)):
+        model.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            scores = validation(run, model, data, device)
+            if run.family == "clip":
+                more, found = clip_scores(run, model, tokenizer, data)
+                scores |= more
+        for name, value in scores.items():
+            table.setdefault(name, {})[column] = value
+    if run.family == "clip":
+        raw = {name: pixels(split.images) for name, split in data.splits.items()}
+        for name, value in by_features(data, raw, "features").items():
+            table[name]["pixels"] = value
+        if options.picture and found:
+            draw_confusions(data, found, options.picture)
+    return table
+
+
+def main() -> int | str:
+    try:
+        options = tyro.cli(Options, description=__doc__)
+        opened = presets.open_run(options.run, options.raw)
+        if options.picture and (opened.run.family != "clip" or opened.run.model.loss == "simclr"):
+            raise ValueError("--picture shows names that were confused: it needs a CLIP with texts")
+        table = evaluate(opened, options)
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        step = {"folder": str(opened.folder), "weights": opened.weights, **opened.meta}
+        print(json.dumps({"run": step, "scores": table}, indent=2))
+        return 0
+    print(f"{opened.folder}: step {opened.meta['step']}, {opened.weights} weights")
+    for name, row in table.items():
+        numbers = "  ".join(f"{column} {value:.4g}" for column, value in row.items())
+        print(f"{name:58} {numbers}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
