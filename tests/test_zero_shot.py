@@ -104,7 +104,7 @@ def test_an_image_is_named(run, pictures, tmp_path, capsys):
     Image.open(pictures / "blue" / "0.png").resize((300, 200)).save(big)
     assert call(sample, run, "--image", big, "--labels", "red, blue,green") == 0
     lines = [line.split("%  ") for line in capsys.readouterr().out.splitlines()]
-    assert [name for _, name in lines][0] == "blue" and len(lines) == 3
+    assert lines[0][1] == "blue" and len(lines) == 3
     assert sum(float(p) for p, _ in lines) == pytest.approx(100, abs=0.1)
     names = tmp_path / "names.txt"
     names.write_text("pink\nblue\n", encoding="utf-8")

@@ -117,7 +117,7 @@ class CLIPRun(Run):
             labels = [split.labels[i] for i in np.sort(rows)]
             x = zero_shot.embed_images(model, split.images[np.sort(rows)])
             if simclr:
-                near = (x @ known.T).argmax(1).tolist()
+                near = zero_shot.classify(x, known).tolist()
                 right = [data.train.labels[i] == label for i, label in zip(near, labels)]
             else:
                 names = sorted(set(split.labels))

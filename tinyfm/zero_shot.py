@@ -12,7 +12,8 @@ Letters: B images, M classes, E embedding width. Vectors are unit vectors of flo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ def class_vectors(model, tokenizer, names: Sequence[str], templates: Sequence[st
 # ---- measures: shares of 1 ----------------------------------------------------------------------
 
 
+def exactly(measure: Callable) -> Callable:
+    """Compare vectors in full precision under autocast too: bfloat16 makes neighbours equal."""
+
+    @wraps(measure)
+    def measured(x: Tensor, *rest, **options):
+        with torch.autocast(x.device.type, enabled=False):
+            return measure(x, *rest, **options)
+
+    return measured
+
+
+@exactly
 def classify(x: Tensor, classes: Tensor) -> Tensor:
     """The nearest class (B,) to each of x (B, E)."""
     return torch.cat([(part @ classes.T).argmax(1) for part in x.split(ROWS)])
@@ -79,6 +92,7 @@ def numbered(labels: Sequence[str]) -> tuple[list[str], Tensor]:
     return names, torch.tensor([place[label] for label in labels])
 
 
+@exactly
 def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """Recall at k between images x (B, E) and captions y; owner (captions,) is a caption's image.
 
@@ -104,6 +118,7 @@ def share(right: Tensor) -> float:
     return right.float().mean().item()
 
 
+@exactly
 def nearest_neighbours(x: Tensor, train_x: Tensor, train_y: Tensor, k: int = 1) -> Tensor:
     """The class (B,) that most of the k nearest of train_x have, the nearer winning a tie."""
     found = []
@@ -114,6 +129,7 @@ def nearest_neighbours(x: Tensor, train_x: Tensor, train_y: Tensor, k: int = 1) 
     return torch.cat(found)
 
 
+@exactly
 def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-3) -> Tensor:
     """The class (B,) by least squares from features, and 1, to one-hot classes.
 
