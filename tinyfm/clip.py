@@ -58,6 +58,9 @@ class CLIPConfig:
     embed_dim: int = 192  # width of the space that both share
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     norm_eps: float = 1e-5  # added to the variance
+    image_mean: tuple[float, ...] = (0.5,)  # the image tower reads (pixel - mean) / std, of pixels
+    image_std: tuple[float, ...] = (0.5,)  # ... in [0, 1]; one number, or one for each channel
+    end_token: int = -1  # id that ends a text; -1 = a row's last id, -2 = its highest
     loss: Literal["infonce", "siglip", "simclr"] = "infonce"
     temperature: float = 0.07  # exp(-s) at the start
     max_scale: float = 100.0  # largest exp(s)
@@ -66,28 +69,31 @@ class CLIPConfig:
     def __post_init__(self):
         sizes = ("image_size", "patch_size", "image_layer", "image_width", "image_head",
                  "vocab_size", "text_layer", "text_width", "text_head", "embed_dim")  # fmt: skip
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        least = dict.fromkeys(sizes, 1) | {"context_length": 2, "end_token": -2, "augment": 0}
+        for name, n in least.items():
+            if getattr(self, name) < n:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {n}")
         for tower in ("image", "text"):
             D, N = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_head")
             if D % N:
                 problem = f"{tower}_width {D} is not divisible by {tower}_head {N}"
                 raise ValueError(f"{problem}; use {N * max(1, round(D / N))}")
-        if self.image_size % self.patch_size:
-            fit = self.patch_size * max(1, round(self.image_size / self.patch_size))
-            raise ValueError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
-                f"use {fit}"
-            )
+        H, p = self.image_size, self.patch_size
+        if H % p:
+            problem = f"image_size {H} is not divisible by patch_size {p}"
+            raise ValueError(f"{problem}; use {p * max(1, round(H / p))}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; the conv stem needs a power of 2")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; use 1 for grey, 3 for colour images")
-        if self.context_length < 2:
-            raise ValueError(f"context_length is {self.context_length}; it must be at least 2")
-        if min(self.temperature, self.max_scale) <= 0 or self.augment < 0:
-            raise ValueError("temperature and max_scale must be above 0, augment at least 0")
+        for name in ("image_mean", "image_std"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)  # JSON has lists
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{name} is {values}; give 1 number, or {self.channels}")
+        positive = (self.temperature, self.max_scale, *self.image_std)
+        if min(positive) <= 0:
+            raise ValueError(f"temperature, max_scale, image_std are {positive}, not all above 0")
         for name, kind in get_type_hints(CLIPConfig).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
@@ -100,8 +106,8 @@ class CLIPConfig:
 
 def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
     """Sum over rows of z (R, B) of -ln softmax at the positives, shared evenly (InfoNCE)."""
-    share = positive / positive.sum(1, keepdim=True)
-    return z.logsumexp(1).sum() - z.clamp(min=-1e9).mul(share).sum()
+    right = z.masked_fill(~positive, 0).sum(1) / positive.sum(1)  # their mean
+    return (z.logsumexp(1) - right).sum()
 
 
 def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
@@ -118,7 +124,8 @@ def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor,
     """
 
     def part(x, x_ids, skip):
-        z = scale * (x @ y.T)  # (rows, B)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell neighbours apart
+            z = (scale * x) @ y.T  # (rows, B)
         z = z if bias is None else z + bias
         positive = x_ids[:, None] == y_ids
         if skip is not None:
@@ -177,6 +184,10 @@ class CLIP(nn.Module):
         if config.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         self.reset_parameters()
+
+    def reset_buffers(self):
+        """What is not saved, to be made anew where the model was built on "meta"."""
+        self.image_tower.reset_buffers()
 
     def reset_parameters(self):
         """Normal with deviation 1/sqrt(fan-in), smaller the more layers write to the same state."""
@@ -237,7 +248,7 @@ class CLIP(nn.Module):
             strength = max(1.0, c.augment)
             pair = [augment(images, generators, strength) for _ in range(2)]
             return [self.in_parts(self.encode_image, view) for view in pair]
-        if self.training and c.augment:
+        if self.training and c.augment and generators:
             images = augment(images, generators, c.augment)
         texts = self.in_parts(self.encode_text, batch["tokens"])
         return [self.in_parts(self.encode_image, images), texts]
@@ -246,7 +257,7 @@ class CLIP(nn.Module):
         """The contrastive loss of the config, in nats (siglip: per image, summed over texts).
 
         batch: "images" (R, C, H, W) in [-1, 1], "tokens" (R, T), "labels" (R,), equal where
-        captions are. generators: one a row, for the augmentation. Raises ValueError for one row.
+        captions are. generators: one a row; simclr needs them. Raises ValueError for one row.
         """
         x, y = self.views(batch, generators)
         gather = self.gather if self.training else lambda rows: rows
@@ -274,3 +285,16 @@ class CLIP(nn.Module):
             softmax_loss, rows, columns, own.repeat(2), ids.repeat(2), self.scale(),
             skip=torch.cat((own, own + len(ids))), rows=self.rows_at_once,
         )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> CLIP:
+        """Read a CLIPModel folder in the Hugging Face layout (hub_clip.py)."""
+        from tinyfm import hub_clip
+
+        return hub_clip.load(cls, CLIPConfig, folder, dtype)
+
+    def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
+        """Write weights, config and tokenizer in the Hugging Face layout (hub_clip.py)."""
+        from tinyfm import hub_clip
+
+        hub_clip.save(self, folder, tokenizer, overwrite)

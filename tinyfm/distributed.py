@@ -146,7 +146,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # each rank's loss may depend on everybody's rows
         return gradient.chunk(dist.get_world_size())[rank()]
 

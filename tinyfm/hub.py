@@ -10,8 +10,8 @@ codebases hold the same network when three things agree:
 3. what no tensor shows: activation, window, rotary base. One field read wrongly gives a model that
    politely talks nonsense, so what our config cannot express is refused, never ignored.
 
-Here is what all families share; hub_gpt.py has the tables of the GPT. Names and shapes must match
-exactly. Nothing is unpickled: a pickle can run code when it is read.
+Here is what all families share; hub_gpt.py has the tables of the GPT, hub_clip.py those of CLIP.
+Names and shapes must match exactly. Nothing is unpickled: a pickle can run code when it is read.
 `python -m tinyfm.hub runs/gpt exported/` exports a run for transformers and what reads its files.
 Left out: downloading, quantised weights.
 """
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -43,12 +43,37 @@ def pairs(table: str, column: int) -> list[tuple[str, str]]:
 
 
 def translate(name: str, names: dict[str, str]) -> str:
-    """Their name of our tensor. `names` is of modules, with * for the number of a layer."""
+    """Their name of our tensor. `names` is of modules, with * for the number of a layer, and of
+    tensors that are called otherwise than weight and bias."""
+    if name in names:
+        return names[name]
     module, leaf = name.rsplit(".", 1)
     theirs = names[re.sub(r"\.\d+", ".*", module)]
     for number in re.findall(r"\.(\d+)", module):
         theirs = theirs.replace("*", number, 1)
     return f"{theirs}.{leaf}"
+
+
+# ---- config.json --------------------------------------------------------------------------------
+
+
+def refuse(field: str, value: Any, supported: str) -> NoReturn:
+    raise ValueError(f"{field} is {value!r}; supported: {supported}")
+
+
+def take(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict[str, Any]:
+    """The values of `fields`, (ours, theirs), by our names; null is 0 where 0 means a default."""
+    values: dict[str, Any] = {}
+    for ours, theirs in fields:
+        default, value = getattr(config_cls, ours), raw.get(theirs)
+        if value is None and default == 0 and type(default) is int:
+            value = 0
+        kinds = (float, int) if type(default) is float else (type(default),)
+        if type(value) not in kinds:
+            refuse(theirs, value, f"a value of type {kinds[0].__name__}")
+        if values.setdefault(ours, value) != value:
+            refuse(theirs, value, f"{values[ours]!r}, as in the other fields for `{ours}`")
+    return values
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -70,8 +95,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not whole and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{folder} holds its weights as a pickle, which can run code when it is read; if you "
-            "trust its source, convert it: transformers.AutoModelForCausalLM.from_pretrained"
-            "(folder).save_pretrained(new_folder)"
+            "trust its source, convert it with transformers and the class that config.json names: "
+            "CLASS.from_pretrained(folder).save_pretrained(new_folder)"
         )
     return load_tensors(folder, "model")
 
@@ -108,9 +133,16 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> No
 # ---- out ----------------------------------------------------------------------------------------
 
 
+def check_tokenizer(tokenizer, vocab_size: int) -> None:
+    """Raise ValueError if a tokenizer has ids that the model does not know."""
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
+        raise ValueError(f"the tokenizer has {sizes}; pass the one the model was trained with")
+
+
 def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer=None,
-            overwrite: bool = False) -> None:  # fmt: skip
-    """Write a folder: its weights, its config.json and, if given, its tokenizer.
+            overwrite: bool = False, others: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Write a folder: its weights, its config.json and, if given, tokenizer and other JSON files.
 
     config.json comes last, so that what a crash leaves behind does not load; other files in the
     folder stay. Raises ValueError if it has a config.json already, unless overwrite.
@@ -126,6 +158,8 @@ def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], to
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
         if tokenizer:
             tokenizer.save_pretrained(temporary)
+        for name, content in (others or {}).items():
+            write_json(temporary / name, content)
         write_json(temporary / "config.json", config)
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):

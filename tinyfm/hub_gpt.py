@@ -9,16 +9,25 @@ Left out: what matters in training only, but for GPT-2's dropout, which works as
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyfm.files import read_json
-from tinyfm.hub import check_tensors, fill, pairs, publish, read_tensors, translate
+from tinyfm.hub import (
+    check_tensors,
+    check_tokenizer,
+    fill,
+    pairs,
+    publish,
+    read_tensors,
+    refuse,
+    take,
+    translate,
+)
 
 # ---- tables -------------------------------------------------------------------------------------
 
@@ -118,25 +127,6 @@ ARCHITECTURES = {  # by their model_type; a model is saved as the first that can
 
 
 # ---- config.json --------------------------------------------------------------------------------
-
-
-def refuse(field: str, value: Any, supported: str) -> NoReturn:
-    raise ValueError(f"{field} is {value!r}; supported: {supported}")
-
-
-def take(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict[str, Any]:
-    """The values of `fields`, (ours, theirs), by our names; null is 0 where 0 means a default."""
-    values: dict[str, Any] = {}
-    for ours, theirs in fields:
-        default, value = getattr(config_cls, ours), raw.get(theirs)
-        if value is None and default == 0 and type(default) is int:
-            value = 0
-        kinds = (float, int) if type(default) is float else (type(default),)
-        if type(value) not in kinds:
-            refuse(theirs, value, f"a value of type {kinds[0].__name__}")
-        if values.setdefault(ours, value) != value:
-            refuse(theirs, value, f"{values[ours]!r}, as in the other fields for `{ours}`")
-    return values
 
 
 def read_rope(raw: dict, config_cls: type) -> dict[str, Any]:
@@ -316,9 +306,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     """
     config = resolve(model.config)
     model_type = choose_architecture(config)
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-        raise ValueError(f"the tokenizer has {sizes}; pass the one the model was trained with")
+    check_tokenizer(tokenizer, config.vocab_size)
     end = tokenizer.eot if tokenizer else None  # a text begins, as in training, after another's end
     raw = write_config(config, model_type) | {"bos_token_id": end, "eos_token_id": end}
     _, tensors = their_tensors(model, model_type)

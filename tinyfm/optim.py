@@ -115,13 +115,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The 2-D weights between hidden states: all but those of the submodules in `model.outer`.
+    """The 2-D weights between hidden states: all but those below a name of `model.outer`.
 
-    A model names there what reads its input or writes its output: tables, not maps.
+    A model names there what reads its input or writes its output, at any depth: tables, not maps.
     """
-    tables = [getattr(model, name) for name in model.outer if hasattr(model, name)]
-    outer = {id(p) for table in tables for p in table.parameters()}
-    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in outer]
+    named, outer = model.named_parameters(), set(model.outer)
+    return [p for name, p in named if p.ndim == 2 and outer.isdisjoint(name.split("."))]
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

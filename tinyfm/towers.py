@@ -102,6 +102,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         D, P = config.image_width, (config.image_size // config.patch_size) ** 2
         self.stem = ConvStem(config) if config.stem == "conv" else PatchStem(config)
         self.class_token = nn.Parameter(torch.empty(D))
@@ -111,8 +112,16 @@ class ImageTower(nn.Module):
             Block(D, config.image_head, False, config) for _ in range(config.image_layer)
         )
         self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
+        self.reset_buffers()
+
+    def reset_buffers(self):
+        """The config's mean and deviation are of pixels in [0, 1]; these, of images in [-1, 1]."""
+        mean, std = torch.tensor(self.config.image_mean), torch.tensor(self.config.image_std)
+        self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
+        self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
 
     def forward(self, images):
+        images = ((images - self.mean) / self.std).to(self.position.dtype)
         x = self.stem(images)  # (B, P, D)
         token = self.class_token.to(x.dtype).expand(len(x), 1, -1)
         x = self.norm1(torch.cat((token, x), dim=1) + self.position)  # (B, P + 1, D)
@@ -124,12 +133,13 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Tokens (B, T) -> (B, D): the state at the end token, which alone has read the whole text.
 
-    A row ends with its end token, and more of them fill it up.
+    The first, if there are several: a row is filled up with them. Which token that is stands in the
+    config; OpenAI's own code took the highest id of a row.
     """
 
     def __init__(self, config):
         super().__init__()
-        D = config.text_width
+        D, self.end_token = config.text_width, config.end_token
         self.token_embedding = nn.Embedding(config.vocab_size, D)
         self.position = nn.Parameter(torch.empty(config.context_length, D))
         self.blocks = nn.ModuleList(
@@ -147,5 +157,6 @@ class TextTower(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens):
-        end = (tokens == tokens[:, -1:]).int().argmax(1)  # the first of them
+        ends = {-1: tokens[:, -1:], -2: tokens.amax(1, keepdim=True)}
+        end = (tokens == ends.get(self.end_token, self.end_token)).int().argmax(1)  # the first
         return self.states(tokens)[torch.arange(len(tokens), device=tokens.device), end]
