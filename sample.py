@@ -5,6 +5,9 @@ python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from n
 python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
 python sample.py runs/clip --image my.png --labels "digit seven, black chess queen"
 python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
+python sample.py runs/autoencoder --seed 1                   # pictures rebuilt, drawn, and between
+python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # pictures from noise
+python sample.py runs/ddpm -n 4 --film                       # step by step
 """
 
 import sys
@@ -13,21 +16,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 import tyro
 
-from data import pictures
-from tinyfm import compiled, files, generate, machine, presets, zero_shot
+from tinyfm import compiled, draw, find, generate, machine, presets
 
 
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
     prompt: str | None = None  # GPT: text to continue, else a new one begins; CLIP: what to find
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # texts to write, or images to find
+    # texts to write or images to find, else 1; pictures to draw, else 8 or 16
+    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     stop: tuple[str, ...] = ()  # end a text before any of these strings; \n is a line end
     image: str = ""  # CLIP: an image file to name
     labels: str = ""  # CLIP: the names to choose from, with commas; or a file, a name a line
+    sampler: str = "dpm++"  # diffusion: ddpm, ddim or dpm++; also euler or heun, if it is a flow
+    steps: int = 20  # diffusion: steps from noise to picture
+    film: bool = False  # diffusion: draw the first samples while they lose their noise
     sampling: tyro.conf.OmitArgPrefixes[generate.Sampling] = field(
         default_factory=generate.Sampling
     )
@@ -35,7 +40,7 @@ class Options:
     device: str = "auto"  # cpu, cuda, mps, or auto
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory, faster
     compile: bool = False  # GPT: seconds to begin with, then up to three times as fast on a CPU
-    out: str = ""  # also write texts to this file; the PNG of images found (found.png)
+    out: str = ""  # also write texts to this file; the PNG that is drawn (sample.png, found.png)
 
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
@@ -49,7 +54,7 @@ def write_texts(opened: presets.OpenRun, options: Options) -> None:
         compiled.compile_decoding(opened.model)
     stops = [stop.replace("\\n", "\n") for stop in options.stop]
     prompt = options.prompt or ""
-    prompts = texts = [prompt] * options.n
+    prompts = texts = [prompt] * (options.n or 1)
     print(prompt, end="", flush=True)
     for parts in generate.stream_text(
         opened.model, opened.tokenizer, prompts, options.sampling, stops
@@ -63,65 +68,63 @@ def write_texts(opened: presets.OpenRun, options: Options) -> None:
         Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
 
 
-# ---- CLIP: name an image, find images -----------------------------------------------------------
-
-
-def read_labels(labels: str) -> list[str]:
-    """The names of a list with commas, or of a file with a name a line. Raises ValueError."""
-    path = Path(labels)
-    text = path.read_text(encoding="utf-8") if path.is_file() else labels.replace(",", "\n")
-    names = [name.strip() for name in text.splitlines() if name.strip()]
-    if not names:
-        raise ValueError('there is no label: give names, --labels "digit seven, black chess queen"')
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the labels have {twice[0]!r} more than once; name each class once")
-    return names
-
-
-def name_image(opened: presets.OpenRun, options: Options) -> None:
-    """Print how probable each label is."""
-    names, config = read_labels(options.labels), opened.model.config
-    image = pictures.read(options.image, config.image_size, config.channels)
-    x = zero_shot.embed_images(opened.model, image.transpose(2, 0, 1)[None])
-    templates = files.read_json(opened.folder / opened.run.TEMPLATES)
-    classes = zero_shot.class_vectors(opened.model, opened.tokenizer, names, templates)
-    p = (opened.model.scale() * x @ classes.T).softmax(-1)[0]
-    for value, i in zip(*(part.tolist() for part in p.sort(descending=True))):
-        print(f"{value:7.2%}  {names[i]}")
-
-
-def find_images(opened: presets.OpenRun, options: Options) -> None:
-    """Draw the n images of the run's data set that fit the prompt best, with their scores."""
-    splits = opened.run.open_data().splits.values()
-    y = zero_shot.embed_texts(opened.model, opened.tokenizer, [options.prompt])
-    x = torch.cat([zero_shot.embed_images(opened.model, split.images) for split in splits])
-    best = (x @ y[0]).topk(min(options.n, len(x)))
-    captions = [own[0] for split in splits for own in split.captions]
-    images = np.concatenate([split.images for split in splits])[best.indices.cpu().numpy()]
-    titles = [f"{s:.3f} {captions[i]}" for s, i in zip(*(part.tolist() for part in best))]
-    out = options.out or "found.png"
-    pictures.save_grid(images.transpose(0, 2, 3, 1), out, min(8, len(images)), titles)
-    print("\n".join(titles), out, sep="\n")
+# ---- CLIP, autoencoder, diffusion: find.py and draw.py do the work ------------------------------
 
 
 def match(opened: presets.OpenRun, options: Options) -> None:
-    if opened.model.config.loss == "simclr":
-        raise ValueError("this run learnt from images alone: it knows no names or captions")
-    if bool(options.image) == bool(options.prompt):
-        raise ValueError("give --image FILE with --labels, or --prompt with what to find")
-    with torch.inference_mode():
-        name_image(opened, options) if options.image else find_images(opened, options)
+    """Name an image, or find images for a prompt."""
+    out = options.out or "found.png"
+    find.match(opened, options.image, options.labels, options.prompt, options.n or 1, out)
 
 
-SHOW = {"gpt": write_texts, "clip": match}
+def write_png(sheet: draw.Sheet, options: Options) -> None:
+    out = options.out or "sample.png"
+    sheet.save(out)
+    print(sheet.about, out, sep="\n")
+
+
+def walk(opened: presets.OpenRun, options: Options) -> None:
+    """n held-out pictures, what the model makes of them, and what lies between their codes."""
+    val, seed = opened.run.open_data().val, options.sampling.seed
+    chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
+    write_png(draw.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
+
+
+def denoise(opened: presets.OpenRun, options: Options) -> None:
+    """n pictures, or the film of how the first of them came about."""
+    make, seed = draw.film if options.film else draw.samples, options.sampling.seed
+    write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+SHOW = {"gpt": write_texts, "clip": match, "autoencoder": walk, "ddpm": denoise}
+TAKES = {  # beside what all families take
+    "gpt": {"prompt", "stop", "compile", *vars(generate.Sampling())},
+    "clip": {"prompt", "image", "labels"},
+    "autoencoder": {"seed"},
+    "ddpm": {"seed", "sampler", "steps", "film"},
+}
+
+
+def check(options: Options, family: str) -> None:
+    """Raise ValueError for an option that means nothing to a run of this family."""
+    own, foreign = TAKES[family], set().union(*TAKES.values()) - TAKES[family]
+    for part, plain in ((options, Options("")), (options.sampling, generate.Sampling())):
+        given = [name for name, value in vars(part).items() if value != vars(plain)[name]]
+        if strange := [name for name in given if name in foreign]:
+            flags = [f"--{name.replace('_', '-')}" for name in [strange[0], *sorted(own)]]
+            taken = f"it takes {', '.join(flags[1:])}"
+            raise ValueError(f"{flags[0]} is not for a run of family {family}: {taken}")
 
 
 def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
-        if options.n < 1:
+        if options.n is not None and options.n < 1:
             raise ValueError(f"-n is {options.n}; ask for at least 1")
         opened = presets.open_run(options.run, options.raw)
+        check(options, opened.run.family)
         device = machine.choose_device(options.device)
         dtype = machine.choose_dtype(options.dtype, device)
         opened.model.to(device, dtype)

@@ -2,7 +2,7 @@
 
 python train.py                                   # a small GPT on the documentation at hand
 python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
-python train.py clip                              # images and their captions
+python train.py clip                              # pictures and captions; also autoencoder, ddpm
 python train.py gpt --resume                      # go on where a run stopped
 python train.py gpt2-124m --dry-run               # what would it cost?
 torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/

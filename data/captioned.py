@@ -7,7 +7,7 @@
 
 The first caption of a picture is the one to train on, retrieval takes them all. An underscore in
 the name of a folder is read as a space. Hidden files are left alone. A report says what was found,
-used and skipped, and why.
+used and skipped, and why. With template "" no captions are read, and none are needed.
 
     python -m data.captioned my-pictures/
 """
@@ -49,7 +49,7 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
     with_text = {image.parent for image in images if image.with_suffix(".txt").exists()}
     report.found += len(images)
     for image in images:
-        if image.parent in with_text:
+        if template and image.parent in with_text:
             try:
                 lines = files.read(image.with_suffix(".txt"))[0].splitlines()
             except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
                 continue
             captions = tuple(line.strip() for line in lines if line.strip())
             yield Pair(image, captions, captions[0])
-        elif image.parent != folder:
+        elif image.parent != folder or not template:
             label = image.parent.name.replace("_", " ")
             yield Pair(image, (template.replace("{}", label),), label)
         else:
@@ -71,7 +71,7 @@ def parse_json(line: str) -> object:
         return None
 
 
-def table_pairs(table: Path, report: Report) -> Iterator[Pair]:
+def table_pairs(table: Path, report: Report, template: str) -> Iterator[Pair]:
     """Yield a pair for each picture of a table, with the captions of all its rows."""
     try:
         text = files.read(table)[0]
@@ -86,7 +86,7 @@ def table_pairs(table: Path, report: Report) -> Iterator[Pair]:
         row = row if isinstance(row, dict) else {}
         path, said = row.get("path") or row.get("image"), row.get("caption")
         said = [text for text in (said if isinstance(said, list) else [said])
-                if isinstance(text, str) and text.strip()]  # fmt: skip
+                if isinstance(text, str) and text.strip()] if template else [""]  # fmt: skip
         if path and isinstance(path, str) and said:
             pictured.setdefault(table.parent / path, []).extend(map(str.strip, said))
         else:
@@ -106,13 +106,13 @@ def pairs(path: str | Path, report: Report, template: str = TEMPLATE) -> list[Pa
     if path.is_dir():
         found = list(folder_pairs(path, report, template))
     elif path.is_file() and path.suffix.lower() in (".csv", ".jsonl"):
-        found = list(table_pairs(path, report))
+        found = list(table_pairs(path, report, template))
     else:
-        raise ValueError(
-            f"{path} is not a folder with images, nor a .csv or .jsonl that lists them"
-        )
+        listing = "a .csv or .jsonl that lists them"
+        raise ValueError(f"{path} is not a folder with images, nor {listing}")
     if not found:
-        raise ValueError(f"no image with a caption in {path} ({report}): {HOW_TO_ADD}")
+        need, advice = ("image with a caption", HOW_TO_ADD) if template else ("image", "add some")
+        raise ValueError(f"no {need} in {path} ({report}): {advice}")
     return found
 
 

@@ -386,7 +386,7 @@ class Bomb:
 def test_mistakes_of_sampling(run, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     assert "the prompt is empty; give some text" in fails(sample, run, "--prompt", "")
-    assert "-n is 0; ask for at least 1 text" in fails(sample, run, "-n", 0)
+    assert "-n is 0; ask for at least 1" in fails(sample, run, "-n", 0)
     assert "temperature is -1.0; it must be 0" in fails(sample, run, "--temperature", "-1")
     assert "top_p is 2.0" in fails(sample, run, "--top-p", 2)
     assert "device 'nonsense' cannot be used" in fails(sample, run, "--device", "nonsense")

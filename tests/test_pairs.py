@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessorPil
 from data import captioned, glyphs, pictures
 from data.report import Report
 from tinyfm import pair_files, tokenizer
-from tinyfm.pairs import PairConfig, PairData, shuffle
+from tinyfm.pairs import PairConfig, PairData, shuffle_runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -396,7 +396,7 @@ def test_what_a_batch_holds(own):
     assert {name: (x.dtype, len(x)) for name, x in batch.items()} == {
         "images": (torch.float32, 8), "tokens": (torch.int64, 8), "labels": (torch.int64, 8),
     }  # fmt: skip
-    index = shuffle(np.arange(8), 36, seed=0)
+    index = shuffle_runs(np.arange(8), 36, seed=0, length=1)
     originals = {f"a picture of a kind {i % 10}": set() for i in range(40)}
     for i in range(40):
         originals[f"a picture of a kind {i % 10}"].add(noise(8, 8, seed=i).tobytes())
@@ -670,3 +670,17 @@ def test_a_split_without_pictures_is_named(tmp_path):
     message = r"the split '(train|val)' has 0 pictures, need 2: add pairs"
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "own", batch_size=1)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5])
+def test_neighbours_stay_together(length):
+    """An epoch takes rows in runs, each row at most once, and leaves out less than a run."""
+    size = 43
+    whole = size // length * length
+    first, second = np.split(shuffle_runs(np.arange(2 * whole), size, 7, length), 2)
+    for epoch in (first, second):
+        runs = epoch.reshape(-1, length)
+        assert ((runs[:, 1:] - runs[:, :-1]) % size == 1).all()
+        assert len(set(epoch.tolist())) == whole
+    assert (first != second).any()
+    assert (shuffle_runs(np.arange(3, 9), size, 7, length) == first[3:9]).all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import call
 from PIL import Image
+from PIL.Image import open as open_image
 
 import sample
 import train
@@ -62,7 +63,7 @@ def test_eight_colours_are_learnt_in_fifty_steps(run):
     first, *_, last = [row for row in metrics(run) if "val_loss" in row]
     assert first["zero_shot_val"] < 0.5 and last["zero_shot_val"] == 1
     assert last["val_loss"] < 0.6 < math.log(8) - 0.5 < first["val_loss"]
-    assert Image.open(run / "samples" / "step-000050.png").size[0] > 100
+    assert open_image(run / "samples" / "step-000050.png").size[0] > 100
 
 
 def test_micro_batches_and_resume_change_nothing(run, arguments, tmp_path, capsys):
@@ -101,7 +102,7 @@ def test_other_losses_train(arguments, tmp_path, loss):
 
 def test_an_image_is_named(run, pictures, tmp_path, capsys):
     big = tmp_path / "big.jpg"
-    Image.open(pictures / "blue" / "0.png").resize((300, 200)).save(big)
+    open_image(pictures / "blue" / "0.png").resize((300, 200)).save(big)
     assert call(sample, run, "--image", big, "--labels", "red, blue,green") == 0
     lines = [line.split("%  ") for line in capsys.readouterr().out.splitlines()]
     assert lines[0][1] == "blue" and len(lines) == 3
@@ -118,11 +119,11 @@ def test_images_are_found(run, tmp_path, capsys):
     assert call(sample, run, "--prompt", prompt, "-n", "5", "--out", out) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in lines[:5]] == [prompt] * 5
-    assert np.array(Image.open(out)).std() > 0
+    assert np.array(open_image(out)).std() > 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
         ([], "give --image FILE with --labels, or --prompt"),
         (["--image", "IMAGE", "--prompt", "x"], "give --image FILE with --labels, or --prompt"),
@@ -133,9 +134,9 @@ def test_images_are_found(run, tmp_path, capsys):
         (["--prompt", "x", "-n", "0"], "-n is 0"),
     ],
 )
-def test_mistakes_get_a_sentence(run, pictures, capsys, arguments, message):
+def test_mistakes_get_a_sentence(run, pictures, capsys, given, message):
     image = str(pictures / "red" / "0.png")
-    assert call(sample, run, *(image if a == "IMAGE" else a for a in arguments)) == 1
+    assert call(sample, run, *(image if a == "IMAGE" else a for a in given)) == 1
     assert message in capsys.readouterr().err
 
 

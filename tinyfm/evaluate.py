@@ -45,9 +45,14 @@ def validation(run: presets.Run, model: nn.Module, data: Any, device: torch.devi
 
 
 def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Scores, dict]:
-    """Top-1 among all names of each held-out split, and what was found in each."""
-    templates, scores, found = zero_shot.find_templates(data.train), {}, {}
+    """Top-1 among all names of each held-out split, and what was found in each.
+
+    The templates are those of the split's own captions: that a text says "bold italic" is known
+    beforehand of such pictures, as "a satellite photo" would be.
+    """
+    scores, found = {}, {}
     for split in list(data.splits)[1:]:
+        templates = zero_shot.find_templates(data.splits[split])
         names, labels = zero_shot.numbered(data.splits[split].labels)
         classes = zero_shot.class_vectors(model, tokenizer, names, templates)
         guesses = zero_shot.classify(x[split], classes).cpu()

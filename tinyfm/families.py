@@ -2,7 +2,8 @@
 
 A run type is a dataclass of configs, each an option on the command line, that knows how to build
 its model, open its data, and what to measure and show as it learns. The trainer knows none of them.
-To add a family: its module, a data set, and its run type here, in FAMILIES; presets.py names runs.
+Those of pictures are in image_families.py, what all have in run.py. To add a family: its module, a
+data set, and its run type, in FAMILIES; presets.py names runs.
 """
 
 from __future__ import annotations
@@ -11,41 +12,18 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from torch import nn
 
 from data.pictures import save_grid
 from tinyfm import generate, zero_shot
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.optim import OptimConfig
+from tinyfm.image_families import AutoencoderRun, DDPMRun
 from tinyfm.pairs import PairConfig, PairData
-from tinyfm.trainer import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What all run types have."""
-
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    out: str = ""  # run directory; runs/PRESET if not given
-    resume: bool = False  # go on from the last checkpoint in it
-    dry_run: bool = False  # print the config and what it costs, and stop
-
-    family: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
-
-    def write_files(self, folder: Path, data: Any) -> None:
-        """Add to a checkpoint what its model needs beside weights, here the tokenizer."""
-        data.tokenizer.save(folder)
-
-    def score(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Numbers beside the validation loss, at each evaluation; the first sums up the run."""
-        return {}
+from tinyfm.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +83,10 @@ class CLIPRun(Run):
     def score(self, model: CLIP, data: PairData) -> dict[str, float]:
         """Share of QUICK images of each held-out split whose name is found among the split's.
 
-        With one caption a name; evaluate.py measures it in full. SimCLR, which has no texts:
+        With four captions a name; evaluate.py measures it in full. SimCLR, which has no texts:
         the share of which the nearest training image has the same name.
         """
         scores, simclr = {}, self.model.loss == "simclr"
-        template = zero_shot.find_templates(data.train)[:1]
         if simclr:
             known = zero_shot.embed_images(model, data.train.images)
         for name, split in list(data.splits.items())[1:]:
@@ -120,8 +97,8 @@ class CLIPRun(Run):
                 near = zero_shot.classify(x, known).tolist()
                 right = [data.train.labels[i] == label for i, label in zip(near, labels)]
             else:
-                names = sorted(set(split.labels))
-                classes = zero_shot.class_vectors(model, data.tokenizer, names, template)
+                names, templates = sorted(set(split.labels)), zero_shot.find_templates(split)[:4]
+                classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
                 found = zero_shot.classify(x, classes).tolist()
                 right = [names[i] == label for i, label in zip(found, labels)]
             key = f"{'neighbour' if simclr else 'zero_shot'} {name}"
@@ -138,8 +115,8 @@ class CLIPRun(Run):
             classes = zero_shot.embed_images(model, data.train.images)
         else:
             names = sorted(set(split.labels))
-            template = zero_shot.find_templates(data.train)[:1]
-            classes = zero_shot.class_vectors(model, data.tokenizer, names, template)
+            templates = zero_shot.find_templates(split)[:4]
+            classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
         found = [names[i] for i in zero_shot.classify(x, classes).tolist()]
         folder.mkdir(exist_ok=True)
         images = split.images[rows].transpose(0, 2, 3, 1)
@@ -148,4 +125,4 @@ class CLIPRun(Run):
         return f"--- step {step} names: " + "; ".join(pairs[:3])
 
 
-FAMILIES = {run.family: run for run in (GPTRun, CLIPRun)}
+FAMILIES = {run.family: run for run in (GPTRun, CLIPRun, AutoencoderRun, DDPMRun)}

@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         run = open_run(options.run)
-        run.model.save_pretrained(options.folder, run.tokenizer, options.overwrite)
+        tokenizer = {"tokenizer": run.tokenizer} if run.tokenizer else {}
+        run.model.save_pretrained(options.folder, **tokenizer, overwrite=options.overwrite)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{options.folder} holds the {run.weights} weights of {run.folder}")

@@ -1,0 +1,372 @@
+"""The autoencoder and diffusion in use: trained through train.py, sampled, evaluated, resumed."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+from PIL.Image import open as open_image
+
+import sample
+import train
+from data import captioned
+from data.report import Report
+from tinyfm import draw, evaluate, files, presets
+from tinyfm.autoencoder import Autoencoder
+from tinyfm.images import ImageConfig, ImageData
+
+STEPS = 50
+SIZES = {
+    "autoencoder": """autoencoder --model.image-size 8 --model.in-channels 3 --model.channels 8 16
+    --model.groups 4 --model.latent-channels 2 --model.beta-warmup-steps 10 --optim.lr 1e-2""",
+    "ddpm": """ddpm --model.image-size 8 --model.in-channels 3 --model.channels 8 16
+    --model.groups 4 --model.attend False True --model.n-head 2 --optim.lr 1e-2
+    --optim.ema-half-life 5""",
+}
+COMMON = """--train.batch-size 16 --train.eval-every 25 --train.log-every 1 --train.dtype float32
+--optim.warmup-steps 5 --train.device cpu --data.val-fraction 0.4"""
+FAMILIES = [*SIZES]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """80 pictures without captions: a dark bar at one of eight places, on paper of any colour."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(80):
+        picture = np.broadcast_to(random.integers(150, 256, 3), (8, 8, 3)).astype(np.uint8)
+        picture[:, i % 8] = random.integers(0, 40)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(pictures, tmp_path_factory):
+    """family -> command-line options of a small run, without --out and --train.steps."""
+    data = ["--data.path", str(pictures), "--data.cache", str(tmp_path_factory.mktemp("cache"))]
+    return {name: [*sizes.split(), *COMMON.split(), *data] for name, sizes in SIZES.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(arguments, tmp_path_factory):
+    """family -> the directory of such a run, complete; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in FAMILIES:
+        assert call(train, *arguments[name], "--train.steps", STEPS, "--out", folder / name) == 0
+    return {name: folder / name for name in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def no_forecast(runs, monkeypatch):
+    """What training will cost, said before the two runs above, takes longer than our trainings."""
+    monkeypatch.setattr(train.calc, "describe", lambda *arguments: "")
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+
+
+def evaluations(run):
+    rows = [row for row in metrics(run) if "val_loss" in row]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_learns_in_fifty_steps(runs):
+    config = presets.open_run(str(runs["autoencoder"])).run.model
+    first, *_, last = evaluations(runs["autoencoder"])
+    assert last["val_reconstruction"] < 0.4 * first["val_reconstruction"]
+    for row in (first, last):
+        whole = row["val_reconstruction"] + config.beta * row["val_kl"]
+        assert row["val_loss"] == pytest.approx(whole, rel=1e-5)
+        assert 0 < row["val_active"] <= 2 * 4 * 4
+    with open_image(runs["autoencoder"] / "samples" / f"step-{STEPS:06d}.png") as grid:
+        assert grid.size == (8 * 9 + 1, 8 * 9 + 1)  # 32 validation pictures, rebuilt below
+
+
+def test_diffusion_learns_in_fifty_steps(runs):
+    first, *_, last = evaluations(runs["ddpm"])
+    assert last["val_loss"] < 0.6 * first["val_loss"]
+    for row in (first, last):
+        assert row["val_loss"] == pytest.approx(np.mean([row[f"val_loss_t{k}"] for k in range(4)]))
+    with open_image(runs["ddpm"] / "samples" / f"step-{STEPS:06d}.png") as grid:
+        assert grid.size == (8 * 9 + 1, 4 * 9 + 1)
+
+
+def test_the_verdict_is_of_the_reconstruction_or_the_loss():
+    scores = {"val_loss": 3.0, "val_loss_t0": 9.0}
+    preset = presets.PRESETS["ddpm"]
+    line = presets.verdict(preset, preset.run, {"val_loss": 4.0}, scores)
+    assert line.startswith("val_loss: 4.000 untrained, 3.000 reached; ")
+    line = presets.verdict(preset, preset.run, {}, scores | {"val_reconstruction": 2.0})
+    assert line.startswith("val_reconstruction: unknown untrained, 2.000 reached; ")
+
+
+def test_the_latents_are_measured_on_the_training_pictures(runs):
+    opened = presets.open_run(str(runs["autoencoder"]))
+    model, split = opened.model, opened.run.open_data().train
+    kept = [float(model.latent_mean), float(model.latent_scale)]
+    images = split.batch(np.arange(len(split.labels)))["images"]
+    with torch.no_grad():
+        mean, logvar = model.encode(images)
+    z = torch.cat([mean + torch.randn(mean.shape) * torch.exp(logvar / 2) for _ in range(50)])
+    standard = model.standardise(z)
+    assert standard.mean().abs() < 0.01 and abs(standard.std() - 1) < 0.01
+    model.measure_latents([images])
+    assert kept == pytest.approx([float(model.latent_mean), float(model.latent_scale)], rel=1e-4)
+    assert kept[1] == pytest.approx(evaluations(runs["autoencoder"])[-1]["latent_scale"])
+    earlier = presets.open_run(str(runs["autoencoder"] / "step-000025")).model
+    assert kept[1] != float(earlier.latent_scale)  # each checkpoint has its own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_goes_on_bit_for_bit(family, runs, arguments, tmp_path):
+    """Stopped after 25 of 50 steps; also what was measured of the latents, and the average."""
+    out = shutil.copytree(runs[family], tmp_path / "run")
+    shutil.rmtree(out / "step-000050")
+    (out / "latest").write_text("step-000025\n", encoding="utf-8")
+    resume = ["--train.steps", STEPS, "--out", out, "--resume"]
+    assert call(train, *arguments[family], *resume) == 0
+    names = {path.name for path in (runs[family] / "step-000050").glob("*.safetensors")}
+    assert ("ema.safetensors" in names) == (family == "ddpm")
+    for name in (name.removesuffix(".safetensors") for name in names):
+        whole = files.load_tensors(runs[family] / "step-000050", name)
+        for key, value in files.load_tensors(out / "step-000050", name).items():
+            assert torch.equal(value, whole[key]), key
+    assert evaluations(out)[-1] == evaluations(runs[family])[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_micro_batches_change_nothing(family, runs, arguments, tmp_path):
+    out, small = tmp_path / "run", ["--train.micro-batch-size", 5, "--train.eval-every", 0]
+    assert call(train, *arguments[family], "--train.steps", 2, *small, "--out", out) == 0
+    for name in ("loss", "val_loss"):
+        values = [next(r[name] for r in metrics(run) if name in r) for run in (runs[family], out)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_record_gives_the_run_again(family, runs):
+    """Lists, which JSON has, become tuples again."""
+    record = files.read_json(runs[family] / "config.json")
+    run = presets.open_run(str(runs[family])).run
+    assert type(record["model"]["channels"]) is list and run.model.channels == (8, 16)
+    record.pop("data_fingerprint")
+    assert presets.to_record(family, run) == record
+
+
+@pytest.mark.parametrize("change", ["--model.no-variational", "--model.prediction flow"])
+def test_other_models_train_and_are_sampled(change, arguments, tmp_path, capsys):
+    """A plain autoencoder, which has no prior; a flow, which has samplers of its own."""
+    family = "autoencoder" if "variational" in change else "ddpm"
+    short = ["--train.steps", 2, "--train.eval-every", 0, "--out", tmp_path / "run"]
+    assert call(train, *arguments[family], *change.split(), *short) == 0
+    more = [] if family == "autoencoder" else ["--sampler", "heun", "--steps", 3]
+    capsys.readouterr()
+    assert call(sample, tmp_path / "run", "-n", 2, "--out", tmp_path / "x.png", *more) == 0
+    said = capsys.readouterr().out
+    assert ("noise, as there is no prior" if not more else "2 samples by heun in 3 steps") in said
+
+
+def test_bfloat16_trains(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyfm.machine.bfloat16_is_fast", lambda device: True)
+    for family in FAMILIES:
+        short = ["--train.steps", 8, "--train.eval-every", 0, "--train.dtype", "bfloat16"]
+        assert call(train, *arguments[family], *short, "--out", tmp_path / family) == 0
+        first, last = evaluations(tmp_path / family)
+        assert last["val_loss"] < 0.95 * first["val_loss"]
+
+
+# ---- the data -----------------------------------------------------------------------------------
+
+
+def test_batches_have_pictures_and_their_step(pictures, tmp_path):
+    config = ImageConfig(str(pictures), val_images=7, cache=str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that all captions are alike does not matter here
+        data = ImageData.load(config, 8, 3, 6, 0)
+    assert len(data.train.labels) + len(data.val.labels) == 80  # none needed a caption
+    whole = data.batch(3)
+    assert whole.keys() == {"images", "step"} and whole["step"] == 3
+    assert torch.equal(data.batch(3, slice(2, 5))["images"], whole["images"][2:5])
+    val = list(data.val_batches(3))
+    assert [len(batch["images"]) for batch in val] == [3, 3, 1]
+    assert all(batch.keys() == {"images"} for batch in val)  # in evaluation, no warm-up
+    again = torch.cat([batch["images"] for batch in data.val_batches(7)])
+    assert torch.equal(again, torch.cat([batch["images"] for batch in val]))
+    grey = ImageData.load(config, 4, 1, 6, 0)
+    assert grey.batch(0)["images"].shape == (6, 1, 4, 4)
+
+
+def test_captions_are_not_needed_and_not_read(pictures, tmp_path):
+    for i in range(4):
+        shutil.copy(pictures / f"{i}.png", tmp_path)
+    (tmp_path / "0.txt").write_text("a bar", encoding="utf-8")
+    (tmp_path / "list.csv").write_text("path,caption\n0.png,a bar\n1.png,\n", encoding="utf-8")
+    (tmp_path / "list.jsonl").write_text('{"image": "2.png"}\n{"path": 3}\n', encoding="utf-8")
+    for path, count in (("", 4), ("list.csv", 2), ("list.jsonl", 1)):
+        found = captioned.pairs(tmp_path / path, Report(), template="")
+        assert [pair.captions for pair in found] == [("",)] * count
+    assert len(captioned.pairs(tmp_path, Report())) == 1  # with a template, they matter as before
+    assert len(captioned.pairs(tmp_path / "list.csv", Report())) == 1
+
+
+# ---- sample and evaluate ------------------------------------------------------------------------
+
+
+def test_an_autoencoder_is_drawn(runs, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert call(sample, runs["autoencoder"], "-n", 3, "--seed", 1, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert "rows: originals; reconstructions; samples from the prior; from the" in printed.out
+    assert "model weights" in printed.err
+    with open_image(out) as grid:
+        assert grid.size[0] == 3 * (8 * 12 + 4) + 4
+    opened = presets.open_run(str(runs["autoencoder"]))
+    model, images = opened.model, opened.run.open_data().val.batch(np.arange(3))["images"]
+    rows = draw.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
+    fewer = draw.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
+    with torch.no_grad():
+        assert torch.allclose(rows[1], model.decode(model.encode(images)[0]), atol=1e-5)
+    assert torch.equal(rows[0], images)
+    assert torch.allclose(rows[3, [0, -1]], rows[1, [0, -1]], atol=1e-5)  # a walk's ends
+    assert torch.allclose(rows[2, :2], fewer[2], atol=1e-5)  # a draw does not depend on n
+    assert not torch.allclose(rows[2], draw.latent_space(model, images, seed=2).images[6:9])
+
+
+def test_reconstructions_stand_below_their_originals(runs):
+    model = presets.open_run(str(runs["autoencoder"])).model
+    images = torch.rand(19, 3, 8, 8)
+    sheet = draw.reconstructions(model, images)
+    rows = sheet.images.unflatten(0, (4, 8))  # what does not fill a third row is left out
+    assert torch.equal(rows[::2].flatten(0, 1), images[:16])
+    with torch.no_grad():
+        rebuilt = model.decode(model.encode(images[8:16])[0])
+    assert torch.allclose(rows[3], rebuilt, atol=1e-5)
+    assert len(draw.reconstructions(model, images[:3]).images) == 6
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
+    out, run = tmp_path / "x.png", str(runs["ddpm"])
+    settings = ["--sampler", sampler, "--steps", 4, "--seed", 3, "--out", out]
+    assert call(sample, run, "-n", 3, *settings) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"3 samples by {sampler} in 4 steps\n{out}\n"
+    assert "ema weights" in printed.err
+    model = presets.open_run(run).model
+    sheet = draw.samples(model, 3, sampler, 4, seed=3)
+    with open_image(out) as grid:
+        pixels = np.array(grid)[1:9, 1:9].transpose(2, 0, 1) / 127.5 - 1
+    assert np.abs(pixels - sheet.images[0].clamp(-1, 1).numpy()).max() < 0.01
+    assert torch.allclose(sheet.images[:2], draw.samples(model, 2, sampler, 4, 3).images, atol=1e-4)
+    assert not torch.allclose(sheet.images, draw.samples(model, 3, sampler, 4, 4).images)
+
+
+def test_many_samples_are_drawn_in_parts(runs, monkeypatch):
+    model = presets.open_run(str(runs["ddpm"])).model
+    whole = draw.samples(model, 5, "ddpm", 3, seed=0).images
+    monkeypatch.setattr(draw, "AT_ONCE", 2)
+    assert torch.allclose(draw.samples(model, 5, "ddpm", 3, seed=0).images, whole, atol=1e-4)
+
+
+def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
+    out = tmp_path / "film.png"
+    assert call(sample, runs["ddpm"], "--film", "-n", 2, "--steps", 3, "--out", out) == 0
+    said = f"2 samples, a row each, after 0, 1, 2, 3 of 3 steps\n{out}\n"
+    assert capsys.readouterr().out == said
+    model = presets.open_run(str(runs["ddpm"])).model
+    sheet, last = draw.film(model, 2, "ddim", 30, 0), draw.samples(model, 2, "ddim", 30, 0).images
+    frames = sheet.images.unflatten(0, (2, draw.MOMENTS))
+    assert torch.equal(frames[:, -1], last)
+    assert torch.equal(frames[:, 0], draw.noise((3, 8, 8), 2, seed=0))
+    assert sheet.titles[:2] == ("after 0 of 30", "after 3 of 30")
+    assert len(draw.film(model, 20, "ddim", 1, 0).images) == draw.FILMED * 2
+
+
+def test_raw_weights_are_others(runs, tmp_path, capsys):
+    assert call(sample, runs["ddpm"], "--raw", "--steps", 2, "--out", tmp_path / "x.png") == 0
+    assert "model weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation(family, runs, capsys):
+    assert call(evaluate, runs[family], "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    first, *_, last = evaluations(runs[family])
+    assert scores["val_loss"]["reached"] == pytest.approx(last["val_loss"], rel=1e-4)
+    assert scores["val_loss"]["untrained"] == pytest.approx(first["val_loss"], rel=1e-4)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+OF_TRAINING = {
+    "halves": ("autoencoder", "--model.image-size 9",
+               "images of 9 x 9 cannot be halved 1 times; the nearest size that can is 8 x 8"),
+    "halves too": ("ddpm", "--model.image-size 7", "the nearest size that can is 8 x 8"),
+    "glyphs in colour": ("ddpm", "--data.path glyphs --model.image-size 32",
+                         "glyphs are 32 x 32 pixels in 1 channel, the model takes 32 x 32 in 3: "
+                         "set --model.image-size 32 --model.in-channels 1"),
+    "glyphs large": ("autoencoder", "--data.path glyphs --model.in-channels 1",
+                     "the model takes 8 x 8 in 1: set --model.image-size 32"),
+    "no pictures": ("ddpm", "--data.path EMPTY", "no image in EMPTY (0 found"),
+    "no path": ("ddpm", "--data.path=", "--data.path must not be empty"),
+    "nowhere": ("ddpm", "--data.path nowhere", "nowhere is not a folder with images"),
+    "two channels": ("ddpm", "--model.in-channels 2", "channels 2 1 (grey) or 3 (colour)"),
+    "fraction": ("ddpm", "--data.val-fraction 1", "--data.val-fraction 1.0: it must be between"),
+    "none to validate": ("ddpm", "--data.val-images 0", "--data.val-images 0: it must be at"),
+    "context": ("ddpm", "--model.d-context 8", "set --model.d-context 0"),
+    "batch": ("ddpm", "--train.batch-size 99", "48 training pictures, the batch takes 99"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OF_TRAINING])
+def test_mistakes_of_training(name, arguments, tmp_path, capsys):
+    family, change, message = OF_TRAINING[name]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    change, message = (text.replace("EMPTY", str(empty)) for text in (change, message))
+    assert call(train, *arguments[family], *change.split(), "--out", tmp_path / "run") != 0
+    said = " ".join(word for word in capsys.readouterr().err.split() if word != "│")
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+OF_SAMPLING = {
+    "none": ("ddpm", "-n 0", "-n is 0; ask for at least 1"),
+    "none at all": ("autoencoder", "-n -1", "-n is -1"),
+    "sampler": ("ddpm", "--sampler plms", "there is no sampler 'plms'; use one of ddpm, ddim, dpm"),
+    "flow": ("ddpm", "--sampler heun", "heun follows a flow; this model predicts v"),
+    "steps": ("ddpm", "--steps 1001", "1001 steps do not fit a schedule of 1000; use 1 to 1000"),
+    "film steps": ("ddpm", "--film --steps 0", "0 steps do not fit a schedule of 1000"),
+    "prompt": ("ddpm", "--prompt a", "--prompt is not for a run of family ddpm: it takes --film, "),
+    "text": ("autoencoder", "--top-p 0.5", "--top-p is not for a run of family autoencoder"),
+    "other steps": ("autoencoder", "--steps 5", "--steps is not for a run of family autoencoder"),
+    "folder": ("ddpm", "--out /proc/x.png --steps 1", "/proc/x.png"),
+}
+
+
+@pytest.mark.parametrize("name", [*OF_SAMPLING])
+def test_mistakes_of_sampling(name, runs, capsys):
+    family, change, message = OF_SAMPLING[name]
+    assert call(sample, runs[family], *change.split()) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpt_takes_no_sampler(tiny_run, capsys):
+    assert call(sample, tiny_run, "--sampler", "ddim") == 1
+    assert "--sampler is not for a run of family gpt: it takes --" in capsys.readouterr().err
+
+
+def test_a_checkpoint_carries_its_latents_alone(runs):
+    """The weights file is enough: a model built from the config reads them."""
+    folder = runs["autoencoder"] / "step-000050"
+    model = Autoencoder(presets.open_run(str(folder)).run.model)
+    assert float(model.latent_scale) == 1
+    files.load_model(model, files.load_tensors(folder))
+    assert float(model.latent_scale) != 1

@@ -1,0 +1,123 @@
+"""Run types of models of pictures: what binds the autoencoder and diffusion to the trainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from tinyfm import draw
+from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
+from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.images import ImageConfig, ImageData
+from tinyfm.run import Run
+from tinyfm.trainer import row_generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRun(Run):
+    """What both have: pictures in the size of the model, and no text."""
+
+    data: ImageConfig = field(default_factory=ImageConfig)
+
+    def open_data(self) -> ImageData:
+        m, c = self.model, self.train
+        return ImageData.load(self.data, m.image_size, m.in_channels, c.batch_size, c.seed)
+
+    def write_files(self, folder: Path, data: ImageData) -> None:
+        """Nothing: config and weights are enough."""
+
+    def read_tokenizer(self, folder: Path) -> None:
+        return None
+
+    @property
+    def rows_at_once(self) -> int:
+        return self.train.micro_batch_size or self.train.batch_size
+
+    def parts_of_loss(self, model: nn.Module, data: ImageData) -> dict[str, float]:
+        """Mean of what model.loss measures, over the same pictures and noise as val_loss."""
+        device, sums, count = next(model.parameters()).device, Counter(), 0
+        for batch in data.val_batches(self.rows_at_once):
+            n = len(batch["images"])
+            generators = row_generators(self.train.seed, -1, range(count, count + n))
+            _, metrics = model.loss({"images": batch["images"].to(device)}, generators)
+            sums.update({name: n * float(value) for name, value in metrics.items()})
+            count += n
+        return {name: total / count for name, total in sums.items()}
+
+    def save(self, sheet: draw.Sheet, folder: Path, step: int) -> str:
+        """Write folder/step-NNNNNN.png; return a line on it."""
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:06d}.png"
+        sheet.save(path)
+        return f"--- step {step}: {sheet.about}: {path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRun(ImageRun):
+    """Squeeze pictures into few numbers, and rebuild them."""
+
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    family: ClassVar[str] = "autoencoder"
+    MEASURED: ClassVar[int] = 1000  # training pictures whose latents give their mean and scale
+    SHOWN: ClassVar[int] = 32
+
+    def build_model(self) -> Autoencoder:
+        return Autoencoder(self.model)
+
+    def score(self, model: Autoencoder, data: ImageData) -> dict[str, float]:
+        """The terms of the loss apart, in nats a picture, and how many latents are in use.
+
+        The mean and scale of the latents are measured here as well, as a checkpoint follows: the
+        model carries them into it, with its weights of this moment.
+        """
+        device, rows = next(model.parameters()).device, self.rows_at_once
+        train = data.fixed_batches("train", self.MEASURED, rows)
+        model.measure_latents(batch["images"].to(device) for batch in train)
+        terms = self.parts_of_loss(model, data)
+        means = torch.cat([
+            model.encode(batch["images"].to(device))[0].float() for batch in data.val_batches(rows)
+        ])  # fmt: skip
+        active = (means.var(dim=0, correction=0) > ACTIVE).sum()
+        scores = {f"val_{name}": terms[name] for name in ("reconstruction", "kl")}
+        return scores | {"val_active": int(active), "latent_scale": float(model.latent_scale)}
+
+    def show(self, model: Autoencoder, data: ImageData, folder: Path, step: int) -> str:
+        """Draw validation pictures and their reconstructions."""
+        images = next(data.val_batches(self.SHOWN))["images"]
+        return self.save(draw.reconstructions(model, images), folder, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMRun(ImageRun):
+    """Make pictures from noise."""
+
+    model: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    family: ClassVar[str] = "ddpm"
+    SHOWN: ClassVar[int] = 32
+
+    def __post_init__(self):
+        if self.model.d_context:
+            raise ValueError(
+                f"d_context is {self.model.d_context}, but this run's pictures come without a "
+                "context: set --model.d-context 0"
+            )
+
+    def build_model(self) -> Diffusion:
+        return Diffusion(self.model)
+
+    def score(self, model: Diffusion, data: ImageData) -> dict[str, float]:
+        """The validation loss by quarters of the noise level, from little noise to most."""
+        parts = self.parts_of_loss(model, data)
+        return {f"val_{name}": value for name, value in parts.items()}
+
+    def show(self, model: Diffusion, data: ImageData, folder: Path, step: int) -> str:
+        """Draw samples."""
+        steps = min(20, self.model.diffusion_steps)
+        return self.save(draw.samples(model, self.SHOWN, "dpm++", steps, seed=0), folder, step)
