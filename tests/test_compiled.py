@@ -22,7 +22,7 @@ def test_few_rows_give_what_a_linear_layer_gives(dtype, bias, tolerance):
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 40, bias).to(dtype)
     call = torch.compile(few_rows_linear, dynamic=False)
-    for shape in [(1,), (1, 1), (FEW_ROWS, 1), (FEW_ROWS + 1, 1)]:
+    for shape in [(1,), (1, 1), (FEW_ROWS, 1), (FEW_ROWS + 1, 1), (2 * FEW_ROWS + 1, 1)]:
         x = torch.randn(*shape, 48, dtype=dtype)
         expected, got = F.linear(x, layer.weight, layer.bias), call(x, layer.weight, layer.bias)
         assert got.shape == expected.shape and got.dtype == dtype

@@ -52,7 +52,8 @@ def run(arguments, tmp_path_factory):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # ---- train --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tinyfm.pairs import PairData
 from tinyfm.trainer import row_generators
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
+PROBED_IMAGES = 2000  # of which the class is told from features
 SHOWN = 48  # confusions in the picture
 Scores = dict[str, float]
 
@@ -77,7 +78,8 @@ def by_features(data: PairData, x: dict[str, Tensor], what: str) -> Scores:
     train, val = list(data.splits)[:2]
     names, labels = zero_shot.numbered(data.train.labels)
     place = {name: i for i, name in enumerate(names)}
-    rows = [i for i, label in enumerate(data.val.labels) if label in place]
+    order = np.random.default_rng(0).permutation(len(data.val.labels))
+    rows = [i for i in order.tolist() if data.val.labels[i] in place][:PROBED_IMAGES]
     truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=x[val].device)
     inputs = (x[val][rows], x[train], labels.to(x[val].device))
     probes = {"nearest neighbour": zero_shot.nearest_neighbours, "linear": zero_shot.linear_probe}
