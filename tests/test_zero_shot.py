@@ -77,7 +77,7 @@ def test_micro_batches_and_resume_change_nothing(run, arguments, tmp_path, capsy
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
     shutil.rmtree(whole / "step-000050")
-    files.write_text(whole / "latest", "step-000025\n")
+    (whole / "latest").write_text("step-000025\n", encoding="utf-8")
     capsys.readouterr()
     assert call(train, *arguments, "--train.steps", "50", "--out", whole, "--resume") == 0
     assert "zero_shot_val: " in capsys.readouterr().out  # the untrained score is still known
