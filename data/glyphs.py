@@ -1,4 +1,4 @@
-"""Letters and symbols with their names: about 40,000 image-caption pairs that are on your disk.
+"""Letters and symbols with their names: about 39,000 image-caption pairs that are on your disk.
 
 matplotlib brings fonts along, and Unicode has a name for each character. So we draw every named
 character of DejaVu Sans, Sans Mono and Serif and of STIX, in four styles each, black on white:
@@ -11,13 +11,14 @@ makes two honest tests of whether a model has understood the words.
 
     held-out fonts         bold italic in all four families. Bold was seen, italic was seen, the
                            character was seen, but never this drawing.
-    held-out characters    seen in no font, though each word of the name was, in at least MIN_NAMES
-                           names of the training split.
+    held-out characters    seen in no font. Each is a known character "with" a mark that MIN_NAMES
+                           others at least have: e, and "with circumflex", were seen apart.
 
 A drawing that equals an earlier one in every pixel is dropped, whatever its name (a Latin A is
 mostly a Greek Alpha as well), so that no picture is in two splits. The earlier one is that of the
 earlier font, then of the lower code point; the held-out fonts come last. A character of a held-out
-font that no other font has is dropped as well: it would be neither test.
+font that no other font has is dropped as well: it would be neither test. Mathematical letters are
+left out: their names are styles ("mathematical bold italic small z"), which is the captions' part.
 
     python -m data.glyphs [contact-sheet.png]
 """
@@ -53,7 +54,11 @@ FILES = {  # style words -> file; those of the held-out style last
 SIZE = 32  # rows and columns of a drawing
 FONT_SIZE = 26  # pixels an em, with which nearly all characters fit, accents and descenders too
 BASELINE = 25  # rows above the line that letters stand on
-N_HELD_OUT = 500  # characters
+STYLED = tuple(
+    f"mathematical {style} "
+    for style in ("sans-serif", "bold", "italic", "double-struck", "script", "monospace", "fraktur")
+)
+N_HELD_OUT = 400  # characters
 MIN_NAMES = 3
 
 
@@ -92,10 +97,12 @@ def named_characters(file: str, report: Report) -> Iterator[tuple[str, str]]:
         code_points = sorted(font.getBestCmap())
     report.found += len(code_points)
     for code_point in code_points:
-        if name := unicodedata.name(chr(code_point), ""):
-            yield chr(code_point), name.lower()
+        name = unicodedata.name(chr(code_point), "").lower()
+        if name and not name.startswith(STYLED):
+            yield chr(code_point), name
         else:
-            report.skip("no name", f"{file} U+{code_point:04X}")
+            reason = "the style is its name" if name else "no name"
+            report.skip(reason, f"{file} U+{code_point:04X}")
 
 
 def drawings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -114,15 +121,16 @@ def drawings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def choose_held_out(names: Iterable[str]) -> set[str]:
-    """N_HELD_OUT of the names at random, but leave each of their words in MIN_NAMES others."""
-    names = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
-    left = Counter(word for name in names for word in set(name.split()))
-    chosen = set()
-    for name in names:
-        words = set(name.split())
-        if len(chosen) < N_HELD_OUT and min(left[word] for word in words) > MIN_NAMES:
+    """N_HELD_OUT of the names at random, of those that are made of known parts: "BASE with MARK",
+    with BASE a name too, and so that MIN_NAMES others with MARK are left."""
+    names = set(names)
+    parts = {name: name.partition(" with ") for name in names}
+    left, chosen = Counter(mark for _, _, mark in parts.values()), set()
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        base, _, mark = parts[name]
+        if len(chosen) < N_HELD_OUT and mark and base in names and left[mark] > MIN_NAMES:
             chosen.add(name)
-            left.subtract(words)
+            left[mark] -= 1
     return chosen
 
 
@@ -130,7 +138,7 @@ def version() -> str:
     """What the records depend on."""
     freetype, unicode = features.version("freetype2"), unicodedata.unidata_version
     packages = [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
-    return " ".join(["glyphs-2", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
+    return " ".join(["glyphs-3", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
 
 
 def records(report: Report | None = None) -> Iterator[Record]:
