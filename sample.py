@@ -8,23 +8,24 @@ python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
 python sample.py runs/autoencoder --seed 1                   # pictures rebuilt, drawn, and between
 python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # pictures from noise
 python sample.py runs/ddpm -n 4 --film                       # step by step
+python sample.py runs/text2image --prompt "serif bold italic latin capital letter q" --guidance 3
+python sample.py runs/text2image --prompt "sans italic latin small letter a" --init-image a.png
 """
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
-from tinyfm import compiled, draw, find, generate, machine, presets
+from tinyfm import generate, machine, presets, show
 
 
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
-    prompt: str | None = None  # GPT: text to continue, else a new one begins; CLIP: what to find
+    # GPT: text to continue, else a new one begins; CLIP: what to find; text2image: what to draw
+    prompt: str | None = None
     # texts to write or images to find, else 1; pictures to draw, else 8 or 16
     n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     stop: tuple[str, ...] = ()  # end a text before any of these strings; \n is a line end
@@ -33,6 +34,11 @@ class Options:
     sampler: str = "dpm++"  # diffusion: ddpm, ddim or dpm++; also euler or heun, if it is a flow
     steps: int = 20  # diffusion: steps from noise to picture
     film: bool = False  # diffusion: draw the first samples while they lose their noise
+    guidance: float = 2.0  # text2image: how closely to follow the prompt; 1 = as the model is
+    init_image: str = ""  # text2image: a picture to change, by as much as
+    strength: float | None = None  # ... this, up to 1 = nothing is left of it; else 0.6
+    mask: str = ""  # ... white where it is to be drawn anew; then the rest stays as it is
+    upscale: str = ""  # text2image: a small picture to draw large
     sampling: tyro.conf.OmitArgPrefixes[generate.Sampling] = field(
         default_factory=generate.Sampling
     )
@@ -43,67 +49,24 @@ class Options:
     out: str = ""  # also write texts to this file; the PNG that is drawn (sample.png, found.png)
 
 
-# ---- GPT: continue a text -----------------------------------------------------------------------
-
-
-def write_texts(opened: presets.OpenRun, options: Options) -> None:
-    """Print n texts, the first one while it is written, each with its prompt."""
-    if options.prompt == "":
-        raise ValueError("the prompt is empty; give some text, or no --prompt to begin a new one")
-    if options.compile:
-        compiled.compile_decoding(opened.model)
-    stops = [stop.replace("\\n", "\n") for stop in options.stop]
-    prompt = options.prompt or ""
-    prompts = texts = [prompt] * (options.n or 1)
-    print(prompt, end="", flush=True)
-    for parts in generate.stream_text(
-        opened.model, opened.tokenizer, prompts, options.sampling, stops
-    ):
-        texts = [text + part for text, part in zip(texts, parts)]
-        print(parts[0], end="", flush=True)
-    print()
-    for text in texts[1:]:
-        print(f"----\n{text}")
-    if options.out:
-        Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
-
-
-# ---- CLIP, autoencoder, diffusion: find.py and draw.py do the work ------------------------------
-
-
-def match(opened: presets.OpenRun, options: Options) -> None:
-    """Name an image, or find images for a prompt."""
-    out = options.out or "found.png"
-    find.match(opened, options.image, options.labels, options.prompt, options.n or 1, out)
-
-
-def write_png(sheet: draw.Sheet, options: Options) -> None:
-    out = options.out or "sample.png"
-    sheet.save(out)
-    print(sheet.about, out, sep="\n")
-
-
-def walk(opened: presets.OpenRun, options: Options) -> None:
-    """n held-out pictures, what the model makes of them, and what lies between their codes."""
-    val, seed = opened.run.open_data().val, options.sampling.seed
-    chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
-    write_png(draw.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
-
-
-def denoise(opened: presets.OpenRun, options: Options) -> None:
-    """n pictures, or the film of how the first of them came about."""
-    make, seed = draw.film if options.film else draw.samples, options.sampling.seed
-    write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)
-
-
 # ---- the command --------------------------------------------------------------------------------
 
-SHOW = {"gpt": write_texts, "clip": match, "autoencoder": walk, "ddpm": denoise}
 TAKES = {  # beside what all families take
     "gpt": {"prompt", "stop", "compile", *vars(generate.Sampling())},
     "clip": {"prompt", "image", "labels"},
     "autoencoder": {"seed"},
     "ddpm": {"seed", "sampler", "steps", "film"},
+    "text2image": {
+        "prompt",
+        "seed",
+        "sampler",
+        "steps",
+        "guidance",
+        "init_image",
+        "strength",
+        "mask",
+        "upscale",
+    },
 }
 
 
@@ -134,7 +97,7 @@ def main() -> int | str:
             f"{device}, {str(dtype)[6:]}",
             file=sys.stderr,
         )
-        SHOW[opened.run.family](opened, options)
+        show.FAMILIES[opened.run.family](opened, options)
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 python train.py                                   # a small GPT on the documentation at hand
 python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
 python train.py clip                              # pictures and captions; also autoencoder, ddpm
+python train.py text2image                        # trains its autoencoder and text tower first
 python train.py gpt --resume                      # go on where a run stopped
 python train.py gpt2-124m --dry-run               # what would it cost?
 torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, distributed, files, machine, presets
+from tinyfm import calc, compose, distributed, files, machine, presets
 from tinyfm.families import Run
 from tinyfm.logbook import read_metrics
 from tinyfm.trainer import Trainer
@@ -36,19 +37,23 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
     """Run it; returns the exit status: 0, or 128 + the signal that stopped it."""
     out, begun = Path(run.out), time.perf_counter()
     say = print if world.first else lambda line: None
+    if not run.dry_run:
+        presets.check_directory(out, run.resume)
+    run, parts = compose.prepare(run, lambda *part: train(*part, world))
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
             costs = calc.describe(run.build_model(), run.optim, run.train)
         say(f"{json.dumps(presets.to_record(name, run), indent=2)}\n{costs}")
         return 0
-    presets.check_directory(out, run.resume)
     machine.choose_dtype(run.train.dtype, machine.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
     record = presets.to_record(name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
+    model = run.build_model()
+    compose.fill(model, parts)
     trainer = Trainer(
-        run.build_model(), data, run.train, run.optim, out, world=world,
+        model, data, run.train, run.optim, out, world=world,
         write=lambda folder: presets.write_run_files(folder, record, run, data),
         score=lambda model: run.score(model, data),
         show=lambda model, folder, step: run.show(model, data, folder, step),
@@ -60,6 +65,7 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
     elif world.first:
         out.mkdir(parents=True)
         files.write_json(out / "config.json", record)
+    run.get_ready(trainer.model, data)
     costs = calc.describe(trainer.model, run.optim, run.train)
     say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
     scores = trainer.fit()

@@ -20,6 +20,14 @@ earlier font, then of the lower code point; the held-out fonts come last. A char
 font that no other font has is dropped as well: it would be neither test. Mathematical letters are
 left out: their names are styles ("mathematical bold italic small z"), which is the captions' part.
 
+There are two variants, also together: only Latin letters and digits, and colour, where a drawing
+is painted in one ink on one paper, which its caption names:
+
+    red serif bold latin small letter a with acute on yellow
+
+A hash of the style and name chooses both, so that they are the same on every machine. Each drawing
+has but one of the 56 pairs of colours: to draw it in another is a test that comes for free.
+
     python -m data.glyphs [contact-sheet.png]
 """
 
@@ -31,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version as version_of
+from itertools import permutations
 
 import numpy as np
 from fontTools.ttLib import TTFont
@@ -60,6 +69,13 @@ STYLED = tuple(
 )
 N_HELD_OUT = 400  # characters
 MIN_NAMES = 3
+LETTERS = ("latin ", "digit ")  # how the names of Latin letters and digits begin
+COLORS: dict[str, tuple[int, int, int]] = {  # the corners of the RGB cube, as far apart as can be
+    "black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
+    "yellow": (255, 255, 0), "magenta": (255, 0, 255), "cyan": (0, 255, 255),
+    "white": (255, 255, 255),
+}  # fmt: skip
+MIN_INK = 0.25  # of the way from the paper to an ink: what comes less far is not drawn
 
 
 @cache
@@ -134,15 +150,59 @@ def choose_held_out(names: Iterable[str]) -> set[str]:
     return chosen
 
 
-def version() -> str:
+def choose_colors(style: str, name: str) -> tuple[str, str]:
+    """The ink and the paper of a drawing, two of COLORS."""
+    pairs = list(permutations(COLORS, 2))
+    number = int.from_bytes(hashlib.sha256(f"{style} {name}".encode()).digest()[:8], "big")
+    return pairs[number % len(pairs)]
+
+
+def paint(image: np.ndarray, ink: str, paper: str) -> np.ndarray:
+    """uint8 (H, W, 1), black on white -> (H, W, 3): a grey becomes as much of a blend of two of
+    COLORS. Raises ValueError for other colours."""
+    if unknown := {ink, paper} - COLORS.keys():
+        raise ValueError(f"no colour {', '.join(sorted(unknown))}; there are {', '.join(COLORS)}")
+    white = image.astype(np.int32)
+    blend = np.array(COLORS[ink]) * (255 - white) + np.array(COLORS[paper]) * white
+    return ((blend + 127) // 255).astype(np.uint8)
+
+
+def unpaint(image: np.ndarray) -> tuple[str, str, np.ndarray]:
+    """(ink, paper, picture in black on white, uint8 (H, W, 1)) of a picture (H, W, 3), 0 to 255.
+
+    The paper is the colour nearest to the border's median, the ink the one to which the pixels lie
+    on the straightest way from there; how far they have come is how black they are. The ink is ""
+    where none comes MIN_INK of the way.
+    """
+    names, colors = np.array(list(COLORS)), np.array(list(COLORS.values()))
+    border = np.concatenate((image[0], image[-1], image[:, 0], image[:, -1]))
+    origin = np.median(border, axis=0)
+    own = np.square(colors - origin).sum(1).argmin()
+    others, ahead = np.delete(names, own), np.delete(colors, own, 0) - origin  # (7, 3)
+    way = image.reshape(-1, 3) - origin  # (H W, 3)
+    reach = (way @ ahead.T / np.square(ahead).sum(1)).clip(0, 1)  # (H W, 7)
+    off = np.square(way[:, None] - reach[:, :, None] * ahead).sum((0, 2))
+    reach, ink = reach[:, off.argmin()], str(others[off.argmin()])
+    drawing = (255 - 255 * reach).round().astype(np.uint8).reshape(*image.shape[:2], 1)
+    return ink if reach.max() >= MIN_INK else "", str(names[own]), drawing
+
+
+def version(color: bool = False, letters: bool = False) -> str:
     """What the records depend on."""
     freetype, unicode = features.version("freetype2"), unicodedata.unidata_version
     packages = [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
-    return " ".join(["glyphs-3", *packages, f"freetype-{freetype}", f"unicode-{unicode}"])
+    variant = ["color"] * color + ["letters"] * letters
+    parts = ["glyphs-3", *variant, *packages, f"freetype-{freetype}", f"unicode-{unicode}"]
+    return " ".join(parts)
 
 
-def records(report: Report | None = None) -> Iterator[Record]:
-    """Yield a record for each drawing. Raises ValueError if the fonts are not there."""
+def records(
+    report: Report | None = None, color: bool = False, letters: bool = False
+) -> Iterator[Record]:
+    """Yield a record for each drawing, in the same split whatever the variant.
+
+    Images are uint8 (SIZE, SIZE, 1), or 3 in color. Raises ValueError if the fonts are not there.
+    """
     report = report if report is not None else Report()
     if missing := [file for file in FILES.values() if not (FONTS / f"{file}.ttf").exists()]:
         advice = "install matplotlib from PyPI, which brings them along"
@@ -160,6 +220,12 @@ def records(report: Report | None = None) -> Iterator[Record]:
         if name not in seen:
             report.skip("in a held-out font only", caption)
             continue
+        if letters and not name.startswith(LETTERS):
+            report.skip("no Latin letter or digit", caption)
+            continue
+        if color:
+            ink, paper = choose_colors(style, name)
+            image, caption = paint(image, ink, paper), f"{ink} {caption} on {paper}"
         report.used += 1
         labels[split].append(name)
         yield Record(image, (caption,), name, split)

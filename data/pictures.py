@@ -9,10 +9,11 @@ the short side is made `size` with a bicubic filter, the long side scaled alike 
 and the middle square cut out. Left out: colour profiles, so that wide-gamut photos pale a little.
 """
 
+import contextlib
 import math
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -92,12 +93,25 @@ def decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int]
     return np.array(square).reshape(size, size, channels), count
 
 
-def read(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """The picture alone, as `decode` has it. Raises ValueError that names the file."""
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Let an error name the file."""
     try:
-        return decode(path, size, channels)[0]
+        yield
     except ValueError as error:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
+
+
+def read(path: str | Path, size: int, channels: int) -> np.ndarray:
+    """The picture alone, as `decode` has it. Raises ValueError that names the file."""
+    with named(path):
+        return decode(path, size, channels)[0]
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture in pixels. Raises ValueError that names the file."""
+    with named(path):
+        return load(path)[0].size
 
 
 # ---- looking -------------------------------------------------------------------------------------

@@ -1,13 +1,19 @@
-"""What several test files share: a small real text, and a tiny run trained on it."""
+"""What several test files share: a small real text, a tiny run trained on it, an oracle, ranks."""
 
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 
 import train
 
+ROOT = Path(__file__).parent.parent
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
 --model.d-model 32 --model.context-length 32 --train.batch-size 4 --train.steps 4
 --train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
@@ -26,6 +32,40 @@ def call(module, *arguments: str) -> int:
         print(status, file=sys.stderr)
         return 1
     return status or 0
+
+
+def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) -> torch.nn.Module:
+    """The model that build() makes, for evaluation, with norms and biases made random too: ones
+    and zeros, as they begin, would hide that two of them were taken for each other."""
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else matrices))
+    return model
+
+
+def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
+    """Run Python code in two processes that find each other; what each wrote to stdout, stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        return [rank.communicate(timeout=100) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.fixture(scope="session")

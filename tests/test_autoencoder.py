@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from conftest import random_weights
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
@@ -29,13 +30,7 @@ TINY = AutoencoderConfig(image_size=8, channels=(8, 16), groups=4, latent_channe
 
 
 def reference(fields):
-    """A model of diffusers with random weights, norms and biases included."""
-    torch.manual_seed(0)
-    model = AutoencoderKL(**fields).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.05))
-    return model
+    return random_weights(lambda: AutoencoderKL(**fields), matrices=0.05)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

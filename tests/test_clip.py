@@ -1,22 +1,17 @@
 """CLIP: its losses say what the papers say, and however a batch is cut, it is one batch."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_two_ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, softmax_loss
 from tinyfm.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
-ROOT = Path(__file__).parent.parent
 LOSSES = ("infonce", "siglip", "simclr")
 V, T, B, END = 40, 10, 8, 7  # END among the other ids, neither highest nor lowest
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -203,7 +198,7 @@ def test_towers_keep_one_part_at_a_time():
 RANK = """
 import os, sys
 import torch
-sys.path.insert(0, os.path.join(os.environ["ROOT"], "tests"))
+from conftest import run_two_ranks
 from safetensors.torch import save_file
 from test_clip import LOSSES, B, make, make_batch, streams
 from tinyfm import distributed
@@ -230,24 +225,7 @@ os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not wh
 
 
 def test_two_ranks_are_one_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROOT": str(ROOT),
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=100) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    outputs = run_two_ranks(RANK, tmp_path)
     values = [list(map(float, out.split())) for out, _ in outputs]
     assert [len(row) for row in values] == [6, 6], outputs[0][1] + outputs[1][1]
     for i, loss in enumerate(LOSSES):

@@ -200,3 +200,86 @@ def test_the_module_runs_and_does_not_import_matplotlib(tmp_path):
     assert "held-out fonts:" in done.stdout
     with open_image(sheet) as image:
         assert min(image.size) > 1000
+
+
+# --- Variants: letters, colour --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def variants():
+    """Records and report of each variant, of four fonts."""
+    fonts = {style: file for style, file in glyphs.FILES.items() if "mono" in style}
+    choices = {"grey": {}, "letters": {"letters": True}, "colour": {"color": True}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "FILES", fonts)
+        reports = {name: Report() for name in choices}
+        return {
+            name: (list(glyphs.records(reports[name], **choice)), reports[name])
+            for name, choice in choices.items()
+        }
+
+
+def test_letters_are_the_same_drawings_in_the_same_splits(variants):
+    letters, report = variants["letters"]
+    expected = [r for r in variants["grey"][0] if r.label.startswith(("latin ", "digit "))]
+    assert [record[1:] for record in letters] == [record[1:] for record in expected]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(letters, expected))
+    assert {record.split for record in letters} == {*glyphs.SPLITS}
+    assert report.found == report.used + sum(map(len, report.skipped.values()))
+    assert report.used == len(letters) > 2000
+
+
+def test_colour_is_said_in_the_caption_and_painted(variants):
+    (records, _), (colored, _) = variants["grey"], variants["colour"]
+    pairs = Counter()
+    assert len(colored) == len(records)
+    for grey, (image, (caption,), label, split) in zip(records, colored):
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
+        assert (label, split) == (grey.label, grey.split)
+        ink, rest = caption.split(" ", 1)
+        rest, paper = rest.rsplit(" on ", 1)
+        assert rest == grey.captions[0]
+        assert ink != paper
+        pairs[ink, paper] += 1
+        assert (image[grey.image[:, :, 0] == 255] == glyphs.COLORS[paper]).all()
+        assert (image[grey.image[:, :, 0] == 0] == glyphs.COLORS[ink]).all()
+    assert len(pairs) == 56  # as the docstring has it
+    assert max(pairs.values()) < 2 * min(pairs.values())
+    assert len({record.image.tobytes() for record in colored}) == len(colored)
+
+
+def test_colours_are_far_apart_and_the_choice_is_the_same_everywhere():
+    colors = np.array(list(glyphs.COLORS.values()))
+    distances = np.abs(colors[:, None] - colors).max(2)
+    assert (distances + 255 * np.eye(len(colors)) == 255).all()
+    assert glyphs.choose_colors("serif bold", "latin small letter a") == ("black", "green")
+
+
+def test_paint_blends_as_the_antialiasing_does():
+    image = np.array([[[0], [51], [255]]], dtype=np.uint8)
+    painted = glyphs.paint(image, "red", "cyan")
+    assert painted.tolist() == [[[255, 0, 0], [204, 51, 51], [0, 255, 255]]]
+    assert np.array_equal(glyphs.paint(image, "black", "white"), image.repeat(3, axis=2))
+    with pytest.raises(ValueError, match=r"no colour pink; there are black, .*white"):
+        glyphs.paint(image, "red", "pink")
+
+
+def test_unpaint_undoes_paint(variants):
+    (records, _), (colored, _) = variants["grey"], variants["colour"]
+    for grey, painted in zip(records, colored):
+        if grey.label.startswith(("latin ", "digit ")):
+            ink, paper, drawing = glyphs.unpaint(painted.image)
+            assert painted.captions[0] == f"{ink} {grey.captions[0]} on {paper}"
+            assert np.abs(drawing.astype(int) - grey.image).max() <= 1
+    paper = np.full((4, 4, 3), 40)  # not quite black
+    assert glyphs.unpaint(paper)[:2] == ("", "black")
+    faint = paper.copy()
+    faint[1:3, 1:3, 2] = 120
+    assert glyphs.unpaint(faint)[:2] == ("blue", "black")
+
+
+def test_each_variant_has_a_version_of_its_own():
+    choices = [{"color": c, "letters": n} for c in (False, True) for n in (False, True)]
+    assert len({glyphs.version(**choice) for choice in choices}) == 4
+    assert glyphs.version() == glyphs.version(color=False, letters=False)

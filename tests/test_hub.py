@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from conftest import random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import logits_process
@@ -46,13 +47,8 @@ VARIANTS = {
 
 
 def reference(model_type: str, fields: dict):
-    """A model of transformers with random weights, norms and biases included."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.1))
-    return model
+    config = AutoConfig.for_model(model_type, **fields)
+    return random_weights(lambda: AutoModelForCausalLM.from_config(config))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import random_weights
 from PIL import Image
 from PIL.Image import open as open_image
 from safetensors.torch import load_file, save_file
@@ -56,13 +57,7 @@ VARIANTS = {
 
 
 def reference(parts: dict) -> TheirModel:
-    """A model of transformers with random weights, norms and biases included."""
-    torch.manual_seed(0)
-    model = TheirModel(TheirConfig(**parts, projection_dim=24)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.1))
-    return model
+    return random_weights(lambda: TheirModel(TheirConfig(**parts, projection_dim=24)))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -5,11 +5,13 @@ import json
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm import hub_diffusion
-from tinyfm.unet import UNet, UNetConfig, time_features
+from tinyfm.unet import UNet, UNetConfig, Upsample, time_features
 
 diffusers.logging.set_verbosity_error()
 PLAIN = {
@@ -203,6 +205,21 @@ def test_training_in_bfloat16_stays_close_to_float32():
     assert (half - full).std() < 0.02 * full.std()
     half.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_upsampling_is_repeating_and_blending_for_4_of_9_products():
+    torch.manual_seed(0)
+    layer = Upsample(6)
+    x, g = torch.randn(2, 6, 5, 3, requires_grad=True), torch.randn(2, 6, 10, 6)
+    inputs = (x, layer.weight, layer.bias)
+    results, products = [], []
+    for up in (layer, lambda x: torch.nn.Conv2d.forward(layer, F.interpolate(x, scale_factor=2))):
+        with FlopCounterMode(display=False) as counter:
+            y = up(x)
+        results.append((y, *torch.autograd.grad(y, inputs, g)))
+        products.append(counter.get_total_flops())
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+    assert products[0] * 9 == products[1] * 4
 
 
 def test_features_tell_all_times_apart():

@@ -239,13 +239,17 @@ def train(texts: Sequence[str], vocab_size: int, eot: str) -> dict:
     return learned_spec(pairs, eot)
 
 
+def read_merges(text: str) -> list[str]:
+    """The pairs of a merges.txt, "a b" each, without the line that tells its version."""
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]
+
+
 def gpt2_spec(vocab_json: bytes, merges_txt: bytes, end_names: Sequence[str]) -> dict:
     """The tokenizer.json of a vocab.json and merges.txt, as GPT-2 was first published."""
-    vocab, lines = json.loads(vocab_json), merges_txt.decode("utf-8").split("\n")
-    lines = [line for line in lines if line and not line.startswith("#version")]
-    if any(line.endswith("</w>") for line in lines):
+    vocab, merges = json.loads(vocab_json), read_merges(merges_txt.decode("utf-8"))
+    if any(merge.endswith("</w>") for merge in merges):
         raise ValueError("merges.txt marks ends of words with </w>; it is not byte-level BPE")
-    return bpe_spec(vocab, lines, {name: vocab[name] for name in end_names if name in vocab})
+    return bpe_spec(vocab, merges, {name: vocab[name] for name in end_names if name in vocab})
 
 
 def sentencepiece_spec(library: SentencePieceProcessor, specials: dict[str, int]) -> dict:
@@ -269,19 +273,16 @@ def sentencepiece_spec(library: SentencePieceProcessor, specials: dict[str, int]
         ranked = sorted(scores, key=scores.get, reverse=True)
         splits = ((name[:cut], name[cut:]) for name in ranked for cut in range(1, len(name)))
         merges = [[a, b] for a, b in splits if a in scores and b in scores]
-        vocab = {name: i for i, name in enumerate(names)}
-        model = {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": names[0]}
-        model["byte_fallback"] = True
+        model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}}
+        model |= {"merges": merges, "unk_token": names[0], "byte_fallback": True}
     to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
     return make_spec(
         model,
         specials,
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         pre_tokenizer=split,
-        decoder={
-            "type": "Sequence",
-            "decoders": [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}],
-        },
+        decoder={"type": "Sequence", "decoders": decoders},
     )
 
 

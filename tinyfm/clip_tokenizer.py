@@ -124,10 +124,10 @@ class ClipTokenizer(BPETokenizer):
 
 def clip_spec(vocab: dict[str, int], merges_txt: str) -> dict:
     """The tokenizer.json of CLIP's vocab.json and merges.txt."""
-    merges = [line for line in merges_txt.split("\n") if line and not line.startswith("#version")]
     specials = {name: vocab[name] for name in (START, EOT) if name in vocab}
     model = {"type": "BPE", "unk_token": EOT, "continuing_subword_prefix": ""}
-    model |= {"end_of_word_suffix": END_OF_WORD.decode(), "vocab": vocab, "merges": merges}
+    model |= {"end_of_word_suffix": END_OF_WORD.decode(), "vocab": vocab}
+    model["merges"] = bpe.read_merges(merges_txt)
     edges = {name: [text, specials.get(text)] for name, text in (("sep", EOT), ("cls", START))}
     flags = {"trim_offsets": False, "add_prefix_space": False}
     return bpe.make_spec(

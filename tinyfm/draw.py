@@ -6,7 +6,7 @@ drawn. Letters: B pictures, C channels, H W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.pictures import save_grid
+from data import pictures
 from tinyfm.trainer import row_generators
 
 AT_ONCE = 64  # pictures that a diffusion model draws at a time: more only takes memory
@@ -33,13 +33,18 @@ class Sheet(NamedTuple):
         """Write it as a PNG."""
         levels = (self.images.float().cpu().clamp(-1, 1) + 1) * 127.5
         pixels = levels.round().byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
-        save_grid(pixels, path, self.columns, self.titles)
+        pictures.save_grid(pixels, path, self.columns, self.titles)
 
 
 def noise(shape: Iterable[int], n: int, seed: int) -> Tensor:
     """Standard normal (n, *shape), row i from its own stream."""
     shape = tuple(shape)
     return torch.stack([torch.randn(shape, generator=g) for g in row_generators(seed, 0, range(n))])
+
+
+def in_parts(n: int) -> list[range]:
+    """0 .. n - 1, AT_ONCE at a time."""
+    return [range(first, min(n, first + AT_ONCE)) for first in range(0, n, AT_ONCE)]
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------
@@ -84,10 +89,9 @@ def latent_space(model: nn.Module, images: Tensor, seed: int) -> Sheet:
 
 def samples(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet:
     """n pictures in rows of 8. Raises ValueError for a sampler or steps that the model has not."""
-    parts = [range(first, min(n, first + AT_ONCE)) for first in range(0, n, AT_ONCE)]
     drawn = [
         model.sample(len(part), steps, sampler, generators=row_generators(seed, 0, part))
-        for part in parts
+        for part in in_parts(n)
     ]
     return Sheet(torch.cat(drawn), min(8, n), f"{n} samples by {sampler} in {steps} steps")
 
@@ -102,3 +106,55 @@ def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet
     titles = tuple(f"after {i} of {steps}" for i in shown) * n
     about = f"{n} samples, a row each, after {', '.join(map(str, shown))} of {steps} steps"
     return Sheet(states[shown].transpose(0, 1).flatten(0, 1), moments, about, titles)
+
+
+# ---- text to image ------------------------------------------------------------------------------
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, C) -> (1, C, H, W) in [-1, 1]."""
+    return torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def read_given(config, init_image: str, mask: str, upscale: str) -> dict[str, Tensor]:
+    """Files as TextToImage.generate takes them: init_images in the model's size, what a mask has
+    white as 1, a small picture as it is. Raises ValueError for files that do not go together."""
+    size, channels = config.autoencoder.image_size, config.autoencoder.in_channels
+    given = {}
+    if init_image:
+        given["init_images"] = to_images(pictures.read(init_image, size, channels))
+    if mask:
+        if not init_image:
+            raise ValueError(f"--mask {mask} says what to draw anew of --init-image, which lacks")
+        sides = [pictures.size_of(path) for path in (mask, init_image)]
+        if sides[0] != sides[1]:
+            (w, h), (W, H) = sides
+            raise ValueError(f"--mask is {w} x {h} pixels, --init-image {W} x {H}; make them equal")
+        given["mask"] = (to_images(pictures.read(mask, size, 1)) > 0).float()
+    if upscale:
+        width, height = pictures.size_of(upscale)
+        if width != height or size % width:
+            sizes = " or ".join(f"{size // k} x {size // k}" for k in (4, 2))
+            raise ValueError(f"--upscale is {width} x {height} pixels; give {sizes}")
+        given["upscale"] = to_images(pictures.read(upscale, width, channels))
+    return given
+
+
+def illustrate(
+    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how
+) -> Tensor:
+    """A picture (B, C, H, W) for each prompt. how: options of TextToImage.generate, as its errors
+    are."""
+    drawn = [
+        model.generate([prompts[i] for i in part], steps=steps,
+                       generators=row_generators(seed, 0, part), **how)
+        for part in in_parts(len(prompts))
+    ]  # fmt: skip
+    return torch.cat(drawn).cpu()
+
+
+def prompted(model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how) -> Sheet:
+    """The pictures of `illustrate` in rows of 8, with their prompts."""
+    images = illustrate(model, prompts, steps, seed, **how)
+    about = f"{len(prompts)} pictures in {steps} steps"
+    return Sheet(images, min(8, len(prompts)), about, tuple(prompts))

@@ -2,8 +2,9 @@
 
 A GPT: nats per token and bits per byte of its validation text. CLIP: names found zero-shot among
 all names of each held-out split, retrieval of captions and images, and classes found from image
-features alone. Beside each figure stands that of the same model before training, and for features
-that of the raw pixels: what is not above those was not learnt.
+features alone. Text-to-image: how many pictures are what their prompt says. Beside each figure
+stands that of the same model before training, and for features that of the raw pixels: what is not
+above those was not learnt.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import tyro
 from torch import Tensor, nn
 
 from data.pictures import save_grid
-from tinyfm import machine, presets, zero_shot
-from tinyfm.pairs import PairData
+from tinyfm import machine, picture_scores, presets, zero_shot
+from tinyfm.pairs import GLYPHS, PairData
 from tinyfm.trainer import row_generators
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
@@ -122,6 +123,7 @@ def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> N
 class Options:
     run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
     json: bool = False  # print JSON
+    guidance: float = 2.0  # text-to-image: how closely to follow the prompts
     picture: str = ""  # CLIP: also draw what is confused with what, to this PNG
     raw: bool = False  # the weights of the last step, even if averaged ones were kept
     device: str = "auto"  # cpu, cuda, mps, or auto
@@ -139,11 +141,14 @@ def evaluate(opened: presets.OpenRun, options: Options) -> dict[str, dict[str, f
     untrained = run.build_model().eval()
     for column, model in (("untrained", untrained), ("reached", opened.model)):
         model.to(device)
+        run.get_ready(model, data)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = validation(run, model, data, device)
             if run.family == "clip":
                 more, found = clip_scores(run, model, tokenizer, data)
                 scores |= more
+            if run.family == "text2image" and run.data.path in GLYPHS:
+                scores |= picture_scores.measure(model, data, run.data, options.guidance)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
     if run.family == "clip":

@@ -21,7 +21,7 @@ from tinyfm import generate, zero_shot
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.image_families import AutoencoderRun, DDPMRun
+from tinyfm.image_families import AutoencoderRun, DDPMRun, TextToImageRun
 from tinyfm.pairs import PairConfig, PairData
 from tinyfm.run import Run
 
@@ -125,4 +125,5 @@ class CLIPRun(Run):
         return f"--- step {step} names: " + "; ".join(pairs[:3])
 
 
-FAMILIES = {run.family: run for run in (GPTRun, CLIPRun, AutoencoderRun, DDPMRun)}
+RUNS = (GPTRun, CLIPRun, AutoencoderRun, DDPMRun, TextToImageRun)
+FAMILIES = {run.family: run for run in RUNS}

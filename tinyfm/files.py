@@ -6,8 +6,12 @@ al., OSDI 2014: what breaks without a step). A pickle can run code when it is re
 holds names and numbers, and nothing here falls back to a pickle.
 """
 
+import contextlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,25 @@ def read_json(path: Path) -> Any:
         return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}; restore it") from error
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which is given its name if nothing goes wrong."""
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- weights -----------------------------------------------------------------------------------

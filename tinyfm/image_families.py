@@ -1,4 +1,5 @@
-"""Run types of models of pictures: what binds the autoencoder and diffusion to the trainer."""
+"""Run types of models of pictures: what binds autoencoder, diffusion, and both with a text tower,
+to the trainer."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
-from tinyfm import draw
+from tinyfm import checkpoint, draw, tokenizer
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.images import ImageConfig, ImageData
+from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.run import Run
+from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.trainer import row_generators
 
 
@@ -42,9 +46,9 @@ class ImageRun(Run):
         """Mean of what model.loss measures, over the same pictures and noise as val_loss."""
         device, sums, count = next(model.parameters()).device, Counter(), 0
         for batch in data.val_batches(self.rows_at_once):
-            n = len(batch["images"])
+            n = len(next(iter(batch.values())))
             generators = row_generators(self.train.seed, -1, range(count, count + n))
-            _, metrics = model.loss({"images": batch["images"].to(device)}, generators)
+            _, metrics = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
             sums.update({name: n * float(value) for name, value in metrics.items()})
             count += n
         return {name: total / count for name, total in sums.items()}
@@ -121,3 +125,51 @@ class DDPMRun(ImageRun):
         """Draw samples."""
         steps = min(20, self.model.diffusion_steps)
         return self.save(draw.samples(model, self.SHOWN, "dpm++", steps, seed=0), folder, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageRun(ImageRun):
+    """Draw what a text says: diffusion between the text tower of a CLIP and an autoencoder."""
+
+    model: TextToImageConfig = field(default_factory=TextToImageConfig)
+    data: LatentConfig = field(default_factory=LatentConfig)
+    autoencoder: str = ""  # run it takes the autoencoder from; trained first if not given
+    clip: str = ""  # run it takes the text tower and the tokenizer from; trained first if not given
+
+    family: ClassVar[str] = "text2image"
+    needs: ClassVar[dict[str, str]] = {
+        "autoencoder": "text2image-autoencoder",
+        "clip": "text2image-clip",
+    }
+    SHOWN: ClassVar[int] = 32
+    GUIDANCE: ClassVar[float] = 2.0
+
+    def build_model(self) -> TextToImage:
+        return TextToImage(self.model)
+
+    def open_data(self) -> LatentData:
+        a, c = self.model.autoencoder, self.model.clip
+        sizes = (a.image_size, a.in_channels, c.vocab_size, c.context_length)
+        own = tokenizer.load(checkpoint.find(self.clip))
+        data = LatentData.prepare(self.data, *sizes, self.train.batch_size, self.train.seed, own)
+        data.val_images = self.data.val_images
+        return data
+
+    write_files, read_tokenizer = Run.write_files, Run.read_tokenizer  # it reads text again
+
+    def get_ready(self, model: TextToImage, data: LatentData) -> None:
+        model.tokenizer = data.tokenizer
+        if self.data.cache_latents:
+            data.encode_all(model, self.data)
+
+    def score(self, model: TextToImage, data: LatentData) -> dict[str, float]:
+        """The validation loss by quarters of the noise level, from little noise to most."""
+        parts = self.parts_of_loss(model, data)
+        return {f"val_{name}": value for name, value in parts.items()}
+
+    def show(self, model: TextToImage, data: LatentData, folder: Path, step: int) -> str:
+        """Draw captions of the validation split."""
+        rows = np.linspace(0, len(data.val.labels) - 1, self.SHOWN).astype(int)
+        prompts = [data.val.captions[i][0] for i in rows]
+        sheet = draw.prompted(model, prompts, 20, guidance=self.GUIDANCE)
+        return self.save(sheet, folder, step)

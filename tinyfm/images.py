@@ -13,7 +13,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from data import glyphs
 from tinyfm.pairs import PairData, shuffle
 
 
@@ -21,7 +20,8 @@ from tinyfm.pairs import PairData, shuffle
 class ImageConfig:
     """Which pictures to read. Their captions do not matter, and need not be there."""
 
-    path: str = "glyphs"  # glyphs, or your own: a folder of images, a .csv or a .jsonl
+    path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    color: bool = False  # paint the glyphs in inks and on papers of their own
     val_fraction: float = 0.1  # share of your own pictures held out; glyphs has splits of its own
     val_images: int = 500  # of the pictures held out, how many an evaluation looks at
     cache: str = "data/cache"  # folder for what is prepared
@@ -52,12 +52,6 @@ class ImageData(PairData):
     ) -> "ImageData":
         """Open the prepared pictures of `config`, (channels, image_size, image_size) each, after
         building them if need be. Raises ValueError as PairData.prepare does."""
-        if config.path == "glyphs" and (image_size, channels) != (glyphs.SIZE, 1):
-            raise ValueError(
-                f"glyphs are {glyphs.SIZE} x {glyphs.SIZE} pixels in 1 channel, the model takes "
-                f"{image_size} x {image_size} in {channels}: set --model.image-size {glyphs.SIZE} "
-                "--model.in-channels 1, or --data.path to a folder of your own images"
-            )
         bytes_and_end, longest_caption = 257, 256
         sizes = (image_size, channels, bytes_and_end, longest_caption)
         with warnings.catch_warnings():

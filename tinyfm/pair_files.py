@@ -11,11 +11,8 @@ fits in memory. The folder gets its name when it is complete: it is whole, or it
 
 import contextlib
 import json
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +23,7 @@ from tqdm import tqdm
 from data.download import sha256_of
 from data.pictures import Record
 from data.report import Report
+from tinyfm.files import whole_or_absent
 from tinyfm.shards import rebuild_hint, token_dtype
 from tinyfm.tokenizer import Tokenizer
 
@@ -55,22 +53,6 @@ def encode_captions(
     for row, ids in zip(tokens, encoded):
         row[: len(ids)] = ids
     return tokens, cut
-
-
-@contextlib.contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which is given its name if nothing goes wrong."""
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_names(split: str) -> list[str]:

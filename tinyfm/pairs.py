@@ -36,6 +36,7 @@ from tinyfm.pair_files import build, open_splits, read_manifest
 from tinyfm.shards import token_dtype
 from tinyfm.tokenizer import Tokenizer
 
+GLYPHS = ("glyphs", "letters")  # what --data.path may name of data/glyphs.py: all, or Latin alone
 FORMAT = 1  # of the prepared folders: with another number, all are built anew
 
 
@@ -43,7 +44,8 @@ FORMAT = 1  # of the prepared folders: with another number, all are built anew
 class PairConfig:
     """Which pictures and captions to read, and how captions become tokens."""
 
-    path: str = "glyphs"  # glyphs, or your own: a folder of images, a .csv or a .jsonl
+    path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    color: bool = False  # paint the glyphs in inks and on papers that their captions name
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     template: str = captioned.TEMPLATE  # caption of an image in a folder named for what it shows
@@ -64,15 +66,23 @@ class PairConfig:
 
 
 def find_source(config: PairConfig, image_size: int, channels: int):
-    """Return (name, records(report=...), its splits, version) of glyphs or the user's own files."""
-    if config.path == "glyphs":
-        if (image_size, channels) != (glyphs.SIZE, 1):
+    """Return (name, records(report=...), its splits, version) of glyphs or the user's own files.
+
+    Raises ValueError for what glyphs are not, as their size is one.
+    """
+    if config.path in GLYPHS:
+        sizes = (glyphs.SIZE, 3 if config.color else 1)
+        if (image_size, channels) != sizes:
             raise ValueError(
-                f"glyphs are {glyphs.SIZE} x {glyphs.SIZE} pixels in 1 channel, the model takes "
-                f"{image_size} x {image_size} in {channels}: set --model.image-size {glyphs.SIZE} "
-                "--model.channels 1"
+                f"{config.path} are {glyphs.SIZE} x {glyphs.SIZE} pixels in {sizes[1]} channels, "
+                f"the model takes {image_size} x {image_size} in {channels}: set its image size to "
+                f"{glyphs.SIZE}, its channels to {sizes[1]}; with --data.color it is 3"
             )
-        return "glyphs", glyphs.records, glyphs.SPLITS, glyphs.version()
+        variant = {"color": config.color, "letters": config.path == "letters"}
+        name = config.path + "-color" * config.color
+        return name, partial(glyphs.records, **variant), glyphs.SPLITS, glyphs.version(**variant)
+    if config.color:
+        raise ValueError("--data.color paints glyphs and letters, and not your own pictures")
     own = {"template": config.template, "val_fraction": config.val_fraction}
     records = partial(captioned.records, config.path, image_size, channels, **own)
     version = f"{captioned.version(config.path, config.template)} {config.val_fraction}"
@@ -96,13 +106,15 @@ def learn_tokenizer(kind: str, vocab_size: int, report: Report, captions: list[s
 
 
 def prepare_folder(
-    config: PairConfig, image_size: int, channels: int, vocab_size: int, context_length: int
-) -> Path:
+    config: PairConfig, image_size: int, channels: int, vocab_size: int, context_length: int,
+    tokenizer: Tokenizer | None = None,
+) -> Path:  # fmt: skip
     """The folder with these pictures and captions; it is built if it does not exist.
 
-    Its name ends with a hash of all that its content depends on.
+    Its name ends with a hash of all that its content depends on. A tokenizer that is given stands
+    for the config's.
     """
-    fixed = fixed_tokenizer(config.tokenizer)
+    fixed = tokenizer or fixed_tokenizer(config.tokenizer)
     if fixed is not None:
         check_vocabulary(fixed, vocab_size)  # now, rather than after reading all pictures
     identity = f"{config.tokenizer} {vocab_size}" if fixed is None else fixed.fingerprint()
@@ -177,7 +189,7 @@ class PairData:
     @classmethod
     def prepare(
         cls, config: PairConfig, image_size: int, channels: int, vocab_size: int,
-        context_length: int, batch_size: int, seed: int,
+        context_length: int, batch_size: int, seed: int, tokenizer: Tokenizer | None = None,
     ) -> "PairData":  # fmt: skip
         """Open the prepared pictures of `config`, after building them if need be.
 
@@ -188,7 +200,8 @@ class PairData:
                 f"context length {context_length} must be at least 2, image size {image_size} at "
                 f"least 1, channels {channels} 1 (grey) or 3 (colour)"
             )
-        folder = prepare_folder(config, image_size, channels, vocab_size, context_length)
+        sizes = (image_size, channels, vocab_size, context_length)
+        folder = prepare_folder(config, *sizes, tokenizer)
         return cls(folder, vocab_size, batch_size, seed, config.neighbours)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
@@ -197,9 +210,12 @@ class PairData:
         {"images": float32 (R, C, H, W) in [-1, 1], "tokens": int64 (R, T), "labels": int64 (R,)}
         with T the longest of these rows, and labels equal where captions are.
         """
+        return self.train.batch(self.rows_of(step, rows))
+
+    def rows_of(self, step: int, rows: slice) -> np.ndarray:
+        """Which training pictures they are, int64 (R,)."""
         samples = np.arange(self.batch_size, dtype=np.int64)[rows] + step * self.batch_size
-        size = len(self.train.labels)
-        return self.train.batch(shuffle_runs(samples, size, self.seed, self.neighbours))
+        return shuffle_runs(samples, len(self.train.labels), self.seed, self.neighbours)
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
         """The validation split, `rows` pictures at a time, mixed in an order that never changes.

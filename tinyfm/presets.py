@@ -20,11 +20,20 @@ from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.data import TextConfig
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.families import FAMILIES, AutoencoderRun, CLIPRun, DDPMRun, GPTRun
+from tinyfm.families import (
+    FAMILIES,
+    AutoencoderRun,
+    CLIPRun,
+    DDPMRun,
+    GPTRun,
+    TextToImageRun,
+)
 from tinyfm.gpt import GPTConfig
+from tinyfm.images import ImageConfig
 from tinyfm.optim import OptimConfig
 from tinyfm.pairs import PairConfig
 from tinyfm.run import Run
+from tinyfm.text2image import TextToImageConfig
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.trainer import TrainConfig
 
@@ -44,6 +53,22 @@ def gpt_run(steps: int, batch_size: int, micro: int = 0, optim: dict | None = No
     optim_config = OptimConfig(**{"lr": 6e-4, "warmup_steps": steps // 50, **(optim or {})})
     text = data or TextConfig(tokenizer="bpe")
     return GPTRun(model=GPTConfig(**model), data=text, optim=optim_config, train=train)
+
+
+SWEEP = "one of six runs for a scaling law, and a larger one to foretell"
+
+
+def sweep_run(d_model: int, steps: int) -> GPTRun:
+    """A small GPT on the standard library's code; 0.45 tokens a parameter, whatever the size."""
+    model = GPTConfig(
+        vocab_size=4096, context_length=256, n_layer=2, n_head=d_model // 32, d_model=d_model
+    )
+    return GPTRun(
+        model=model,
+        data=TextConfig(path="stdlib", val_fraction=0.03),
+        optim=OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
+        train=TrainConfig(steps=steps, batch_size=16, micro_batch_size=8, eval_every=0),
+    )
 
 
 GPT2 = {
@@ -92,6 +117,43 @@ PRESETS = {
         ),
         usual="0.13, as one seed gave",
     ),
+    "text2image": Preset(
+        "letters as a text says: a denoiser between a text tower and an autoencoder",
+        TextToImageRun(
+            model=TextToImageConfig(
+                diffusion=DiffusionConfig(image_size=8, in_channels=4, channels=(64, 128),
+                                          attend=(False, True), n_block=1, d_context=128,
+                                          prediction="flow", clip=False),
+            ),
+            optim=OptimConfig(lr=2e-3, warmup_steps=50, ema_half_life=100, decay_fraction=0.5),
+            train=TrainConfig(steps=2000, batch_size=64, eval_every=500),
+        ),
+    ),
+    "text2image-autoencoder": Preset(
+        "the first part of it: as autoencoder, on fewer pictures for fewer steps",
+        AutoencoderRun(
+            model=AutoencoderConfig(beta_warmup_steps=50),
+            data=ImageConfig(path="letters"),
+            optim=OptimConfig(lr=2e-3, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=250, batch_size=32, eval_every=125),
+        ),
+    ),
+    "text2image-clip": Preset(
+        "the second part: as clip, on fewer pictures for fewer steps",
+        CLIPRun(
+            model=CLIPConfig(context_length=24),
+            data=PairConfig(path="letters", neighbours=16),
+            optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=600, batch_size=256, eval_every=300),
+        ),
+    ),
+    **{
+        f"sweep-{name}": Preset(f"width {d_model}: {SWEEP}", sweep_run(d_model, steps))
+        for name, d_model, steps in (
+            ("1", 64, 69), ("2", 96, 111), ("3", 128, 159), ("4", 160, 214), ("5", 192, 270),
+            ("6", 224, 336), ("large", 352, 660),
+        )
+    },
     "gpt2-124m": Preset(
         "GPT-2's smallest size, batches of half a million tokens: for GPUs",
         gpt_run(20_000, 512, 32, n_layer=12, n_head=12, d_model=768, **GPT2),
@@ -227,6 +289,7 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     except (TypeError, KeyError) as error:
         problem = f"{folder}/config.json is not of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
+    run = dataclasses.replace(run, **dict.fromkeys(run.needs, str(folder)))  # all is in there
     weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
     files.load_model(model, files.load_tensors(folder, weights))
     meta = files.read_json(folder / "meta.json")

@@ -25,6 +25,7 @@ class Run:
 
     family: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
+    needs: ClassVar[dict[str, str]] = {}  # runs its model is made of: option -> preset
 
     def write_files(self, folder: Path, data: Any) -> None:
         """Add to a checkpoint what its model needs beside weights, here the tokenizer."""
@@ -38,3 +39,6 @@ class Run:
         """Numbers beside the validation loss, at each evaluation; the first sums up the run, unless
         it is a part of that loss, named val_loss_..."""
         return {}
+
+    def get_ready(self, model: nn.Module, data: Any) -> None:
+        """Once the model has its weights, before training or evaluation: what data need of it."""

@@ -15,10 +15,7 @@ Left out: encoding in several processes, and continuing a build that was interru
 
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,6 +25,7 @@ from tqdm import tqdm
 
 from data.download import sha256_of
 from data.report import Report
+from tinyfm.files import whole_or_absent
 
 MIN_DOCUMENTS = 100  # from here on, validation gets whole documents
 SHARD_BYTES = 1 << 27  # a shard that has grown to this size is followed by the next
@@ -141,9 +139,7 @@ def build(
     `report` is filled as `documents` are read. Raises ValueError if there is no text.
     """
     begin = time.perf_counter()
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
+    with whole_or_absent(folder) as temporary:
         copy = temporary / "documents.jsonl"
         count, chars = spool(documents, copy)
         if not chars:
@@ -156,13 +152,6 @@ def build(
         manifest |= {"tokenizer": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
         manifest |= {"report": str(report)}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
     megabytes, seconds = sum(manifest["utf8_bytes"].values()) / 1e6, time.perf_counter() - begin
     print(f"{folder}: {megabytes:.1f} MB, {tokens:,} tokens, {seconds:.1f} s; files: {report}")

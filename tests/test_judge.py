@@ -1,0 +1,277 @@
+"""The judge: it learns, it is kept as it was, and its measures measure what they say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data import glyphs
+from data.pictures import Record
+from tinyfm import judge as judging
+from tinyfm.files import CheckpointError
+from tinyfm.judge import CHARACTERS, STYLES, Judge, JudgeConfig
+
+TINY = JudgeConfig(width=8, features=16, steps=2, batch_size=4)
+LETTER = {name: "latin capital letter " + name for name in "abcdefgh"}
+
+
+def drawn(letters: str, styles=STYLES) -> list[Record]:
+    """Records of these capital letters."""
+    records = []
+    for style in styles:
+        for letter in letters:
+            image = glyphs.draw(letter.upper(), glyphs.FILES[style])
+            name = LETTER[letter]
+            records.append(Record(image, (f"{style} {name}",), name, glyphs.TRAIN))
+    return records
+
+
+class Reader(Judge):
+    """A judge whose answers are written in the first pixels of a picture: the brightest of M, then
+    the brightest of 16."""
+
+    def __init__(self, names):
+        super().__init__(TINY, names)
+        M, S, pixels = len(names), len(STYLES), glyphs.SIZE**2
+        self.features = nn.Flatten()
+        self.character, self.style = nn.Linear(pixels, M), nn.Linear(pixels, S)
+        for layer, first in ((self.character, 0), (self.style, M)):
+            nn.init.zeros_(layer.bias)
+            layer.weight.data = torch.eye(pixels)[first : first + layer.out_features]
+
+    def write(self, answers):
+        """Pictures of pairs (names from the likeliest on, style)."""
+        images = -torch.ones(len(answers), glyphs.SIZE**2)
+        for image, (names, style) in zip(images, answers):
+            for i, name in enumerate(names):
+                image[self.names.index(name)] = 1 - i / 4
+            image[len(self.names) + STYLES.index(style)] = 1
+        return images.view(-1, 1, glyphs.SIZE, glyphs.SIZE)
+
+
+# ---- the network and its training ----------------------------------------------------------------
+
+
+def test_the_characters_are_letters_and_digits():
+    assert len(set(CHARACTERS)) == 62
+    assert {"latin capital letter q", "latin small letter q", "digit nine"} <= {*CHARACTERS}
+    assert len(STYLES) == 16
+
+
+def test_a_tiny_judge_learns_40_drawings():
+    records = drawn("abcdefgh", STYLES[:5])
+    config = replace(TINY, width=16, features=64, steps=80, batch_size=40, lr=5e-3, augment=0.05)
+    judge = judging.train(records, config)
+    assert len(records) == 40
+    assert judging.prompt_following(judge, *judging.stack(records)) == {
+        "character": 1, "style": 1, "bold": 1, "italic": 1, "family": 1,
+    }  # fmt: skip
+
+
+def test_training_repeats_itself_and_leaves_the_global_stream_alone():
+    records = drawn("ab", STYLES[:2])
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = judging.train(records, TINY)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, other = judging.train(records, TINY), judging.train(records, replace(TINY, seed=1))
+    assert first.names == tuple(sorted(CHARACTERS))
+    weights = [judge.state_dict() for judge in (first, again, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["style.weight"], weights[2]["style.weight"])
+
+
+def test_the_same_part_of_each_style_is_left_out():
+    records = [
+        Record(np.zeros((32, 32, 1)), (f"{style} {name}",), name, glyphs.TRAIN)
+        for style in STYLES
+        for name in (*CHARACTERS, "latin small letter thorn")
+    ]
+    others, out = judging.leave_out(records, 0.1)
+    assert len(others) + len(out) == len(records)
+    captions = {record.captions[0] for record in out}
+    assert not captions & {record.captions[0] for record in others}
+    assert all(record.label in CHARACTERS for record in out)
+    styles = judging.stack(out)[2]
+    assert [styles.count(style) for style in STYLES] == [6] * 16
+    assert len({record.label for record in out}) > 40  # not the same in each
+    assert {record.captions[0] for record in judging.leave_out(records[::-1], 0.1)[1]} == captions
+
+
+@pytest.fixture
+def four_fonts(monkeypatch):
+    fonts = {style: file for style, file in glyphs.FILES.items() if "mono" in style}
+    monkeypatch.setattr(glyphs, "FILES", fonts)
+
+
+def test_a_judge_is_kept(tmp_path, monkeypatch, four_fonts):
+    judge, scores = judging.load_or_train(tmp_path, TINY)
+    (folder,) = tmp_path.iterdir()
+    assert {*scores} == {"character", "style", "bold", "italic", "family"}
+    assert len(judge.names) > 700
+    monkeypatch.setattr(judging, "train", None)  # it is not called again
+    again, same_scores = judging.load_or_train(tmp_path, TINY)
+    assert (again.names, same_scores) == (judge.names, scores)
+    x = torch.rand(3, 1, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(judge(x), again(x)))
+    with pytest.raises(TypeError):  # another config is another judge
+        judging.load_or_train(tmp_path, replace(TINY, seed=1))
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a readable"):
+        judging.load_or_train(tmp_path, TINY)
+
+
+def test_its_own_scores_are_those_of_drawings_that_it_did_not_see(
+    tmp_path, monkeypatch, four_fonts
+):
+    seen = []
+    train = judging.train
+    monkeypatch.setattr(judging, "train", lambda r, config: train(seen.extend(r) or r, config))
+    judge, scores = judging.load_or_train(tmp_path, TINY)
+    captions = {record.captions[0] for record in seen}
+    unseen = [r for r in glyphs.records(letters=True) if r.captions[0] not in captions]
+    assert len(unseen) == 4 * 6
+    assert scores == judging.prompt_following(judge, *judging.stack(unseen))
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def test_prompt_following_counts_what_was_asked_for():
+    judge = Reader([*CHARACTERS, "latin small letter thorn"])
+    a, b, thorn = "digit one", "digit two", "latin small letter thorn"
+    images = judge.write([
+        ([a], "sans"), ([a], "sans bold"), ([a], "serif bold italic"), ([b], "stix italic"),
+    ])  # fmt: skip
+    styles = ["sans", "mono bold", "serif bold", "sans"]
+    assert judging.prompt_following(judge, images, [a] * 4, styles) == {
+        "character": 0.75, "style": 0.25, "bold": 1, "italic": 0.5, "family": 0.5,
+    }  # fmt: skip
+    images = judge.write([([thorn, b, a], "sans")])
+    for names, candidates, right in (
+        ([b], {}, 1),
+        ([a], {}, 0),
+        ([a], {"candidates": [a, "digit six"]}, 1),
+        ([thorn], {"candidates": judge.names}, 1),
+    ):
+        scores = judging.prompt_following(judge, images, names, ["sans"], **candidates)
+        assert scores["character"] == right
+
+
+def test_bytes_and_floats_are_the_same_pictures():
+    judge, images = Judge(TINY, CHARACTERS), judging.stack(drawn("ab"))[0]
+    floats = images.float() / 127.5 - 1
+    expected = judging.embed(judge, images)
+    assert expected.shape == (32, TINY.features)
+    torch.testing.assert_close(judging.embed(judge, floats), expected)
+    torch.testing.assert_close(judging.embed(judge, images.numpy()), expected)
+    beyond = torch.where(floats == 1, 3.0, floats)
+    torch.testing.assert_close(judging.embed(judge, beyond), expected)
+
+
+# ---- distances -----------------------------------------------------------------------------------
+
+
+def cloud(mean, factor, rows=50):
+    """Points whose mean is `mean` and whose covariance is factor @ factor.T, exactly."""
+    x = torch.randn(rows, len(mean), generator=torch.Generator().manual_seed(0)).double()
+    x = x - x.mean(0)
+    white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    return white @ factor.T + mean
+
+
+def test_frechet_distance_of_known_gaussians():
+    a = cloud(torch.tensor([0.0, 1, 2]).double(), torch.diag(torch.tensor([1.0, 2, 3])).double())
+    b = cloud(torch.tensor([1.0, 1, 4]).double(), torch.diag(torch.tensor([3.0, 2, 1])).double())
+    expected = (1 + 0 + 4) + (4 + 0 + 4)  # means, then standard deviations, squared
+    assert judging.frechet_distance(a, b) == pytest.approx(expected)
+    generator = torch.Generator().manual_seed(1)
+    m, n = (torch.randn(4, 4, generator=generator).double() for _ in range(2))
+    a, b = cloud(m[0], m), cloud(n[0], n)  # covariances that do not commute
+    A, B = m @ m.T, n @ n.T
+    root = torch.linalg.eigvals(A @ B).sqrt().real.sum()
+    expected = (m[0] - n[0]).square().sum() + A.trace() + B.trace() - 2 * root
+    assert judging.frechet_distance(a, b) == pytest.approx(expected.item())
+    assert judging.frechet_distance(b, a) == pytest.approx(expected.item())
+
+
+def test_frechet_distance_of_a_cloud_to_itself_is_0():
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))  # singular covariance
+    assert judging.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
+    assert judging.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
+    assert judging.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_copies_are_found():
+    train = judging.stack(drawn("abcd"))[0]
+    images = train[[5, 60, 17]].float() / 127.5 - 1
+    images[1] = (images[1] + 0.05).clamp(max=1)  # nearly
+    images[2] = 1 - 2 * torch.rand(images[2].shape, generator=torch.Generator().manual_seed(0))
+    found, nearest = judging.copies(images, train, threshold=0.06)
+    assert found == pytest.approx(2 / 3)
+    assert nearest[:2].tolist() == [5, 60]
+    assert judging.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
+    white, black = np.full((1, 1, 4, 4), 255, np.uint8), np.zeros((1, 1, 4, 4), np.uint8)
+    assert [judging.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
+
+
+# ---- colours -------------------------------------------------------------------------------------
+
+
+def test_colours_of_real_drawings_are_all_read_right():
+    records = drawn("abcdefgh")
+    pairs = [glyphs.choose_colors("", str(i)) for i in range(len(records))]
+    painted = [glyphs.paint(record.image, *pair) for record, pair in zip(records, pairs)]
+    images = np.stack(painted).transpose(0, 3, 1, 2)
+    inks, papers = map(list, zip(*pairs))
+    assert judging.color_accuracy(images, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = torch.from_numpy(images) / 127.5 - 1 + 0.1 * noise
+    assert judging.color_accuracy(noisy, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
+    grey = judging.stack(records)[0]
+    found = judging.unpaint(images)
+    assert found[:2] == (inks, papers)
+    assert (found[2].int() - grey.int()).abs().max() <= 1
+    assert found[2].shape == grey.shape
+
+
+def test_wrong_colours_and_blank_pictures_are_not_counted():
+    image = glyphs.paint(drawn("a")[0].image, "red", "blue")
+    blank = np.full_like(image, 0) + np.array(glyphs.COLORS["blue"], np.uint8)
+    images = np.stack([image, image, image, blank]).transpose(0, 3, 1, 2)
+    asked = ["red", "blue", "red", "red"], ["blue", "red", "green", "blue"]
+    scores = judging.color_accuracy(images, *asked)
+    assert scores == {"ink": 0.5, "paper": 0.5, "both": 0.25}
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+ONE = torch.zeros(1, 1, 32, 32)
+A = ["digit one"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda j: JudgeConfig(width=12), "width is 12, .*: use a multiple of 8"),
+        (lambda j: JudgeConfig(held_out=0), "held_out 0: .* share between 0 and 1"),
+        (lambda j: judging.embed(j, ONE[0]), r"\(1, 32, 32\); they must be \(B, 1, H, W\)"),
+        (lambda j: judging.embed(j, ONE[:0]), "B at least 1"),
+        (lambda j: judging.prompt_following(j, ONE, A * 2, ["sans"] * 2), "1 pictures, 2 prompts"),
+        (lambda j: judging.prompt_following(j, ONE, ["x"], ["sans"]), "'x' is none of the 62"),
+        (lambda j: judging.prompt_following(j, ONE, A, ["light"]), "'light' is none of the 16"),
+        (lambda j: judging.prompt_following(j, ONE, A, ["sans"], ["x", *A]), "'x' is none of"),
+        (lambda j: judging.frechet_distance(ONE[0, 0], ONE[0, 0, :, :3]), "of one F"),
+        (lambda j: judging.frechet_distance(ONE[0, 0, :1], ONE[0, 0]), "B at least 2"),
+        (lambda j: judging.copies(ONE, ONE[..., :8], 0.1), "1024 and 256 pixels"),
+        (lambda j: judging.copies(ONE, ONE, 0), "threshold above 0"),
+        (lambda j: judging.color_accuracy(ONE, ["red"], ["blue"]), r"must be \(B, 3, H, W\)"),
+        (lambda j: judging.color_accuracy(ONE, ["pink"], ["blue"]), "'pink' is none of the 8"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(Judge(TINY, CHARACTERS))

@@ -1,0 +1,286 @@
+"""Text-to-image in use: its parts trained first, or given; sampled, resumed, judged."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+from PIL.Image import open as open_image
+
+import sample
+import train
+from tinyfm import checkpoint, evaluate, judge, picture_scores, presets
+
+PARTS = {
+    "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16
+    --model.groups 4 --model.latent-channels 2 --optim.lr 1e-2""",
+    "clip": """--model.image-size 8 --model.channels 3 --model.patch-size 4 --model.image-width 16
+    --model.text-width 16 --model.image-layer 1 --model.text-layer 1 --model.embed-dim 16
+    --model.context-length 12 --data.tokenizer bytes --model.vocab-size 257""",
+}
+DENOISER = """--model.diffusion.channels 8 16 --model.diffusion.groups 4
+--model.diffusion.attend False True --model.diffusion.n-head 2 --optim.ema-half-life 5
+--optim.lr 1e-2 --train.eval-every 20 --data.val-images 8"""
+COMMON = """--train.batch-size 16 --train.log-every 1 --train.dtype float32 --train.device cpu
+--optim.warmup-steps 5 --data.val-fraction 0.4"""
+INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """60 pictures with captions: a bar at one of four places, in one of three colours."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(60):
+        picture = np.full((8, 8, 3), 255, dtype=np.uint8)
+        name = list(INKS)[i % 3]
+        picture[:, 2 * (i % 4)] = INKS[name]
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{name} {'abcd'[i % 4]}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def common(pictures, tmp_path_factory):
+    data = ["--data.path", pictures, "--data.cache", tmp_path_factory.mktemp("cache")]
+    return [*COMMON.split(), *data]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_forecast():
+    """What training will cost, said before each run, takes longer than our trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.calc, "describe", lambda *arguments: "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def parts(common, tmp_path_factory):
+    """{option: run directory} of a trained autoencoder and a trained CLIP."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name, sizes in PARTS.items():
+        steps = ["--train.steps", 30, "--out", folder / name]
+        assert call(train, name, *sizes.split(), *common, *steps) == 0
+    return {name: folder / name for name in PARTS}
+
+
+@pytest.fixture(scope="module")
+def arguments(common, parts):
+    given = [word for name, folder in parts.items() for word in (f"--{name}", folder)]
+    return ["text2image", *DENOISER.split(), *common, *given]
+
+
+@pytest.fixture(scope="module")
+def run(arguments, tmp_path_factory):
+    """A complete run, not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "text2image"
+    assert call(train, *arguments, "--train.steps", 40, "--out", out) == 0
+    return out
+
+
+def refusal(capsys, *words):
+    """What is said where nothing can be done."""
+    assert call(*words) == 1
+    return capsys.readouterr().err
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+
+
+def losses(run):
+    return [row["val_loss"] for row in metrics(run) if "val_loss" in row]
+
+
+def test_it_learns_and_draws_as_it_does(run):
+    first, *_, last = losses(run)
+    assert last < 0.8 * first
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "step-000020.png", "step-000040.png",
+    }  # fmt: skip
+
+
+def test_what_is_frozen_is_that_of_its_parts(run, parts):
+    model = presets.open_run(str(run)).model
+    for name in PARTS:
+        own = presets.open_run(str(parts[name])).model
+        own, taken = (
+            (own.text_tower, model.text_tower) if name == "clip" else (own, model.autoencoder)
+        )
+        for key, tensor in own.state_dict().items():
+            assert torch.equal(tensor, taken.state_dict()[key]), key
+
+
+def test_a_run_does_not_need_its_parts_again(run, arguments, parts, tmp_path):
+    """The parts were moved: it goes on, samples and is evaluated by what it keeps; bit for bit."""
+    half = tmp_path / "half"
+    shorter = [*arguments, "--train.steps", 40, "--out", half]
+    stop = checkpoint.save
+
+    def save_and_stop(out, step, *rest):
+        stop(out, step, *rest)
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        assert call(train, *shorter) == 130
+    elsewhere = ["--autoencoder", tmp_path / "gone", "--clip", tmp_path / "gone"]
+    assert call(train, *shorter, *elsewhere, "--resume") == 0
+    assert losses(half)[-1] == losses(run)[-1]
+    table = evaluate.evaluate(presets.open_run(str(half)), evaluate.Options(str(half)))
+    assert table["val_loss"]["reached"] == pytest.approx(losses(run)[-1], rel=1e-4)
+
+
+def test_latents_are_encoded_once_and_again_for_other_weights(run, tmp_path):
+    opened = presets.open_run(str(run))
+    config = dataclasses.replace(opened.run.data, cache=str(tmp_path))
+    data = opened.run.open_data()
+    plain = data.batch(3)
+    data.encode_all(opened.model, config)
+    cached = data.batch(3)
+    direct = opened.model.encode_images(plain["images"])
+    assert torch.allclose(cached["latents"], direct, atol=2e-3)
+    assert torch.equal(cached["tokens"], plain["tokens"])
+    files = sorted(tmp_path.iterdir())
+    data.encode_all(opened.model, config)
+    assert sorted(tmp_path.iterdir()) == files
+    assert len(files) == 2  # the two splits that training reads
+    opened.model.autoencoder.latent_scale.mul_(2)
+    data.encode_all(opened.model, config)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert torch.allclose(data.batch(3)["latents"], 2 * cached["latents"], atol=1e-2)
+
+
+def test_parts_that_are_not_given_are_trained_first(common, tmp_path, monkeypatch, capsys):
+    tiny = {}
+    for name, sizes in PARTS.items():
+        own = ["--train.steps", "4", "--train.eval-every", "0", "--train.batch-size", "8"]
+        words = [name, *sizes.split(), *own]
+        tiny[f"text2image-{name}"] = dataclasses.replace(
+            presets.PRESETS[name], run=train.read_arguments(words)[2]
+        )
+    monkeypatch.setattr(presets, "PRESETS", presets.PRESETS | tiny)
+    whole = presets.PRESETS["text2image"]
+    sized = dataclasses.replace(tiny["text2image-autoencoder"].run.model)
+    model = dataclasses.replace(
+        whole.run.model, autoencoder=sized, clip=tiny["text2image-clip"].run.model,
+        diffusion=dataclasses.replace(
+            whole.run.model.diffusion, image_size=4, in_channels=2, d_context=16
+        ),
+    )  # fmt: skip
+    changed = dataclasses.replace(whole, run=dataclasses.replace(whole.run, model=model))
+    monkeypatch.setitem(presets.PRESETS, "text2image", changed)
+    out = tmp_path / "run"
+    words = ["text2image", *DENOISER.split(), *common, "--train.steps", 2, "--out", out]
+    assert call(train, *words) == 0
+    said = capsys.readouterr().out
+    assert said.index("--- the autoencoder, in") < said.index("--- the clip, in")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-autoencoder", "run-clip"}
+    shutil.rmtree(out)
+    assert call(train, *words) == 0  # the parts are there: they are taken as they are
+    assert "the run is complete" in capsys.readouterr().out
+
+
+def test_a_part_must_be_a_run_of_its_family(arguments, parts, tmp_path, capsys):
+    swapped = ["--autoencoder", parts["clip"], "--out", tmp_path / "x"]
+    message = refusal(capsys, train, *arguments, *swapped)
+    assert "is a run of family clip, not autoencoder" in message
+    message = refusal(
+        capsys, train, *arguments, "--clip", tmp_path / "none", "--out", tmp_path / "x"
+    )
+    assert "there is no run directory" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_channels_than_the_pictures_have_are_named(arguments, tmp_path, capsys):
+    message = refusal(capsys, train, *arguments, "--data.path", "letters", "--out", tmp_path / "x")
+    assert "letters are 32 x 32 pixels in 1 channels" in message
+    message = refusal(capsys, train, *arguments, "--data.color", "--out", tmp_path / "x")
+    assert "and not your own pictures" in message
+
+
+# ---- sample -------------------------------------------------------------------------------------
+
+
+def test_sample_draws_what_the_prompt_says(run, tmp_path, capsys):
+    out = tmp_path / "drawn.png"
+    assert call(sample, run, "--prompt", "red a", "-n", 3, "--steps", 4, "--out", out) == 0
+    assert "3 pictures in 4 steps" in capsys.readouterr().out
+    with open_image(out) as sheet:
+        first = np.array(sheet)
+    assert call(sample, run, "--prompt", "red a", "-n", 3, "--steps", 4, "--out", out) == 0
+    with open_image(out) as sheet:
+        assert np.array_equal(np.array(sheet), first)
+    assert call(sample, run, "--prompt", "blue d", "-n", 3, "--steps", 4, "--out", out) == 0
+    with open_image(out) as sheet:
+        assert not np.array_equal(np.array(sheet), first)
+
+
+def test_sample_changes_fills_and_enlarges_pictures(run, pictures, tmp_path):
+    out, mask, small = (tmp_path / f"{name}.png" for name in ("out", "mask", "small"))
+    white = np.zeros((8, 8), dtype=np.uint8)
+    white[:, :4] = 255
+    Image.fromarray(white).save(mask)
+    with open_image(pictures / "0.png") as image:
+        image.resize((4, 4)).save(small)
+    first = ["--prompt", "red a", "-n", 2, "--steps", 5, "--out", out]
+    own = ["--init-image", pictures / "0.png"]
+    for words in ([*own, "--strength", 0.5], [*own, "--mask", mask], ["--upscale", small]):
+        assert call(sample, run, *first, *words) == 0
+        out.unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say what to draw"),
+        (["--prompt", ""], "say what to draw"),
+        (["--prompt", "a", "--guidance", -1], "it must be 0 or above"),
+        (["--prompt", "a", "--steps", 2000], "do not fit a schedule"),
+        (["--prompt", "a", "--strength", 0.5], "how much to change of --init-image"),
+        (["--prompt", "a", "--mask", "0.png"], "what to draw anew of --init-image"),
+        (["--prompt", "a", "--init-image", "0.png", "--strength", 1.5], "strength is 1.5"),
+        (["--prompt", "a", "--init-image", "0.png", "--mask", "wide.png"], "make them equal"),
+        (["--prompt", "a", "--upscale", "wide.png"], "give 2 x 2 or 4 x 4"),
+        (["--prompt", "a", "--init-image", "none.png"], "none.png cannot be used as an image"),
+        (["--prompt", "a", "--top-k", 3], "--top-k is not for a run of family text2image"),
+    ],
+)
+def test_wrong_options_are_one_clear_sentence(
+    run, pictures, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(pictures / "0.png", tmp_path)
+    Image.new("RGB", (9, 5)).save(tmp_path / "wide.png")
+    assert message in refusal(capsys, sample, run, *words)
+    assert not (tmp_path / "sample.png").exists()
+
+
+# ---- what is drawn, judged ----------------------------------------------------------------------
+
+
+class Copier:
+    """A model that draws each prompt perfectly: by the font."""
+
+    def __init__(self, color):
+        self.color = color
+
+    def generate(self, prompts, **how):
+        from data import glyphs
+
+        rows = []
+        for prompt in prompts:
+            ink, paper = "black", "white"
+            if self.color:
+                ink, _, prompt = prompt.partition(" ")
+                prompt, _, paper = prompt.rpartition(" on ")
+            style = max((s for s in judge.STYLES if prompt.startswith(f"{s} ")), key=len)
+            (image,) = picture_scores.real_drawings([(style, prompt[len(style) + 1 :])])
+            image = image.permute(1, 2, 0).numpy()
+            image = glyphs.paint(image, ink, paper) if self.color else image
+            rows.append(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
+        return torch.stack(rows)

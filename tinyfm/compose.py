@@ -1,0 +1,84 @@
+"""Runs whose model is made of other runs' models: find those, or train them first.
+
+Which ones a run needs stands in its type: `needs`, option -> preset. An option that is not given
+means OUT-OPTION, as in runs/text2image-clip, which is begun, gone on with, or taken as it is. What
+was taken is in the run's own checkpoints: resumed or opened, it needs the others no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from tinyfm import checkpoint, files, presets
+from tinyfm.presets import OpenRun, Preset
+from tinyfm.run import Run
+
+Train = Callable[[str, Preset, Run], int]  # (name, preset, run) -> exit status, 0 if it is done
+
+
+def part_run(run: Run, option: str) -> Run:
+    """The run of a part, on the same pictures, device and seed. Its `out` is a new one, or goes
+    on."""
+    part, out = presets.get_preset(run.needs[option]).run, f"{run.out}-{option}"
+    same = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
+    where = {name: getattr(run.train, name) for name in ("seed", "device", "dtype")}
+    channels = "channels" if option == "clip" else "in_channels"
+    sizes = {"image_size": run.model.autoencoder.image_size,
+             channels: 3 if run.data.color else run.model.autoencoder.in_channels}  # fmt: skip
+    return replace(
+        part, model=replace(part.model, **sizes), data=replace(part.data, **same),
+        train=replace(part.train, **where), out=out, resume=Path(out).exists(),
+    )  # fmt: skip
+
+
+def fit(run: Run, autoencoder, clip) -> Run:
+    """The run with the configs of its parts, the denoiser's sizes following from theirs."""
+    sizes = {"image_size": autoencoder.image_size // autoencoder.factor,
+             "in_channels": autoencoder.latent_channels, "d_context": clip.text_width}  # fmt: skip
+    diffusion = replace(run.model.diffusion, **sizes)
+    return replace(run, model=type(run.model)(diffusion, autoencoder, clip))
+
+
+def prepare(run: Run, train: Train) -> tuple[Run, dict[str, OpenRun]]:
+    """The run as it can begin, and the parts it takes, {} where it goes on or needs none.
+
+    Raises ValueError for a part that is no such run; SystemExit with the status of a part's
+    training that was stopped.
+    """
+    if not run.needs:
+        return run, {}
+    if run.resume:
+        folder = checkpoint.find(run.out)
+        record = presets.read_run(files.read_json(folder / "config.json"))
+        own = dict.fromkeys(run.needs, str(folder))
+        return replace(fit(run, record.model.autoencoder, record.model.clip), **own), {}
+    if run.dry_run:
+        parts = {option: part_run(run, option).model for option in run.needs}
+        return fit(run, **parts), {}
+    parts = {}
+    for option, preset in run.needs.items():
+        folder = getattr(run, option)
+        if not folder:
+            part = part_run(run, option)
+            folder = part.out
+            print(f"--- the {option}, in {folder}")
+            if status := train(preset, presets.get_preset(preset), part):
+                raise SystemExit(status)
+        parts[option] = presets.open_run(folder)
+        if (found := parts[option].run.family) != option:
+            raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
+    own = {option: str(part.folder) for option, part in parts.items()}
+    return replace(fit(run, **{name: part.run.model for name, part in parts.items()}), **own), parts
+
+
+def fill(model: nn.Module, parts: dict[str, OpenRun]) -> None:
+    """Give the model the weights of its parts."""
+    for own, option in (("autoencoder", "autoencoder"), ("text_tower", "clip")):
+        if option in parts:
+            other = parts[option].model
+            other = other.text_tower if option == "clip" else other
+            getattr(model, own).load_state_dict(other.state_dict())

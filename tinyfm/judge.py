@@ -1,0 +1,285 @@
+"""What a text-to-image model draws, judged by a network that was taught on the real drawings.
+
+Asked for a "serif bold latin small letter a", did the model draw an a, bold, with serifs? A small
+network learns to read the real letters and digits of data/glyphs.py, black on white, and says of
+any picture which character it is, in which style. It learns from all splits: what the model never
+saw, its judge must know. No model can be measured above its judge, so the judge's own score, on
+real drawings that it did not see, stands beside. The measures:
+
+    prompt_following   shares of pictures in which the judge sees what the prompt asked for
+    frechet_distance   of two clouds of features, taken for Gaussians (Heusel et al. 2017, eq. 6):
+                       |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)).
+                       FID is this with the features of Inception, so ours is another number
+    copies             share of pictures that are training pictures again, or nearly
+    color_accuracy     shares of pictures in the ink and on the paper that the prompt named
+
+Letters: B pictures, C channels, H W rows and columns, M characters, F features. Pictures are uint8,
+or float in [-1, 1], to which they are clamped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from data import glyphs
+from data.pictures import Record
+from tinyfm import files
+from tinyfm.clip import augment
+from tinyfm.pair_files import whole_or_absent
+from tinyfm.zero_shot import ROWS, share
+
+FORMAT = 1  # of what is kept: with another number, judges are trained anew
+STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
+CHARACTERS = tuple(
+    unicodedata.name(character).lower() for character in ascii_uppercase + ascii_lowercase + digits
+)
+ASPECTS = {  # what the words of a style say
+    "style": str,
+    "bold": lambda words: "bold" in words,
+    "italic": lambda words: "italic" in words,
+    "family": lambda words: words.split()[0],
+}
+GROUPS = 8  # of channels, normalised together
+Pictures = Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """How large the judge is and how it is trained."""
+
+    width: int = 32  # channels of the first convolution; the last has four times as many
+    features: int = 256  # F
+    steps: int = 1800
+    batch_size: int = 128  # half of it CHARACTERS, half any Latin letters
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    augment: float = 0.1  # see clip.augment; o is O but for its size, so not much
+    noise: float = 0.1  # largest standard deviation
+    held_out: float = 0.1  # share of the drawings of CHARACTERS that training leaves out
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.width < 1 or self.width % GROUPS or not 0 < self.held_out < 1:
+            advice = f"use a multiple of {GROUPS}, and a share between 0 and 1"
+            raise ValueError(f"width is {self.width}, held_out {self.held_out}: {advice}")
+
+
+def as_pixels(images: Pictures, channels: int) -> Tensor:
+    """float32 (B, channels, H, W) in [-1, 1]. Raises ValueError for another shape."""
+    images = torch.as_tensor(images)
+    if images.ndim != 4 or images.size(1) != channels or not len(images):
+        shape = tuple(images.shape)
+        raise ValueError(f"images are {shape}; they must be (B, {channels}, H, W), B at least 1")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    return images.float().clamp(-1, 1)
+
+
+def places(words: Sequence[str], among: Sequence[str]) -> Tensor:
+    """Where each of the words stands, int64 (B,). Raises ValueError for one that does not."""
+    numbers = {word: i for i, word in enumerate(among)}
+    if unknown := set(words) - set(numbers):
+        shown = ", ".join(among[:3])
+        raise ValueError(f"{min(unknown)!r} is none of the {len(among)} there are: {shown}, ...")
+    return torch.tensor([numbers[word] for word in words])
+
+
+# ---- the judge ----------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """Images (B, 1, 32, 32) in [-1, 1] -> (character logits (B, M), style logits (B, 16)).
+
+    `names` are the M characters'. Nothing is averaged over places: where a shape stands on the
+    line, and how large it is, is all that tells o from O.
+    """
+
+    def __init__(self, config: JudgeConfig, names: Sequence[str]):
+        super().__init__()
+        self.names, layers, c_in = tuple(names), [], 1
+        for times, kernel, stride in ((1, 5, 2), (2, 3, 2), (4, 3, 1), (4, 3, 2)):
+            c_out = times * config.width
+            conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+            layers += [conv, nn.GroupNorm(GROUPS, c_out), nn.ReLU()]
+            c_in = c_out
+        flat = c_in * (glyphs.SIZE // 8) ** 2
+        layers += [nn.Flatten(), nn.Linear(flat, config.features), nn.ReLU()]
+        self.features = nn.Sequential(*layers)  # -> (B, F)
+        self.character = nn.Linear(config.features, len(self.names))
+        self.style = nn.Linear(config.features, len(STYLES))
+        self.to(memory_format=torch.channels_last)  # as convolutions like it
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images)
+        return self.character(features), self.style(features)
+
+
+# ---- how it is trained --------------------------------------------------------------------------
+
+
+def stack(records: Sequence[Record]) -> tuple[Tensor, list[str], list[str]]:
+    """Images, uint8 (B, 1, 32, 32), names and styles of black drawings."""
+    images = torch.from_numpy(np.stack([record.image.transpose(2, 0, 1) for record in records]))
+    names = [record.label for record in records]
+    return images, names, [r.captions[0].removesuffix(f" {r.label}") for r in records]
+
+
+def leave_out(records: Sequence[Record], part: float) -> tuple[list[Record], list[Record]]:
+    """(the others, this part of the CHARACTERS in each style, chosen by a hash)."""
+    out = set()
+    for style in STYLES:
+        captions = {f"{style} {name}" for name in CHARACTERS} & {r.captions[0] for r in records}
+        mixed = sorted(captions, key=lambda text: hashlib.sha256(text.encode()).digest())
+        out |= {*mixed[: round(part * len(mixed))]}
+    others = [record for record in records if record.captions[0] not in out]
+    return others, [record for record in records if record.captions[0] in out]
+
+
+def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
+    """A judge that knows the characters of these drawings, and of CHARACTERS at least the names."""
+    images, names, styles = stack(records)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        judge = Judge(config, sorted({*CHARACTERS, *names}))
+    generator = torch.Generator().manual_seed(config.seed)
+    own = torch.tensor([name in CHARACTERS for name in names]).nonzero().flatten()
+    images, names, styles = as_pixels(images, 1), places(names, judge.names), places(styles, STYLES)
+    half = config.batch_size // 2
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+    for _ in trange(config.steps, desc="training the judge", leave=False, disable=None):
+        drawn = [torch.randint(n, (half,), generator=generator) for n in (len(images), len(own))]
+        rows = torch.cat((drawn[0], own[drawn[1]]))
+        x = augment(images[rows], [generator] * len(rows), config.augment)
+        spread = config.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
+        character, style = judge(x + spread * torch.randn(x.shape, generator=generator))
+        loss = F.cross_entropy(character, names[rows]) + F.cross_entropy(style, styles[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge
+
+
+def load_or_train(
+    cache: str | Path, config: JudgeConfig = JudgeConfig()
+) -> tuple[Judge, dict[str, float]]:
+    """The judge, and its prompt_following on the real drawings of CHARACTERS that it did not see.
+
+    It is trained once, in minutes, and kept in a folder of `cache` whose name ends with a hash of
+    all that it depends on. Raises CheckpointError if what is there is damaged.
+    """
+    key = json.dumps([FORMAT, glyphs.version(letters=True), asdict(config)])
+    folder = Path(cache, f"judge-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    if not folder.exists():
+        others, unseen = leave_out(list(glyphs.records(letters=True)), config.held_out)
+        judge = train(others, config)
+        about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
+        with whole_or_absent(folder) as temporary:
+            files.save_tensors(temporary, "model", judge.state_dict())
+            files.write_json(temporary / "judge.json", about)
+    about = files.read_json(folder / "judge.json")
+    judge = Judge(config, about["names"])
+    files.load_model(judge, files.load_tensors(folder))
+    return judge, about["scores"]
+
+
+# ---- measures: shares are of 1 ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(judge: Judge, images: Pictures) -> Tensor:
+    """Pictures (B, 1, 32, 32) -> features (B, F)."""
+    device = judge.style.weight.device
+    return torch.cat([judge.features(x.to(device)) for x in as_pixels(images, 1).split(ROWS)])
+
+
+def agreement(found: Iterable, asked: Iterable) -> float:
+    """Share of places in which two lists are equal. Raises ValueError for unequal lengths."""
+    found, asked = list(found), list(asked)
+    if len(found) != len(asked):
+        raise ValueError(f"{len(found)} pictures, {len(asked)} prompts: give each its own")
+    return sum(map(operator.eq, found, asked)) / len(asked)
+
+
+@torch.no_grad()
+def prompt_following(
+    judge: Judge, images: Pictures, names: Sequence[str], styles: Sequence[str],
+    candidates: Sequence[str] = CHARACTERS,
+) -> dict[str, float]:  # fmt: skip
+    """Shares of pictures (B, 1, 32, 32) in which the judge sees what was asked for: "character", of
+    the candidates; "style", all its words; "bold" and "italic", there or not; "family".
+
+    Raises ValueError for a name that is no candidate, or a candidate that the judge does not know.
+    """
+    places(names, candidates), places(styles, STYLES)  # for their ValueErrors
+    features, among = embed(judge, images), places(candidates, judge.names)
+    seen = [candidates[i] for i in judge.character(features)[:, among].argmax(1)]
+    seen_styles = [STYLES[i] for i in judge.style(features).argmax(1)]
+    scores = {"character": agreement(seen, names)}
+    for key, of in ASPECTS.items():
+        scores[key] = agreement(map(of, seen_styles), map(of, styles))
+    return scores
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Between the Gaussians with the means and covariances of two clouds (B, F), in float64.
+
+    It is larger for fewer pictures, even of the same kind: compare only equal counts.
+    """
+    a, b = features_a.double(), features_b.double()
+    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"features are {shapes}; they must be (B, F), of one F, B at least 2")
+    A, B = (torch.atleast_2d(x.T.cov()) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    overlap = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * overlap
+    return max(0.0, distance.item())
+
+
+def copies(images: Pictures, train_images: Pictures, threshold: float) -> tuple[float, Tensor]:
+    """(share of pictures (B, C, H, W) with a training picture nearer than the threshold, which one
+    is the nearest, int64 (B,)). The distance is the mean absolute difference, black to white 2."""
+    x, train_x = (as_pixels(own, images.shape[1]).flatten(1) for own in (images, train_images))
+    if x.size(1) != train_x.size(1) or threshold <= 0:
+        sizes = f"{x.size(1)} and {train_x.size(1)} pixels, threshold {threshold}"
+        raise ValueError(f"{sizes}: give pictures of one size and a threshold above 0")
+    nearest = [torch.cdist(part, train_x, p=1).min(1) for part in x.split(ROWS)]
+    distances = torch.cat([part.values for part in nearest]) / x.size(1)
+    return share(distances < threshold), torch.cat([part.indices for part in nearest])
+
+
+def unpaint(images: Pictures) -> tuple[list[str], list[str], Tensor]:
+    """Pictures (B, 3, H, W) -> (inks, papers, the same in black on white as the judge reads them,
+    uint8 (B, 1, H, W)); see glyphs.unpaint."""
+    rows = (as_pixels(images, 3).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
+    inks, papers, drawings = zip(*map(glyphs.unpaint, rows))
+    return list(inks), list(papers), torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2)
+
+
+def color_accuracy(
+    images: Pictures, inks: Sequence[str], papers: Sequence[str]
+) -> dict[str, float]:
+    """Shares of pictures (B, 3, H, W) in the "ink", on the "paper", in "both" that were asked for.
+
+    Raises ValueError for colours that are not in glyphs.COLORS.
+    """
+    places([*inks, *papers], list(glyphs.COLORS))  # for its ValueError
+    seen_inks, seen_papers, _ = unpaint(images)
+    scores = {"ink": agreement(seen_inks, inks), "paper": agreement(seen_papers, papers)}
+    return scores | {"both": agreement(zip(seen_inks, seen_papers), zip(inks, papers))}
