@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tinyfm import generate, machine, presets, show
+from tinyfm import generate, machine, records, show
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main() -> int | str:
         options = tyro.cli(Options, description=__doc__)
         if options.n is not None and options.n < 1:
             raise ValueError(f"-n is {options.n}; ask for at least 1")
-        opened = presets.open_run(options.run, options.raw)
+        opened = records.open_run(options.run, options.raw)
         check(options, opened.run.family)
         device = machine.choose_device(options.device)
         dtype = machine.choose_dtype(options.dtype, device)

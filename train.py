@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, compose, distributed, files, machine, presets
+from tinyfm import calc, compose, distributed, files, machine, presets, records
 from tinyfm.families import Run
 from tinyfm.logbook import read_metrics
 from tinyfm.trainer import Trainer
@@ -38,28 +38,28 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
     out, begun = Path(run.out), time.perf_counter()
     say = print if world.first else lambda line: None
     if not run.dry_run:
-        presets.check_directory(out, run.resume)
+        records.check_directory(out, run.resume)
     run, parts = compose.prepare(run, lambda *part: train(*part, world))
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
             costs = calc.describe(run.build_model(), run.optim, run.train)
-        say(f"{json.dumps(presets.to_record(name, run), indent=2)}\n{costs}")
+        say(f"{json.dumps(records.to_record(name, run), indent=2)}\n{costs}")
         return 0
     machine.choose_dtype(run.train.dtype, machine.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
-    record = presets.to_record(name, run, data.fingerprint)
+    record = records.to_record(name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
     model = run.build_model()
     compose.fill(model, parts)
     trainer = Trainer(
         model, data, run.train, run.optim, out, world=world,
-        write=lambda folder: presets.write_run_files(folder, record, run, data),
+        write=lambda folder: records.write_run_files(folder, record, run, data),
         score=lambda model: run.score(model, data),
         show=lambda model, folder, step: run.show(model, data, folder, step),
     )  # fmt: skip
     if run.resume:
-        presets.check_same(files.read_json(out / "config.json"), record, out)
+        records.check_same(files.read_json(out / "config.json"), record, out)
         folder, done = trainer.resume(), trainer.counters["step"] == run.train.steps
         say(f"{'the run is complete:' if done else 'going on from'} {folder}")
     elif world.first:

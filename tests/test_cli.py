@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, families, files, generate, machine, presets
+from tinyfm import checkpoint, families, files, generate, machine, presets, records
 from tinyfm.gpt import GPT
 from tinyfm.trainer import Trainer
 
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_names_the_one_before(run, options, fails):
 
 
 def expected(run: Path, prompt: str, n: int, stops=(), **settings) -> list[str]:
-    opened = presets.open_run(str(run))
+    opened = records.open_run(str(run))
     texts = [prompt] * n
     sampling = generate.Sampling(**settings)
     for parts in generate.stream_text(opened.model, opened.tokenizer, texts[:], sampling, stops):
@@ -307,7 +307,7 @@ def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):
     assert re.search(r"step-000004: step 4, val_loss .*, val_bpb .*; model weights, cpu, float32",
                      said.err)  # fmt: skip
 
-    opened = presets.open_run(str(tiny_run))  # and the text is that of the tokens, no less
+    opened = records.open_run(str(tiny_run))  # and the text is that of the tokens, no less
     rows = opened.model.generate(
         [opened.tokenizer.encode("The with")],
         generate.Sampling(max_new_tokens=20, seed=7, stop_tokens=(opened.tokenizer.eot,)),
@@ -316,7 +316,7 @@ def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):
 
 
 def test_the_first_text_is_shown_as_it_is_written(tiny_run, monkeypatch):
-    opened = presets.open_run(str(tiny_run))
+    opened = records.open_run(str(tiny_run))
     plain, shown = generate.stream_text, []
 
     def steps(*arguments):
@@ -369,7 +369,7 @@ def test_raw_weights(tmp_path, options, capsys):
         assert call(sample, tmp_path / "run", *more, "--temperature", 0) == 0
         said = capsys.readouterr()
         assert f"; {kind} weights" in said.err
-        outputs.append(presets.open_run(str(tmp_path / "run"), bool(more)).model.state_dict())
+        outputs.append(records.open_run(str(tmp_path / "run"), bool(more)).model.state_dict())
     assert not torch.equal(outputs[0]["head.weight"], outputs[1]["head.weight"])
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from data import glyphs
 from data.pictures import Record
 from tinyfm import judge as judging
+from tinyfm import picture_scores
 from tinyfm.files import CheckpointError
 from tinyfm.judge import CHARACTERS, STYLES, Judge, JudgeConfig
+from tinyfm.picture_scores import color_accuracy as colors
 
 TINY = JudgeConfig(width=8, features=16, steps=2, batch_size=4)
 LETTER = {name: "latin capital letter " + name for name in "abcdefgh"}
@@ -187,22 +189,22 @@ def test_frechet_distance_of_known_gaussians():
     a = cloud(torch.tensor([0.0, 1, 2]).double(), torch.diag(torch.tensor([1.0, 2, 3])).double())
     b = cloud(torch.tensor([1.0, 1, 4]).double(), torch.diag(torch.tensor([3.0, 2, 1])).double())
     expected = (1 + 0 + 4) + (4 + 0 + 4)  # means, then standard deviations, squared
-    assert judging.frechet_distance(a, b) == pytest.approx(expected)
+    assert picture_scores.frechet_distance(a, b) == pytest.approx(expected)
     generator = torch.Generator().manual_seed(1)
     m, n = (torch.randn(4, 4, generator=generator).double() for _ in range(2))
     a, b = cloud(m[0], m), cloud(n[0], n)  # covariances that do not commute
     A, B = m @ m.T, n @ n.T
     root = torch.linalg.eigvals(A @ B).sqrt().real.sum()
     expected = (m[0] - n[0]).square().sum() + A.trace() + B.trace() - 2 * root
-    assert judging.frechet_distance(a, b) == pytest.approx(expected.item())
-    assert judging.frechet_distance(b, a) == pytest.approx(expected.item())
+    assert picture_scores.frechet_distance(a, b) == pytest.approx(expected.item())
+    assert picture_scores.frechet_distance(b, a) == pytest.approx(expected.item())
 
 
 def test_frechet_distance_of_a_cloud_to_itself_is_0():
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))  # singular covariance
-    assert judging.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
-    assert judging.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
-    assert judging.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
+    assert picture_scores.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
+    assert picture_scores.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
+    assert picture_scores.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
 
 
 def test_copies_are_found():
@@ -210,12 +212,12 @@ def test_copies_are_found():
     images = train[[5, 60, 17]].float() / 127.5 - 1
     images[1] = (images[1] + 0.05).clamp(max=1)  # nearly
     images[2] = 1 - 2 * torch.rand(images[2].shape, generator=torch.Generator().manual_seed(0))
-    found, nearest = judging.copies(images, train, threshold=0.06)
+    found, nearest = picture_scores.copies(images, train, threshold=0.06)
     assert found == pytest.approx(2 / 3)
     assert nearest[:2].tolist() == [5, 60]
-    assert judging.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
+    assert picture_scores.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
     white, black = np.full((1, 1, 4, 4), 255, np.uint8), np.zeros((1, 1, 4, 4), np.uint8)
-    assert [judging.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
+    assert [picture_scores.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
 
 
 # ---- colours -------------------------------------------------------------------------------------
@@ -227,12 +229,12 @@ def test_colours_of_real_drawings_are_all_read_right():
     painted = [glyphs.paint(record.image, *pair) for record, pair in zip(records, pairs)]
     images = np.stack(painted).transpose(0, 3, 1, 2)
     inks, papers = map(list, zip(*pairs))
-    assert judging.color_accuracy(images, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
+    assert colors(images, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = torch.from_numpy(images) / 127.5 - 1 + 0.1 * noise
-    assert judging.color_accuracy(noisy, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
+    assert colors(noisy, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
     grey = judging.stack(records)[0]
-    found = judging.unpaint(images)
+    found = picture_scores.unpaint(images)
     assert found[:2] == (inks, papers)
     assert (found[2].int() - grey.int()).abs().max() <= 1
     assert found[2].shape == grey.shape
@@ -243,7 +245,7 @@ def test_wrong_colours_and_blank_pictures_are_not_counted():
     blank = np.full_like(image, 0) + np.array(glyphs.COLORS["blue"], np.uint8)
     images = np.stack([image, image, image, blank]).transpose(0, 3, 1, 2)
     asked = ["red", "blue", "red", "red"], ["blue", "red", "green", "blue"]
-    scores = judging.color_accuracy(images, *asked)
+    scores = colors(images, *asked)
     assert scores == {"ink": 0.5, "paper": 0.5, "both": 0.25}
 
 
@@ -264,12 +266,18 @@ A = ["digit one"]
         (lambda j: judging.prompt_following(j, ONE, ["x"], ["sans"]), "'x' is none of the 62"),
         (lambda j: judging.prompt_following(j, ONE, A, ["light"]), "'light' is none of the 16"),
         (lambda j: judging.prompt_following(j, ONE, A, ["sans"], ["x", *A]), "'x' is none of"),
-        (lambda j: judging.frechet_distance(ONE[0, 0], ONE[0, 0, :, :3]), "of one F"),
-        (lambda j: judging.frechet_distance(ONE[0, 0, :1], ONE[0, 0]), "B at least 2"),
-        (lambda j: judging.copies(ONE, ONE[..., :8], 0.1), "1024 and 256 pixels"),
-        (lambda j: judging.copies(ONE, ONE, 0), "threshold above 0"),
-        (lambda j: judging.color_accuracy(ONE, ["red"], ["blue"]), r"must be \(B, 3, H, W\)"),
-        (lambda j: judging.color_accuracy(ONE, ["pink"], ["blue"]), "'pink' is none of the 8"),
+        (lambda j: picture_scores.frechet_distance(ONE[0, 0], ONE[0, 0, :, :3]), "of one F"),
+        (lambda j: picture_scores.frechet_distance(ONE[0, 0, :1], ONE[0, 0]), "B at least 2"),
+        (lambda j: picture_scores.copies(ONE, ONE[..., :8], 0.1), "1024 and 256 pixels"),
+        (lambda j: picture_scores.copies(ONE, ONE, 0), "threshold above 0"),
+        (
+            lambda j: colors(ONE, ["red"], ["blue"]),
+            r"must be \(B, 3, H, W\)",
+        ),
+        (
+            lambda j: colors(ONE, ["pink"], ["blue"]),
+            "'pink' is none of the 8",
+        ),
     ],
 )
 def test_mistakes_are_named(call, message):

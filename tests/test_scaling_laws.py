@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tinyfm import calc, presets, scaling_laws, sweep
+from tinyfm import calc, presets, records, scaling_laws, sweep
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.scaling_laws import CHINCHILLA, LAWS, REFIT, UNROUNDED, fit_law
 
@@ -169,7 +169,7 @@ def runs(tmp_path):
         config = GPTConfig(n_layer=1 + i, d_model=64)
         preset = presets.get_preset("gpt").run
         run = replace(preset, model=config, train=replace(preset.train, steps=steps, batch_size=4))
-        record = presets.to_record("gpt", run, "same")
+        record = records.to_record("gpt", run, "same")
         (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
         flops = 4 * steps * GPT(config).flops_per_row()
         rows = [{"step": 0, "val_loss": 8.0}, {"step": steps, "loss": 1.0},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from tinyfm import checkpoint, evaluate, judge, picture_scores, presets
+from data import glyphs
+from tinyfm import checkpoint, evaluate, judge, picture_scores, presets, records
 
 PARTS = {
     "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16
@@ -104,9 +106,9 @@ def test_it_learns_and_draws_as_it_does(run):
 
 
 def test_what_is_frozen_is_that_of_its_parts(run, parts):
-    model = presets.open_run(str(run)).model
+    model = records.open_run(str(run)).model
     for name in PARTS:
-        own = presets.open_run(str(parts[name])).model
+        own = records.open_run(str(parts[name])).model
         own, taken = (
             (own.text_tower, model.text_tower) if name == "clip" else (own, model.autoencoder)
         )
@@ -131,12 +133,12 @@ def test_a_run_does_not_need_its_parts_again(run, arguments, parts, tmp_path):
     elsewhere = ["--autoencoder", tmp_path / "gone", "--clip", tmp_path / "gone"]
     assert call(train, *shorter, *elsewhere, "--resume") == 0
     assert losses(half)[-1] == losses(run)[-1]
-    table = evaluate.evaluate(presets.open_run(str(half)), evaluate.Options(str(half)))
+    table = evaluate.evaluate(records.open_run(str(half)), evaluate.Options(str(half)))
     assert table["val_loss"]["reached"] == pytest.approx(losses(run)[-1], rel=1e-4)
 
 
 def test_latents_are_encoded_once_and_again_for_other_weights(run, tmp_path):
-    opened = presets.open_run(str(run))
+    opened = records.open_run(str(run))
     config = dataclasses.replace(opened.run.data, cache=str(tmp_path))
     data = opened.run.open_data()
     plain = data.batch(3)
@@ -264,23 +266,54 @@ def test_wrong_options_are_one_clear_sentence(
 
 
 class Copier:
-    """A model that draws each prompt perfectly: by the font."""
-
-    def __init__(self, color):
-        self.color = color
+    """Draws each prompt as the font does."""
 
     def generate(self, prompts, **how):
-        from data import glyphs
-
         rows = []
         for prompt in prompts:
             ink, paper = "black", "white"
-            if self.color:
+            if " on " in prompt:
                 ink, _, prompt = prompt.partition(" ")
                 prompt, _, paper = prompt.rpartition(" on ")
             style = max((s for s in judge.STYLES if prompt.startswith(f"{s} ")), key=len)
-            (image,) = picture_scores.real_drawings([(style, prompt[len(style) + 1 :])])
-            image = image.permute(1, 2, 0).numpy()
-            image = glyphs.paint(image, ink, paper) if self.color else image
-            rows.append(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
-        return torch.stack(rows)
+            image = picture_scores.real_drawings([(style, prompt[len(style) + 1 :])])[0, 0].numpy()
+            rows.append(glyphs.paint(image[:, :, None], ink, paper).transpose(2, 0, 1))
+        images = torch.from_numpy(np.stack(rows)) / 127.5 - 1
+        return images if ink != "black" or paper != "white" else images[:, :1]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Few characters, and a judge that was taught nothing."""
+    monkeypatch.setattr(judge, "CHARACTERS", judge.CHARACTERS[:6])
+    config = judge.JudgeConfig(width=8, features=16)
+    marked = [f"latin small letter e with {mark}" for mark in ("acute", "grave", "circumflex")]
+    names = [*judge.CHARACTERS, *marked]
+    found = judge.Judge(config, names), {"character": 0.5}
+    monkeypatch.setattr(judge, "load_or_train", lambda cache: found)
+    own = [("sans", name) for name in judge.CHARACTERS[:3]]
+    train = SimpleNamespace(images=picture_scores.real_drawings(own).numpy())
+    styles = ("sans", "mono bold", "serif italic", "sans bold italic")
+    pairs = [(style, name) for name in marked for style in styles]
+    captions = [[f"{style} {name}"] for style, name in pairs]
+    held_out = SimpleNamespace(labels=[name for _, name in pairs], captions=captions)
+    return SimpleNamespace(train=train, splits={glyphs.HELD_OUT_CHARACTERS: held_out})
+
+
+def test_perfect_drawings_are_as_the_real_ones(asked):
+    config = SimpleNamespace(color=False, cache="")
+    scores = picture_scores.measure(Copier(), asked, config, guidance=2.0)
+    assert scores["the judge on real drawings: character"] == 0.5
+    assert scores["letters and digits: Frechet distance"] == pytest.approx(0, abs=1e-3)
+    copies = {what: scores[f"{what}: copies of training pictures"] for what in picture_scores.ASKED}
+    assert copies == {"letters and digits": pytest.approx(3 / 72), "held-out styles": 0,
+                      "held-out characters": 0}  # fmt: skip
+    for what in picture_scores.ASKED:
+        assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
+
+
+def test_colours_that_are_drawn_as_asked_are_all_found(asked):
+    config = SimpleNamespace(color=True, cache="")
+    scores = picture_scores.measure(Copier(), asked, config, guidance=2.0)
+    for what in picture_scores.ASKED:
+        assert scores[f"{what}: both"] == 1

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
-from tinyfm import checkpoint, files, presets
-from tinyfm.presets import OpenRun, Preset
+from tinyfm import checkpoint, files, presets, records
+from tinyfm.presets import Preset
+from tinyfm.records import OpenRun
 from tinyfm.run import Run
 
 Train = Callable[[str, Preset, Run], int]  # (name, preset, run) -> exit status, 0 if it is done
@@ -53,7 +54,7 @@ def prepare(run: Run, train: Train) -> tuple[Run, dict[str, OpenRun]]:
         return run, {}
     if run.resume:
         folder = checkpoint.find(run.out)
-        record = presets.read_run(files.read_json(folder / "config.json"))
+        record = records.read_run(files.read_json(folder / "config.json"))
         own = dict.fromkeys(run.needs, str(folder))
         return replace(fit(run, record.model.autoencoder, record.model.clip), **own), {}
     if run.dry_run:
@@ -68,7 +69,7 @@ def prepare(run: Run, train: Train) -> tuple[Run, dict[str, OpenRun]]:
             print(f"--- the {option}, in {folder}")
             if status := train(preset, presets.get_preset(preset), part):
                 raise SystemExit(status)
-        parts[option] = presets.open_run(folder)
+        parts[option] = records.open_run(folder)
         if (found := parts[option].run.family) != option:
             raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
     own = {option: str(part.folder) for option, part in parts.items()}

@@ -20,8 +20,9 @@ import tyro
 from torch import Tensor, nn
 
 from data.pictures import save_grid
-from tinyfm import machine, picture_scores, presets, zero_shot
+from tinyfm import machine, picture_scores, records, zero_shot
 from tinyfm.pairs import GLYPHS, PairData
+from tinyfm.run import Run
 from tinyfm.trainer import row_generators
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
@@ -30,7 +31,7 @@ SHOWN = 48  # confusions in the picture
 Scores = dict[str, float]
 
 
-def validation(run: presets.Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
+def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
     """The loss of the validation split, as training measures it."""
     rows, sums = run.train.batch_size, torch.zeros(2)
     for i, batch in enumerate(data.val_batches(rows)):
@@ -131,7 +132,7 @@ class Options:
 
 
 @torch.inference_mode()
-def evaluate(opened: presets.OpenRun, options: Options) -> dict[str, dict[str, float]]:
+def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, float]]:
     """{measure: {"untrained": ..., "reached": ...}}, and "pixels" for measures of features."""
     run, tokenizer, table = opened.run, opened.tokenizer, {}
     device = machine.choose_device(options.device)
@@ -163,7 +164,7 @@ def evaluate(opened: presets.OpenRun, options: Options) -> dict[str, dict[str, f
 def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
-        opened = presets.open_run(options.run, options.raw)
+        opened = records.open_run(options.run, options.raw)
         if options.picture and (opened.run.family != "clip" or opened.run.model.loss == "simclr"):
             raise ValueError("--picture shows names that were confused: it needs a CLIP with texts")
         table = evaluate(opened, options)

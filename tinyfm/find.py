@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data import pictures
-from tinyfm import files, presets, zero_shot
+from tinyfm import files, records, zero_shot
 
 
 def read_labels(labels: str) -> list[str]:
@@ -23,7 +23,7 @@ def read_labels(labels: str) -> list[str]:
     return names
 
 
-def name_image(opened: presets.OpenRun, image_file: str, labels: str) -> None:
+def name_image(opened: records.OpenRun, image_file: str, labels: str) -> None:
     """Print how probable each label is."""
     names, config = read_labels(labels), opened.model.config
     image = pictures.read(image_file, config.image_size, config.channels)
@@ -35,7 +35,7 @@ def name_image(opened: presets.OpenRun, image_file: str, labels: str) -> None:
         print(f"{value:7.2%}  {names[i]}")
 
 
-def find_images(opened: presets.OpenRun, prompt: str, n: int, out: str) -> None:
+def find_images(opened: records.OpenRun, prompt: str, n: int, out: str) -> None:
     """Draw the n images of the run's data set that fit the prompt best, with their scores."""
     splits = opened.run.open_data().splits.values()
     y = zero_shot.embed_texts(opened.model, opened.tokenizer, [prompt])
@@ -50,7 +50,7 @@ def find_images(opened: presets.OpenRun, prompt: str, n: int, out: str) -> None:
 
 @torch.inference_mode()
 def match(
-    opened: presets.OpenRun, image_file: str, labels: str, prompt: str | None, n: int, out: str
+    opened: records.OpenRun, image_file: str, labels: str, prompt: str | None, n: int, out: str
 ) -> None:
     """Name the image, or find n images for the prompt. Raises ValueError if neither is asked."""
     if opened.model.config.loss == "simclr":

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="where to write the Hugging Face layout")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     options = parser.parse_args(arguments)
-    from tinyfm.presets import open_run  # which imports every family
+    from tinyfm.records import open_run  # which imports every family
 
     try:
         run = open_run(options.run)

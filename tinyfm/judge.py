@@ -4,14 +4,7 @@ Asked for a "serif bold latin small letter a", did the model draw an a, bold, wi
 network learns to read the real letters and digits of data/glyphs.py, black on white, and says of
 any picture which character it is, in which style. It learns from all splits: what the model never
 saw, its judge must know. No model can be measured above its judge, so the judge's own score, on
-real drawings that it did not see, stands beside. The measures:
-
-    prompt_following   shares of pictures in which the judge sees what the prompt asked for
-    frechet_distance   of two clouds of features, taken for Gaussians (Heusel et al. 2017, eq. 6):
-                       |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)).
-                       FID is this with the features of Inception, so ours is another number
-    copies             share of pictures that are training pictures again, or nearly
-    color_accuracy     shares of pictures in the ink and on the paper that the prompt named
+real drawings that it did not see, stands beside.
 
 Letters: B pictures, C channels, H W rows and columns, M characters, F features. Pictures are uint8,
 or float in [-1, 1], to which they are clamped.
@@ -39,7 +32,7 @@ from data.pictures import Record
 from tinyfm import files
 from tinyfm.clip import augment
 from tinyfm.pair_files import whole_or_absent
-from tinyfm.zero_shot import ROWS, share
+from tinyfm.zero_shot import ROWS
 
 FORMAT = 1  # of what is kept: with another number, judges are trained anew
 STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
@@ -233,53 +226,3 @@ def prompt_following(
     for key, of in ASPECTS.items():
         scores[key] = agreement(map(of, seen_styles), map(of, styles))
     return scores
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Between the Gaussians with the means and covariances of two clouds (B, F), in float64.
-
-    It is larger for fewer pictures, even of the same kind: compare only equal counts.
-    """
-    a, b = features_a.double(), features_b.double()
-    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
-        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        raise ValueError(f"features are {shapes}; they must be (B, F), of one F, B at least 2")
-    A, B = (torch.atleast_2d(x.T.cov()) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
-    overlap = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * overlap
-    return max(0.0, distance.item())
-
-
-def copies(images: Pictures, train_images: Pictures, threshold: float) -> tuple[float, Tensor]:
-    """(share of pictures (B, C, H, W) with a training picture nearer than the threshold, which one
-    is the nearest, int64 (B,)). The distance is the mean absolute difference, black to white 2."""
-    x, train_x = (as_pixels(own, images.shape[1]).flatten(1) for own in (images, train_images))
-    if x.size(1) != train_x.size(1) or threshold <= 0:
-        sizes = f"{x.size(1)} and {train_x.size(1)} pixels, threshold {threshold}"
-        raise ValueError(f"{sizes}: give pictures of one size and a threshold above 0")
-    nearest = [torch.cdist(part, train_x, p=1).min(1) for part in x.split(ROWS)]
-    distances = torch.cat([part.values for part in nearest]) / x.size(1)
-    return share(distances < threshold), torch.cat([part.indices for part in nearest])
-
-
-def unpaint(images: Pictures) -> tuple[list[str], list[str], Tensor]:
-    """Pictures (B, 3, H, W) -> (inks, papers, the same in black on white as the judge reads them,
-    uint8 (B, 1, H, W)); see glyphs.unpaint."""
-    rows = (as_pixels(images, 3).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
-    inks, papers, drawings = zip(*map(glyphs.unpaint, rows))
-    return list(inks), list(papers), torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2)
-
-
-def color_accuracy(
-    images: Pictures, inks: Sequence[str], papers: Sequence[str]
-) -> dict[str, float]:
-    """Shares of pictures (B, 3, H, W) in the "ink", on the "paper", in "both" that were asked for.
-
-    Raises ValueError for colours that are not in glyphs.COLORS.
-    """
-    places([*inks, *papers], list(glyphs.COLORS))  # for its ValueError
-    seen_inks, seen_papers, _ = unpaint(images)
-    scores = {"ink": agreement(seen_inks, inks), "paper": agreement(seen_papers, papers)}
-    return scores | {"both": agreement(zip(seen_inks, seen_papers), zip(inks, papers))}

@@ -4,14 +4,22 @@ The prompts are letters and digits in all styles of training; in styles that tra
 with any character ("bold italic", though both words were seen); and characters that it never
 showed, made of parts that it did ("latin small letter e with circumflex"). A judge (judge.py) that
 knows them all names what was drawn. In colour, ink and paper are any two: most of these triples of
-ink, paper and drawing are new as well.
+ink, paper and drawing are new as well. The other measures:
 
-Left out: pictures of one's own, which no judge here knows.
+    frechet_distance   of two clouds of features, taken for Gaussians (Heusel et al. 2017, eq. 6):
+                       |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)).
+                       FID is this with the features of Inception, so ours is another number
+    copies             share of pictures that are training pictures again, or nearly
+    color_accuracy     shares of pictures in the ink and on the paper that the prompt named
+
+Letters: B pictures, C channels, H W rows and columns, F features. Left out: pictures of one's own,
+which no judge here knows.
 """
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,25 +27,89 @@ from torch import Tensor
 
 from data import glyphs
 from tinyfm import draw, judge
+from tinyfm.judge import Pictures, agreement, as_pixels, places
 from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.text2image import TextToImage
+from tinyfm.zero_shot import ROWS, share
 
 STEPS, SAMPLER = 20, "dpm++"
 COPY = 0.006  # a mean difference of pixels, black to white 2: two real drawings are seldom nearer
+ASKED = ("letters and digits", "held-out styles", "held-out characters")
 Asked = list[tuple[str, str]]  # (style, name) of each prompt
+
+
+# ---- measures: shares are of 1 ------------------------------------------------------------------
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Between the Gaussians with the means and covariances of two clouds (B, F), in float64.
+
+    It is larger for fewer pictures, even of the same kind: compare only equal counts.
+    """
+    a, b = features_a.double(), features_b.double()
+    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2:
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"features are {shapes}; they must be (B, F), of one F, B at least 2")
+    A, B = (torch.atleast_2d(x.T.cov()) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    overlap = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * overlap
+    return max(0.0, distance.item())
+
+
+def copies(images: Pictures, train_images: Pictures, threshold: float) -> tuple[float, Tensor]:
+    """(share of pictures (B, C, H, W) with a training picture nearer than the threshold, which one
+    is the nearest, int64 (B,)). The distance is the mean absolute difference, black to white 2."""
+    x, train_x = (as_pixels(own, images.shape[1]).flatten(1) for own in (images, train_images))
+    if x.size(1) != train_x.size(1) or threshold <= 0:
+        sizes = f"{x.size(1)} and {train_x.size(1)} pixels, threshold {threshold}"
+        raise ValueError(f"{sizes}: give pictures of one size and a threshold above 0")
+    nearest = [torch.cdist(part, train_x, p=1).min(1) for part in x.split(ROWS)]
+    distances = torch.cat([part.values for part in nearest]) / x.size(1)
+    return share(distances < threshold), torch.cat([part.indices for part in nearest])
+
+
+def unpaint(images: Pictures) -> tuple[list[str], list[str], Tensor]:
+    """Pictures (B, 3, H, W) -> (inks, papers, the same in black on white as the judge reads them,
+    uint8 (B, 1, H, W)); see glyphs.unpaint."""
+    rows = (as_pixels(images, 3).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
+    inks, papers, drawings = zip(*map(glyphs.unpaint, rows))
+    return list(inks), list(papers), torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2)
+
+
+def color_accuracy(
+    images: Pictures, inks: Sequence[str], papers: Sequence[str]
+) -> dict[str, float]:
+    """Shares of pictures (B, 3, H, W) in the "ink", on the "paper", in "both" that were asked for.
+
+    Raises ValueError for colours that are not in glyphs.COLORS.
+    """
+    places([*inks, *papers], list(glyphs.COLORS))  # for its ValueError
+    seen_inks, seen_papers, _ = unpaint(images)
+    scores = {"ink": agreement(seen_inks, inks), "paper": agreement(seen_papers, papers)}
+    return scores | {"both": agreement(zip(seen_inks, seen_papers), zip(inks, papers))}
+
+
+# ---- what is asked for -------------------------------------------------------------------------
 
 
 def prompts_of(data: LatentData) -> dict[str, Asked]:
     """What is asked for: all CHARACTERS in the styles of training and in others, and each character
-    that was held out, in a style of its own."""
+    that was held out, in one of the styles that it has."""
     unseen = [style for style in judge.STYLES if style.endswith(glyphs.HELD_OUT_STYLE)]
     seen = [style for style in judge.STYLES if style not in unseen]
-    held_out = sorted(set(data.splits[glyphs.HELD_OUT_CHARACTERS].labels))
-    return {
-        "letters and digits": [(style, name) for style in seen for name in judge.CHARACTERS],
-        "held-out styles": [(style, name) for style in unseen for name in judge.CHARACTERS],
-        "held-out characters": [(seen[i % len(seen)], name) for i, name in enumerate(held_out)],
-    }
+    split, styles = data.splits[glyphs.HELD_OUT_CHARACTERS], {}
+    for (caption, *_), name in zip(split.captions, split.labels):
+        style = max((s for s in seen if f"{s} {name}" in caption), key=len, default=None)
+        styles.setdefault(name, []).extend([style] if style else [])
+    held_out = [(own[i % len(own)], name) for i, (name, own) in enumerate(styles.items()) if own]
+    asked = (
+        [(style, name) for style in seen for name in judge.CHARACTERS],
+        [(style, name) for style in unseen for name in judge.CHARACTERS],
+        held_out,
+    )
+    return dict(zip(ASKED, asked))
 
 
 def captions_of(asked: Asked, color: bool, seed: int = 0) -> tuple[list[str], list, list]:
@@ -51,10 +123,9 @@ def captions_of(asked: Asked, color: bool, seed: int = 0) -> tuple[list[str], li
 
 
 def real_drawings(asked: Asked) -> Tensor:
-    """The fonts' own drawings, uint8 (B, 1, H, W), of those that they have."""
+    """The fonts' own drawings, uint8 (B, 1, H, W)."""
     drawn = [glyphs.draw(unicodedata.lookup(name), glyphs.FILES[style]) for style, name in asked]
-    images = [image for image in drawn if image is not None]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
 
 
 def measure(
@@ -68,15 +139,15 @@ def measure(
         prompts, inks, papers = captions_of(asked, config.color)
         images = draw.illustrate(model, prompts, STEPS, sampler=SAMPLER, guidance=guidance)
         if config.color:
-            found = judge.color_accuracy(images, inks, papers)
+            found = color_accuracy(images, inks, papers)
             scores |= {f"{what}: {key}": value for key, value in found.items()}
-            _, _, images = judge.unpaint(images)
+            _, _, images = unpaint(images)
         else:
-            scores[f"{what}: copies of training pictures"], _ = judge.copies(images, train, COPY)
+            scores[f"{what}: copies of training pictures"], _ = copies(images, train, COPY)
         among = critic.names if what == "held-out characters" else judge.CHARACTERS
         found = judge.prompt_following(critic, images, names, styles, among)
         scores |= {f"{what}: {key}": value for key, value in found.items()}
         real = judge.embed(critic, real_drawings(asked))
         drawn = judge.embed(critic, images)
-        scores[f"{what}: Frechet distance"] = judge.frechet_distance(drawn, real)
+        scores[f"{what}: Frechet distance"] = frechet_distance(drawn, real)
     return {f"the judge on real drawings: {key}": value for key, value in own.items()} | scores

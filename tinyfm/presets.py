@@ -1,40 +1,27 @@
-"""Named runs: what is trained on what, how, and what to expect of it; and runs on disk.
+"""Named runs: what is trained on what, how, and what to expect of it.
 
-A preset is a value of a run type (families.py). What a run was is written to its config.json, from
-which it is opened again.
+A preset is a value of a run type (families.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from tinyfm import checkpoint, files
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.data import TextConfig
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.families import (
-    FAMILIES,
-    AutoencoderRun,
-    CLIPRun,
-    DDPMRun,
-    GPTRun,
-    TextToImageRun,
-)
+from tinyfm.families import AutoencoderRun, CLIPRun, DDPMRun, GPTRun, TextToImageRun
 from tinyfm.gpt import GPTConfig
 from tinyfm.images import ImageConfig
 from tinyfm.optim import OptimConfig
 from tinyfm.pairs import PairConfig
+from tinyfm.records import differences, to_record
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImageConfig
-from tinyfm.tokenizer import Tokenizer
 from tinyfm.trainer import TrainConfig
 
 
@@ -76,6 +63,10 @@ GPT2 = {
     "norm_eps": 1e-5, "mlp": "gelu", "bias": True, "tied": True, "qk_norm": False,
     "zero_init": False,
 }  # fmt: skip
+LETTERS = {  # the parts of text2image, smaller than the runs on all glyphs
+    "autoencoder": AutoencoderConfig(beta_warmup_steps=50),
+    "clip": CLIPConfig(context_length=24),
+}
 LLAMA = {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False}
 
 PRESETS = {
@@ -124,6 +115,7 @@ PRESETS = {
                 diffusion=DiffusionConfig(image_size=8, in_channels=4, channels=(64, 128),
                                           attend=(False, True), n_block=1, d_context=128,
                                           prediction="flow", clip=False),
+                **LETTERS,
             ),
             optim=OptimConfig(lr=2e-3, warmup_steps=50, ema_half_life=100, decay_fraction=0.5),
             train=TrainConfig(steps=2000, batch_size=64, eval_every=500),
@@ -132,7 +124,7 @@ PRESETS = {
     "text2image-autoencoder": Preset(
         "the first part of it: as autoencoder, on fewer pictures for fewer steps",
         AutoencoderRun(
-            model=AutoencoderConfig(beta_warmup_steps=50),
+            model=LETTERS["autoencoder"],
             data=ImageConfig(path="letters"),
             optim=OptimConfig(lr=2e-3, warmup_steps=20, decay_fraction=0.6),
             train=TrainConfig(steps=250, batch_size=32, eval_every=125),
@@ -141,7 +133,7 @@ PRESETS = {
     "text2image-clip": Preset(
         "the second part: as clip, on fewer pictures for fewer steps",
         CLIPRun(
-            model=CLIPConfig(context_length=24),
+            model=LETTERS["clip"],
             data=PairConfig(path="letters", neighbours=16),
             optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
             train=TrainConfig(steps=600, batch_size=256, eval_every=300),
@@ -179,66 +171,6 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-# ---- a run on disk ------------------------------------------------------------------------------
-
-
-def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
-    """All that is needed to rebuild a run, as plain values for config.json."""
-    parts = {name: dataclasses.asdict(getattr(run, name)) for name in run.parts}
-    record = {"preset": preset, "family": run.family, **parts}
-    if fingerprint:  # of the tokens; not known before the data are prepared
-        record["data_fingerprint"] = fingerprint[:16]
-    return json.loads(json.dumps(record))
-
-
-def write_run_files(folder: Path, record: dict[str, Any], run: Run, data: Any) -> None:
-    """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
-    files.write_json(folder / "config.json", record)
-    run.write_files(folder, data)
-
-
-def check_directory(out: Path, resume: bool) -> None:
-    """Raise ValueError if a run can neither begin nor go on there."""
-    if resume and not out.exists():
-        raise ValueError(f"there is no run {out} to resume; leave out --resume to begin it")
-    if out.exists() and not resume:
-        raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
-
-
-# What may differ when a run goes on: it changes where and how fast, not what is computed.
-FREE = {"train.device", "train.dtype", "train.compile", "train.micro_batch_size", "train.keep",
-        "train.log_every", "train.eval_every", "train.tensorboard", "train.patience",
-        "data.cache"}  # fmt: skip
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """In which options two records make different runs, in words."""
-    old, new = flatten(old), flatten(new)
-    return [
-        f"{key} was {old.get(key)} and is {new.get(key)}"
-        for key in sorted((old.keys() | new.keys()) - FREE)
-        if old.get(key) != new.get(key)
-    ]
-
-
-def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    """Raise ValueError with the differences, if a run is not the one that its folder began."""
-    if different := differences(old, new):
-        raise ValueError(
-            f"{out} is another run: {'; '.join(different[:5])}. "
-            "Give the options it began with, or another --out without --resume"
-        )
-
-
 def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
     """One line: untrained, reached, usual."""
     name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
@@ -250,47 +182,3 @@ def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
     usual = usual or "no usual value: this is not a preset as it stands"
     untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
     return f"{name}: {untrained} untrained, {reached:.3f} reached; {usual}"
-
-
-# ---- opening a trained run ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    run: Run  # its configs
-    model: nn.Module
-    tokenizer: Tokenizer | None  # of a family that reads text
-    folder: Path  # the checkpoint that was read
-    meta: dict[str, Any]  # its step and scores
-    weights: str  # "ema" or "model"
-
-
-def read_run(record: dict[str, Any]) -> Run:
-    """The run that a config.json describes. Raises TypeError or KeyError if it does not fit, and
-    ValueError for an unknown family."""
-    if record["family"] not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"the run is of family {record['family']!r}, none of {known}")
-    kind = FAMILIES[record["family"]]
-    defaults = kind()
-    return kind(**{part: type(getattr(defaults, part))(**record[part]) for part in kind.parts})
-
-
-def open_run(path: str, raw: bool = False) -> OpenRun:
-    """Load the newest checkpoint of a run directory, or a checkpoint folder, on the CPU.
-
-    The averaged weights if there are any, unless raw. Raises ValueError if it is not whole.
-    """
-    folder = checkpoint.find(path)
-    record = files.read_json(folder / "config.json")
-    try:
-        run = read_run(record)
-        model = run.build_model()
-    except (TypeError, KeyError) as error:
-        problem = f"{folder}/config.json is not of this version: {error}"
-        raise ValueError(f"{problem}; use the code that wrote it") from error
-    run = dataclasses.replace(run, **dict.fromkeys(run.needs, str(folder)))  # all is in there
-    weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
-    files.load_model(model, files.load_tensors(folder, weights))
-    meta = files.read_json(folder / "meta.json")
-    return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyfm import compiled, draw, find, generate, presets
+from tinyfm import compiled, draw, find, generate, records
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
 
 
-def write_texts(opened: presets.OpenRun, options) -> None:
+def write_texts(opened: records.OpenRun, options) -> None:
     """Print n texts, the first one while it is written, each with its prompt."""
     if options.prompt == "":
         raise ValueError("the prompt is empty; give some text, or no --prompt to begin a new one")
@@ -39,7 +39,7 @@ def write_texts(opened: presets.OpenRun, options) -> None:
 # ---- CLIP, autoencoder, diffusion: find.py and draw.py do the work ------------------------------
 
 
-def match(opened: presets.OpenRun, options) -> None:
+def match(opened: records.OpenRun, options) -> None:
     """Name an image, or find images for a prompt."""
     out = options.out or "found.png"
     find.match(opened, options.image, options.labels, options.prompt, options.n or 1, out)
@@ -51,20 +51,20 @@ def write_png(sheet: draw.Sheet, options) -> None:
     print(sheet.about, out, sep="\n")
 
 
-def walk(opened: presets.OpenRun, options) -> None:
+def walk(opened: records.OpenRun, options) -> None:
     """n held-out pictures, what the model makes of them, and what lies between their codes."""
     val, seed = opened.run.open_data().val, options.sampling.seed
     chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
     write_png(draw.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
 
 
-def denoise(opened: presets.OpenRun, options) -> None:
+def denoise(opened: records.OpenRun, options) -> None:
     """n pictures, or the film of how the first of them came about."""
     make, seed = draw.film if options.film else draw.samples, options.sampling.seed
     write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)
 
 
-def illustrate(opened: presets.OpenRun, options) -> None:
+def illustrate(opened: records.OpenRun, options) -> None:
     """n pictures of what the prompt says, made of a picture if one is given."""
     if not options.prompt:
         raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
