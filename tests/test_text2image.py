@@ -23,7 +23,7 @@ from test_clip_tokenizer import MERGES_TXT, VOCAB, write_published
 from torch.nn.functional import avg_pool2d
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tinyfm import hub_text2image, text2image, tokenizer
+from tinyfm import editing, hub_text2image, text2image, tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
@@ -476,7 +476,7 @@ def test_where_drawing_begins(ours):
     noise, path = random(3, 4, 8, 12), ours.diffusion.path(10)
     for task, strength, left in (("mask", None, 10), ("mask", 0.5, 5), ("image", None, 8)):
         given = TASKS[task] | {"latents": noise}
-        x, rest, z = text2image.begin(ours, given, 16, 24, path, strength, generators(3))
+        x, rest, z = editing.begin(ours, given, 16, 24, path, strength, generators(3))
         assert rest == path[10 - left :]
         _, alpha, sigma = rest[0]
         torch.testing.assert_close(x, noise if left == 10 else alpha * z + sigma * noise)
@@ -493,9 +493,9 @@ def test_a_small_picture_is_what_the_large_one_shrinks_to(ours, h, w):
 
 def test_means_that_hold_change_nothing():
     small = avg_pool2d(IMAGES, 4)
-    assert_close(text2image.match_means(IMAGES, small), IMAGES, 1e-6)
+    assert_close(editing.match_means(IMAGES, small), IMAGES, 1e-6)
     black = -torch.ones(1, 1, 4, 4)
-    assert torch.equal(text2image.match_means(black, -torch.ones(1, 1, 1, 1)), black)
+    assert torch.equal(editing.match_means(black, -torch.ones(1, 1, 1, 1)), black)
 
 
 class Same(torch.nn.Module):
@@ -523,7 +523,7 @@ def test_estimates_are_led_to_the_small_picture():
     on_x0, _ = text2image.corrections(model, {"upscale": small}, None)
     x0 = on_x0(model.autoencoder.standardise(0.9 * random(3, 1, 8, 8).clamp(-1, 1)))
     assert_close(avg_pool2d(model.decode(x0), 4), small, 1e-5)
-    denoise = text2image.corrected(Diffusion(config.diffusion).denoiser(
+    denoise = editing.corrected(Diffusion(config.diffusion).denoiser(
         torch.zeros(3, 12, 16)), on_x0)  # fmt: skip
     x = random(3, 1, 8, 8)
     with torch.no_grad():

@@ -1,0 +1,115 @@
+"""What text-to-image gains: latents made once, few steps, guidance.
+
+    python benchmarks/text2image.py latents [--repeats 5]
+    python benchmarks/text2image.py samplers RUN [--guidance 2]
+    python benchmarks/text2image.py guidance RUN
+
+latents: training images/s of the preset, with its latents made once and with the encoder in every
+step, by turns; medians. samplers: the Frechet distance, in the judge's features, between the fonts'
+own drawings and those of the run for the same prompts, a third of the letters and digits in all
+styles of training; by DPM-Solver++ in few steps and DDIM in many, from the same noise. guidance:
+how many of these the judge reads right.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tinyfm import draw, judge, machine, picture_scores, records  # noqa: E402
+from tinyfm.optim import build_optimizers  # noqa: E402
+from tinyfm.presets import get_preset  # noqa: E402
+from tinyfm.trainer import row_generators  # noqa: E402
+
+
+def latents(repeats: int) -> None:
+    """Each step is a whole training step of the preset, on random pictures or latents."""
+    machine.keep_freed_memory()
+    run = get_preset("text2image").run
+    dtype = machine.choose_dtype("auto", torch.device("cpu"))
+    torch.manual_seed(0)
+    model, rows = run.build_model(), run.train.batch_size
+    optimizers = build_optimizers(model, run.optim)
+    whole = model.example_batch(rows)
+    whole["images"] = torch.rand(whole["images"].shape) * 2 - 1
+    z = model.encode_images(whole["images"])
+    batches = {"encoded in every step": whole, "made once": {"latents": z, **whole}}
+    seconds = {name: [] for name in batches}
+    for _ in range(1 + repeats):  # the first round warms up
+        for name, batch in batches.items():
+            begin = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss, _ = model.loss(batch, row_generators(0, 0, range(rows)))
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds[name].append(time.perf_counter() - begin)
+    speeds = {name: rows / statistics.median(times[1:]) for name, times in seconds.items()}
+    for name, speed in speeds.items():
+        print(f"latents {name}: {speed:.0f} images/s in {dtype}")
+    print(f"made once: {speeds['made once'] / speeds['encoded in every step']:.2f}x")
+
+
+def open_run(path: str):
+    """(model, judge, prompts, asked for)."""
+    opened = records.open_run(path)
+    opened.model.tokenizer = opened.tokenizer
+    critic, _ = judge.load_or_train(opened.run.data.cache)
+    asked = picture_scores.prompts_of(opened.run.open_data())["letters and digits"][::3]
+    return opened.model, critic, [f"{style} {name}" for style, name in asked], asked
+
+
+@torch.inference_mode()
+def samplers(path: str, guidance: float) -> None:
+    model, critic, prompts, asked = open_run(path)
+    real = judge.embed(critic, picture_scores.real_drawings(asked))
+    distances = {}
+    for sampler, steps in (
+        ("dpm++", 10),
+        ("dpm++", 20),
+        ("dpm++", 50),
+        ("ddim", 20),
+        ("ddim", 250),
+    ):
+        begin = time.perf_counter()
+        images = draw.illustrate(model, prompts, steps, sampler=sampler, guidance=guidance)
+        seconds = time.perf_counter() - begin
+        found = picture_scores.frechet_distance(judge.embed(critic, images), real)
+        distances[sampler, steps] = found
+        print(f"{sampler}, {steps} steps: Frechet distance {found:.1f} of {len(images)} pictures, "
+              f"{seconds:.0f} s", flush=True)  # fmt: skip
+    ratio = distances["dpm++", 20] / distances["ddim", 250]
+    print(f"dpm++ in 20 steps over ddim in 250: {ratio:.3f}")
+
+
+@torch.inference_mode()
+def guidances(path: str) -> None:
+    model, critic, prompts, asked = open_run(path)
+    styles, names = (list(column) for column in zip(*asked))
+    for guidance in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+        images = draw.illustrate(model, prompts, 20, sampler="dpm++", guidance=guidance)
+        found = judge.prompt_following(critic, images, names, styles)
+        text = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+        print(f"guidance {guidance:g}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("latents", "samplers", "guidance"))
+    parser.add_argument("run", nargs="?", default="runs/text2image")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    options = parser.parse_args()
+    if options.what == "latents":
+        latents(options.repeats)
+    elif options.what == "samplers":
+        samplers(options.run, options.guidance)
+    else:
+        guidances(options.run)
