@@ -120,6 +120,11 @@ TITLE_SIZE, TITLE_LINES = 10, 3
 TILE = 96  # the least width of a picture with a title
 
 
+def save(image: np.ndarray, path: str | Path) -> None:
+    """Write a PNG of one image, uint8 (H, W, C) with C 1 or 3."""
+    Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(path, format="PNG")
+
+
 def save_grid(
     images: np.ndarray, path: str | Path, columns: int, titles: Sequence[str] | None = None
 ) -> None:

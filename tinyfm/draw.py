@@ -30,10 +30,13 @@ class Sheet(NamedTuple):
     titles: tuple[str, ...] = ()  # one a picture; with them small pictures are enlarged
 
     def save(self, path: str | Path) -> None:
-        """Write it as a PNG."""
+        """Write it as a PNG; a single picture without a frame, to go on from."""
         levels = (self.images.float().cpu().clamp(-1, 1) + 1) * 127.5
         pixels = levels.round().byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
-        pictures.save_grid(pixels, path, self.columns, self.titles)
+        if len(pixels) == 1 and not self.titles:
+            pictures.save(pixels[0], path)
+        else:
+            pictures.save_grid(pixels, path, self.columns, self.titles)
 
 
 def noise(shape: Iterable[int], n: int, seed: int) -> Tensor:

@@ -29,12 +29,12 @@ from tqdm import trange
 
 from data import glyphs
 from data.pictures import Record
-from tinyfm import files
+from tinyfm import files, machine
 from tinyfm.clip import augment
-from tinyfm.pair_files import whole_or_absent
+from tinyfm.optim import EMA
 from tinyfm.zero_shot import ROWS
 
-FORMAT = 1  # of what is kept: with another number, judges are trained anew
+FORMAT = 2  # of what is kept: with another number, judges are trained anew
 STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
 CHARACTERS = tuple(
     unicodedata.name(character).lower() for character in ascii_uppercase + ascii_lowercase + digits
@@ -55,7 +55,7 @@ class JudgeConfig:
 
     width: int = 32  # channels of the first convolution; the last has four times as many
     features: int = 256  # F
-    steps: int = 1800
+    steps: int = 2000
     batch_size: int = 128  # half of it CHARACTERS, half any Latin letters
     lr: float = 2e-3
     weight_decay: float = 0.05
@@ -113,7 +113,6 @@ class Judge(nn.Module):
         self.features = nn.Sequential(*layers)  # -> (B, F)
         self.character = nn.Linear(config.features, len(self.names))
         self.style = nn.Linear(config.features, len(STYLES))
-        self.to(memory_format=torch.channels_last)  # as convolutions like it
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images)
@@ -153,17 +152,23 @@ def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
     half = config.batch_size // 2
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
-    for _ in trange(config.steps, desc="training the judge", leave=False, disable=None):
+    average, dtype = EMA(judge, half_life=50), machine.choose_dtype("auto", torch.device("cpu"))
+    for step in trange(config.steps, desc="training the judge", leave=False, disable=None):
         drawn = [torch.randint(n, (half,), generator=generator) for n in (len(images), len(own))]
         rows = torch.cat((drawn[0], own[drawn[1]]))
         x = augment(images[rows], [generator] * len(rows), config.augment)
         spread = config.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
-        character, style = judge(x + spread * torch.randn(x.shape, generator=generator))
-        loss = F.cross_entropy(character, names[rows]) + F.cross_entropy(style, styles[rows])
+        x = x + spread * torch.randn(x.shape, generator=generator)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            character, style = judge(x)
+        loss = F.cross_entropy(character.float(), names[rows])
+        loss = loss + F.cross_entropy(style.float(), styles[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        average.update(judge, step)
+    average.swap(judge)
     return judge
 
 
@@ -181,7 +186,7 @@ def load_or_train(
         others, unseen = leave_out(list(glyphs.records(letters=True)), config.held_out)
         judge = train(others, config)
         about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
-        with whole_or_absent(folder) as temporary:
+        with files.whole_or_absent(folder) as temporary:
             files.save_tensors(temporary, "model", judge.state_dict())
             files.write_json(temporary / "judge.json", about)
     about = files.read_json(folder / "judge.json")

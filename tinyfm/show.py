@@ -77,8 +77,8 @@ def illustrate(opened: records.OpenRun, options) -> None:
     opened.model.tokenizer = opened.tokenizer
     prompts = [options.prompt] * (options.n or 8)
     how = {"sampler": options.sampler, "guidance": options.guidance, **given}
-    write_png(draw.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how),
-              options)  # fmt: skip
+    sheet = draw.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how)
+    write_png(sheet._replace(titles=()), options)  # the prompt of all
 
 
 FAMILIES = {"gpt": write_texts, "clip": match, "autoencoder": walk, "ddpm": denoise,
