@@ -14,6 +14,7 @@ python sample.py runs/text2image --prompt "sans italic latin small letter a" --i
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -86,6 +87,8 @@ def main() -> int | str:
         options = tyro.cli(Options, description=__doc__)
         if options.n is not None and options.n < 1:
             raise ValueError(f"-n is {options.n}; ask for at least 1")
+        if not (folder := Path(options.out).parent).is_dir():
+            raise ValueError(f"--out {options.out}: there is no folder {folder}; make it first")
         opened = records.open_run(options.run, options.raw)
         check(options, opened.run.family)
         device = machine.choose_device(options.device)

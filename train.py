@@ -39,7 +39,7 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
     say = print if world.first else lambda line: None
     if not run.dry_run:
         records.check_directory(out, run.resume)
-    run, parts = compose.prepare(run, lambda *part: train(*part, world))
+    run, parts = compose.prepare(run, lambda *part: train(*part, world), say)
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
             costs = calc.describe(run.build_model(), run.optim, run.train)

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +109,7 @@ def pairs(path: str | Path, report: Report, template: str = TEMPLATE) -> list[Pa
     elif path.is_file() and path.suffix.lower() in (".csv", ".jsonl"):
         found = list(table_pairs(path, report, template))
     else:
-        listing = "a .csv or .jsonl that lists them"
-        raise ValueError(f"{path} is not a folder with images, nor {listing}")
+        raise ValueError(f"{path} is not a folder with images, nor a .csv or .jsonl of them")
     if not found:
         need, advice = ("image with a caption", HOW_TO_ADD) if template else ("image", "add some")
         raise ValueError(f"no {need} in {path} ({report}): {advice}")
@@ -127,11 +127,10 @@ def version(path: str | Path, template: str = TEMPLATE) -> str:
 
 def records(path: str | Path, size: int, channels: int, report: Report, template: str = TEMPLATE,
             val_fraction: float = 0.1) -> Iterator[pictures.Record]:  # fmt: skip
-    """Yield a record for each pair whose image can be read, as `pictures.decode` reads it.
+    """Yield a record for each readable pair. Raises ValueError as `pairs` does, or if none is.
 
     A share of val_fraction, at least two, is in "val": those whose label and file name have the
-    smallest hash. The same picture under several names is in one split, that of the first. Raises
-    ValueError as `pairs` does, and if no image can be read.
+    smallest hash. The same picture under several names is in one split, that of the first.
     """
     listed = pairs(path, report, template)
     draws = {}
@@ -140,20 +139,21 @@ def records(path: str | Path, size: int, channels: int, report: Report, template
         draws[pair.path] = hashlib.sha256(name).digest()
     count = min(max(2, round(val_fraction * len(draws))), len(draws) - 1)
     held_out = set(sorted(draws, key=draws.get)[:count])
-    animated, splits = 0, {}  # of the pictures so far: digest -> split
+    notes, splits = Counter(), {}  # of the pictures so far; splits: digest -> split
     for pair in listed:
         try:
-            image, frames = pictures.decode(pair.path, size, channels)
+            image, frames = pictures.decode(pair.path, size, 3)
         except ValueError as error:
             report.skip(str(error), pair.path.as_posix())
             continue
-        animated += frames > 1
+        notes["with several frames or pages, the first is used"] += frames > 1
+        notes["in colour, read as grey"] += channels == 1 and pictures.is_colored(image)
+        image = pictures.to_grey(image) if channels == 1 else image
         content = hashlib.sha256(image.tobytes()).digest()
         split = splits.setdefault(content, "val" if pair.path in held_out else "train")
         report.used += 1
         yield pictures.Record(image, pair.captions, pair.label, split)
-    if animated:
-        report.notes.append(f"{animated:,} with several frames or pages, the first is used")
+    report.notes += [f"{count:,} {what}" for what, count in notes.items() if count]
     if not report.used:
         raise ValueError(f"no image in {path} can be used: {report}")
 

@@ -85,12 +85,22 @@ def middle_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def is_colored(image: np.ndarray) -> bool:
+    """Is there a pixel of uint8 (H, W, 3) that is far from any grey?"""
+    return bool(np.ptp(image, axis=2).max() > 32)
+
+
+def to_grey(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> (H, W, 1)."""
+    return np.array(Image.fromarray(image).convert("L"))[:, :, None]
+
+
 def decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int]:
     """uint8 (size, size, channels), 1 channel for grey or 3 for colour, and the number of pictures
     in the file, of which this is the first. Raises ValueError with nothing but the reason."""
     image, count = load(path)
-    square = middle_square(image, size).convert("L" if channels == 1 else "RGB")
-    return np.array(square).reshape(size, size, channels), count
+    square = np.array(middle_square(image, size))
+    return to_grey(square) if channels == 1 else square, count
 
 
 @contextlib.contextmanager

@@ -13,25 +13,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, gpus, measure, memory, report, systems
+from tinyfm import calc, gpus, measure, memory, presets, report, systems
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.memory import Layout, Memory, Training
+from tinyfm.memory import Layout, Memory, Module, Training
 from tinyfm.optim import OptimConfig, build_optimizers
-from tinyfm.trainer import TrainConfig
+from tinyfm.trainer import TrainConfig, row_generators
+from tinyfm.unet import Upsample
 
 GB, GiB = 1e9, 2**30
 SMALL = GPTConfig(300, context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32)
-
-
-@pytest.fixture(autouse=True)
-def example_batch(monkeypatch):
-    """What a model has for its measuring: a batch of so many rows."""
-
-    def example_batch(model, rows):
-        length = model.config.context_length + 1
-        return {"tokens": torch.zeros(rows, length, dtype=torch.int64)}
-
-    monkeypatch.setattr(GPT, "example_batch", example_batch, raising=False)
 
 
 # ---- memory.py: published figures ----------------------------------------------------------------
@@ -182,6 +172,15 @@ def test_fit_takes_the_plainest_way():
     assert memory.fewest_gpus(systems.get("llama3.1-405b"), 1 * GB, Training()) == 0
 
 
+def test_fit_of_what_is_bound_by_its_update():
+    """Few rows take less than the update does, so that one row and two take the same."""
+    sizes = {"fixed_bytes": 100, "row_bytes": 10, "update_bytes": 1000}
+    module = Module("m", {"a": 10}, {}, 10, 10, 10, 10, {}, 0, **sizes)
+    held = memory.state(10, Training(), Layout(), 10).total
+    for budget, rows in ((held + 999, 0), (held + 1000, 90), (held + 1009, 90), (held + 1010, 91)):
+        assert memory.largest_rows(module, budget, Training(), Layout()) == rows
+
+
 def test_amounts_of_memory():
     assert memory.read_bytes("24GiB") == 24 * 2**30
     assert memory.read_bytes(" 1.5 GB") == 1_500_000_000
@@ -318,9 +317,50 @@ def test_flops_are_counted_exactly(config):
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(2))[0].backward()
-    forward, backward = measure.count_flops(model, 2)
-    assert forward + backward == counter.get_total_flops() == 2 * model.flops_per_row()
-    assert backward == 2 * forward
+    found = measure.count_flops(model, 2)
+    assert found.keys() == {"blocks", "head"}
+    assert sum(map(sum, found.values())) == counter.get_total_flops() == 2 * model.flops_per_row()
+    assert all(backward == 2 * forward for forward, backward in found.values())
+
+
+@pytest.mark.parametrize("name", ["clip", "autoencoder", "ddpm", "text2image"])
+def test_flops_of_every_family_are_counted_exactly(name):
+    """As torch counts them on real tensors; and of each component, what is known of it."""
+    model, rows = presets.get_preset(name).run.build_model(), 2
+    found = measure.count_flops(model, rows)
+    if hasattr(model, "whole_batch"):
+        model.rows_at_once, model.gather = 0, lambda rows: rows
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model.example_batch(rows), row_generators(0, 0, range(rows)))[0].backward()
+    assert sum(map(sum, found.values())) == counter.get_total_flops()
+    assert found.keys() - {"loss"} <= measure.count_parts(model).keys()
+    frozen = measure.count_parts(model, frozen=True)
+    for part, (forward, backward) in found.items():
+        # What reads the data itself passes no gradient on to it: half of its backward pass.
+        least, most = (0, 0) if part in frozen else (forward, 2 * forward)
+        assert least <= backward <= most, part
+    if name == "clip":  # all pairs of an image and a text, once for the images, once for the texts
+        assert found["loss"] == [2 * n * rows**2 * model.config.embed_dim for n in (2, 4)]
+
+
+class Enlarge(nn.Module):
+    """One U-Net layer between two others, so that gradients pass through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, stride=2, padding=1), Upsample(8)
+
+    def example_batch(self, rows):
+        return {"images": torch.zeros(rows, 3, 10, 12)}
+
+    def loss(self, batch, generators):
+        return self.up(self.down(batch["images"])).square().mean(), {}
+
+
+def test_flops_of_enlarging_are_those_of_its_stamp():
+    """4 x 4 numbers for each pair of channels and pixel that enters; nothing at the pixels made."""
+    forward = 2 * (16 * 8 * 8) * (5 * 6)
+    assert measure.count_flops(Enlarge(), 3)["up"] == [3 * forward, 3 * 2 * forward]
 
 
 def real_peak(model, optim, rows, accumulate):
@@ -359,7 +399,7 @@ def test_peak_is_what_is_allocated(config, accumulate):
 def test_a_copy_without_memory_leaves_the_model_alone():
     model = GPT(replace(SMALL, tied=True)).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    measured = measure.measure("small", model, OptimConfig(ema_half_life=3.0))
+    measured = calc.measured("small", model, OptimConfig(ema_half_life=3.0))
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert measured.parameters == sum(p.numel() for p in model.parameters())
@@ -371,10 +411,11 @@ def test_a_copy_without_memory_leaves_the_model_alone():
 @pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig("adamw", ema_half_life=9.0)])
 def test_measured_memory_goes_through_the_peaks_it_was_not_measured_at(optim):
     model, rows = GPT(SMALL), 7
-    network = measure.measure("small", model, optim, accumulate=True)
+    network = calc.measured("small", model, optim, accumulate=True)
     training = Training(rows, "fp32", optim.optimizer)
     predicted = memory.training_memory(network, training).total
     assert predicted == max(measure.step_bytes(model, optim, rows, accumulate=True))
+    assert network.average == (4 * network.parameters if optim.ema_half_life else 0)
     with pytest.raises(ValueError, match="small has no activation checkpointing"):
         memory.activations(network, Training(checkpoint="full"), Layout())
 
@@ -420,12 +461,18 @@ def test_any_module_can_be_measured():
     model, train = Pairs(), TrainConfig(5, batch_size=6, micro_batch_size=2, device="cpu")
     line = calc.describe(model, OptimConfig(), train)
     forward = 6 * 2 * (16 * 16 * 27 * 8 + 8 * 16 + 16 * 16) + 2 * 6 * 6 * 16
-    assert measure.count_flops(model, 6)[0] == forward
-    assert "640 parameters" in line and "for 2 rows at once" in line
-    assert measure.micro_batch(model, train) == (6, False)  # it takes the batch whole
-    assert measure.micro_batch(GPT(SMALL), train) == (2, True)
-    assert measure.micro_batch(GPT(SMALL), train, world=3) == (2, False)
-    network = measure.measure("pairs", model, OptimConfig("adamw"), 6)
+    counted = measure.count_flops(model, 6)
+    assert sum(done for done, _ in counted.values()) == forward
+    assert counted["loss"] == [2 * 6 * 6 * 16, 4 * 6 * 6 * 16]
+    assert counted["frozen"] == [6 * 2 * 16 * 16] * 2  # it hands gradients on, and has none
+    assert "640 parameters, 368 of them trained" in line and "for 2 rows at once" in line
+    assert calc.micro_batch(model, train) == (6, False)  # it takes the batch whole
+    assert calc.micro_batch(GPT(SMALL), train) == (2, True)
+    assert calc.micro_batch(GPT(SMALL), train, world=3) == (2, False)
+    network = calc.measured("pairs", model, OptimConfig("adamw"), 6)
+    assert network.frozen == {"frozen": 16 * 17} and network.learnt == 368
+    held = memory.training_memory(network, Training(6, "fp32"))
+    assert (held.weights, held.gradients, held.optimizer) == (4 * 640, 4 * 368, 8 * 368)
     whole = max(measure.step_bytes(model, OptimConfig("adamw"), 6))
     assert memory.training_memory(network, Training(6, "fp32")).total == whole
     with pytest.MonkeyPatch.context() as patch:
@@ -487,10 +534,27 @@ def test_text_says_what_was_taken_for_granted():
         "8 x h100, at MFU 0.4 of 989", "2.79 USD a GPU-hour (April 2026", "PUE of 1.1",
     ):  # fmt: skip
         assert part in text, part
+    assert "80 GB of memory at 3350 GB/s, links of 900 GB/s" in text
     assert "--gpu says" in ask("gpt3-13b") and "--tokens says" in ask("gpt2")
+    assert "--gpu says" not in ask("gpt2", "--gpu", "h100")
+    assert "more than h100 has; --fit 80GB" in ask("gpt3-13b", "--gpu", "h100")
+    assert "more than" not in ask("gpt2", "--gpu", "h100")
     assert "active a token" in ask("mixtral-8x7b")
     assert "rule of 6 N" in ask("gpt2") and "rule of 6 N" not in ask("t5-11b")
     assert "FLOP an image, forward" in ask("sd1-unet")
+
+
+def test_text_tells_components_and_blocks_apart():
+    text, gpt3 = ask("gpt3-175b"), systems.get("gpt3-175b")
+    attention = 2 * gpt3.by_part("macs")["attention"] / 2048 / 1e9
+    assert f"{attention:.4g} GFLOP forward,   {2 * attention:.4g} GFLOP backward" in text
+    both = [sum(n) for n in zip(*gpt3.flops_by_part().values())]
+    assert both == [gpt3.flops_per_row(backward=False), 2 * gpt3.flops_per_row(backward=False)]
+    block = 2048 * 12288 * 32 / 1e6  # without dropout's masks
+    assert f"a block keeps {block:.4g} MB of a row, 1.611 GB if attention is unfused" in text
+    assert "activations    9.676 GB" in ask("gpt3-175b", "--gpus", 8, "--tensor", 8, "--sequence")
+    assert "tensor 8" in ask("gpt3-175b", "--gpus", 8, "--tensor", 8)
+    assert "a block" not in ask("sd1-vae") and "micro-batches of 1 image (" in ask("sd1-vae")
 
 
 def test_fit_answers():
@@ -536,22 +600,71 @@ def test_presets_are_names_too():
     assert json.loads(ask("gpt", "--json"))["params_total"] == 3_704_576
 
 
+@pytest.mark.parametrize("name", ["text2image-clip", "sweep-1"])
+def test_what_a_preset_takes_is_that_of_its_module(name):
+    run = presets.get_preset(name).run
+    model = run.build_model()
+    found = json.loads(ask(name, "--json"))
+    assert found["params_total"] == sum(p.numel() for p in model.parameters())
+    cost = calc.training_cost(model, run.optim, run.train.batch_size)
+    assert found["train_flops"] == pytest.approx(cost.flops_per_step * run.train.steps)
+    rows, several = calc.micro_batch(model, run.train)
+    peak = measure.step_bytes(model, run.optim, rows, several, dtype=torch.bfloat16)
+    assert found["train_bytes_per_gpu"] == max(peak)
+
+
+def test_what_is_frozen_has_no_gradients_and_no_averages():
+    """Of text-to-image only the denoiser is trained."""
+    run = presets.get_preset("text2image").run
+    network, training = calc.own("text2image", run)
+    model = run.build_model()
+    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters())
+             for part in ("text_tower", "autoencoder", "diffusion")}  # fmt: skip
+    assert network.parts == sizes and network.learnt == sizes.pop("diffusion")
+    assert network.frozen == sizes
+    held = memory.training_memory(network, training)
+    optimizers = build_optimizers(model, run.optim)
+    for parameter in (p for each in optimizers for g in each.param_groups for p in g["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    for each in optimizers:
+        each.step()
+    states = sum(value.nbytes for each in optimizers for state in each.state.values()
+                 for name, value in state.items() if name != "step")  # fmt: skip
+    assert held.weights == 4 * network.parameters and held.gradients == 4 * network.learnt
+    assert held.optimizer == states + 4 * network.parameters  # with the average of the weights
+    assert all(backward == 0 for part, (_, backward) in network.flops.items() if part in sizes)
+    lines = [line.split() for line in report.parameter_lines(network)]
+    for part, size in sizes.items():
+        assert [part, f"{size:,}", "frozen:", f"{size:,}"] in lines
+    assert ["diffusion", f"{network.learnt:,}"] in lines
+    assert ["trained", f"{network.learnt:,}"] in lines
+    assert report.rows_text(training.rows, network) == "64 pairs"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("gpt3-175", "no system, preset or run directory 'gpt3-175'; did you mean gpt3-175b"),
         ("gpt2-124", "did you mean gpt2-124m"),
         ("tests", "tests is not a run directory: it has no config.json"),
-        ("runs/none", "no system, preset or run directory"),
+        ("gpt3", "did you mean gpt3-125m or gpt3-350m"),
+        ("runs/none", "no system, preset or run directory 'runs/none'; a run is there once"),
         ("gpt2 --gpus 0", "argument --gpus: 0 must be above 0"),
         ("gpt2 --tokens -3", "argument --tokens: -3 must be above 0"),
+        ("gpt2 --tokens nan", "argument --tokens: nan is not a finite number"),
         ("gpt2 --tokens many", "'many' is not a number"),
         ("gpt2 --rows 1.5", "1.5 is not a whole number"),
         ("gpt2 --gpu v100 --dtype bf16", "v100-32gb has no bf16; use fp16 or fp32"),
         ("gpt2 --gpu h1000", "there is no GPU 'h1000'"),
         ("gpt2 --gpus 10 --tensor 4", "10 GPUs are not divisible by tensor 4"),
         ("gpt2 --fit 24", "write it as 24GiB"),
-        ("gpt2 --mfu 40 --gpu h100 --tokens 1", "mfu is 40"),
+        ("gpt2 --fit 24GB --zero 0", "--fit finds the layout and the rows; leave out --zero"),
+        ("gpt2 --fit 24GB --tensor 2", "leave out --tensor"),
+        ("gpt2 --fit 24GB --json", "--fit answers in words"),
+        ("gpt2 --list", "--list shows all systems; leave out gpt2"),
+        ("gpt2 --mfu 40", "mfu is 40"),
+        ("gpt2 --availability 2", "availability is 2"),
+        ("gpt2 --pue 0.5", "pue is 0.5; it must be at least 1"),
         ("gpt2 gpt1", "add --compare"),
         ("--compare gpt2 gpt1 --json", "of one name at a time"),
         ("gpt2 --bogus", "unrecognized arguments: --bogus"),

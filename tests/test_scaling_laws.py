@@ -203,6 +203,11 @@ def test_a_sweep_is_read_fitted_and_drawn(runs):
     assert picture.std() > 0.05
 
 
+def test_a_glob_may_catch_the_run_that_is_held_out(runs):
+    text = ask(*runs, "--held-out", runs[5])
+    assert text == ask(*runs[:5], "--held-out", runs[5]) and text.count("held out") == 1
+
+
 def test_without_a_held_out_run_it_looks_ahead(runs, tmp_path):
     text = ask(*runs, "--plot", tmp_path / "here.png")
     assert "4 x the largest" in text and "10 x the largest" in text
@@ -228,10 +233,10 @@ def test_refused_sweeps(runs, tmp_path):
     edit(runs[0], data_fingerprint="other")
     with pytest.raises(ValueError, match="2 different data: their losses do not compare"):
         ask(*runs)
-    edit(runs[0], data_fingerprint="same", preset="none")
-    with pytest.raises(ValueError, match="there is no preset 'none'"):
+    edit(runs[0], data_fingerprint="same", family="none")
+    with pytest.raises(ValueError, match="of family 'none', none of gpt"):
         ask(*runs)
-    edit(runs[0], preset="gpt", train={"stepz": 3})
+    edit(runs[0], family="gpt", train={"stepz": 3})
     with pytest.raises(ValueError, match="is not of this version"):
         ask(*runs)
     with pytest.raises(ValueError, match="required"):

@@ -6,7 +6,7 @@ python -m tinyfm.calc llama3-8b --fit 24GiB                       # does it fit,
 python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
 python -m tinyfm.calc runs/gpt                                    # a run of one's own, or a preset
 python -m tinyfm.calc optimal 5.76e23                             # how to spend so many FLOPs
-python -m tinyfm.calc fit runs/sweep-*                            # a scaling law of one's own runs
+python -m tinyfm.calc fit runs/sweep-* --held-out runs/sweep-large    # a law of one's own runs
 
 Published systems are counted by closed forms (ledgers.py, systems.py), modules of our own by
 running them on tensors without memory (measure.py); memory.py adds up bytes, gpus.py hours and
@@ -17,16 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyfm import gpus, memory, report, systems
-from tinyfm.memory import Layout, Network, Training
-from tinyfm.report import Assumptions, Report
+from tinyfm.gpus import Assumptions
+from tinyfm.ledgers import Stack
+from tinyfm.memory import Layout, Module, Network, Training
+from tinyfm.report import Report
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from tinyfm.optim import OptimConfig
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
 class TrainingCost:
     """Of one process that holds everything."""
 
-    parameters: int  # numbers that are learnt; a tied head counts once
+    parameters: int  # a tied head counts once
+    learnt: int  # of them; the others are frozen
     parameter_bytes: int  # float32 weights
     gradient_bytes: int  # float32
     optimizer_bytes: int  # AdamW keeps two float32 numbers a parameter, Muon one
@@ -65,9 +70,18 @@ def training_cost(model: nn.Module, optim: OptimConfig, batch_size: int) -> Trai
     if hasattr(model, "flops_per_row"):
         flops = batch_size * model.flops_per_row()
     elif hasattr(model, "example_batch"):
-        flops = sum(measure.count_flops(model, batch_size))
+        flops = sum(map(sum, measure.count_flops(model, batch_size).values()))
     n = sum(p.numel() for p in parameters)
-    return TrainingCost(n, weights, gradients, optimizer, average, flops)
+    learnt = sum(p.numel() for p in parameters if p.requires_grad)
+    return TrainingCost(n, learnt, weights, gradients, optimizer, average, flops)
+
+
+def micro_batch(model: nn.Module, train: TrainConfig, world: int = 1) -> tuple[int, bool]:
+    """Rows of a forward pass, and whether a step has several, as the trainer cuts a batch."""
+    batch = train.batch_size // world
+    whole = getattr(model, "whole_batch", False)
+    rows = batch if whole else train.micro_batch_size or batch
+    return rows, rows < batch
 
 
 def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tuple[int, str]:
@@ -85,7 +99,7 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
     except ValueError:
         device, dtype = measure.CPU, machine.choose_dtype("auto", measure.CPU)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rows, several = measure.micro_batch(model, train, world)
+    rows, several = micro_batch(model, train, world)
     at_once = train.micro_batch_size
     peak = max(measure.step_bytes(model, optim, rows, several, at_once, device, dtype))
     return peak, f"{at_once or rows} rows at once in {str(dtype).removeprefix('torch.')}"
@@ -109,7 +123,9 @@ def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
     if cost.flops_per_step:
         steps = f"; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
         steps += f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
-    return f"{cost.parameters:,} parameters; {memory}{steps}"
+    frozen = cost.parameters - cost.learnt
+    trained = f", {cost.learnt:,} of them trained" if frozen else ""
+    return f"{cost.parameters:,} parameters{trained}; {memory}{steps}"
 
 
 # ---- what the command line asks about -----------------------------------------------------------
@@ -117,32 +133,78 @@ def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
 
 def rebuild(path: Path):
     """The run that a config.json describes, as a value of its run type."""
-    from tinyfm import files, presets
+    from tinyfm import files, records
 
-    record = files.read_json(path)
     try:
-        run = presets.get_preset(record["preset"]).run
-        parts = {part: type(getattr(run, part))(**record[part]) for part in run.parts}
+        return records.read_run(files.read_json(path))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not of this version: {error}") from error
-    return replace(run, **parts)
+
+
+def unit_of(model: nn.Module) -> tuple[str, int]:
+    """What the model's data are counted in, and how many of it are in a row."""
+    if hasattr(model.config, "n_kv_head"):
+        return "token", model.config.context_length
+    batch = model.example_batch(1)
+    if "images" not in batch and "latents" not in batch:
+        return "row", 1
+    return "pair" if "tokens" in batch else "image", 1
+
+
+def measured(
+    name: str, model: nn.Module, optim: OptimConfig, rows: int = 1, accumulate: bool = False,
+    at_once: int = 0, dtype: torch.dtype | None = None,
+) -> Module:  # fmt: skip
+    """What memory.py asks of a network, of a module of our own; dtype is that of its products.
+
+    The peak of a step is found for `rows` rows of a micro-batch and for twice as many: a line goes
+    through the two. What there is beyond weights, gradients and averages counts as activations.
+    """
+    from torch import nn
+
+    from tinyfm import measure
+    from tinyfm.optim import hidden_matrices
+
+    n, rows = sum(p.numel() for p in model.parameters()), max(2, rows)  # one has nothing to compare
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    tables += [model.head] if hasattr(model, "head") else []
+    outer = {p for table in tables for p in table.parameters()}
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    sizes = [sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks]
+    where = {} if dtype is None else {"dtype": dtype}
+    (one, update), (two, _) = (
+        measure.step_bytes(model, optim, r, accumulate, at_once, **where) for r in (rows, 2 * rows)
+    )
+    matrices = sum(p.numel() for p in hidden_matrices(model) if p.requires_grad)
+    frozen = measure.count_parts(model, frozen=True)
+    _, average = measure.average_bytes(model, optim)
+    plain = Training(dtype="fp32", optimizer=optim.optimizer)
+    held = memory.state(n, plain, Layout(), matrices, sum(frozen.values())).total + average
+    flops = measure.count_flops(model, rows).items()
+    (unit, row), config, cache = unit_of(model), model.config, 0
+    if unit == "token":  # a decoder, which generates from keys and values
+        cache = 2 * config.G * config.K
+    return Module(
+        name, measure.count_parts(model), frozen, n, n - sum(p.numel() for p in outer),
+        matrices, max(sizes, default=n), {part: (f / rows, b / rows) for part, (f, b) in flops},
+        average, fixed_bytes=2 * one - two - held, row_bytes=(two - one) // rows,
+        update_bytes=update - held, unit=unit, row=row,
+        shape={"window": getattr(config, "window", 0)},
+        stacks=(Stack((), config.n_layer, cache=cache),) if cache else (),
+    )  # fmt: skip
 
 
 def own(name: str, run) -> tuple[Network, Training]:
     """A run of one's own: its network, and how it trains. In float32, with 16-bit products."""
     import torch
 
-    from tinyfm import measure
-
     with torch.device("meta"):
         model = run.build_model()
     if not hasattr(model, "example_batch"):
         raise ValueError(f"{type(model).__name__} has no example_batch(rows): nothing to measure")
-    rows, several = measure.micro_batch(model, run.train)
+    rows, several = micro_batch(model, run.train)
     dtype = torch.float32 if run.train.dtype == "float32" else torch.bfloat16
-    network = measure.measure(
-        name, model, run.optim, rows, several, run.train.micro_batch_size, dtype=dtype
-    )
+    network = measured(name, model, run.optim, rows, several, run.train.micro_batch_size, dtype)
     network = replace(network, trained=run.train.steps * run.train.batch_size * network.row)
     return network, Training(rows, "fp32", run.optim.optimizer)
 
@@ -163,6 +225,8 @@ def find(name: str, context: int = 0) -> tuple[Network, Training | None]:
     if name in presets.PRESETS:
         return own(name, presets.get_preset(name).run)
     hint = systems.nearest(name, [*systems.rows(), *presets.PRESETS])
+    if path.parent.name:
+        hint = "a run is there once train.py has begun it"
     raise ValueError(f"there is no system, preset or run directory {name!r}; {hint}")
 
 
@@ -185,7 +249,7 @@ def make_report(name: str, options: argparse.Namespace) -> Report:
     asked = {key: getattr(options, key) for key in ("rows", "optimizer", "checkpoint")}
     training = replace(training, **{key: value for key, value in asked.items() if value})
     zero = options.zero if options.zero is not None else 3 if options.gpus > 1 else 0
-    layout = Layout(options.gpus, options.tensor, options.pipeline, zero)
+    layout = Layout(options.gpus, options.tensor, options.pipeline, zero, options.sequence)
     units = options.tokens or network.trained
     flops, bill = units * network.flops_per_row() / network.row, None
     if gpu and units:
@@ -220,7 +284,9 @@ def amount(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < float("inf"):
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return value
 
@@ -246,19 +312,34 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--unfused", action="store_true", help="attention that stores its scores")
     add("--zero", type=int, help="0 = DDP, 1, 2, 3 = FSDP2 (default where there are more GPUs)")
     add("--tensor", type=count, default=1, help="GPUs that share each matrix (default 1)")
+    add("--sequence", action="store_true", help="these also share what lies between matrices")
     add("--pipeline", type=count, default=1, help="GPUs that share the blocks (default 1)")
     add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
     add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
     add("--price", type=amount, help="USD a GPU-hour; a dated price, if not given")
     add("--pue", type=amount, default=1.1, help="energy of the building over GPUs' (default 1.1)")
     options = parser.parse_args(argv)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for what is asked together and cannot be, or would not be heard."""
     if not options.list and not options.names:
         raise ValueError("name a system, a preset or a run directory; --list shows the systems")
     if len(options.names) > 1 and not options.compare:
         raise ValueError(f"{len(options.names)} names: add --compare for a table of them")
+    if options.list and options.names:
+        raise ValueError(f"--list shows all systems; leave out {' '.join(options.names)}")
     if options.compare and (options.json or options.fit):
         raise ValueError("--compare prints a table; ask for --json or --fit of one name at a time")
-    return options
+    if options.fit and options.json:
+        raise ValueError("--fit answers in words; leave out --json")
+    for name in ("rows", "checkpoint", "zero"):
+        if options.fit and getattr(options, name) is not None:
+            raise ValueError(f"--fit finds the layout and the rows; leave out --{name}")
+    if options.fit and options.tensor * options.pipeline > 1:
+        raise ValueError("--fit lays out DDP and FSDP2; leave out --tensor and --pipeline")
 
 
 def read_budget(argv: list[str]) -> float:

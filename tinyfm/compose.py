@@ -13,7 +13,10 @@ from pathlib import Path
 
 from torch import nn
 
+from data import captioned
+from data.report import Report
 from tinyfm import checkpoint, files, presets, records
+from tinyfm.pairs import GLYPHS
 from tinyfm.presets import Preset
 from tinyfm.records import OpenRun
 from tinyfm.run import Run
@@ -26,6 +29,7 @@ def part_run(run: Run, option: str) -> Run:
     on."""
     part, out = presets.get_preset(run.needs[option]).run, f"{run.out}-{option}"
     same = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
+    same |= {"template": run.data.template} if option == "clip" else {}
     where = {name: getattr(run.train, name) for name in ("seed", "device", "dtype")}
     channels = "channels" if option == "clip" else "in_channels"
     sizes = {"image_size": run.model.autoencoder.image_size,
@@ -36,6 +40,26 @@ def part_run(run: Run, option: str) -> Run:
     )  # fmt: skip
 
 
+def fit_batch(part: Run) -> Run:
+    """The run of a part, on few pictures of one's own in batches that are halved until two of them
+    are there. Raises ValueError if there are no pictures, or none with the captions it needs."""
+    if part.data.path in GLYPHS:
+        return part
+    found = len(captioned.pairs(part.data.path, Report(), part.data.template))
+    rows, batch_size = int((1 - part.data.val_fraction) * found), part.train.batch_size
+    while batch_size > max(2, rows // 2):
+        batch_size //= 2
+    return replace(part, train=replace(part.train, batch_size=batch_size))
+
+
+def open_part(option: str, folder: str) -> OpenRun:
+    """A trained part. Raises ValueError for a folder without one."""
+    part = records.open_run(folder)
+    if (found := part.run.family) != option:
+        raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
+    return part
+
+
 def fit(run: Run, autoencoder, clip) -> Run:
     """The run with the configs of its parts, the denoiser's sizes following from theirs."""
     sizes = {"image_size": autoencoder.image_size // autoencoder.factor,
@@ -44,11 +68,11 @@ def fit(run: Run, autoencoder, clip) -> Run:
     return replace(run, model=type(run.model)(diffusion, autoencoder, clip))
 
 
-def prepare(run: Run, train: Train) -> tuple[Run, dict[str, OpenRun]]:
+def prepare(run: Run, train: Train, say: Callable[[str], None]) -> tuple[Run, dict[str, OpenRun]]:
     """The run as it can begin, and the parts it takes, {} where it goes on or needs none.
 
-    Raises ValueError for a part that is no such run; SystemExit with the status of a part's
-    training that was stopped.
+    Raises ValueError for a part that is no such run, or cannot be trained, before any is trained;
+    SystemExit with the status of a part's training that was stopped.
     """
     if not run.needs:
         return run, {}
@@ -57,21 +81,20 @@ def prepare(run: Run, train: Train) -> tuple[Run, dict[str, OpenRun]]:
         record = records.read_run(files.read_json(folder / "config.json"))
         own = dict.fromkeys(run.needs, str(folder))
         return replace(fit(run, record.model.autoencoder, record.model.clip), **own), {}
+    given = {option: getattr(run, option) for option in run.needs if getattr(run, option)}
+    parts = {option: open_part(option, folder) for option, folder in given.items()}
+    if "autoencoder" in parts:  # what is trained beside it is on pictures as it takes them
+        run = fit(run, parts["autoencoder"].run.model, run.model.clip)
+    new = {option: part_run(run, option) for option in run.needs if option not in parts}
     if run.dry_run:
-        parts = {option: part_run(run, option).model for option in run.needs}
-        return fit(run, **parts), {}
-    parts = {}
-    for option, preset in run.needs.items():
-        folder = getattr(run, option)
-        if not folder:
-            part = part_run(run, option)
-            folder = part.out
-            print(f"--- the {option}, in {folder}")
-            if status := train(preset, presets.get_preset(preset), part):
-                raise SystemExit(status)
-        parts[option] = records.open_run(folder)
-        if (found := parts[option].run.family) != option:
-            raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
+        models = {option: part.run.model for option, part in parts.items()}
+        return fit(run, **models, **{option: part.model for option, part in new.items()}), {}
+    for option, part in {option: fit_batch(part) for option, part in new.items()}.items():
+        preset = run.needs[option]
+        say(f"--- the {option}, in {part.out}")
+        if status := train(preset, presets.get_preset(preset), part):
+            raise SystemExit(status)
+        parts[option] = open_part(option, part.out)
     own = {option: str(part.folder) for option, part in parts.items()}
     return replace(fit(run, **{name: part.run.model for name, part in parts.items()}), **own), parts
 

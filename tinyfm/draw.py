@@ -135,6 +135,8 @@ def read_given(config, init_image: str, mask: str, upscale: str) -> dict[str, Te
             raise ValueError(f"--mask is {w} x {h} pixels, --init-image {W} x {H}; make them equal")
         given["mask"] = (to_images(pictures.read(mask, size, 1)) > 0).float()
     if upscale:
+        if init_image:
+            raise ValueError(f"--upscale {upscale} goes without --init-image; leave one out")
         width, height = pictures.size_of(upscale)
         if width != height or size % width:
             sizes = " or ".join(f"{size // k} x {size // k}" for k in (4, 2))

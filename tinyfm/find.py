@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,18 @@ import torch
 
 from data import pictures
 from tinyfm import files, records, zero_shot
+from tinyfm.pair_files import encode_captions
+from tinyfm.tokenizer import Tokenizer
 
 
 def read_labels(labels: str) -> list[str]:
     """The names of a list with commas, or of a file with a name a line. Raises ValueError."""
-    path = Path(labels)
-    text = path.read_text(encoding="utf-8") if path.is_file() else labels.replace(",", "\n")
+    text = labels.replace(",", "\n")
+    if os.path.isfile(labels):  # unlike Path's, it takes a list of any length
+        try:
+            text = Path(labels).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{labels} is no text in UTF-8; give a name a line") from error
     names = [name.strip() for name in text.splitlines() if name.strip()]
     if not names:
         raise ValueError('there is no label: give names, --labels "digit seven, black chess queen"')
@@ -23,12 +32,24 @@ def read_labels(labels: str) -> list[str]:
     return names
 
 
+def tell_cut(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> None:
+    """Say, on stderr, of how many texts a tower of that length does not read the end."""
+    _, cut = encode_captions(tokenizer, list(texts), context_length)
+    if cut:
+        of = f"{cut} of {len(texts)} texts" if len(texts) > 1 else "the text"
+        print(f"{of} cut to {context_length} tokens; shorten what matters", file=sys.stderr)
+
+
 def name_image(opened: records.OpenRun, image_file: str, labels: str) -> None:
     """Print how probable each label is."""
     names, config = read_labels(labels), opened.model.config
     image = pictures.read(image_file, config.image_size, config.channels)
     x = zero_shot.embed_images(opened.model, image.transpose(2, 0, 1)[None])
+    if len(names) < 2:
+        raise ValueError(f"{names[0]!r} is the only label, and no file of them; give two or more")
     templates = files.read_json(opened.folder / opened.run.TEMPLATES)
+    captions = [template.replace("{}", name) for template in templates for name in names]
+    tell_cut(opened.tokenizer, captions, config.context_length)
     classes = zero_shot.class_vectors(opened.model, opened.tokenizer, names, templates)
     p = (opened.model.scale() * x @ classes.T).softmax(-1)[0]
     for value, i in zip(*(part.tolist() for part in p.sort(descending=True))):
@@ -37,6 +58,7 @@ def name_image(opened: records.OpenRun, image_file: str, labels: str) -> None:
 
 def find_images(opened: records.OpenRun, prompt: str, n: int, out: str) -> None:
     """Draw the n images of the run's data set that fit the prompt best, with their scores."""
+    tell_cut(opened.tokenizer, [prompt], opened.model.config.context_length)
     splits = opened.run.open_data().splits.values()
     y = zero_shot.embed_texts(opened.model, opened.tokenizer, [prompt])
     x = torch.cat([zero_shot.embed_images(opened.model, split.images) for split in splits])
@@ -55,7 +77,7 @@ def match(
     """Name the image, or find n images for the prompt. Raises ValueError if neither is asked."""
     if opened.model.config.loss == "simclr":
         raise ValueError("this run learnt from images alone: it knows no names or captions")
-    if bool(image_file) == bool(prompt):
+    if bool(image_file) == bool(prompt) or (labels and not image_file):
         raise ValueError("give --image FILE with --labels, or --prompt with what to find")
     if image_file:
         name_image(opened, image_file, labels)

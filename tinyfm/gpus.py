@@ -97,6 +97,28 @@ def check_shares(**shares: float) -> None:
             raise ValueError(f"{name} is {share}; it must be above 0 and at most 1, such as 0.4")
 
 
+def check_pue(pue: float) -> None:
+    """Raise ValueError for a building that uses less energy than what is in it."""
+    if not pue >= 1:
+        raise ValueError(f"pue is {pue}; it must be at least 1, such as 1.1")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no formula gives: stated with every result that rests on it."""
+
+    gpus: int = 1
+    dtype: str = "bf16"  # of the products
+    mfu: float = 0.4  # share of the peak that is reached
+    availability: float = 1.0  # share of the time in which it runs
+    price: float | None = None  # USD a GPU-hour; None = the dated one of the table
+    pue: float = 1.1  # energy of the building over that of its GPUs
+
+    def __post_init__(self):
+        check_shares(mfu=self.mfu, availability=self.availability)
+        check_pue(self.pue)
+
+
 def rule_of_six(parameters: float, tokens: float) -> float:
     """FLOPs of training by Kaplan et al.'s (2020) rule: 2 a weight and token forward, 4 backward.
 
@@ -125,9 +147,10 @@ def bill(busy: float, gpu: GPU, gpus: int = 1, availability: float = 1.0,
     shares that cannot be.
     """
     check_shares(availability=availability)
-    if gpus < 1 or pue < 1 or (price or 0) < 0:
-        raise ValueError(
-            f"{gpus} GPUs, a pue of {pue} and a price of {price}: give at least 1, 1 and 0"
-        )
+    check_pue(pue)
+    if gpus < 1:
+        raise ValueError(f"{gpus} GPUs; there must be at least 1")
+    if (price or 0) < 0:
+        raise ValueError(f"a price of {price} USD a GPU-hour; it must be at least 0")
     hours, rate = busy / availability, gpu.price if price is None else price
     return Bill(hours, hours / gpus / 24, hours * gpu.watts / 1000 * pue, hours * rate)

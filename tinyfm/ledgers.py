@@ -83,7 +83,7 @@ def conv(part: str, C: int, out: int, at: int, taps: int = 1, bias: int = 1) -> 
 
 
 def attention(c: Shape, T: int, S: int = 0) -> Iterator[Layer]:
-    """T queries look at S keys of another stack, or at their own stack's.
+    """T queries look at S keys of another stack, or at their own stack's (Vaswani et al. 2017).
 
     With relative positions (Dai et al. 2019) one matrix more turns distances into keys, to which
     the queries compare too; without causality there are twice as many distances.
@@ -102,7 +102,8 @@ def attention(c: Shape, T: int, S: int = 0) -> Iterator[Layer]:
 
 
 def mlp(c: Shape, T: int) -> Iterator[Layer]:
-    """Two matrices, or three for SwiGLU; of several experts a token passes `active`."""
+    """Two matrices, or three for SwiGLU (Shazeer 2020); of several experts a token passes `active`
+    (Shazeer et al. 2017)."""
     D, F = c.d_model, c.d_ff
     weights, inside = (3 * D * F, 4 * F) if c.mlp == "swiglu" else (2 * D * F, 2 * F)
     if c.mlp == "relu":  # its output tells its gradient: one copy serves as input of the next too
@@ -168,7 +169,8 @@ def transformer(c: Shape) -> Iterator[Stack]:
 
 
 def t5(c: Shape) -> Iterator[Stack]:
-    """Encoder and decoder share one table; the bias of each distance is shared by all layers."""
+    """Encoder and decoder share one table; the bias of each distance is shared by all layers
+    (Raffel et al. 2020)."""
     S, T, D, buckets = c.context, c.targets, c.d_model, 32
     yield Stack((Layer("embedding", vectors=c.vocab * D + 2 * buckets * c.heads),))
     yield block(vary(c, causal=0), S)
@@ -177,7 +179,8 @@ def t5(c: Shape) -> Iterator[Stack]:
 
 
 def whisper(c: Shape) -> Iterator[Stack]:
-    """Two convolutions halve the frames of a spectrogram; positions of the encoder are fixed."""
+    """Two convolutions halve the frames of a spectrogram; positions of the encoder are fixed
+    (Radford et al. 2022)."""
     S, T, D = c.frames, c.context, c.d_model
     first = conv("convolutions", c.mels, D, 2 * S, 3)
     yield Stack((first, conv("convolutions", D, D, S, 3)))
@@ -188,7 +191,7 @@ def whisper(c: Shape) -> Iterator[Stack]:
 
 
 def musicgen(c: Shape) -> Iterator[Stack]:
-    """A decoder of four streams of codes at once, which looks at an encoded text."""
+    """A decoder of four streams of codes, which looks at an encoded text (Copet et al. 2023)."""
     T, D = c.context, c.d_model
     yield Stack((Layer("embedding", vectors=c.streams * (c.vocab + 1) * D),))  # one to start with
     yield block(c, T, c.text)
@@ -196,7 +199,8 @@ def musicgen(c: Shape) -> Iterator[Stack]:
 
 
 def vision(c: Shape) -> Iterator[Stack]:
-    """ViT: square patches of the image are the tokens, after one that will stand for them all."""
+    """ViT: square patches of the image are the tokens, after one that will stand for them all
+    (Dosovitskiy et al. 2021)."""
     patches, D = (c.image // c.patch) ** 2, c.d_model
     T = patches + 1
     patch = conv("patches", 3, D, patches, c.patch**2, c.patch_bias)
@@ -206,7 +210,8 @@ def vision(c: Shape) -> Iterator[Stack]:
 
 
 def clip(c: Shape) -> Iterator[Stack]:
-    """Two towers that project into one space, and the scale of their products."""
+    """Two towers that project into one space, and the scale of their products (Radford et al.
+    2021)."""
     D, N = c.image_width, c.image_width // 64
     image = vary(c, embed_norm=1, layers=c.image_layers, d_model=D, heads=N, kv_heads=N, d_head=64)
     yield from vision(vary(image, d_ff=4 * D))
@@ -216,7 +221,8 @@ def clip(c: Shape) -> Iterator[Stack]:
 
 
 def dit(c: Shape) -> Iterator[Stack]:
-    """A Transformer on patches of a latent; time and class set gain, shift, gate of its norms."""
+    """A Transformer on patches of a latent; time and class set gain, shift, gate of its norms
+    (Peebles and Xie 2023)."""
     T, D = (c.image // c.patch) ** 2, c.d_model
     inside = block(c, T)
     modulation, time = conv("modulation", D, 6 * D, 1), conv("time", 256, D, 1)
@@ -314,7 +320,8 @@ def expand(c: Shape, at: int, skips: list[int]) -> list[Layer]:
 
 
 def unet(c: Shape) -> Iterator[Stack]:
-    """DDPM's U-Net and its heirs: down, middle, and up beside what was kept on the way down."""
+    """DDPM's U-Net (Ho et al. 2020, appendix B) and its heirs: down, middle, and up beside what was
+    kept on the way down."""
     first, at = c.first or c.channels[0], c.side**2
     time = [conv("time", first, c.time, 1), conv("time", c.time, c.time, 1)]
     if c.added:  # SDXL: sizes and crops of the image, and a vector of the whole text
@@ -327,7 +334,7 @@ def unet(c: Shape) -> Iterator[Stack]:
 
 def vae(c: Shape) -> Iterator[Stack]:
     """Stable Diffusion's autoencoder: a U-Net without skips, through a latent of `latent` channels
-    whose mean and variance the encoder gives."""
+    whose mean and variance the encoder gives (Rombach et al. 2022)."""
     at, C, Z = c.side**2, c.channels[-1], c.latent
     least = at // 4 ** (len(c.channels) - 1)
     down, _ = contract(c, at)

@@ -3,8 +3,8 @@
 A fake tensor knows its shape, number format and device, and every operation on it gives another, so
 a training step of any size "runs" in a second on any machine. Beside it two things are counted:
 
-- FLOPs: torch's counter adds up the matrix products, 2 a multiply-add. Attention is unfused here,
-  so that what a fused kernel computes twice is not counted twice.
+- FLOPs: of each matrix product by torch's own formulas, 2 a multiply-add. Attention is unfused
+  here, so that what a fused kernel computes twice is not counted twice.
 - bytes: each new storage is added when it appears and subtracted when its last tensor is gone; the
   highest sum is the peak. Activations are what it holds beyond weights, gradients and optimizer.
 
@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from bisect import bisect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,12 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
-from tinyfm.ledgers import Stack
-from tinyfm.memory import Layout, Module, Training, state
 from tinyfm.optim import OptimConfig, build_optimizers, hidden_matrices, scale_and_clip
-from tinyfm.trainer import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -62,23 +61,54 @@ def run_loss(model: nn.Module, rows: int, device: torch.device, dtype: torch.dty
         return model.loss(batch, generators)[0]
 
 
-def micro_batch(model: nn.Module, train: TrainConfig, world: int = 1) -> tuple[int, bool]:
-    """Rows of a forward pass, and whether a step has several, as the trainer cuts a batch."""
-    batch = train.batch_size // world
-    whole = getattr(model, "whole_batch", False)
-    rows = batch if whole else train.micro_batch_size or batch
-    return rows, rows < batch
+def naming(model: nn.Module) -> Callable[[str], str]:
+    """From the name of a parameter or module to that of the component it is in: a submodule of the
+    top level, or of the next, if there is but one."""
+    alone = len({name.split(".")[0] for name, _ in model.named_parameters()}) == 1
+    return lambda name: ".".join(name.split(".")[: 1 + alone])
 
 
-def count_flops(model: nn.Module, rows: int = 1) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass of `rows` rows, 2 a multiply-add."""
+class Products(TorchDispatchMode):
+    """Counts FLOPs, forward and backward, for the component of `model` that each belongs to.
+
+    Forward that is the one which runs; "loss" is what none of them does. Backward it is the one
+    which ran when the node of autograd was made: nodes are numbered in that order.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.flops: dict[str, list[int]] = {}
+        self.running, self.began = ["loss"], [(0, "loss")]  # who runs, from which node on
+        component = naming(model)
+        for name, module in model.named_modules():
+            if part := component(name):
+                module.register_forward_pre_hook(lambda *_, part=part: self.turn(part))
+                module.register_forward_hook(lambda *_: self.turn())
+
+    def turn(self, part: str = "") -> None:
+        """A module begins, or, without a name, ends."""
+        self.running.append(part) if part else self.running.pop()
+        self.began.append((torch.autograd._get_sequence_nr(), self.running[-1]))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            node, part = torch._C._current_autograd_node(), self.running[-1]
+            if node and part == "loss":
+                after = bisect(self.began, node._sequence_nr(), key=lambda began: began[0])
+                part = self.began[after - 1][1]
+            sums = self.flops.setdefault(part, [0, 0])
+            sums[node is not None] += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def count_flops(model: nn.Module, rows: int = 1) -> dict[str, list[int]]:
+    """FLOPs of each component for `rows` rows: [forward, backward], 2 a multiply-add."""
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         fake = without_memory(model, CPU)
-        with FlopCounterMode(display=False) as forward:
-            loss = run_loss(fake, rows, CPU, torch.float32)
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
-    return forward.get_total_flops(), backward.get_total_flops()
+        with Products(fake) as counted:
+            run_loss(fake, rows, CPU, torch.float32).backward()
+    return counted.flops
 
 
 class Peak(TorchDispatchMode):
@@ -153,48 +183,12 @@ def step_bytes(
         return backward, peak.most
 
 
-def count_parts(model: nn.Module) -> dict[str, int]:
-    """Parameters of each submodule, a tied one where it comes first."""
-    counted: set[nn.Parameter] = set()
+def count_parts(model: nn.Module, frozen: bool = False) -> dict[str, int]:
+    """Parameters, or frozen ones, of each component, a tied one where it comes first."""
     parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter not in counted:
-            counted.add(parameter)
-            part = name.split(".")[0]
+    component = naming(model)
+    for name, parameter in model.named_parameters():
+        if not frozen or not parameter.requires_grad:
+            part = component(name)
             parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
-
-
-def measure(
-    name: str, model: nn.Module, optim: OptimConfig, rows: int = 1, accumulate: bool = False,
-    at_once: int = 0, device: torch.device = CPU, dtype: torch.dtype = torch.float32,
-) -> Module:  # fmt: skip
-    """What memory.py asks of a network, of a module of our own; dtype is that of its products.
-
-    The peak of a step is found for `rows` rows of a micro-batch and for twice as many: a line goes
-    through the two. What the model keeps beyond weights, gradients and averages of all parameters,
-    such as a moving average, counts as activations.
-    """
-    n, rows = sum(p.numel() for p in model.parameters()), max(2, rows)  # one has nothing to compare
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    tables += [model.head] if hasattr(model, "head") else []
-    outer = {p for table in tables for p in table.parameters()}
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks]
-    (one, update), (two, _) = (
-        step_bytes(model, optim, n, accumulate, at_once, device, dtype) for n in (rows, 2 * rows)
-    )
-    matrices = sum(p.numel() for p in hidden_matrices(model))
-    known = state(n, Training(dtype="fp32", optimizer=optim.optimizer), Layout(), matrices).total
-    config, cache = model.config, 0
-    if hasattr(config, "n_kv_head"):  # a decoder, which generates from keys and values
-        cache = 2 * config.G * config.K
-    return Module(
-        name, count_parts(model), n, n - sum(p.numel() for p in outer),
-        matrices, max(sizes, default=n),
-        sum(count_flops(model, 2)) // 2, fixed_bytes=2 * one - two - known,
-        row_bytes=(two - one) // rows, update_bytes=update - known,
-        row=config.context_length if cache else 1, unit="token" if cache else "row",
-        shape={"window": getattr(config, "window", 0)},
-        stacks=(Stack((), config.n_layer, cache=cache),) if cache else (),
-    )  # fmt: skip

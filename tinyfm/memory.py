@@ -97,7 +97,7 @@ class Memory:
 
     weights: float
     gradients: float = 0.0
-    optimizer: float = 0.0  # averages and master weights
+    optimizer: float = 0.0  # averages, a moving one of the weights too, and master weights
     activations: float = 0.0
     logits: float = 0.0
     buffers: float = 0.0  # of communication: gathered weights, gradients on their way
@@ -114,12 +114,14 @@ class Module:
 
     name: str
     parts: dict[str, int]  # parameters of its top-level submodules
+    frozen: dict[str, int]  # and those of them that are not trained: no gradients, no averages
     parameters: int
     non_embedding: int
     matrices: int  # parameters that Muon takes
     largest_block: int
-    flops: int  # forward and backward of a row, 2 a multiply-add
-    fixed_bytes: int  # beyond weights, gradients and optimizer, a step holds this much
+    flops: dict[str, tuple[float, float]]  # of a row, by submodule: forward, backward
+    average: int  # bytes of a moving average of the weights, if one is kept
+    fixed_bytes: int  # beyond weights, gradients and all averages, a step holds this much
     row_bytes: int  # and this for each row of a micro-batch, logits among them,
     update_bytes: int  # but at least what the update itself takes
     unit: str = "row"
@@ -135,11 +137,18 @@ class Module:
     def active(self) -> int:
         return self.parameters
 
+    @property
+    def learnt(self) -> int:
+        return self.parameters - sum(self.frozen.values())
+
     def by_part(self, quantity: str = "parameters") -> dict[str, int]:
         return self.parts
 
-    def flops_per_row(self) -> int:
+    def flops_by_part(self) -> dict[str, tuple[float, float]]:
         return self.flops
+
+    def flops_per_row(self) -> int:
+        return round(sum(map(sum, self.flops.values())))
 
 
 Network = System | Module
@@ -148,20 +157,23 @@ Network = System | Module
 # ---- training -----------------------------------------------------------------------------------
 
 
-def state(parameters: float, training: Training, layout: Layout, matrices: float = 0) -> Memory:
-    """Weights, gradients and optimizer of a GPU, of `parameters` in all, `matrices` Muon's."""
+def state(parameters: float, training: Training, layout: Layout, matrices: float = 0,
+          frozen: float = 0) -> Memory:  # fmt: skip
+    """Weights, gradients and optimizer of a GPU (Rajbhandari et al. 2020, section 3.1 and fig. 1):
+    of the parameters Muon takes `matrices`, and `frozen` are not trained."""
     share, size = layout.tensor * layout.pipeline, DTYPE_BYTES[training.dtype]
-    averages = 8 * parameters - (4 * matrices if training.optimizer == "muon" else 0)
-    master = 4 * parameters if size < 4 else 0
+    learnt = parameters - frozen
+    averages = 8 * learnt - (4 * matrices if training.optimizer == "muon" else 0)
+    master = 4 * learnt if size < 4 else 0
     weights, gradients, optimizer = (
         total / share / (layout.data if layout.zero >= stage else 1)
-        for total, stage in ((size * parameters, 3), (size * parameters, 2), (averages + master, 1))
+        for total, stage in ((size * parameters, 3), (size * learnt, 2), (averages + master, 1))
     )
     return Memory(weights, gradients, optimizer)
 
 
 def kept_by_block(stack: Stack, training: Training, layout: Layout) -> float:
-    """Bytes that one block keeps of a row until its backward pass."""
+    """Bytes that a block keeps of a row until its backward (Korthikanti et al. 2022, eqs. 1-4)."""
     size, t = DTYPE_BYTES[training.dtype], layout.tensor
     stored = not training.fused and training.checkpoint == "none"
     sums = {name: sum(getattr(layer, name) for layer in stack.layers)
@@ -203,16 +215,17 @@ def training_memory(network: Network, training: Training, layout: Layout = Layou
     """Bytes of training on the fullest GPU, by term. ValueError for what cannot be laid out."""
     check_layout(network, layout)
     size, block = DTYPE_BYTES[training.dtype], network.largest_block / layout.tensor
-    owned = network.parameters / (layout.tensor * layout.pipeline)
+    owned = network.learnt / (layout.tensor * layout.pipeline)
     buffers = 0.0
     if layout.data > 1:  # DDP keeps its buckets; FSDP2 gathers this block's weights and the next's
         buffers = size * (owned if not layout.zero else block if layout.zero < 3 else 3 * block)
+    frozen = sum(network.frozen.values())
+    held = state(network.parameters, training, layout, network.matrices, frozen)
     return replace(
-        state(network.parameters, training, layout, network.matrices),
+        held, optimizer=held.optimizer + network.average, buffers=buffers,
         activations=activations(network, training, layout),
         logits=LOGIT_BYTES * training.rows * network.logits / layout.tensor,
-        buffers=buffers,
-    )
+    )  # fmt: skip
 
 
 def check_layout(network: Network, layout: Layout) -> None:
@@ -231,7 +244,7 @@ def check_layout(network: Network, layout: Layout) -> None:
 
 
 def cache_bytes(network: Network, tokens: int, rows: int = 1, dtype: str = "bf16") -> int:
-    """Bytes of the keys and values of `rows` texts of `tokens` tokens: 2 L G K numbers a token.
+    """Bytes of the keys and values of `rows` texts, 2 L G K numbers a token (Ainslie et al. 2023).
 
     A window keeps only its tokens; a decoder that looks at an encoder keeps that one's keys too.
     """
@@ -271,11 +284,12 @@ class Fit:
 
 def largest_rows(network: Network, budget: float, training: Training, layout: Layout) -> int:
     """Most rows of a micro-batch within `budget` bytes a GPU; 0 if not one fits. Memory is linear
-    in the rows, so two values tell all."""
-    one, two = (
-        training_memory(network, replace(training, rows=rows), layout).total for rows in (1, 2)
+    in the rows, once they are so many that they outweigh the update: two such values tell all."""
+    big = 2**20
+    one, many, more = (
+        training_memory(network, replace(training, rows=n), layout).total for n in (1, big, 2 * big)
     )
-    return max(0, int((budget - one) // (two - one) + 1)) if two > one else int(one <= budget)
+    return int((budget - many) // ((more - many) / big) + big) if one <= budget else 0
 
 
 def fit(network: Network, budget: float, training: Training, gpus: int = 1) -> Fit | None:

@@ -5,20 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from tinyfm import memory
-from tinyfm.gpus import GPU, Bill
+from tinyfm.gpus import GPU, Assumptions, Bill
 from tinyfm.memory import Layout, Memory, Network, Training
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What no formula gives: stated with every result that rests on it."""
-
-    gpus: int = 1
-    dtype: str = "bf16"  # of the products
-    mfu: float = 0.4  # share of the peak that is reached
-    availability: float = 1.0  # share of the time in which it runs
-    price: float | None = None  # USD a GPU-hour; None = the dated one of gpus.py
-    pue: float = 1.1  # energy of the building over that of its GPUs
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,12 @@ def figure(n: float) -> str:
 
 def plural(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def rows_text(n: int, network: Network) -> str:
+    """3 rows of 1,024 tokens, or 3 images."""
+    rows = f"{plural(n, 'row')} of {plural(network.row, network.unit)}"
+    return rows if network.row > 1 else plural(n, network.unit)
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
@@ -89,12 +83,15 @@ def parameter_lines(network: Network) -> list[str]:
     published = f" (published: {network.published})" if network.published else ""
     lines = [f"{network.name}: {n:,} parameters{published}"]
     lines += [f"  note: {network.note}"] if network.note else []
-    lines += [f"  {part:16} {size:>19,}" for part, size in network.by_part("parameters").items()]
+    for part, size in network.by_part("parameters").items():
+        frozen = network.frozen.get(part)
+        lines.append(f"  {part:16} {size:>19,}{f'  frozen: {frozen:,}' if frozen else ''}")
     lines.append(f"  {'not embeddings':16} {network.non_embedding:>19,}")
-    if network.active != n:
-        lines.append(f"  {'active a token':16} {network.active:>19,}")
+    for what, size in (("active a token", network.active), ("trained", network.learnt)):
+        lines += [f"  {what:16} {size:>19,}"] if size != n else []
     sizes = f"{short(4 * n)}B in fp32, {short(2 * n)}B in bf16 or fp16"
-    lines.append(f"checkpoint: {sizes}, {short(14 * n)}B with master weights and AdamW's averages")
+    whole = short(2 * n + 12 * network.learnt)
+    lines.append(f"checkpoint: {sizes}, {whole}B with master weights and AdamW's averages")
     return lines
 
 
@@ -103,24 +100,34 @@ def training_line(report: Report) -> str:
     how = f"{training.dtype}, {training.optimizer}, checkpointing: {training.checkpoint}"
     if layout.gpus > 1:
         stage = ("DDP", "ZeRO-1", "ZeRO-2", "FSDP2")[layout.zero]
-        how += f", {stage} over {layout.data}"
+        how += f", {stage} over {layout.data}" if layout.data > 1 else ""
         how += f", tensor {layout.tensor}" if layout.tensor > 1 else ""
         how += f", pipeline {layout.pipeline}" if layout.pipeline > 1 else ""
     where = f"each of {layout.gpus:,} GPUs" if layout.gpus > 1 else "one GPU"
-    rows = f"{plural(training.rows, 'row')} of {plural(network.row, network.unit)}"
-    return f"to train, on {where}, with micro-batches of {rows} ({how}):"
+    return f"to train, on {where}, micro-batches of {rows_text(training.rows, network)} ({how}):"
+
+
+def block_lines(report: Report) -> list[str]:
+    """What a block keeps of a row, with attention fused and not; nothing where none repeats."""
+    blocks = [stack for stack in report.network.stacks if stack.boundary]
+    ways = [replace(report.training, checkpoint="none", fused=fused) for fused in (True, False)]
+    sizes = [[memory.kept_by_block(block, way, report.layout) for block in blocks] for way in ways]
+    fused, stored = (short(max(size, default=0)) for size in sizes)
+    text = f"  not checkpointed, a block keeps {fused}B of a row, {stored}B if attention is unfused"
+    return [text] if blocks else []
 
 
 def flops_lines(report: Report) -> list[str]:
     network, unit = report.network, report.network.unit
     each = network.flops_per_row() / network.row
     article = "an" if unit[0] in "aeiou" else "a"
-    lines = [
-        f"FLOPs, 2 a multiply-add, no discount for causality: {short(each)}FLOP {article} {unit}, "
-        "forward and backward"
-    ]
+    lines = [f"FLOPs, 2 a multiply-add, no discount for causality: {short(each)}FLOP {article} "
+             f"{unit}, forward and backward"]  # fmt: skip
     if unit == "token" and not any(stack.cross_cache for stack in network.stacks):
         lines[0] += f"; the rule of 6 N gives {short(6 * network.active)}FLOP"
+    for part, (forward, backward) in network.flops_by_part().items():
+        forward, backward = (f"{short(n / network.row):>9}FLOP" for n in (forward, backward))
+        lines.append(f"  {part:16} {forward} forward, {backward} backward")
     if not report.units:
         return [*lines, f"--tokens says how many {unit}s to train on: then, what it takes in all"]
     return [*lines, f"training on {report.units:.4g} {unit}s: {report.flops:.4g} FLOP"]
@@ -132,6 +139,9 @@ def bill_lines(bill: Bill, gpu: GPU, assumed: Assumptions) -> list[str]:
         f"dense {assumed.dtype} TFLOP/s and availability {assumed.availability:g}: "
         f"{figure(bill.days)} days, {figure(bill.gpu_hours)} GPU-hours"
     ]
+    if gpu.bandwidth:
+        links = f", links of {gpu.link:g} GB/s" if gpu.link else ""
+        lines.append(f"  {gpu.memory:g} GB of memory at {gpu.bandwidth:g} GB/s{links}")
     if gpu.watts:
         use = f"{gpu.watts:g} W a GPU and a PUE of {assumed.pue:g}"
         lines.append(f"  {short(1000 * bill.energy_kwh)}Wh at {use}")
@@ -143,13 +153,18 @@ def bill_lines(bill: Bill, gpu: GPU, assumed: Assumptions) -> list[str]:
 
 
 def to_text(report: Report) -> str:
-    network = report.network
-    lines = [*parameter_lines(network), training_line(report), memory_text(report.memory)]
-    lines += [f"to serve one row of {plural(network.row, network.unit)}:"]
+    network, gpu = report.network, report.gpu
+    lines = [*parameter_lines(network), training_line(report)]
+    lines += [memory_text(report.memory), *block_lines(report)]
+    if gpu and report.memory.total > 1e9 * gpu.memory:
+        lines.append(f"  more than {gpu.name} has; --fit {gpu.memory:g}GB says what it can hold")
+    lines += [f"to serve {rows_text(1, network)} ({report.assumed.dtype}):"]
     lines += [memory_text(report.serving), *flops_lines(report)]
-    if report.bill and report.gpu:
-        return "\n".join([*lines, *bill_lines(report.bill, report.gpu, report.assumed)])
-    return "\n".join([*lines, "--gpu says what to train on: then, days, energy and cost"])
+    if gpu and report.bill:
+        lines += bill_lines(report.bill, gpu, report.assumed)
+    elif not gpu:
+        lines.append("--gpu says what to train on: then, days, energy and cost")
+    return "\n".join(lines)
 
 
 def fit_text(report: Report, size: str) -> str:
@@ -172,10 +187,9 @@ def fit_text(report: Report, size: str) -> str:
     )  # fmt: skip
     best = best or memory.fit(network, budget, training, fewest)
     assert best
-    rows = f"{plural(best.training.rows, 'row')} of {plural(network.row, network.unit)}"
     return (
-        f"{fits}: {best.way}, micro-batches of up to {rows}; "
-        f"it takes at least {plural(fewest, 'GPU')}\n{memory_text(best.memory)}"
+        f"{fits}: {best.way}, micro-batches of up to {rows_text(best.training.rows, network)}; it "
+        f"takes at least {plural(fewest, 'GPU')}\n{memory_text(best.memory)}"
     )
 
 
@@ -195,8 +209,7 @@ def table(reports: list[Report]) -> str:
             figure(bill.cost_usd) if bill and bill.cost_usd else "-",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
-    return "\n".join(lines)
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
 
 
 def plot(reports: list[Report], path: str) -> None:
@@ -205,8 +218,7 @@ def plot(reports: list[Report], path: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 + 1.5 * len(reports), 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(ylabel="GiB to train, on the fullest GPU")
+    axes = FigureCanvasAgg(figure).figure.add_subplot(ylabel="GiB to train, on the fullest GPU")
     names, bottom = [report.network.name for report in reports], [0.0] * len(reports)
     for term in asdict(reports[0].memory):
         sizes = [getattr(report.memory, term) / 2**30 for report in reports]

@@ -66,7 +66,7 @@ def denoise(opened: records.OpenRun, options) -> None:
 
 def illustrate(opened: records.OpenRun, options) -> None:
     """n pictures of what the prompt says, made of a picture if one is given."""
-    if not options.prompt:
+    if not (options.prompt or "").strip():
         raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
     given = draw.read_given(opened.run.model, options.init_image, options.mask, options.upscale)
     if options.init_image:
@@ -75,6 +75,7 @@ def illustrate(opened: records.OpenRun, options) -> None:
     elif options.strength is not None:
         raise ValueError("--strength says how much to change of --init-image, which lacks")
     opened.model.tokenizer = opened.tokenizer
+    find.tell_cut(opened.tokenizer, [options.prompt], opened.run.model.clip.context_length)
     prompts = [options.prompt] * (options.n or 8)
     how = {"sampler": options.sampler, "guidance": options.guidance, **given}
     sheet = draw.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how)

@@ -48,7 +48,7 @@ def read_run(folder: str) -> Run:
     with torch.device("meta"):
         model = run.build_model()
     cost = calc.training_cost(model, run.optim, run.train.batch_size)
-    units = run.train.steps * run.train.batch_size * getattr(run.model, "context_length", 1)
+    units = run.train.steps * run.train.batch_size * calc.unit_of(model)[1]
     data = files.read_json(path / "config.json").get("data_fingerprint", "")
     return Run(path.name, cost.parameters, units, cost.flops_per_step * run.train.steps,
                rows[-1]["val_loss"], data)  # fmt: skip
@@ -101,8 +101,11 @@ def fit_runs(argv: list[str]) -> str:
     parser.add_argument("--held-out", metavar="RUN", help="a larger run, to compare with")
     parser.add_argument("--plot", default="", help="where to draw it (scaling.png beside the runs)")
     options = parser.parse_args(argv)
-    runs = sorted(map(read_run, options.runs), key=lambda run: run.flops)
+    # runs/sweep-* may have caught the one to be foretold too.
     held = [read_run(options.held_out)] if options.held_out else []
+    apart = Path(options.held_out).resolve() if held else None
+    fitted = [folder for folder in options.runs if Path(folder).resolve() != apart]
+    runs = sorted(map(read_run, fitted), key=lambda run: run.flops)
     different = {run.data for run in runs + held}
     if len(different) > 1:
         raise ValueError(

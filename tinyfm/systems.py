@@ -33,6 +33,7 @@ class System:
     trained: int = 0  # units it was trained on; 0 = not published
     note: str = ""  # where sources disagree: which is right
     source: str = ""
+    average, frozen = 0, {}  # bytes of a moving average, parameters not trained: see memory.Module
 
     def total(self, quantity: str) -> int:
         return sum(stack.total(quantity) for stack in self.stacks)
@@ -62,6 +63,10 @@ class System:
         return self.parameters - self.by_part("parameters").get("idle experts", 0)
 
     @property
+    def learnt(self) -> int:
+        return self.parameters
+
+    @property
     def matrices(self) -> int:
         """Numbers in the matrices between hidden states: what Muon updates."""
         idle = self.by_part("vectors").get("idle experts", 0)
@@ -79,6 +84,10 @@ class System:
         Attention is counted for all pairs in reach, without a discount for causality.
         """
         return (6 if backward else 2) * self.total("macs")
+
+    def flops_by_part(self) -> dict[str, tuple[int, int]]:
+        """Forward and backward FLOPs of a row, for each part that has any."""
+        return {part: (2 * n, 4 * n) for part, n in self.by_part("macs").items()}
 
 
 # ---- families: the code, and what all its members share ------------------------------------------
@@ -166,7 +175,9 @@ def rows() -> dict[str, dict[str, str]]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """For an error message: the likeliest of `names`, or where to see them all."""
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    names, name = [*names], name.lower()
+    near = [other for other in names if other.startswith(f"{name}-")][:3]
+    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "--list shows all names"
 
 
