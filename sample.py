@@ -35,7 +35,7 @@ class Options:
     sampler: str = "dpm++"  # diffusion: ddpm, ddim or dpm++; also euler or heun, if it is a flow
     steps: int = 20  # diffusion: steps from noise to picture
     film: bool = False  # diffusion: draw the first samples while they lose their noise
-    guidance: float = 2.0  # text2image: how closely to follow the prompt; 1 = as the model is
+    guidance: float = 3.0  # text2image: how closely to follow the prompt; 1 = as the model is
     init_image: str = ""  # text2image: a picture to change, by as much as
     strength: float | None = None  # ... this, up to 1 = nothing is left of it; else 0.6
     mask: str = ""  # ... white where it is to be drawn anew; then the rest stays as it is

@@ -63,7 +63,7 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
         folder, done = trainer.resume(), trainer.counters["step"] == run.train.steps
         say(f"{'the run is complete:' if done else 'going on from'} {folder}")
     elif world.first:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "config.json", record)
     run.get_ready(trainer.model, data)
     costs = calc.describe(trainer.model, run.optim, run.train)

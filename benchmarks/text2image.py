@@ -29,17 +29,19 @@ from tinyfm.trainer import row_generators  # noqa: E402
 
 
 def latents(repeats: int) -> None:
-    """Each step is a whole training step of the preset, on random pictures or latents."""
+    """Each step is a whole training step of the preset, on empty pictures or latents."""
     machine.keep_freed_memory()
     run = get_preset("text2image").run
     dtype = machine.choose_dtype("auto", torch.device("cpu"))
     torch.manual_seed(0)
     model, rows = run.build_model(), run.train.batch_size
     optimizers = build_optimizers(model, run.optim)
-    whole = model.example_batch(rows)
-    whole["images"] = torch.rand(whole["images"].shape) * 2 - 1
-    z = model.encode_images(whole["images"])
-    batches = {"encoded in every step": whole, "made once": {"latents": z, **whole}}
+    made = model.example_batch(rows)
+    images = model.autoencoder.example_batch(rows)["images"]
+    batches = {
+        "encoded in every step": {"images": images, "tokens": made["tokens"]},
+        "made once": made,
+    }
     seconds = {name: [] for name in batches}
     for _ in range(1 + repeats):  # the first round warms up
         for name, batch in batches.items():

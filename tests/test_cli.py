@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, families, files, generate, machine, presets, records
+from tinyfm import checkpoint, families, files, generate, machine, presets, records, show
 from tinyfm.gpt import GPT
 from tinyfm.trainer import Trainer
 
@@ -88,7 +88,7 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     record, end = json.JSONDecoder().raw_decode(text)
     assert record["preset"] == name and record["train"]["steps"] == 7
-    line = r"\s*[\d,]+ parameters; .* GiB .* TFLOP a step, .* FLOP in all\s*"
+    line = r"\s*[\d,]+ parameters(, [\d,]+ of them trained)?; .* GiB .* TFLOP a step, .* FLOP in all\s*"
     assert re.fullmatch(line, text[end:])
     assert not [*tmp_path.iterdir()]
 
@@ -136,6 +136,16 @@ def test_mistakes_of_training(name, tmp_path, options, monkeypatch, fails):
     arguments, message = WRONG[name]
     assert message in fails(train, *options, "--out", "run", *arguments)
     assert contents(tmp_path) == before and not Path("run").exists()
+
+
+def test_a_folder_in_which_no_step_was_made_is_free(tmp_path):
+    """As one that failed in its first step leaves behind."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "metrics.jsonl").touch()
+    records.check_directory(tmp_path, resume=False)
+    (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="exists: go on with --resume"):
+        records.check_directory(tmp_path, resume=False)
 
 
 def test_an_unknown_preset(fails):
@@ -327,7 +337,7 @@ def test_the_first_text_is_shown_as_it_is_written(tiny_run, monkeypatch):
     monkeypatch.setattr(generate, "stream_text", steps)
     monkeypatch.setattr("builtins.print", lambda *text, **more: shown.append("print"))
     sampling = generate.Sampling(max_new_tokens=4, temperature=1.0)
-    sample.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
+    show.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
     assert shown == ["print", *["step", "print"] * 5, "print"]
 
 

@@ -310,10 +310,10 @@ OF_TRAINING = {
                "images of 9 x 9 cannot be halved 1 times; the nearest size that can is 8 x 8"),
     "halves too": ("ddpm", "--model.image-size 7", "the nearest size that can is 8 x 8"),
     "glyphs in colour": ("ddpm", "--data.path glyphs --model.image-size 32",
-                         "glyphs are 32 x 32 pixels in 1 channel, the model takes 32 x 32 in 3: "
-                         "set --model.image-size 32 --model.in-channels 1"),
+                         "glyphs are 32 x 32 pixels of 1 (3 with --data.color), the model takes "
+                         "32 x 32 in 3: set the model's image-size to 32 and its channels to 1"),
     "glyphs large": ("autoencoder", "--data.path glyphs --model.in-channels 1",
-                     "the model takes 8 x 8 in 1: set --model.image-size 32"),
+                     "the model takes 8 x 8 in 1: set the model's image-size to 32"),
     "no pictures": ("ddpm", "--data.path EMPTY", "no image in EMPTY (0 found"),
     "no path": ("ddpm", "--data.path=", "--data.path must not be empty"),
     "nowhere": ("ddpm", "--data.path nowhere", "nowhere is not a folder with images"),

@@ -483,6 +483,12 @@ def test_validation_takes_full_batches_in_a_fixed_order(own):
     assert len(held_out) == len(data.val.labels) == 10
 
 
+def test_fewer_pictures_than_neighbours_are_all_read(own, tmp_path):
+    config = PairConfig(path=str(own), cache=str(tmp_path), tokenizer="bytes", neighbours=64)
+    data = PairData.prepare(config, 8, 1, 257, 32, 36, 0)
+    assert sorted(data.rows_of(5, slice(None)).tolist()) == [*range(36)]
+
+
 def test_glyphs_are_a_source(tmp_path, monkeypatch):
     fonts = {style: file for style, file in glyphs.FILES.items() if "mono" in style}
     monkeypatch.setattr(glyphs, "FILES", fonts)
@@ -500,7 +506,7 @@ def test_glyphs_are_a_source(tmp_path, monkeypatch):
             assert split.captions[i] == list(expected[name][i].captions)
             assert split.labels[i] == expected[name][i].label
     assert data.batch(0)["images"].shape == (64, 1, 32, 32)
-    with pytest.raises(ValueError, match=r"32 x 32 .* 64 x 64 in 3: set --model.image-size 32"):
+    with pytest.raises(ValueError, match=r"32 x 32 .* 64 x 64 in 3: set the .* image-size to 32"):
         PairData.prepare(config, 64, 3, 1000, 32, 64, 0)
 
 

@@ -14,8 +14,9 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from data import glyphs
-from tinyfm import checkpoint, evaluate, judge, picture_scores, presets, records
+from data import captioned, glyphs
+from data.report import Report
+from tinyfm import checkpoint, compose, evaluate, judge, picture_scores, presets, records
 
 PARTS = {
     "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16
@@ -200,9 +201,44 @@ def test_a_part_must_be_a_run_of_its_family(arguments, parts, tmp_path, capsys):
 
 def test_other_channels_than_the_pictures_have_are_named(arguments, tmp_path, capsys):
     message = refusal(capsys, train, *arguments, "--data.path", "letters", "--out", tmp_path / "x")
-    assert "letters are 32 x 32 pixels in 1 channels" in message
+    assert "letters are 32 x 32 pixels of 1 (3 with --data.color)" in message
     message = refusal(capsys, train, *arguments, "--data.color", "--out", tmp_path / "x")
     assert "and not your own pictures" in message
+
+
+def test_parts_are_made_for_what_is_given(arguments, parts, pictures, tmp_path):
+    """Few pictures make small batches; a given part says how the other one sees them."""
+    words = [*arguments[:-2], "--clip", "", "--out", tmp_path / "x"]
+    run = train.read_arguments([str(word) for word in [*words, "--data.template", "my {}"]])[2]
+    part = compose.part_run(run, "clip")
+    assert part.data.template == "my {}" and part.train.batch_size == 256
+    assert compose.fit_batch(part).train.batch_size == 16  # 60 pictures, of which 36 train
+    letters = dataclasses.replace(part, data=dataclasses.replace(part.data, path="letters"))
+    assert compose.fit_batch(letters) == letters
+    fitted, _ = compose.prepare(dataclasses.replace(run, dry_run=True), None, None)
+    assert fitted.model.autoencoder == records.open_run(str(parts["autoencoder"])).run.model
+    assert (fitted.model.clip.image_size, fitted.model.clip.channels) == (8, 3)
+
+
+def test_what_lacks_is_said_before_any_part_is_trained(common, parts, pictures, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(pictures / "0.png", bare)
+    out = ["--out", tmp_path / "x"]
+    message = refusal(capsys, train, "text2image", *common, "--data.path", bare, *out)
+    assert "no image with a caption" in message
+    swapped = ["--clip", parts["autoencoder"]]
+    message = refusal(capsys, train, "text2image", *common, *swapped, *out)
+    assert "is a run of family autoencoder, not clip" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"bare"}
+
+
+def test_colours_that_a_grey_model_does_not_see_are_counted(pictures):
+    for channels, seen in ((1, True), (3, False)):
+        report = Report()
+        images = [record.image for record in captioned.records(pictures, 8, channels, report)]
+        assert {image.shape for image in images} == {(8, 8, channels)}
+        assert ("60 in colour, read as grey" in str(report)) == seen
 
 
 # ---- sample -------------------------------------------------------------------------------------
@@ -240,7 +276,9 @@ def test_sample_changes_fills_and_enlarges_pictures(run, pictures, tmp_path):
     ("words", "message"),
     [
         ([], "say what to draw"),
-        (["--prompt", ""], "say what to draw"),
+        (["--prompt", " "], "say what to draw"),
+        (["--prompt", "a", "--out", "none/x.png"], "there is no folder none; make it first"),
+        (["--prompt", "a", "--init-image", "0.png", "--upscale", "0.png"], "leave one out"),
         (["--prompt", "a", "--guidance", -1], "it must be 0 or above"),
         (["--prompt", "a", "--steps", 2000], "do not fit a schedule"),
         (["--prompt", "a", "--strength", 0.5], "how much to change of --init-image"),
@@ -260,6 +298,26 @@ def test_wrong_options_are_one_clear_sentence(
     Image.new("RGB", (9, 5)).save(tmp_path / "wide.png")
     assert message in refusal(capsys, sample, run, *words)
     assert not (tmp_path / "sample.png").exists()
+
+
+def test_a_prompt_beyond_the_context_is_cut_and_said_to_be(run, tmp_path, capsys):
+    first = [run, "-n", 2, "--steps", 2, "--out", tmp_path / "x.png", "--prompt"]
+    assert call(sample, *first, "red a" * 9) == 0
+    assert "the text cut to 12 tokens" in capsys.readouterr().err
+    assert call(sample, *first, "red a") == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_labels_are_a_list_of_any_length_or_a_file_of_text(parts, pictures, tmp_path, capsys):
+    first = [sample, parts["clip"], "--image", pictures / "0.png", "--labels"]
+    assert call(*first, ",".join(f"{ink} {i}" for ink in INKS for i in range(100))) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 300
+    assert call(*first, "red a,a much longer text") == 0
+    assert "cut to 12 tokens" in capsys.readouterr().err
+    assert "'none.txt' is the only label, and no file" in refusal(capsys, *first, "none.txt")
+    assert "0.png is no text in UTF-8" in refusal(capsys, *first, pictures / "0.png")
+    asked = [sample, parts["clip"], "--prompt", "red a", "--labels", "red a,blue b"]
+    assert "give --image FILE with --labels" in refusal(capsys, *asked)
 
 
 # ---- what is drawn, judged ----------------------------------------------------------------------

@@ -124,7 +124,7 @@ def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> N
 class Options:
     run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
     json: bool = False  # print JSON
-    guidance: float = 2.0  # text-to-image: how closely to follow the prompts
+    guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     picture: str = ""  # CLIP: also draw what is confused with what, to this PNG
     raw: bool = False  # the weights of the last step, even if averaged ones were kept
     device: str = "auto"  # cpu, cuda, mps, or auto
@@ -140,6 +140,9 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
     data = run.open_data()
     torch.manual_seed(run.train.seed)
     untrained = run.build_model().eval()
+    learnt = {name for name, p in opened.model.named_parameters() if p.requires_grad}
+    given = {k: v for k, v in opened.model.state_dict().items() if k not in learnt}
+    untrained.load_state_dict(given, strict=False)  # what was frozen was not trained by this run
     for column, model in (("untrained", untrained), ("reached", opened.model)):
         model.to(device)
         run.get_ready(model, data)

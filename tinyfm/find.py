@@ -66,7 +66,11 @@ def find_images(opened: records.OpenRun, prompt: str, n: int, out: str) -> None:
     captions = [own[0] for split in splits for own in split.captions]
     images = np.concatenate([split.images for split in splits])[best.indices.cpu().numpy()]
     titles = [f"{s:.3f} {captions[i]}" for s, i in zip(*(part.tolist() for part in best))]
-    pictures.save_grid(images.transpose(0, 2, 3, 1), out, min(8, len(images)), titles)
+    images = images.transpose(0, 2, 3, 1)
+    if n == 1:
+        pictures.save(images[0], out)
+    else:
+        pictures.save_grid(images, out, min(8, len(images)), titles)
     print("\n".join(titles), out, sep="\n")
 
 

@@ -142,7 +142,7 @@ class TextToImageRun(ImageRun):
         "clip": "text2image-clip",
     }
     SHOWN: ClassVar[int] = 32
-    GUIDANCE: ClassVar[float] = 2.0
+    GUIDANCE: ClassVar[float] = 3.0
 
     def build_model(self) -> TextToImage:
         return TextToImage(self.model)

@@ -71,7 +71,8 @@ class Logbook:
                 axes.plot(*zip(*points), label=name, **style)
         axes.set_title(str(self.run.name))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         figure.savefig(self.run / "loss.png", dpi=110)
 
     def close(self) -> None:

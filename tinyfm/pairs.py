@@ -74,9 +74,9 @@ def find_source(config: PairConfig, image_size: int, channels: int):
         sizes = (glyphs.SIZE, 3 if config.color else 1)
         if (image_size, channels) != sizes:
             raise ValueError(
-                f"{config.path} are {glyphs.SIZE} x {glyphs.SIZE} pixels in {sizes[1]} channels, "
-                f"the model takes {image_size} x {image_size} in {channels}: set its image size to "
-                f"{glyphs.SIZE}, its channels to {sizes[1]}; with --data.color it is 3"
+                f"{config.path} are {glyphs.SIZE} x {glyphs.SIZE} pixels of {sizes[1]} (3 with "
+                f"--data.color), the model takes {image_size} x {image_size} in {channels}: set "
+                f"the model's image-size to {glyphs.SIZE} and its channels to {sizes[1]}"
             )
         variant = {"color": config.color, "letters": config.path == "letters"}
         name = config.path + "-color" * config.color
@@ -174,7 +174,8 @@ class PairData:
             raise ValueError(f"{rows} training pictures, the batch takes {batch_size}: {advice}")
         self.tokenizer = tokenizers.load(folder / "tokenizer")
         check_vocabulary(self.tokenizer, vocab_size)
-        self.batch_size, self.seed, self.neighbours = batch_size, seed, neighbours
+        self.batch_size, self.seed = batch_size, seed
+        self.neighbours = min(neighbours, manifest["rows"]["train"])
         self.unit, self.units_per_row = "images", 1
         self.splits = open_splits(folder, manifest, token_dtype(self.tokenizer.vocab_size))
         self.train, self.val = list(self.splits.values())[:2]

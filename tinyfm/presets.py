@@ -118,7 +118,7 @@ PRESETS = {
                 **LETTERS,
             ),
             optim=OptimConfig(lr=2e-3, warmup_steps=50, ema_half_life=100, decay_fraction=0.5),
-            train=TrainConfig(steps=2000, batch_size=64, eval_every=500),
+            train=TrainConfig(steps=2400, batch_size=64, eval_every=800),
         ),
     ),
     "text2image-autoencoder": Preset(

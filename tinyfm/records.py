@@ -35,7 +35,8 @@ def check_directory(out: Path, resume: bool) -> None:
     """Raise ValueError if a run can neither begin nor go on there."""
     if resume and not out.exists():
         raise ValueError(f"there is no run {out} to resume; leave out --resume to begin it")
-    if out.exists() and not resume:
+    begun = out.exists() and {p.name for p in out.iterdir() if p.stat().st_size} - {"config.json"}
+    if begun and not resume:
         raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
 
 

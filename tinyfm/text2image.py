@@ -142,9 +142,10 @@ class TextToImage(nn.Module):
         return self.diffusion.loss(rows, generators)
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
-        """A batch as data would give it, of zeros."""
-        c, images = self.config, self.autoencoder.example_batch(rows)
-        batch = images | {"tokens": torch.zeros(rows, c.clip.context_length, dtype=torch.long)}
+        """A batch as data would give it, of zeros, with latents made beforehand."""
+        c, side = self.config, self.config.diffusion.image_size
+        batch = {"latents": torch.zeros(rows, c.diffusion.in_channels, side, side),
+                 "tokens": torch.zeros(rows, c.clip.context_length, dtype=torch.long)}  # fmt: skip
         null = {"null_context": torch.zeros(rows, c.clip.context_length, c.clip.text_width)}
         return batch if c.diffusion.learned_null else batch | null
 
