@@ -20,8 +20,12 @@ earlier font, then of the lower code point; the held-out fonts come last. A char
 font that no other font has is dropped as well: it would be neither test. Mathematical letters are
 left out: their names are styles ("mathematical bold italic small z"), which is the captions' part.
 
-There are two variants, also together: only Latin letters and digits, and colour, where a drawing
-is painted in one ink on one paper, which its caption names:
+There are two variants, also together. One has only Latin letters and digits, to draw them: as who
+is to draw must have seen each style, its second split is
+
+    held-out pairs         of style and character, one in ten: each of the two was seen with others
+
+The other is colour, where a drawing is painted in one ink on one paper, which its caption names:
 
     red serif bold latin small letter a with acute on yellow
 
@@ -49,7 +53,9 @@ from data.pictures import FONTS, Record, save_grid
 from data.report import Report
 
 TRAIN, HELD_OUT_FONTS, HELD_OUT_CHARACTERS = "train", "held-out fonts", "held-out characters"
+HELD_OUT_PAIRS = "held-out pairs"
 SPLITS = (TRAIN, HELD_OUT_FONTS, HELD_OUT_CHARACTERS)
+LETTER_SPLITS = (TRAIN, HELD_OUT_PAIRS, HELD_OUT_CHARACTERS)
 HELD_OUT_STYLE = "bold italic"
 FILES = {  # style words -> file; those of the held-out style last
     "sans": "DejaVuSans", "sans bold": "DejaVuSans-Bold", "sans italic": "DejaVuSans-Oblique",
@@ -150,11 +156,24 @@ def choose_held_out(names: Iterable[str]) -> set[str]:
     return chosen
 
 
+def number_of(text: str) -> int:
+    """A large number, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def choose_colors(style: str, name: str) -> tuple[str, str]:
     """The ink and the paper of a drawing, two of COLORS."""
     pairs = list(permutations(COLORS, 2))
-    number = int.from_bytes(hashlib.sha256(f"{style} {name}".encode()).digest()[:8], "big")
-    return pairs[number % len(pairs)]
+    return pairs[number_of(f"{style} {name}") % len(pairs)]
+
+
+def split_of(style: str, name: str, held_out: set[str], letters: bool) -> str:
+    """Where a drawing belongs, if those characters are held out."""
+    if name in held_out:
+        return HELD_OUT_CHARACTERS
+    if letters:
+        return TRAIN if number_of(f"{name}, {style}") % 10 else HELD_OUT_PAIRS
+    return HELD_OUT_FONTS if style.endswith(HELD_OUT_STYLE) else TRAIN
 
 
 def paint(image: np.ndarray, ink: str, paper: str) -> np.ndarray:
@@ -191,7 +210,7 @@ def version(color: bool = False, letters: bool = False) -> str:
     """What the records depend on."""
     freetype, unicode = features.version("freetype2"), unicodedata.unidata_version
     packages = [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
-    variant = ["color"] * color + ["letters"] * letters
+    variant = ["color"] * color + ["letters-2"] * letters
     parts = ["glyphs-3", *variant, *packages, f"freetype-{freetype}", f"unicode-{unicode}"]
     return " ".join(parts)
 
@@ -199,7 +218,7 @@ def version(color: bool = False, letters: bool = False) -> str:
 def records(
     report: Report | None = None, color: bool = False, letters: bool = False
 ) -> Iterator[Record]:
-    """Yield a record for each drawing, in the same split whatever the variant.
+    """Yield a record for each drawing; the same characters are held out in all variants.
 
     Images are uint8 (SIZE, SIZE, 1), or 3 in color. Raises ValueError if the fonts are not there.
     """
@@ -210,13 +229,9 @@ def records(
     drawn = list(drawings(report))
     seen = {name for style, name, _ in drawn if not style.endswith(HELD_OUT_STYLE)}
     held_out = choose_held_out(seen)
-    labels = {split: [] for split in SPLITS}
+    labels = {split: [] for split in (LETTER_SPLITS if letters else SPLITS)}
     for style, name, image in drawn:
-        caption, split = f"{style} {name}", TRAIN
-        if name in held_out:
-            split = HELD_OUT_CHARACTERS
-        elif style.endswith(HELD_OUT_STYLE):
-            split = HELD_OUT_FONTS
+        caption, split = f"{style} {name}", split_of(style, name, held_out, letters)
         if name not in seen:
             report.skip("in a held-out font only", caption)
             continue

@@ -219,12 +219,20 @@ def variants():
         }
 
 
-def test_letters_are_the_same_drawings_in_the_same_splits(variants):
+def test_letters_are_the_same_drawings_with_pairs_held_out(variants):
     letters, report = variants["letters"]
     expected = [r for r in variants["grey"][0] if r.label.startswith(("latin ", "digit "))]
-    assert [record[1:] for record in letters] == [record[1:] for record in expected]
+    assert [record[1:3] for record in letters] == [record[1:3] for record in expected]
     assert all(np.array_equal(a.image, b.image) for a, b in zip(letters, expected))
-    assert {record.split for record in letters} == {*glyphs.SPLITS}
+    in_split = {split: [r for r in letters if r.split == split] for split in glyphs.LETTER_SPLITS}
+    train, pairs, characters = in_split.values()
+    assert len(letters) == len(train) + len(pairs) + len(characters)
+    assert {r.label for r in characters} == {
+        r.label for r in expected if r.split == glyphs.HELD_OUT_CHARACTERS
+    }
+    assert 0.08 < len(pairs) / len(train + pairs) < 0.12
+    styles = [{r.captions[0].removesuffix(r.label) for r in rows} for rows in (train, pairs)]
+    assert styles[0] == styles[1]  # each was seen
     assert report.found == report.used + sum(map(len, report.skipped.values()))
     assert report.used == len(letters) > 2000
 

@@ -349,13 +349,17 @@ def asked(monkeypatch):
     names = [*judge.CHARACTERS, *marked]
     found = judge.Judge(config, names), {"character": 0.5}
     monkeypatch.setattr(judge, "load_or_train", lambda cache: found)
-    own = [("sans", name) for name in judge.CHARACTERS[:3]]
-    train = SimpleNamespace(images=picture_scores.real_drawings(own).numpy())
+    first, second = judge.CHARACTERS[:3], judge.CHARACTERS[3:]
     styles = ("sans", "mono bold", "serif italic", "sans bold italic")
-    pairs = [(style, name) for name in marked for style in styles]
-    captions = [[f"{style} {name}"] for style, name in pairs]
-    held_out = SimpleNamespace(labels=[name for _, name in pairs], captions=captions)
-    return SimpleNamespace(train=train, splits={glyphs.HELD_OUT_CHARACTERS: held_out})
+    shown = {"train": first, "held-out pairs": second, "held-out characters": marked}
+    splits = {}
+    for split, characters in shown.items():
+        asked = [(style, name) for name in characters for style in styles]
+        captions = [[f"{style} {name}"] for style, name in asked]
+        images = picture_scores.real_drawings(asked).numpy()
+        splits[split] = SimpleNamespace(labels=[name for _, name in asked], captions=captions,
+                                        images=images)  # fmt: skip
+    return SimpleNamespace(train=splits["train"], splits=splits)
 
 
 def test_perfect_drawings_are_as_the_real_ones(asked):
@@ -364,8 +368,9 @@ def test_perfect_drawings_are_as_the_real_ones(asked):
     assert scores["the judge on real drawings: character"] == 0.5
     assert scores["letters and digits: Frechet distance"] == pytest.approx(0, abs=1e-3)
     copies = {what: scores[f"{what}: copies of training pictures"] for what in picture_scores.ASKED}
-    assert copies == {"letters and digits": pytest.approx(3 / 72), "held-out styles": 0,
-                      "held-out characters": 0}  # fmt: skip
+    assert copies == {"letters and digits": 1, "held-out pairs": 0, "held-out characters": 0}
+    prompts = picture_scores.prompts_of(asked)
+    assert [len(prompts[what]) for what in picture_scores.ASKED] == [12, 12, 3]
     for what in picture_scores.ASKED:
         assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
 

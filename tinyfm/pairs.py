@@ -80,7 +80,8 @@ def find_source(config: PairConfig, image_size: int, channels: int):
             )
         variant = {"color": config.color, "letters": config.path == "letters"}
         name = config.path + "-color" * config.color
-        return name, partial(glyphs.records, **variant), glyphs.SPLITS, glyphs.version(**variant)
+        splits = glyphs.LETTER_SPLITS if variant["letters"] else glyphs.SPLITS
+        return name, partial(glyphs.records, **variant), splits, glyphs.version(**variant)
     if config.color:
         raise ValueError("--data.color paints glyphs and letters, and not your own pictures")
     own = {"template": config.template, "val_fraction": config.val_fraction}

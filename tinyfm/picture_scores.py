@@ -1,10 +1,10 @@
 """What a text-to-image run draws, and how much of it is what the prompt says.
 
-The prompts are letters and digits in all styles of training; in styles that training never showed
-with any character ("bold italic", though both words were seen); and characters that it never
-showed, made of parts that it did ("latin small letter e with circumflex"). A judge (judge.py) that
-knows them all names what was drawn. In colour, ink and paper are any two: most of these triples of
-ink, paper and drawing are new as well. The other measures:
+The prompts are letters and digits as training had them; pairs of such a character and a style that
+it had, but not together; and characters that it never had, made of parts that it did ("latin small
+letter e with circumflex"). A judge (judge.py) that knows them all names what was drawn. In colour,
+ink and paper are any two: most of these triples of ink, paper and drawing are new as well. The
+other measures:
 
     frechet_distance   of two clouds of features, taken for Gaussians (Heusel et al. 2017, eq. 6):
                        |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)).
@@ -34,7 +34,7 @@ from tinyfm.zero_shot import ROWS, share
 
 STEPS, SAMPLER = 20, "dpm++"
 COPY = 0.006  # a mean difference of pixels, black to white 2: two real drawings are seldom nearer
-ASKED = ("letters and digits", "held-out styles", "held-out characters")
+ASKED = ("letters and digits", "held-out pairs", "held-out characters")
 Asked = list[tuple[str, str]]  # (style, name) of each prompt
 
 
@@ -95,21 +95,18 @@ def color_accuracy(
 
 
 def prompts_of(data: LatentData) -> dict[str, Asked]:
-    """What is asked for: all CHARACTERS in the styles of training and in others, and each character
-    that was held out, in one of the styles that it has."""
-    unseen = [style for style in judge.STYLES if style.endswith(glyphs.HELD_OUT_STYLE)]
-    seen = [style for style in judge.STYLES if style not in unseen]
-    split, styles = data.splits[glyphs.HELD_OUT_CHARACTERS], {}
-    for (caption, *_), name in zip(split.captions, split.labels):
-        style = max((s for s in seen if f"{s} {name}" in caption), key=len, default=None)
-        styles.setdefault(name, []).extend([style] if style else [])
-    held_out = [(own[i % len(own)], name) for i, (name, own) in enumerate(styles.items()) if own]
-    asked = (
-        [(style, name) for style in seen for name in judge.CHARACTERS],
-        [(style, name) for style in unseen for name in judge.CHARACTERS],
-        held_out,
-    )
-    return dict(zip(ASKED, asked))
+    """What is asked for: all CHARACTERS in all styles as training has them; the pairs of both that
+    it lacks; and each character that was held out, in one of the styles that it has."""
+    seen, pairs, held_out = [], [], {}
+    for asked, split in zip((seen, pairs, held_out), data.splits.values()):
+        for (caption, *_), name in zip(split.captions, split.labels):
+            style = max((s for s in judge.STYLES if f"{s} {name}" in caption), key=len)
+            if asked is held_out:
+                others = held_out.setdefault(name, style), style
+                held_out[name] = max(others, key=lambda style: glyphs.number_of(f"{style} {name}"))
+            elif name in judge.CHARACTERS:
+                asked.append((style, name))
+    return dict(zip(ASKED, (seen, pairs, [(style, name) for name, style in held_out.items()])))
 
 
 def captions_of(asked: Asked, color: bool, seed: int = 0) -> tuple[list[str], list, list]:
