@@ -1,6 +1,7 @@
 """What several test files share: a small real text, a tiny run trained on it, an oracle, ranks."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import train
 
 ROOT = Path(__file__).parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
 --model.d-model 32 --model.context-length 32 --train.batch-size 4 --train.steps 4
 --train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
