@@ -2,11 +2,12 @@
 
     python benchmarks/memory.py [PRESET ...] [--gib 4]
 
-Each preset runs in a process of its own: three steps of the trainer, on example batches, with the
-largest micro-batches that are predicted to stay within --gib. Measured is what torch allocated: on
-a CUDA device max_memory_allocated, on a CPU the sum of the allocations that its profiler saw. Of a
-CPU the growth of the process is printed too: what the allocator keeps, scratch space of kernels and
-the profiler's own records are in it, and nothing here predicts that.
+Each preset runs in a process of its own: three steps of the trainer, on example batches, two
+micro-batches a step, or one whole batch where a loss compares its rows, the largest that are
+predicted to stay within --gib. Measured is what torch allocated: on a CUDA device
+max_memory_allocated, on a CPU the sum of the allocations that its profiler saw. Of a CPU the growth
+of the process is printed too: what the allocator keeps, scratch space of kernels and the profiler's
+own records are in it, and nothing here predicts that.
 """
 
 import argparse
@@ -73,16 +74,19 @@ def measure(name: str, gib: float) -> str:
     with torch.device("meta"):
         model = run.build_model()
 
+    parts = 1 if getattr(model, "whole_batch", False) else 2  # micro-batches of a step
+
     def predict(rows: int) -> float:
-        where = {"accumulate": True, "device": device, "dtype": dtype}
+        where = {"accumulate": parts > 1, "device": device, "dtype": dtype}
         return max(calculator.step_bytes(model, run.optim, rows, **where)) / 2**30
 
-    if predict(1) > gib:
-        return f"{name}: one row needs {predict(1):.2f} GiB, more than --gib {gib:g}"
-    rows = 1
-    while predict(2 * rows) <= gib and 4 * rows <= run.train.batch_size:
+    rows = 2  # the least that a contrast needs
+    if predict(rows) > gib:
+        return f"{name}: {rows} rows need {predict(rows):.2f} GiB, more than --gib {gib:g}"
+    while predict(2 * rows) <= gib and 2 * parts * rows <= run.train.batch_size:
         rows *= 2
-    changes = {"steps": 3, "batch_size": 2 * rows, "micro_batch_size": rows, "compile": False}
+    micro = rows if parts > 1 else 0
+    changes = {"steps": 3, "batch_size": parts * rows, "micro_batch_size": micro, "compile": False}
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
     before = machine.peak_memory_bytes(device)
     measured, predicted = allocated(run) / 2**30, predict(rows)

@@ -25,9 +25,9 @@ from tinyfm.trainer import row_generators  # noqa: E402
 
 CASES = {  # preset -> rows, and what is changed in the others; the first one is measured
     "gpt": (8, [{}, {"n_layer": 4}, {"n_layer": 6}, {"context_length": 512}]),
-    "clip": (128, [{}, {"image_layer": 6}, {"text_layer": 6}, {"image_layer": 6, "text_layer": 4}]),
-    "autoencoder": (16, [{}, {"n_block": 2}, {"n_block": 3}]),
-    "ddpm": (16, [{}, {"n_block": 2}, {"n_block": 3}]),
+    "clip": (256, [{}, {"image_layer": 6}, {"text_layer": 6}, {"image_layer": 6, "text_layer": 4}]),
+    "autoencoder": (32, [{}, {"n_block": 2}, {"n_block": 3}]),
+    "ddpm": (32, [{}, {"n_block": 2}, {"n_block": 3}]),
 }
 
 

@@ -126,7 +126,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
 
 # ---- looking -------------------------------------------------------------------------------------
 
-TITLE_SIZE, TITLE_LINES = 10, 3
+TITLE_SIZE, TITLE_LINES = 10, 6
 TILE = 96  # the least width of a picture with a title
 
 
@@ -147,7 +147,10 @@ def save_grid(
     font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", TITLE_SIZE)
     zoom = math.ceil(TILE / width) if titles else 1
     tile, gap = width * zoom, 4 if titles else 1
-    head = TITLE_LINES * (TITLE_SIZE + 2) if titles else 0
+    characters = int(tile / (0.6 * TITLE_SIZE))
+    cut = {"max_lines": TITLE_LINES, "placeholder": "…"}
+    lines = [textwrap.wrap(title, characters, **cut) for title in titles or ()]
+    head = max(map(len, lines), default=0) * (TITLE_SIZE + 2)
     step_x, step_y = tile + gap, height * zoom + head + gap
     grid = Image.new("RGB", (columns * step_x + gap, math.ceil(n / columns) * step_y + gap), "grey")
     pen = ImageDraw.Draw(grid)
@@ -157,7 +160,5 @@ def save_grid(
         picture = picture.resize((tile, height * zoom), Image.Resampling.NEAREST)
         grid.paste(picture, (x, y + head))
         if titles:
-            characters = int(tile / (0.6 * TITLE_SIZE))
-            lines = textwrap.wrap(titles[i], characters, max_lines=TITLE_LINES, placeholder="…")
-            pen.multiline_text((x, y), "\n".join(lines), fill="white", font=font, spacing=1)
+            pen.multiline_text((x, y), "\n".join(lines[i]), fill="white", font=font, spacing=1)
     grid.save(path, format="PNG")
