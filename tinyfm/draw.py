@@ -161,5 +161,5 @@ def illustrate(
 def prompted(model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how) -> Sheet:
     """The pictures of `illustrate` in rows of 8, with their prompts."""
     images = illustrate(model, prompts, steps, seed, **how)
-    about = f"{len(prompts)} pictures in {steps} steps"
+    about = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {steps} steps"
     return Sheet(images, min(8, len(prompts)), about, tuple(prompts))
