@@ -100,9 +100,7 @@ def prepare(run: Run, train: Train, say: Callable[[str], None]) -> tuple[Run, di
 
 
 def fill(model: nn.Module, parts: dict[str, OpenRun]) -> None:
-    """Give the model the weights of its parts."""
-    for own, option in (("autoencoder", "autoencoder"), ("text_tower", "clip")):
-        if option in parts:
-            other = parts[option].model
-            other = other.text_tower if option == "clip" else other
-            getattr(model, own).load_state_dict(other.state_dict())
+    """Give the model the weights of its parts, if there are any."""
+    if parts:
+        model.autoencoder.load_state_dict(parts["autoencoder"].model.state_dict())
+        model.text_tower.load_state_dict(parts["clip"].model.text_tower.state_dict())

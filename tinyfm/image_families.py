@@ -24,7 +24,7 @@ from tinyfm.trainer import row_generators
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRun(Run):
-    """What both have: pictures in the size of the model, and no text."""
+    """What all have: pictures in the size of the model; and no text, but for the last."""
 
     data: ImageConfig = field(default_factory=ImageConfig)
 
@@ -156,16 +156,12 @@ class TextToImageRun(ImageRun):
         return data
 
     write_files, read_tokenizer = Run.write_files, Run.read_tokenizer  # it reads text again
+    score = DDPMRun.score  # by quarters of the noise level
 
     def get_ready(self, model: TextToImage, data: LatentData) -> None:
         model.tokenizer = data.tokenizer
         if self.data.cache_latents:
             data.encode_all(model, self.data)
-
-    def score(self, model: TextToImage, data: LatentData) -> dict[str, float]:
-        """The validation loss by quarters of the noise level, from little noise to most."""
-        parts = self.parts_of_loss(model, data)
-        return {f"val_{name}": value for name, value in parts.items()}
 
     def show(self, model: TextToImage, data: LatentData, folder: Path, step: int) -> str:
         """Draw captions of the validation split."""
