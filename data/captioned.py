@@ -1,9 +1,10 @@
-"""Your own pictures with captions, in any of three forms.
+"""Your own pictures with captions, in any of four forms.
 
     cats/1.png, cats/1.txt ...      beside each image a text file of its name; a caption a line
     pets/cat/1.png, pets/dog/2.jpg  a folder for each kind: "a picture of a cat"
     pairs.csv, pairs.jsonl          columns (or keys) "path" or "image", and "caption"; a picture
                                     may have several rows, paths are relative to the table
+    shards-{000..009}.tar           such pairs in tar files, see tars.py
 
 The first caption of a picture is the one to train on, retrieval takes them all. An underscore in
 the name of a folder is read as a space. Hidden files are left alone. A report says what was found,
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import files, pictures
+from data import files, pictures, tars
 from data.report import Report
 
 SPLITS = ("train", "val")
@@ -98,18 +99,30 @@ def table_pairs(table: Path, report: Report, template: str) -> Iterator[Pair]:
         yield Pair(path, tuple(dict.fromkeys(said)), said[0])
 
 
+def tar_pairs(path: Path, report: Report, template: str) -> Iterator[Pair]:
+    """Yield the pairs of tar files; their paths name no file."""
+    for sample in tars.samples(path, report):
+        captions = sample.captions if template else ("",)
+        if captions:
+            yield Pair(Path(sample.name), captions, captions[0])
+        else:
+            report.skip("no caption", sample.name)
+
+
 def pairs(path: str | Path, report: Report, template: str = TEMPLATE) -> list[Pair]:
     """The pairs of a folder or a table; no image is opened.
 
     Raises ValueError if the path is neither, or there is no image, or none has a caption.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if tars.is_tar(path):
+        found = list(tar_pairs(path, report, template))
+    elif path.is_dir():
         found = list(folder_pairs(path, report, template))
     elif path.is_file() and path.suffix.lower() in (".csv", ".jsonl"):
         found = list(table_pairs(path, report, template))
     else:
-        raise ValueError(f"{path} is not a folder with images, nor a .csv or .jsonl of them")
+        raise ValueError(f"{path} is not a folder with images, nor a .tar, .csv or .jsonl of them")
     if not found:
         need, advice = ("image with a caption", HOW_TO_ADD) if template else ("image", "add some")
         raise ValueError(f"no {need} in {path} ({report}): {advice}")
@@ -118,6 +131,8 @@ def pairs(path: str | Path, report: Report, template: str = TEMPLATE) -> list[Pa
 
 def version(path: str | Path, template: str = TEMPLATE) -> str:
     """What the pairs depend on: captions, and the images' names, sizes and times of change."""
+    if tars.is_tar(path):
+        return f"tars-1 {files.fingerprint(tars.find(path))} {template}"
     digest = hashlib.sha256()
     for pair in pairs(path, Report(), template):
         stat = pair.path.stat() if pair.path.exists() else None
@@ -140,9 +155,12 @@ def records(path: str | Path, size: int, channels: int, report: Report, template
     count = min(max(2, round(val_fraction * len(draws))), len(draws) - 1)
     held_out = set(sorted(draws, key=draws.get)[:count])
     notes, splits = Counter(), {}  # of the pictures so far; splits: digest -> split
-    for pair in listed:
+    sources = (pair.path for pair in listed)
+    if tars.is_tar(path):
+        sources = tars.images(path, captioned=bool(template))
+    for pair, source in zip(listed, sources):
         try:
-            image, frames = pictures.decode(pair.path, size, 3)
+            image, frames = pictures.decode(source, size, 3)
         except ValueError as error:
             report.skip(str(error), pair.path.as_posix())
             continue
@@ -160,7 +178,7 @@ def records(path: str | Path, size: int, channels: int, report: Report, template
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.captioned PATH    (a folder, a .csv or a .jsonl)")
+        sys.exit("usage: python -m data.captioned PATH    (a folder, .csv, .jsonl or .tar)")
     report = Report()
     try:
         for record in records(sys.argv[1], 32, 3, report):

@@ -47,7 +47,8 @@ ROUNDS = 6  # of the Feistel network; four are the least, small halves mix bette
 class TextConfig:
     """Which text to read, and how it becomes tokens."""
 
-    path: str = "docs"  # docs, stdlib, shakespeare, or your own text file, folder or "glob"
+    # docs, stdlib, shakespeare, your own text file, folder or "glob", or what data/prepare.py made
+    path: str = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     val_fraction: float = 0.1  # share of the text held out for validation
@@ -139,9 +140,14 @@ def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
     """The folder with the shards of this text and tokenizer; it is built if it does not exist.
 
     Its name ends with a hash of all that the tokens depend on: change the text, the tokenizer or
-    the split, and it is another folder.
+    the split, and it is another folder. One that data/prepare.py made is taken as it is.
     """
-    fixed = fixed_tokenizer(config.tokenizer)
+    fixed, made = fixed_tokenizer(config.tokenizer), Path(config.path).expanduser()
+    if config.path not in SOURCES and (made / "train-00000.bin").is_file():
+        if fixed and fixed.fingerprint() != read_manifest(made)["tokenizer"]:
+            advice = "leave out --data.tokenizer, it has its own"
+            raise ValueError(f"{made} was made with another tokenizer: {advice}")
+        return made
     if fixed is None:
         identity = f"{config.tokenizer} {vocab_size}"
         make_tokenizer = partial(tokenizers.train, config.tokenizer, vocab_size=vocab_size)

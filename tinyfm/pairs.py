@@ -44,7 +44,8 @@ FORMAT = 1  # of the prepared folders: with another number, all are built anew
 class PairConfig:
     """Which pictures and captions to read, and how captions become tokens."""
 
-    path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    # glyphs, letters, or your own: a folder of images, a .csv, a .jsonl or "shards-{000..009}.tar"
+    path: str = "glyphs"
     color: bool = False  # paint the glyphs in inks and on papers that their captions name
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
     tokenizer: str = "sentencepiece"

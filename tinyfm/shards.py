@@ -10,34 +10,33 @@ each shard's token count and SHA-256. The folder gets its name when complete: wh
 A split reads EOT document EOT document EOT: the end-of-text token (EOT) stands before each
 document, where generation starts, and after each, where it stops.
 
-Left out: encoding in several processes, and continuing a build that was interrupted.
+Left out: several processes, and going on after a kill: data/prepare.py does both with these parts.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data.download import sha256_of
 from data.report import Report
-from tinyfm.files import whole_or_absent
 
 MIN_DOCUMENTS = 100  # from here on, validation gets whole documents
 SHARD_BYTES = 1 << 27  # a shard that has grown to this size is followed by the next
-PIECE_CHARS, GROUP_PIECES = 1 << 15, 128  # encoded at a time; their product bounds the memory
+PIECE_CHARS, GROUP_PIECES = 1 << 15, 32  # encoded at a time; their product bounds the memory
 VERIFY_TOKENS = 100_000_000  # splits up to this size are read and checked in full when opened
 
 
 def spool(documents: Iterable[str], path: Path) -> tuple[int, int]:
     """Copy the documents to a file, a JSON string a line; return how many, and their characters.
 
-    They are needed twice after they have been counted (to train a tokenizer, to encode), and making
-    them again may take long, keeping them too much memory.
+    They are needed twice after that (to train a tokenizer, to encode): making them again may take
+    long, keeping them too much memory.
     """
     count = chars = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -90,9 +89,43 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def append(folder: Path, split: str, ids: list[int], vocab_size: int) -> None:
+def groups(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, bool, str]]]:
+    """The `pieces`, as many together as are encoded at a time: full ones, or more of short ones."""
+    group, chars = [], 0
+    for piece in pieces(documents):
+        group.append(piece)
+        chars += max(64, len(piece[2]))  # the shortest costs something too
+        if chars > PIECE_CHARS * (GROUP_PIECES - 1):
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
+
+
+class Encoded(NamedTuple):
+    """What became of a group, by split."""
+
+    ids: dict[str, np.ndarray]  # int64 (T,)
+    documents: dict[str, int]  # that begin in it
+    utf8_bytes: dict[str, int]
+    chars: int  # of all splits
+
+
+def encode_group(tokenizer, group: list[tuple[str, bool, str]]) -> Encoded:
+    """Token ids of a group, an end-of-text token before each document."""
+    ids, counts, sizes = ({"train": start(), "val": start()} for start in (list, int, int))
+    texts = [text for _, _, text in group]
+    for (split, begins, text), encoded in zip(group, tokenizer.encode_batch(texts)):
+        ids[split] += [tokenizer.eot] * begins + encoded
+        counts[split] += begins
+        sizes[split] += len(text.encode("utf-8"))
+    arrays = {split: np.array(own, dtype=np.int64) for split, own in ids.items()}
+    return Encoded(arrays, counts, sizes, sum(map(len, texts)))
+
+
+def append(folder: Path, split: str, ids: Iterable[int], vocab_size: int) -> None:
     """Write token ids to the end of the split's last shard, or to a new one if that is full."""
-    array = np.array(ids, dtype=np.int64)
+    array = np.asarray(ids, dtype=np.int64)
     if len(array) and not 0 <= array.min() <= array.max() < vocab_size:
         raise ValueError(f"the tokenizer gave an id outside 0..{vocab_size - 1}")
     shards = sorted(folder.glob(f"{split}-*.bin"))
@@ -102,29 +135,41 @@ def append(folder: Path, split: str, ids: list[int], vocab_size: int) -> None:
         file.write(array.astype(token_dtype(vocab_size)).tobytes())
 
 
-def write_shards(folder: Path, documents: Iterable[tuple[str, str]], tokenizer, chars: int) -> dict:
-    """Encode (split, text), `chars` characters in all, to shards; return what the manifest says."""
-    counts, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    stream = pieces(documents)
-    with tqdm(desc="encoding", total=chars, unit_scale=True, leave=False, disable=None) as bar:
-        while group := list(islice(stream, GROUP_PIECES)):
-            ids = {"train": [], "val": []}
-            texts = [text for _, _, text in group]
-            for (split, begins, text), encoded in zip(group, tokenizer.encode_batch(texts)):
-                ids[split] += [tokenizer.eot] * begins + encoded
-                counts[split] += begins
-                sizes[split] += len(text.encode("utf-8"))
-                bar.update(len(text))
-            for split in ids:
-                append(folder, split, ids[split], tokenizer.vocab_size)
-    manifest = {"documents": counts, "utf8_bytes": sizes}
+def add_group(folder: Path, encoded: Encoded, vocab_size: int, manifest: dict) -> None:
+    """Append a group to the shards, and its counts to the manifest."""
+    for split, ids in encoded.ids.items():
+        append(folder, split, ids, vocab_size)
+        manifest["documents"][split] += encoded.documents[split]
+        manifest["utf8_bytes"][split] += encoded.utf8_bytes[split]
+
+
+def begin_manifest() -> dict:
+    return {"documents": {"train": 0, "val": 0}, "utf8_bytes": {"train": 0, "val": 0}}
+
+
+def end_shards(folder: Path, tokenizer, manifest: dict, report: str) -> None:
+    """Write the last end-of-text tokens, the tokenizer, and the manifest, now complete."""
     itemsize = token_dtype(tokenizer.vocab_size).itemsize
-    for split in counts:
+    for split in manifest["documents"]:
         append(folder, split, [tokenizer.eot], tokenizer.vocab_size)
         manifest[split] = [
             {"file": p.name, "tokens": p.stat().st_size // itemsize, "sha256": sha256_of(p)}
             for p in sorted(folder.glob(f"{split}-*.bin"))
         ]
+    tokenizer.save(folder / "tokenizer")
+    manifest |= {"tokenizer": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
+    manifest |= {"report": report}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def write_shards(folder: Path, documents: Iterable[tuple[str, str]], tokenizer, chars: int) -> dict:
+    """Encode (split, text), `chars` characters in all, to shards; return counts of a manifest."""
+    manifest = begin_manifest()
+    with tqdm(desc="encoding", total=chars, unit_scale=True, leave=False, disable=None) as bar:
+        for group in groups(documents):
+            encoded = encode_group(tokenizer, group)
+            add_group(folder, encoded, tokenizer.vocab_size, manifest)
+            bar.update(encoded.chars)
     return manifest
 
 
@@ -138,6 +183,8 @@ def build(
     """Make the folder. `make_tokenizer` is given the training documents to learn from, if it likes;
     `report` is filled as `documents` are read. Raises ValueError if there is no text.
     """
+    from tinyfm.files import whole_or_absent  # here, as it brings torch, and others need none
+
     begin = time.perf_counter()
     with whole_or_absent(folder) as temporary:
         copy = temporary / "documents.jsonl"
@@ -148,17 +195,14 @@ def build(
         tokenizer = make_tokenizer(t for side, t in split_documents(*splits) if side == "train")
         manifest = write_shards(temporary, split_documents(*splits), tokenizer, chars)
         copy.unlink()
-        tokenizer.save(temporary / "tokenizer")
-        manifest |= {"tokenizer": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
-        manifest |= {"report": str(report)}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        end_shards(temporary, tokenizer, manifest, str(report))
     tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
     megabytes, seconds = sum(manifest["utf8_bytes"].values()) / 1e6, time.perf_counter() - begin
     print(f"{folder}: {megabytes:.1f} MB, {tokens:,} tokens, {seconds:.1f} s; files: {report}")
 
 
 def rebuild_hint(folder: Path) -> str:
-    return f"delete the folder {folder}, it will be built again"
+    return f"delete the folder {folder} and make it again"
 
 
 def read_manifest(folder: Path) -> dict:

@@ -1,0 +1,595 @@
+"""Text at scale: tables, filters, duplicates, shards made in processes that may be killed; tars."""
+
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, call
+from datasketch import MinHash
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from data import captioned, dedupe, files, filters, prepare, tars
+from data.report import Report
+from tinyfm import presets, shards
+from tinyfm import tokenizer as tokenizers
+from tinyfm.data import TextConfig, TextData
+from tinyfm.pairs import PairConfig, PairData
+
+WORDS = ["ocean", "lantern", "whisper", "granite", "orchard", "velvet", "compass", "harbor"]
+
+
+def document(seed: int, words: int = 80) -> str:
+    """A text like no other, which passes the filters."""
+    draw = random.Random(seed)
+    made = [draw.choice(WORDS) + draw.choice("abcdefgh") * draw.randint(0, 2) for _ in range(words)]
+    return "\n".join(" ".join(made[i : i + 10]) for i in range(0, words, 10))
+
+
+def json_lines(documents) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode("utf-8")
+
+
+def pack(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def write_all_kinds(folder: Path, documents: list[str]) -> Path:
+    """The documents in files of every kind."""
+    folder.mkdir()
+    parts = [documents[i::4] for i in range(4)]
+    (folder / "a.jsonl").write_bytes(json_lines(parts[0]))
+    (folder / "b.jsonl.zst").write_bytes(pack(json_lines(parts[1])))
+    pyarrow.parquet.write_table(pyarrow.table({"text": parts[2]}), folder / "c.parquet")
+    for i, text in enumerate(parts[3]):
+        (folder / f"d{i:03d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def run(*arguments) -> int:
+    options = ("--workers", 1, "--tokenizer", "bytes", "--index-mb", 1)
+    return call(prepare, *options, *arguments)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def texts_of(folder: Path) -> Counter:
+    """The documents in a prepared folder of the byte tokenizer."""
+    parts = []
+    for split in ("train", "val"):
+        stored = shards.Shards(folder, split)
+        ids = stored.read(0, len(stored))
+        rows = np.split(ids, np.flatnonzero(ids == 256))
+        parts += [bytes(row[1:].tolist()).decode("utf-8") for row in rows if len(row) > 1]
+    return Counter(parts)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    documents = [document(i) for i in range(12)]
+    folder, report = write_all_kinds(tmp_path / "in", documents), Report()
+    assert sorted(files.documents(str(folder), report)) == sorted(documents)
+    assert str(report) == "12 found, 12 used"
+    dictionary = pyarrow.array(documents[:3] * 2).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": dictionary}), folder / "c.parquet")
+    assert [*files.documents(str(folder / "c.parquet"))] == documents[:3] * 2
+
+
+def test_broken_lines_are_skipped_and_told(tmp_path):
+    lines = [b'{"text": "one"}', b"", b'{"body": 1, "id": 2}', b"[1]", b'{"text": 3}', b"nope",
+             b'{"text": "\xff"}', b'{"text": "\\ud800 half"}', b'{"text": " "}',
+             b"[" * 100_000, b'{"text": "last"}']  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    report = Report()
+    assert [*files.documents(str(tmp_path), report)] == ["one", "\ufffd half", "last"]
+    reasons = {reason: [name.split(":")[-1] for name in names]
+               for reason, names in report.skipped.items()}  # fmt: skip
+    assert reasons == {
+        "no field 'text' among body, id": ["3"], "not a JSON object": ["4"], "empty": ["9"],
+        "the field 'text' is not text": ["5"], "not JSON": ["6", "10"],
+        "not UTF-8, convert it": ["7"],
+    }  # fmt: skip
+
+
+def test_broken_files_give_what_they_can_and_a_reason(tmp_path):
+    whole = pack(json_lines(random.Random(i).randbytes(500).hex() for i in range(3000)))
+    table = pyarrow.table({"body": ["a"], "n": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(table.rename_columns(["b", "text"]), tmp_path / "d.parquet")
+    contents = {"a.jsonl.zst": whole[: len(whole) // 2], "b.jsonl.zst": b"no Zstandard",
+                "e.parquet": b"PAR1", "f.parquet": b""}  # fmt: skip
+    for name, broken in contents.items():
+        (tmp_path / name).write_bytes(broken)
+    report = Report()
+    assert 500 < len([*files.documents(str(tmp_path), report)]) < 3000
+    reasons = {
+        names[0][-11:].rpartition("/")[2]: reason for reason, names in report.skipped.items()
+    }
+    assert "Truncated" in reasons["a.jsonl.zst"]
+    assert "Unknown frame" in reasons["b.jsonl.zst"]
+    assert reasons["c.parquet"] == "no column 'text' among body, n"
+    assert reasons["d.parquet"] == "the column 'text' holds int64, not text"
+    assert {"e.parquet", "f.parquet"} < reasons.keys()
+
+
+def test_bombs_cost_no_memory(tmp_path, monkeypatch):
+    bomb = pack(b"a" * (1 << 24))
+    assert len(bomb) < 2000
+    monkeypatch.setattr(files, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 18)
+    (tmp_path / "a.jsonl.zst").write_bytes(bomb)
+    with pytest.raises(ValueError, match="expands more than 500-fold"):
+        list(files.documents(str(tmp_path)))
+    endless = json_lines(["x" * (1 << 19), "short"])
+    (tmp_path / "a.jsonl.zst").write_bytes(pack(endless))
+    report = Report()
+    assert [*files.documents(str(tmp_path), report)] == ["short"]
+    assert [*report.skipped.values()] == [[f"{tmp_path.as_posix()}/a.jsonl.zst:1"]]
+    assert [*files.lines(io.BytesIO(b"1\n" + b"2" * (1 << 19)), 1e9)] == [b"1\n", None]
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"need pyarrow, run: pip install -r data/requirements"):
+        list(files.documents(str(tmp_path)))
+
+
+# ---- filters and masks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("words", document(0, 49)),
+        ("word-length", "ab " * 60),
+        ("word-length", "abcdefghijkl " * 60),
+        ("letters", "word word word 123 " * 20),
+        ("symbols", "#tag " + document(0) + " word# then... more…" * 5),
+        ("bullets", "\n".join(f"- item number {i} of a list" for i in range(20))),
+        ("ellipses", "\n".join(f"read more of item {i} here..." * (i % 2) or document(i, 9)
+                               for i in range(30))),
+        ("repetition", document(0) + "\nthe same line once more" * 9),
+        ("stop-words", document(0)),
+    ],
+)  # fmt: skip
+def test_each_filter_drops_what_it_is_for(name, text):
+    assert filters.failed(text, (name,)).startswith(f"{name}, not ")
+    assert filters.failed(document(1) + " the cat and the dog of", (name,)) is None
+
+
+def test_masks_replace_private_data_and_nothing_else():
+    text = ("a.b+c@mail.example.org, +49 (30) 1234-5678, 212-555-0100, (212) 555-0100. 8.8.8.8, "
+            "4111 1111 1111 1111, 4111111111111111.")  # fmt: skip
+    for name, count in {"email": 1, "card": 2, "ip": 1, "phone": 3}.items():
+        text, found = filters.mask(text, name)
+        assert found == count
+    assert text == "[email], [phone], [phone], [phone]. [ip], [card], [card]."
+    plain = (
+        "10.0.0.1 v1.2.3.4.5 999.1.1.1 4111111111111112 2024-01-02 a@b 1 + 1 = 2, 0.12345678901234"
+    )
+    assert all(filters.mask(plain, name) == (plain, 0) for name in filters.MASKS)
+
+
+@pytest.mark.parametrize("evil", ["a", "a.-", "1", "1-", "+1 ", "1.", "a@", "1234 ", "a@b.", "("])
+def test_masks_take_linear_time(evil):
+    """Quadratic time on this length would be a minute."""
+    for name in filters.MASKS:
+        filters.mask(evil * (200_000 // len(evil)), name)
+
+
+def test_a_tally_has_a_bound():
+    tally = filters.Tally()
+    for i in range(1000):
+        tally.add(filters.Tally(found=1, dropped={f"reason {i}": [1, [f"name {i}"]]}))
+    assert tally.found == sum(count for count, _ in tally.dropped.values()) == 1000
+    assert len(tally.dropped) == filters.MAX_REASONS + 1
+    assert "960 dropped: other reasons (name 40, name 41, name 42, ...)" in tally.lines()
+
+
+# ---- duplicates ----------------------------------------------------------------------------------
+
+
+def test_minhash_agrees_with_the_jaccard_index():
+    a, b = document(0, 400), document(0, 400)[:2000] + document(1, 200)
+    one, two = set(dedupe.shingles(a).tolist()), set(dedupe.shingles(b).tolist())
+    exact = len(one & two) / len(one | two)
+    assert 0.3 < exact < 0.7
+    sketches = [MinHash(4096, hashfunc=int, scheme="affine32") for _ in range(2)]
+    for sketch, own in zip(sketches, (one, two)):
+        sketch.update_batch(own)
+    assert abs(sketches[0].jaccard(sketches[1]) - exact) < 0.05
+
+
+def test_a_long_document_is_sketched_in_blocks(monkeypatch):
+    text = document(3, 3000)
+    whole = dedupe.keys_of(text, near=True)
+    monkeypatch.setattr(dedupe, "BLOCK", 64)
+    assert (dedupe.keys_of(text, near=True) == whole).all()
+    assert len(whole) == dedupe.KEYS
+
+
+def test_duplicates_are_found_and_others_are_not():
+    seen = dedupe.Seen(1)
+    for i in range(300):
+        keys = dedupe.keys_of(document(i), near=True)
+        assert seen.find(keys) is None
+        seen.add(keys)
+    again = dedupe.keys_of(document(7), near=True)
+    assert seen.find(again) == "an exact duplicate"
+    words = document(8, 300).split()
+    seen.add(dedupe.keys_of(" ".join(words), near=True))
+    words[100] = "changed"
+    assert seen.find(dedupe.keys_of(" ".join(words), near=True)) == "a near duplicate"
+    assert seen.find(dedupe.keys_of(" ".join(words), near=False)) is None
+    assert dedupe.keys_of("", near=True)[1] == dedupe.keys_of("...", near=True)[1]  # no words
+
+
+def test_the_numbers_of_the_lesson_hold():
+    table = re.findall(r"(0\.\d): +([\d.]+) %", dedupe.__doc__)
+    assert len(table) == 4
+    for jaccard, percent in table:
+        found = 100 * (1 - (1 - float(jaccard) ** dedupe.BAND_ROWS) ** dedupe.BANDS)
+        assert abs(found - float(percent)) < 0.5
+    seen = dedupe.Seen(64)
+    seen.count = int(1.6e6 * dedupe.KEYS)
+    assert seen.lost(dedupe.KEYS) == pytest.approx(0.001, rel=0.01)
+    seen = dedupe.Seen(40)
+    seen.count = 10**6 * dedupe.KEYS
+    assert seen.lost(dedupe.KEYS) < 0.002
+
+
+def test_a_full_index_loses_as_many_as_it_says():
+    draw, seen = np.random.default_rng(0), dedupe.Seen(1)
+    keys = draw.integers(0, 2**63, (40_000, 20), dtype=np.uint64)
+    seen.add(keys.reshape(-1))
+    new = draw.integers(0, 2**63, (1500, 20), dtype=np.uint64)
+    assert seen.lost(20) > 0.1
+    assert abs(np.mean([seen.find(own) is not None for own in new]) - seen.lost(20)) < 0.04
+
+
+# ---- prepare -------------------------------------------------------------------------------------
+
+
+def test_documents_arrive_once_and_the_report_says_what_did_not(tmp_path, capsys):
+    documents = [document(i) for i in range(150)]
+    words = document(5, 400).split()
+    near = [" ".join(words), " ".join(words[:200] + ["changed"] + words[200:])]
+    private = document(900) + "\nask me@example.org"
+    listed = [*documents, documents[3], *near, private, "too short", "1234 567 " * 40]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(listed) + b"{broken\n")
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out") == 0
+    masked = private.replace("me@example.org", "[email]")
+    assert texts_of(tmp_path / "out") == Counter([*documents, near[0], masked])
+    said = capsys.readouterr().out
+    for line in ("157 found, 152 used", "1 dropped: an exact duplicate (", "jsonl:151)",
+                 "1 dropped: a near duplicate (", "jsonl:153)", "1 dropped: not JSON (",
+                 "1 dropped: words, not at least 50 words (", "1 dropped: letters, not",
+                 "1 [email] masked"):  # fmt: skip
+        assert line in said
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert sum(manifest["documents"].values()) == 152
+    assert not (tmp_path / "out.part").exists()
+    assert {*content(tmp_path / "out")} == {"manifest.json", "tokenizer/bytes.json",
+                                            "train-00000.bin", "val-00000.bin"}  # fmt: skip
+    before = content(tmp_path / "out")
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out") == 0  # is there already
+    assert content(tmp_path / "out") == before
+
+
+SMALL = {(prepare, "BATCH_BYTES"): 3000, (prepare, "COMMIT_EVERY"): 3, (shards, "GROUP_PIECES"): 2,
+         (shards, "PIECE_CHARS"): 500, (shards, "SHARD_BYTES"): 20_000}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Files of all kinds, with two documents that are there twice."""
+    documents = [document(i) for i in range(120)]
+    return write_all_kinds(tmp_path_factory.mktemp("corpus") / "in", documents + documents[:2])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Batches, groups and shards so small that there are many."""
+    for (module, name), value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what a process wrote outlives it
+
+
+def killed_at(point: int, config: prepare.PrepareConfig) -> int:
+    """Calls of what writes that were left to make when prepare(config) ended, in a process that is
+    killed with signal 9 at call `point`; -1 if it was."""
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
+        return -1 if status else 0
+    try:
+        left = iter(range(point))
+
+        def counted(real):
+            def call(*arguments, **named):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **named)
+
+            return call
+
+        for module, name in ((os, "replace"), (os, "fsync"), (shards, "append"), (Path, "unlink"),
+                             (filters.Tally, "add"), (shards, "end_shards")):  # fmt: skip
+            setattr(module, name, counted(getattr(module, name)))
+        prepare.prepare(config)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_a_kill_at_any_point_changes_nothing(corpus, small, tmp_path):
+    """Several kills, each later; then the same bytes as those of a run without, whole."""
+    settings = {"paths": (str(corpus),), "workers": 1, "tokenizer": "bytes", "index_mb": 1}
+    whole = prepare.prepare(prepare.PrepareConfig(out=str(tmp_path / "whole"), **settings))
+    assert len(list(whole.glob("train-*"))) > 3
+    draw = random.Random(time.time_ns())
+    for run in range(4):
+        config = prepare.PrepareConfig(out=str(tmp_path / f"{run}"), **settings)
+        points = []
+        while not points or killed_at(points[-1], config):
+            points.append(draw.randrange(20, 120))
+            assert len(points) < 60
+        assert len(points) > 1
+        assert content(tmp_path / f"{run}") == content(whole), points
+
+
+def test_workers_change_nothing_and_end_with_their_parent(corpus, small, tmp_path):
+    """Two workers, killed once with signal 9, then to the end; and a learned tokenizer."""
+    options = [str(corpus), "--index-mb", "1", "--vocab-size", "300"]
+    assert call(prepare, *options, "--out", tmp_path / "one", "--workers", "1") == 0
+    changes = "".join(f"{m.__name__}.{n} = {v}\n" for (m, n), v in SMALL.items())
+    script = f"import data.prepare, tinyfm.shards, sys\n{changes}sys.exit(data.prepare.main())"
+    command = [sys.executable, "-c", script, *options, "--out", str(tmp_path / "two")]
+    command += ["--workers", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as first:
+        while not (tmp_path / "two.part" / "journal.json").exists():
+            time.sleep(0.01)
+        first.kill()
+        first.stdout.read()  # ends when no worker holds the pipe open any more
+    assert not (tmp_path / "two").exists()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=100, stdout=subprocess.DEVNULL)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_both_ways_to_start_it(tmp_path):
+    for start in (["data/prepare.py"], ["-m", "data.prepare"]):
+        command = [sys.executable, *start, str(tmp_path / "no"), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: no file matches"), done.stderr
+
+
+def test_other_settings_are_refused(corpus, tmp_path, capsys):
+    assert run(corpus, "--out", tmp_path / "out") == 0
+    assert run(corpus, "--out", tmp_path / "out", "--dedupe", "exact") == 1
+    assert (
+        f"{tmp_path / 'out'} was made with other settings (dedupe): choose"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "more.txt").write_text("more", encoding="utf-8")
+    assert run(corpus, tmp_path / "more.txt", "--out", tmp_path / "out") == 1
+    assert "made with other settings (files)" in capsys.readouterr().err
+    assert run(corpus, "--out", corpus) == 1
+    assert "was not made by this program" in capsys.readouterr().err
+    for wrong in (["--workers", "0"], ["--val-fraction", "1"], ["--tokenizer", "no-such"]):
+        assert run(corpus, "--out", tmp_path / "new", *wrong) > 0
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_nothing_left_stops_with_the_reasons(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "x"}\n' * 3 + b'{"text": "short"}\n')
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: no document of ") and said.count("\n") == 1
+    assert "4 found, 0 used; 3 dropped: no field 'text' among body" in said
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out") == 1
+    assert "0 found" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_fit_the_text_can_be_changed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(document(0, 300), encoding="utf-8")
+    command = (prepare, tmp_path / "a.txt", "--out", tmp_path / "out", "--workers", 1)
+    assert call(*command, "--val-fraction", "0.3") == 1
+    assert "vocab_size 4096 does not suit the text: use at most" in capsys.readouterr().err
+    assert call(*command, "--vocab-size", "300", "--masks", "ip") == 1
+    assert "other settings (masks)" in capsys.readouterr().err
+    assert call(*command, "--vocab-size", "300") == 0
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert manifest["vocab_size"] == manifest["settings"]["vocab_size"] == 300
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_is_made_is_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text(document(0, 300), encoding="utf-8")
+    for _ in range(2):
+        assert run(tmp_path, "--out", tmp_path / "out") == 0
+    assert sum(shards.read_manifest(tmp_path / "out")["documents"].values()) == 2  # one, cut
+
+
+def test_another_field_and_no_filters(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "x"}\n{"body": "y"}\n{"body": "y"}\n')
+    options = ("--field", "body", "--filters", "--dedupe", "none", "--val-fraction", "0.4")
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out", *options) == 0
+    assert texts_of(tmp_path / "out") == Counter({"x": 1, "y": 2})
+
+
+def test_a_long_plain_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DOCUMENT_BYTES", 1000)
+    text = "".join(f"line {i} ünïcode\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    rows = [*prepare.plain_rows(tmp_path / "a.txt")]
+    assert b"".join(row.content for row in rows).decode("utf-8") == text
+    assert all(row.content.endswith(b"\n") and len(row.content) <= 1000 for row in rows)
+    assert rows[1].name.endswith(f"a.txt, from byte {len(rows[0].content)}")
+    (tmp_path / "b.txt").write_bytes(b"a" + "ü".encode() * 2001)  # no place to cut
+    assert all(files.parse(row)[1] == 0 for row in prepare.plain_rows(tmp_path / "b.txt"))
+    (tmp_path / "c.txt").write_bytes(b"\0" * 5000)
+    assert len([*prepare.plain_rows(tmp_path / "c.txt")]) == 1
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (row,) = next(prepare.batches([tmp_path / "gone.txt"], "text"))
+    assert (row.kind, row.content) == ("unreadable", b"No such file or directory")
+
+
+def test_a_prepared_folder_is_trained_on_as_it_is(corpus, tmp_path):
+    assert run(corpus, "--out", tmp_path / "out", "--val-fraction", "0.1") == 0
+    config = {"path": str(tmp_path / "out"), "cache": str(tmp_path / "cache")}
+    sizes = {"vocab_size": 257, "context_length": 16, "batch_size": 2, "seed": 0}
+    data = TextData.prepare(TextConfig(**config), **sizes)
+    assert data.batch(0)["tokens"].shape == (2, 17)
+    assert not (tmp_path / "cache").exists()
+    assert TextData.prepare(TextConfig(**config, tokenizer="bytes"), **sizes).val_bytes
+    tokenizers.train("bpe", [document(0)], 270).save(tmp_path / "other")
+    other = TextConfig(**config, tokenizer=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="made with another tokenizer: leave out"):
+        TextData.prepare(other, **{**sizes, "vocab_size": 270})
+    for again in (tmp_path / "out", tmp_path / "other"):
+        config = prepare.PrepareConfig((str(corpus),), str(tmp_path), tokenizer=str(again))
+        assert prepare.open_tokenizer(config).vocab_size in (257, 270)
+
+
+def test_the_default_vocabulary_is_that_of_the_default_model():
+    config = prepare.PrepareConfig(("x",), "y")
+    assert config.vocab_size == presets.get_preset("gpt").run.model.vocab_size
+
+
+def test_a_run_lends_its_tokenizer(tiny_run):
+    config = prepare.PrepareConfig(("x",), "y", tokenizer=str(tiny_run))
+    assert prepare.open_tokenizer(config).vocab_size == 257
+
+
+# ---- tars ----------------------------------------------------------------------------------------
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in fields.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def picture(*color: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def shard_files(tmp_path) -> str:
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"shards-{shard:03d}.tar", "w", encoding="utf-8") as tar:
+            for i in range(3):
+                add(tar, f"{shard}{i}.png", picture(shard * 60, i * 80, 9))
+                said = {"caption": f"picture {shard} {i}"}
+                add(tar, f"{shard}{i}.json", json.dumps(said).encode())
+            add(tar, f"{shard}9.PNG", picture(shard, 255, 255))
+            add(tar, f"{shard}9.txt", f"text {shard}\nand another\n".encode())
+    return str(tmp_path / "shards-{000..003}.tar")
+
+
+def test_pictures_and_captions_come_out_of_tars(shard_files, tmp_path):
+    report = Report()
+    records = [*captioned.records(shard_files, 8, 3, report)]
+    assert str(report) == "16 found, 16 used"
+    found = {record.captions: tuple(record.image[0, 0].tolist()) for record in records}
+    assert found[("picture 2 1",)] == (120, 80, 9)
+    assert found[("text 3", "and another")] == (3, 255, 255)
+    config = PairConfig(path=shard_files, tokenizer="bytes", cache=str(tmp_path / "cache"))
+    data = PairData.prepare(config, 8, 3, 257, 20, batch_size=4, seed=0)
+    assert data.batch(0)["images"].shape == (4, 3, 8, 8)
+    assert PairData.prepare(config, 8, 3, 257, 20, 4, 0).fingerprint == data.fingerprint
+
+
+class Names(IterableDataset):
+    def __init__(self, path: str):
+        self.path = path
+
+    def __iter__(self):
+        return (sample.name for sample in tars.samples(self.path, Report(), split=True))
+
+
+def test_ranks_and_workers_share_the_tars_without_repeats(shard_files, monkeypatch):
+    everything = [sample.name for sample in tars.samples(shard_files, Report())]
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert [s.name for s in tars.samples(shard_files, Report())] == everything  # preparing
+        for worker in range(2):
+            monkeypatch.setenv("WORKER", str(worker))
+            monkeypatch.setenv("NUM_WORKERS", "2")
+            parts.append([*Names(shard_files)])
+            monkeypatch.delenv("WORKER")
+    assert all(len(part) == 4 for part in parts)
+    assert sorted(name for part in parts for name in part) == sorted(everything)
+    monkeypatch.delenv("RANK")
+    loader = DataLoader(Names(shard_files), batch_size=None, num_workers=2)
+    assert sorted(loader) == sorted(everything)
+
+
+def test_what_is_wrong_in_a_tar_is_skipped_and_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="utf-8") as tar:
+        for name in ("../out", "/root", "ok"):
+            add(tar, f"{name}.png", picture(1, 2, 3))
+            add(tar, f"{name}.txt", b"a caption")
+        add(tar, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "bare.png", picture(1, 2, 3))
+        add(tar, "ok.png", picture(3, 2, 1))
+        add(tar, "broken.png", b"no picture")
+        add(tar, "broken.txt", b"a caption")
+        add(tar, "alone.txt", b"a caption")
+    report = Report()
+    records = [*captioned.records(tmp_path / "a.tar", 8, 3, report)]
+    assert [(record.captions, record.image[0, 0].tolist()) for record in records] == [
+        (("a caption",), [1, 2, 3])
+    ]
+    told = {names[0].partition("/")[2]: reason for reason, names in report.skipped.items()}
+    assert told.pop("broken.png").startswith("not an image")
+    assert told == {
+        "../out.png": "its name leads out of the folder",
+        "link.png": "a link, a device or a sparse file", "ok.png": "a second file of that name",
+        "bare.png": "no caption", "alone": "no picture of that name, or not beside it",
+    }  # fmt: skip
+
+
+def test_tars_that_are_none_or_not_whole(shard_files, tmp_path, monkeypatch):
+    whole = Path(shard_files.replace("{000..003}", "000")).read_bytes()
+    for name, part in {"cut": whole[:3500], "junk": b"junk" * 200, "empty": b""}.items():
+        (tmp_path / f"{name}.tar").write_bytes(part)
+        report = Report()
+        assert len([*tars.samples(tmp_path / f"{name}.tar", report)]) == (name == "cut") * 2
+        assert next(iter(report.skipped)).startswith("not a whole, unpacked tar")
+    monkeypatch.setattr(tars, "MAX_BYTES", 60)
+    assert not [*tars.samples(tmp_path / "shards-000.tar", report := Report())]  # captions alone
+    assert "larger than 0 MiB" in report.skipped
+    with pytest.raises(ValueError, match=r"there is no file .*shards-004\.tar"):
+        tars.find(shard_files.replace("003", "004"))
+    for command in ("pipe:touch made.tar", "http://localhost/a.tar"):
+        with pytest.raises(ValueError, match="there is no file"):
+            [*tars.samples(command, Report())]
