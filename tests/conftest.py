@@ -3,13 +3,17 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch loads: tests share out the cores
+
+import processes
 import torch
 
 import train
@@ -55,19 +59,35 @@ def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        return [rank.communicate(timeout=100) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with TemporaryDirectory() as folder:
+        ranks = [
+            processes.start(["-c", script, *arguments], Path(folder), ROOT,
+                            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            for rank in ranks:
+                rank.wait(100)
+            return [rank.said() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.running.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """What a killed process wrote, the system keeps: only a power cut would tell the difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_forecast():
+    """What training will cost, said before each run, takes longer than tiny trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.calc, "describe", lambda *arguments: "")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -211,7 +211,7 @@ for loss in LOSSES:
     for part in (0, 3):
         model = make(loss=loss, stem="conv")
         model.rank, model.gather, model.rows_at_once = world.rank, distributed.gather, part
-        call = distributed.parallel(model, world, False)
+        call = distributed.Parallel(model, world)
         value, _ = call(batch, streams()[rows])
         value.backward()
         print(value.item(), flush=True)

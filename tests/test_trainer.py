@@ -16,7 +16,7 @@ from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.logbook import Logbook
 from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer, row_generators
+from tinyfm.trainer import TrainConfig, Trainer, is_spike, row_generators
 
 TINY = GPTConfig(257, context_length=16, n_layer=1, n_head=2, d_model=16, zero_init=False)
 OPTIM = OptimConfig(warmup_steps=2)
@@ -275,6 +275,33 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, data, capsys, facto
     trainer.train = replace(trainer.train, patience=3)
     assert math.isfinite(trainer.fit()["val_loss"])
     assert capsys.readouterr().out.count("skipped, no weight was changed") == 3
+
+
+def test_a_spike_is_far_above_what_was_before():
+    flat, wavy = [(2.0, 1.0)] * 64, [(2.0 + i % 2, 1.0) for i in range(64)]
+    assert not is_spike(flat[:63], (1e9, 1.0), 6) and not is_spike(flat, (1e9, 1e9), 0)
+    assert not is_spike(flat, (2.1, 1.05), 6)  # of what never differed 1% is a deviation
+    assert is_spike(flat, (2.2, 1.0), 6) and is_spike(flat, (2.0, 1.1), 6)
+    assert not is_spike(wavy, (5.4, 1.0), 6) and is_spike(wavy, (5.6, 1.0), 6)
+    assert not is_spike(wavy, (-1e9, 0.0), 6)
+
+
+def test_a_spike_is_skipped_also_by_who_goes_on(tmp_path, data, capsys, monkeypatch):
+    """What was before a stop is remembered: a spike right after it is one."""
+    monkeypatch.setattr("tinyfm.trainer.WINDOW", 8)
+    config = replace(TRAIN, spike_sigmas=6, eval_every=6)
+    stub = poison(data, {6}, 1e9)
+    straight = make(tmp_path / "a", stub, config=config, cls=Poisoned)
+    straight.fit()
+    assert capsys.readouterr().out.count("skipped, no weight was changed") == 1
+    first = make(tmp_path / "b", stub, config=replace(config, steps=6), cls=Poisoned)
+    first.fit()
+    resumed = make(tmp_path / "b", stub, config=config, cls=Poisoned)
+    resumed.resume()
+    before = {k: v.clone() for k, v in resumed.model.state_dict().items()}
+    assert resumed.update(6)[0] > 1e6 and same(resumed.model.state_dict(), before)
+    assert resumed.counters["recent"][-1][0] > 1e6 and len(resumed.counters["recent"]) == 7
+    assert resumed.update(7)[0] < 10 and not same(resumed.model.state_dict(), before)
 
 
 def test_many_such_steps_end_the_run_and_keep_its_checkpoints(tmp_path, data):

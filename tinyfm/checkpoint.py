@@ -12,20 +12,23 @@ name and appears by one rename, with the hash of every file in it:
 
 Share everything but state/, which holds a pickle. Under torchrun every rank calls `save`, on one
 shared file system: rank 0 writes the weights and the manifest, each rank its part of state/, and
-one rank's error is raised on all.
-Left out: saving in the background, remote storage, signatures (a manifest finds damage, not lies).
+one rank's error is raised on all. `Saver` does that beside the training: see there.
+Left out: remote storage, signatures (a manifest finds damage, not lies).
 """
 
 import hashlib
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from tinyfm import distributed, training_state
@@ -172,12 +175,13 @@ def save(
     state: dict[str, Any] | None = None,
     meta: dict[str, Any] | None = None,
     write: Callable[[Path], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write run/step-NNNNNN and point `latest` at it; return its path.
 
     tensors: {"model": model.state_dict(), "ema": ...}, each a NAME.safetensors (read on rank 0).
     state: from `training_state.collect`. meta: plain values for meta.json, such as losses.
-    write(folder) may add files, such as the tokenizer's.
+    write(folder) may add files, such as the tokenizer's. group: ranks that save; None = all.
     Raises CheckpointError after any failure; the earlier checkpoints are untouched.
     """
     run = Path(run)
@@ -197,10 +201,10 @@ def save(
             write(temporary)
 
     try:
-        distributed.on_first_rank(write_shared)
+        distributed.on_first_rank(write_shared, group)
         if state:
-            training_state.write(temporary / "state", state)
-        distributed.on_first_rank(lambda: _publish(temporary, final))
+            training_state.write(temporary / "state", state, group)
+        distributed.on_first_rank(lambda: _publish(temporary, final), group)
     except Exception as error:
         reason = f"step {step} could not be saved in {run}: {type(error).__name__}: {error}"
         advice = "make room or remove that cause, then resume; earlier checkpoints are untouched"
@@ -211,3 +215,51 @@ def save(
     return final
 
 
+# ---- saving beside the training ----
+
+
+def copy(tree: Any) -> Any:
+    """Nested dicts and lists with all their tensors copied to CPU memory, shards as shards."""
+    if isinstance(tree, dict):
+        return {name: copy(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [copy(value) for value in tree]
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
+
+
+class Saver:
+    """One save at a time, in a thread of its own, on all ranks.
+
+    What it writes must be copies, or it would be of several steps. Its messages between ranks have
+    a group of their own, as training sends others at the same time. A kill leaves what was there.
+    """
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.group = None
+        if dist.is_available() and dist.is_initialized():  # a slow disk is no reason to give up
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+    def start(self, work: Callable[[dist.ProcessGroup | None], None]) -> None:
+        """Begin work(group), which every rank begins, once the work before is done."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work(self.group)
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is done. Raises what went wrong in it."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if error:
+            raise error
+
+    close = wait

@@ -27,7 +27,7 @@ class Compiled:
     """torch.compile, or the function as it is once a call, mostly the first, fails to compile."""
 
     def __init__(self, function: Callable, **options: Any):
-        self.function, self.no_sync = function, getattr(function, "no_sync", None)
+        self.function = function
         self.call = torch.compile(function, **options)
 
     def __call__(self, *args) -> Any:

@@ -1,9 +1,9 @@
 """One program for one process or many: torchrun starts them, this file lets them agree.
 
 Started by `python`, a run is a world of one rank and nothing here communicates. Started by
-`torchrun`, each process has a rank; it reads its rows of every global batch, DDP (Li et al. 2020)
-averages the gradients, and small sums agree on the loss and on when to stop.
-Left out: sharding the model itself.
+`torchrun`, each process has a rank; it reads its rows of every global batch, the gradients are
+averaged, and small sums agree on the loss and on when to stop. Either each rank has the whole model
+(DDP, Li et al. 2020), or its share of it (FSDP2: sharded.py).
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
+from tinyfm import sharded
 from tinyfm.compiled import Compiled
+
+TIMEOUT = timedelta(minutes=5)  # for which a rank waits for the others before it gives up
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,23 @@ class World:
         share = batch_size // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
+    def share(self, items: Iterable, together: bool) -> Iterator[tuple[int, Any, bool]]:
+        """(place, item, True) of this rank's items, dealt out in turn.
+
+        together: all ranks take as many; one that lacks a last item takes another's, with False.
+        """
+        for place, item in enumerate(items):
+            if place % self.size == self.rank:
+                yield place, item, True
+        if together and place % self.size < self.rank:
+            yield place, item, False
+
 
 def start() -> World:
     """Join the processes that torchrun started, or be the only one.
 
-    Raises ValueError if there are more processes than GPUs on this machine.
+    Raises ValueError if there are more processes than GPUs on this machine, ConnectionError if they
+    do not find each other.
     """
     if "RANK" not in os.environ:
         return World()
@@ -54,8 +72,38 @@ def start() -> World:
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # by where a tensor lies
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(minutes=5))
+        try:
+            meet(world, backend)
+            total(torch.ones(1, device="cuda" if gpus else "cpu"))  # now, not in the first step
+        except RuntimeError as error:
+            raise ConnectionError(no_connection(world, error)) from error
     return world
+
+
+def meet(world: World, backend: str) -> None:
+    """Join the others, as torchrun's environment says.
+
+    Started again after a failure, not through the addresses that dead ranks left in the store.
+    """
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+
+
+def no_connection(world: World, error: Exception) -> str:
+    """Who could not reach the others, and what the cause usually is."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = str(error).splitlines()[0]
+    return (
+        f"rank {world.rank} of {world.size}, on {socket.gethostname()}, cannot work with the "
+        f"others through {where} ({reason}). Usual causes: another rank was not started or has "
+        "died, see what it printed; --nnodes, --nproc_per_node or --rdzv-endpoint differ between "
+        "machines; a firewall, or the wrong network: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+        "to the one that joins them. NCCL_DEBUG=INFO says more"
+    )
 
 
 def stop() -> None:
@@ -80,7 +128,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def on_first_rank(work: Callable[[], None]) -> None:
+def on_first_rank(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on rank 0 alone; every rank waits for it, and fails if it failed."""
     problem: Exception | None = None
     if rank() == 0:
@@ -90,7 +138,7 @@ def on_first_rank(work: Callable[[], None]) -> None:
             problem = error
     if dist.is_available() and dist.is_initialized():
         message = [problem and repr(problem)]
-        dist.broadcast_object_list(message, src=0)
+        dist.broadcast_object_list(message, src=0, group=group)
         problem = problem or (message[0] and RuntimeError(f"rank 0: {message[0]}"))
     if problem:
         raise problem
@@ -129,6 +177,10 @@ class Signals:
         """Sums over ranks, and appended one number for `agree`."""
         return total(torch.cat((sums, sums.new_tensor([self.noted]))))
 
+    def asked(self, together: bool) -> bool:
+        """Whether a signal was noted: here, or, where ranks must act together, by any of them."""
+        return bool(total(torch.tensor([self.noted])).item() if together else self.noted)
+
     def agree(self, asked: float) -> None:
         """Stop if `asked` is not 0: some rank has noted a signal."""
         if asked:
@@ -157,7 +209,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 class LossModule(nn.Module):
-    """The model's loss as a forward: DDP synchronises only what runs through forward."""
+    """The model's loss as a forward: DDP and FSDP2 see only what runs through forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -167,9 +219,50 @@ class LossModule(nn.Module):
         return self.model.loss(batch, generators)
 
 
-def parallel(model: nn.Module, world: World, compiled: bool) -> Callable:
-    """What to call as f(batch, generators) -> (loss, metrics): synchronised if there are others."""
-    module = LossModule(model)
-    if world.size > 1:
-        module = nn.parallel.DistributedDataParallel(module)
-    return Compiled(module) if compiled else module
+class Parallel:
+    """The model's loss for training, f(batch, generators) -> (loss, metrics), on all ranks at once.
+
+    The model goes to the device, whole; or, with fsdp = (dtype, shard_size) as sharded.shard takes
+    them, block by block and a share of each, as it may not fit.
+    """
+
+    def __init__(self, model: nn.Module, world: World, device: torch.device | str = "cpu",
+                 compiled: bool = False, fsdp: tuple = ()):  # fmt: skip
+        self.world, self.module, self.scalars = world, LossModule(model), []
+        self.sharded = bool(fsdp) and dist.is_initialized()
+        if self.sharded:
+            self.scalars = sharded.shard(self.module, torch.device(device), *fsdp)
+        else:
+            model.to(device)
+            if world.size > 1:
+                self.module = nn.parallel.DistributedDataParallel(self.module)
+        self.model, self.call = model, Compiled(self.module) if compiled else self.module
+
+    def __call__(self, batch: dict[str, Tensor], generators: list[torch.Generator]):
+        return self.call(batch, generators)
+
+    def loss(self, batch: dict[str, Tensor], generators: list[torch.Generator]):
+        """The same for evaluation: each rank on its own, but all together where it is sharded."""
+        if not self.sharded:
+            return self.model.loss(batch, generators)
+        result = self.module(batch, generators)
+        self.module.reshard()  # FSDP2 keeps the outermost weights for a backward pass
+        return result
+
+    @contextlib.contextmanager
+    def exchanging(self, last: bool) -> Iterator[None]:
+        """Around a forward and a backward pass. Gradients add up, and are averaged at the last."""
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)
+            yield
+            for scalar in self.scalars if last else ():
+                total(scalar.grad).div_(self.world.size)
+        elif last or self.world.size == 1:
+            yield
+        else:
+            with self.module.no_sync():
+                yield
+
+    def whole(self):
+        """Inside, each rank has all weights, and may use the model without the others."""
+        return sharded.whole(self.module) if self.sharded else contextlib.nullcontext()

@@ -141,12 +141,15 @@ class Peak(TorchDispatchMode):
 
 
 def average_bytes(model: nn.Module, optim: OptimConfig) -> tuple[int, int]:
-    """Bytes of the optimizer's averages, AdamW's two and Muon's one, and of the moving average."""
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Bytes of the optimizer's averages, AdamW's two and Muon's one, and of the moving average.
+
+    What is frozen has none of them.
+    """
+    learnt = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in hidden_matrices(model) if p.requires_grad]
     muons = sum(p.numel() for p in hidden) if optim.optimizer == "muon" else 0
-    everything = sum(p.nbytes for p in model.parameters())
-    return 4 * (2 * n - muons), everything if optim.ema_half_life else 0
+    average = sum(p.nbytes for p in learnt) if optim.ema_half_life else 0
+    return 4 * (2 * sum(p.numel() for p in learnt) - muons), average
 
 
 def step_bytes(

@@ -9,6 +9,10 @@ stay with AdamW: a table's rows and a vector are not maps between hidden states.
 
 Learning rates follow warmup then decay, as a factor on each group's own rate. The exponential
 moving average (EMA) of the weights is what diffusion models sample with.
+
+Where the model is shared out (sharded.py) a rank has some rows of each matrix. Then AdamW, momentum
+and EMA work on those rows, as they would on the rest; only Muon needs whole matrices, and each rank
+orthogonalises its part of them.
 Left out: second-order methods, 8-bit states, layer-wise rates.
 """
 
@@ -16,10 +20,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -50,6 +56,24 @@ class OptimConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
 
+# ---- tensors that may be shared out -------------------------------------------------------------
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank of a mesh holds some rows."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, in the same memory: of a plain tensor, all of it."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def shard_group(shard: Tensor) -> dist.ProcessGroup:
+    """The ranks among which it is shared out: the last dimension of its mesh."""
+    return shard.device_mesh.get_group(shard.device_mesh.ndim - 1)
+
+
 # ---- Muon ---------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, settles near 1
@@ -71,6 +95,33 @@ def orthogonalise(M: Tensor, steps: int = 5) -> Tensor:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
+
+
+def orthogonalise_shards(M: Tensor, like: Tensor) -> Tensor:
+    """`orthogonalise` of n matrices, of which each rank has the rows M (n, some rows, columns).
+
+    like: one of the n shards. Every rank gets its part of the n, whole, and gives back the rows:
+    the same products as on one rank, each done once.
+    """
+    group, (rows, columns) = shard_group(like), like.shape
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    height = -(-rows // size)  # of all shards but the last: torch.chunk's rule
+    heights = [min(height, max(0, rows - r * height)) for r in range(size)]
+    counts = [len(M) // size + (r < len(M) % size) for r in range(size)]
+    outward = [n * heights[rank] * columns for n in counts]  # my rows of their matrices
+    inward = [counts[rank] * h * columns for h in heights]  # their rows of my matrices
+
+    def exchange(values: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        result = values.new_empty(sum(received))
+        dist.all_to_all_single(result, values.contiguous(), received, sent, group=group)
+        return result
+
+    parts = exchange(M.bfloat16().flatten(), outward, inward).split(inward)
+    shapes = [(counts[rank], h, columns) for h in heights]
+    whole = torch.cat([part.view(shape) for part, shape in zip(parts, shapes)], dim=1)
+    whole = orthogonalise(whole) if counts[rank] else whole
+    rows_of = torch.cat([part.flatten() for part in whole.split(heights, dim=1)])
+    return exchange(rows_of, inward, outward).view_as(M)
 
 
 class Muon(torch.optim.Optimizer):
@@ -99,16 +150,17 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group, group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
     def update(self, params: list[Tensor], group: dict, lr: float) -> None:
-        grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum_buffer"] for p in params]
+        averages = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads, weights = [local(p.grad) for p in params], [local(p) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's look ahead
-        updates = orthogonalise(torch.stack(ahead)).to(params[0].dtype)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
+        M, first = torch.stack(ahead), params[0]
+        updates = orthogonalise_shards(M, first) if is_shard(first) else orthogonalise(M)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates.to(first.dtype).unbind()), alpha=-lr)
 
 
 # ---- parameter groups ---------------------------------------------------------------------------
@@ -171,41 +223,59 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = factor * group["peak_lr"]
 
 
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, on every rank the same."""
+    shards = [g for g in grads if is_shard(g)]
+    norm = torch.nn.utils.get_total_norm([g for g in grads if not is_shard(g)])
+    if not shards:
+        return norm
+    square = torch.nn.utils.get_total_norm([local(g) for g in shards]).square()
+    dist.all_reduce(square, group=shard_group(shards[0]))
+    return (square + norm.square()).sqrt()
+
+
 @torch.no_grad()
 def scale_and_clip(model: nn.Module, scale: Tensor | float, clip: float) -> Tensor:
     """Multiply all gradients by scale, then shrink them to norm clip; return the norm between."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) * scale
+    norm = total_norm(grads) * scale
     factor = scale * (torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else 1.0)
-    torch._foreach_mul_(grads, factor)
+    torch._foreach_mul_([local(g) for g in grads], factor)
     return norm
+
+
+def learnt(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, by name; the others are frozen."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 class EMA:
     """Moving average of a model's parameters: average += (1 - decay) (parameter - average).
 
     decay = 2^(-1 / half_life); early on it is (1 + step) / (10 + step) if that is less, so that the
-    average does not hold on to the random start.
+    average does not hold on to the random start. What is frozen is its own average: not kept.
     """
 
     def __init__(self, model: nn.Module, half_life: float):
         self.half_life = half_life
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in learnt(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(0.5 ** (1 / self.half_life), (1 + step) / (10 + step))
-        params = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), params, 1 - decay)
+        params = [local(p) for _, p in learnt(model)]
+        torch._foreach_lerp_([local(a) for a in self.average.values()], params, 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the model's weights and the average."""
-        for name, parameter in model.named_parameters():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(kept)
+        for name, p in learnt(model):
+            parameter, average = local(p), local(self.average[name])
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take the averages from tensors by name, shared out as they are."""
         for name, average in self.average.items():
             average.copy_(tensors[name])

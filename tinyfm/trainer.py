@@ -11,14 +11,17 @@ so that the update is that of the whole batch, however it was cut, also where ro
 Everything random in step s comes from (seed, s) and a row's place in the batch, or, for dropout,
 its rank's: nothing random is saved, and a run that was stopped goes on as if it had not been.
 
-A step whose loss or gradient is not finite is skipped; after several in a row the run ends, and
-keeps its last checkpoint. SIGTERM and Ctrl-C end the step or evaluation, save, and leave.
+A step whose loss or gradient is not finite, or a spike, is skipped; after several in a row the run
+ends, and keeps its last checkpoint. SIGTERM and Ctrl-C end the step or evaluation, save, and leave.
+A checkpoint is copied and then written while training goes on; the next one waits for it, and so
+does the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfm import checkpoint, distributed, files, machine, training_state
+from tinyfm import checkpoint, distributed, files, machine, sharded, training_state
 from tinyfm.logbook import Logbook, summary_writer
 from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
@@ -45,14 +48,18 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: bool = False  # torch.compile; falls back to eager if that fails
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or a share of it
+    shard_size: int = 0  # fsdp: neighbours that share one copy of the model; 0 = all processes
+    activation_checkpointing: bool = False  # compute blocks twice: less memory, a third more time
     tensorboard: bool = False  # also log for TensorBoard
-    patience: int = 5  # non-finite steps in a row that end the run
+    patience: int = 5  # skipped steps in a row that end the run
+    spike_sigmas: float = 0.0  # skip steps that many deviations above the last ones; 0 = none
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch_size", "eval_every", "seed"):
+        for name in ("micro_batch_size", "eval_every", "seed", "shard_size", "spike_sigmas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
 
@@ -72,6 +79,24 @@ def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, 
     """(loss * weight, weight) of a micro-batch: what adds up, as means do not."""
     weight = torch.as_tensor(metrics.get("weight", rows), device=loss.device, dtype=torch.float32)
     return loss * weight, weight
+
+
+WINDOW = 128  # steps that a new one is compared with
+
+
+def is_spike(recent: list[tuple[float, float]], new: tuple[float, float], sigmas: float) -> bool:
+    """Whether a step's loss or gradient norm is far above those of the steps before it: by more
+    than `sigmas` standard deviations (6 in OLMo 2, arXiv 2501.00656), each at least 1% of the mean.
+
+    None is, before half a window of steps was made.
+    """
+    if not sigmas or len(recent) < WINDOW // 2:
+        return False
+    limits = []
+    for values in zip(*recent):
+        mean = statistics.fmean(values)
+        limits.append(mean + sigmas * max(statistics.pstdev(values, mean), abs(mean) / 100))
+    return any(value > limit for value, limit in zip(new, limits))
 
 
 class Trainer:
@@ -102,19 +127,25 @@ class Trainer:
         self.device = machine.choose_device(train.device)
         self.dtype = machine.choose_dtype(train.dtype, self.device)
         machine.keep_freed_memory()
-        self.model = model.to(self.device)
+        self.model = model
         self.rows_at_once = train.micro_batch_size or train.batch_size // world.size
         self.whole_batch = getattr(model, "whole_batch", False)
         if self.whole_batch:
             model.rows_at_once, model.rank = train.micro_batch_size, world.rank
             model.gather = distributed.gather
+        if train.activation_checkpointing:
+            sharded.checkpoint_activations(model)
+        share = (self.dtype, train.shard_size) if train.parallel == "fsdp" else ()
+        self.call = distributed.Parallel(model, world, self.device, train.compile, share)
         self.optimizers = build_optimizers(model, optim)
         self.ema = EMA(model, optim.ema_half_life) if optim.ema_half_life else None
-        self.call = distributed.parallel(model, world, train.compile)
+        self.saver = checkpoint.Saver()
         # Plain numbers, saved with a checkpoint.
         self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf}
+        if train.spike_sigmas:
+            self.counters["recent"] = []  # (loss, gradient norm) of the last steps
         self.scores: dict[str, float] = {}  # of this step; empty if it was not evaluated
-        self.skipped = 0  # non-finite steps in a row
+        self.skipped = 0  # steps in a row
         self.signals = distributed.Signals()
 
     # ---- one step --------------------------------------------------------------------------------
@@ -137,8 +168,7 @@ class Trainer:
         micro_batches = self.micro_batches()
         for rows in micro_batches:
             batch = self.load(self.data.batch(step, slice(rows.start, rows.stop)))
-            last = rows is micro_batches[-1]  # only then do the ranks exchange gradients
-            with contextlib.nullcontext() if last or self.world.size == 1 else self.call.no_sync():
+            with self.call.exchanging(last=rows is micro_batches[-1]):
                 with self.autocast():
                     generators = row_generators(self.train.seed, step, rows)
                     loss, metrics = self.call(batch, generators)
@@ -156,14 +186,29 @@ class Trainer:
         norm = scale_and_clip(self.model, self.world.size / weight, self.optim.clip)
         loss, norm, asked = torch.stack((total / weight, norm, asked)).tolist()
         self.signals.agree(asked)
-        if math.isfinite(loss) and math.isfinite(norm):
+        if self.is_fine(loss, norm):
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.ema:
                 self.ema.update(self.model, step)
+            self.skipped = 0
+        else:
+            self.skipped += 1
         for parameter in self.model.parameters():
             parameter.grad = None
         return loss, norm
+
+    def is_fine(self, loss: float, norm: float) -> bool:
+        """Whether to make this step: the same answer on all ranks, as the numbers are the same."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return False
+        if not self.train.spike_sigmas:
+            return True
+        recent = self.counters["recent"]
+        spike = is_spike(recent, (loss, norm), self.train.spike_sigmas)
+        # With the spikes: what stays on a new level is soon none.
+        self.counters["recent"] = [*recent, (loss, norm)][-WINDOW:]
+        return not spike
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -186,19 +231,19 @@ class Trainer:
         if the loss is not finite.
         """
         self.model.eval()
-        sums, scores = torch.zeros(2, device=self.device), {}
+        sums, scores, together = torch.zeros(2, device=self.device), {}, self.call.sharded
         rows = self.train.batch_size if self.whole_batch else self.rows_at_once
         with self.averaged(), self.autocast():
-            for i, batch in enumerate(self.data.val_batches(rows)):
-                if self.signals.noted:
+            for i, batch, counts in self.world.share(self.data.val_batches(rows), together):
+                if self.signals.asked(together):
                     break
-                if i % self.world.size == self.world.rank:
-                    n = len(next(iter(batch.values())))
-                    generators = row_generators(self.train.seed, -1, range(i * rows, i * rows + n))
-                    loss, metrics = self.model.loss(self.load(batch), generators)
-                    sums += torch.stack(weighted(loss, metrics, n))
-            if self.score and not self.signals.noted:
-                scores = self.score(self.model)
+                n, at = len(next(iter(batch.values()))), i * rows
+                generators = row_generators(self.train.seed, -1, range(at, at + n))
+                loss, metrics = self.call.loss(self.load(batch), generators)
+                sums += counts * torch.stack(weighted(loss, metrics, n))
+            if self.score and not self.signals.asked(together):
+                with self.call.whole():
+                    scores = self.score(self.model)
         self.model.train()
         total, weight, asked = self.signals.total(sums).tolist()
         self.signals.agree(asked)
@@ -214,26 +259,31 @@ class Trainer:
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this step; remove those that are neither late nor best."""
+        """Copy what a checkpoint of this step holds, and begin to write it; remove those that are
+        neither late nor best. Raises CheckpointError if the one before has failed."""
+        self.saver.wait()
         step, loss = self.counters["step"], self.scores.get("val_loss", math.inf)
         if loss < self.counters["best_loss"]:
             self.counters |= {"best_loss": loss, "best_step": step}
-        tensors = {"model": self.model.state_dict()}
-        if self.ema:  # and what is no parameter; a tied weight's second name is left out
-            own = {parameter.data_ptr() for parameter in self.model.parameters()}
-            rest = {k: v for k, v in tensors["model"].items() if v.data_ptr() not in own}
-            tensors["ema"] = {**rest, **self.ema.average}
+        tensors = {"model": sharded.gather(sharded.state(self.model), self.world.first)}
+        if self.ema:  # and what has no average: buffers, and what is frozen
+            tensors["ema"] = tensors["model"] | sharded.gather(self.ema.average, self.world.first)
         state = training_state.collect(self.model, self.optimizers, self.counters)
-        checkpoint.save(self.out, step, tensors, state, self.scores, self.write)
-        if self.world.first:
-            checkpoint.prune(self.out, self.train.keep, self.counters["best_step"])
+        state, meta, best = checkpoint.copy(state), {**self.scores}, self.counters["best_step"]
+
+        def write(group) -> None:
+            checkpoint.save(self.out, step, tensors, state, meta, self.write, group)
+            if self.world.first:
+                checkpoint.prune(self.out, self.train.keep, best)
+
+        self.saver.start(write)
 
     def resume(self) -> Path:
         """Go on from the newest checkpoint. Raises CheckpointError if it cannot be trusted."""
         folder = checkpoint.find(self.out)
-        files.load_model(self.model, files.load_tensors(folder))
+        sharded.load(self.model, files.load_tensors(folder))
         if self.ema:
-            self.ema.load(files.load_tensors(folder, "ema"))
+            self.ema.load(sharded.cut(files.load_tensors(folder, "ema"), self.ema.average))
         training_state.restore(folder, self.model, self.optimizers, self.counters)
         self.scores = files.read_json(folder / "meta.json")
         del self.scores["step"]
@@ -253,13 +303,13 @@ class Trainer:
         """
         start, train = self.counters["step"], self.train
         log = Logbook(self.out, train.steps, start, self.world.first, train.tensorboard)
-        with contextlib.closing(log), self.signals:
+        with contextlib.closing(log), self.signals, contextlib.closing(self.saver):
             if self.due() and not self.scores:  # a new run, or one that was stopped evaluating
                 self.report(log)
             clock, since = time.perf_counter(), start
             while self.counters["step"] < train.steps and not self.signals.agreed:
                 loss, norm = self.update(self.counters["step"])
-                self.count_skips(loss, norm, log)
+                self.tell_skips(loss, norm, log)
                 step = self.counters["step"] = self.counters["step"] + 1
                 log.bar.update()
                 if (step % train.log_every == 0 or step == train.steps) and math.isfinite(loss):
@@ -280,15 +330,14 @@ class Trainer:
             if step == 0:  # nothing is learnt yet: nothing to keep or to show
                 return
         self.save()
-        if not self.world.first:
-            return
-        try:
-            log.draw()
-            if self.show and not self.signals.noted:
-                with self.averaged():
+        show = self.show and not self.signals.asked(self.call.sharded)
+        with self.averaged(), self.call.whole() if show else contextlib.nullcontext():
+            try:
+                log.draw()
+                if show and self.world.first:
                     log.say(self.show(self.model, self.out / "samples", step))
-        except Exception as error:  # a picture is not worth a run
-            log.say(f"step {step}: nothing to show, {type(error).__name__}: {error}")
+            except Exception as error:  # a picture is not worth a run
+                log.say(f"step {step}: nothing to show, {type(error).__name__}: {error}")
         self.model.train()
 
     def advice(self) -> str:
@@ -297,16 +346,15 @@ class Trainer:
             "--train.dtype float32, or look for broken rows in the data"
         )
 
-    def count_skips(self, loss: float, norm: float, log: Logbook) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.skipped = 0
+    def tell_skips(self, loss: float, norm: float, log: Logbook) -> None:
+        if not self.skipped:
             return
-        self.skipped += 1
         step = self.counters["step"]
         log.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
         if self.skipped == self.train.patience:
+            what = "spikes" if math.isfinite(loss * norm) else "not finite"
             raise FloatingPointError(
-                f"{self.skipped} steps in a row were not finite, to step {step}; {self.advice()}"
+                f"{self.skipped} steps in a row were {what}, to step {step}; {self.advice()}"
             )
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:

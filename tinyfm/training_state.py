@@ -10,20 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from tinyfm.files import CheckpointError
 
 
-def _dcp(verb: str, tree: dict[str, Any], folder: Path) -> None:
+def _dcp(
+    verb: str, tree: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """dcp.save or dcp.load; its error, which `except Exception` would miss, becomes its cause."""
     import torch.distributed.checkpoint as dcp  # here, as it is slow to import
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            getattr(dcp, verb)(tree, checkpoint_id=folder)
+            getattr(dcp, verb)(tree, checkpoint_id=folder, process_group=group)
         except dcp.api.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
 
@@ -47,9 +50,9 @@ def collect(
     return {"optimizers": states, "counters": counters}
 
 
-def write(folder: Path, state: dict[str, Any]) -> None:
-    """Write what `collect` returned; every rank calls this, and writes its part."""
-    _dcp("save", state, folder)
+def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Write what `collect` returned; every rank of the group calls this, and writes its part."""
+    _dcp("save", state, folder, group)
 
 
 def restore(

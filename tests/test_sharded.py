@@ -1,0 +1,468 @@
+"""Many ranks: two are one, in either way; what one saves any number goes on with; none is lost."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, call, run_two_ranks
+
+import train
+from tinyfm import checkpoint, distributed, files, gpus, optim, records, sharded, systems
+from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
+from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.data import TextData
+from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.logbook import Logbook
+from tinyfm.optim import Muon, OptimConfig
+from tinyfm.report import short
+from tinyfm.text2image import TextToImage, TextToImageConfig
+from tinyfm.trainer import TrainConfig, Trainer
+
+GPT_TINY = GPTConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True,
+                     zero_init=False)  # fmt: skip
+AUTOENCODER = AutoencoderConfig(image_size=8, channels=(4, 8), n_block=1, groups=2,
+                                latent_channels=2)  # fmt: skip
+CLIP_TINY = CLIPConfig(
+    image_size=8, patch_size=4, image_layer=1, image_width=16, image_head=2, vocab_size=61,
+    context_length=8, text_layer=1, text_width=16, text_head=2, embed_dim=8,
+)  # fmt: skip
+DDPM = DiffusionConfig(image_size=8, channels=(8, 16), attend=(False, True), n_block=1, n_head=2,
+                       groups=4)  # fmt: skip
+LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
+FAMILIES = {
+    "gpt": lambda: GPT(GPT_TINY),
+    "clip": lambda: CLIP(CLIP_TINY),
+    "autoencoder": lambda: Autoencoder(AUTOENCODER),
+    "ddpm": lambda: Diffusion(DDPM),
+    "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
+}
+TRAIN = TrainConfig(steps=4, batch_size=8, micro_batch_size=2, eval_every=2, log_every=1, keep=9,
+                    device="cpu", dtype="float32")  # fmt: skip
+OPTIM = OptimConfig("adamw", lr=1e-3, warmup_steps=0, ema_half_life=2.0)
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(Logbook, "draw", lambda self: None)
+
+
+class Random:
+    """Batches of noise in the form that a model takes: of one seed a step, whoever asks."""
+
+    unit, units_per_row = "rows", 1
+
+    def __init__(self, model):
+        self.example = model.example_batch(TRAIN.batch_size)
+        if isinstance(model, TextToImage):  # through both frozen parts
+            del self.example["latents"]
+            self.example["images"] = torch.zeros(TRAIN.batch_size, 1, 8, 8)
+
+    def batch(self, step, part):
+        g = torch.Generator().manual_seed(step)
+        values = {
+            name: torch.randn(zeros.shape, generator=g) if zeros.is_floating_point()
+            else torch.randint(61, zeros.shape, generator=g)
+            for name, zeros in self.example.items()
+        }  # fmt: skip
+        return {name: value[part] for name, value in values.items()}
+
+    def val_batches(self, rows):
+        return (self.batch(1000 + i, slice(rows)) for i in range(3))
+
+    def metrics(self, loss):
+        return {}
+
+
+def score(model) -> dict[str, float]:
+    """Uses the model as a whole, outside its loss."""
+    return {"weights": float(sum(p.abs().double().sum() for p in model.parameters()))}
+
+
+def show(model, folder, step) -> str:
+    """Uses it on the first rank alone."""
+    assert not any(optim.is_shard(tensor) for tensor in model.state_dict().values())
+    with torch.no_grad():
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        return str(model.eval().loss(Random(model).batch(7, slice(2)), generators)[0].item())
+
+
+def make(family: str, out: Path, *changes, **fields) -> Trainer:
+    torch.manual_seed(0)
+    model, world = FAMILIES[family](), distributed.start()
+    data = Random(model)
+    return Trainer(model, data, replace(TRAIN, **fields), *(changes or (OPTIM,)), Path(out),
+                   score=score, show=show, world=world)  # fmt: skip
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b)
+
+
+def only_step(run: Path, to: Path, step: int) -> Path:
+    """A run directory with that one checkpoint of another."""
+    name = f"step-{step:06d}"
+    shutil.copytree(run / name, to / name)
+    return to
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+def train_families(base: Path) -> None:
+    """Each family under both, with blocks computed twice in one of them."""
+    for family in FAMILIES:
+        for parallel in ("ddp", "fsdp"):
+            twice = (family in ("gpt", "ddpm")) == (parallel == "fsdp")
+            trainer = make(family, base / f"{family}-{parallel}", parallel=parallel,
+                           activation_checkpointing=twice)  # fmt: skip
+            trainer.fit()
+            if parallel == "fsdp":
+                check_shares(trainer)
+    make("gpt", base / "gpt-copies", parallel="fsdp", shard_size=1).fit()
+
+
+def check_shares(trainer: Trainer) -> None:
+    """What is frozen is shared out too; all but single numbers are; nothing is kept of it."""
+    shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
+    for name, p in trainer.model.named_parameters():
+        assert optim.is_shard(p) == bool(shapes[name]), name
+        assert p.requires_grad == (name in trainer.ema.average)
+    held = sum(optim.local(p).nbytes for p in trainer.model.parameters())
+    assert held < 0.6 * sum(p.nbytes for p in trainer.model.parameters())
+    kept = {id(p) for optimizer in trainer.optimizers for p in optimizer.state}
+    assert kept == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+
+def check_muon() -> None:
+    """Matrices of which the rows, or they, do not divide by two: the update to the last bit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    g = torch.Generator().manual_seed(0)
+    shapes = [(12, 7), (12, 7), (12, 7), (5, 9), (1, 6), (8, 8), (8, 8)]
+    whole = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
+    parts = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
+             for p in whole]  # fmt: skip
+    optimizers = [Muon(params, lr=0.1, weight_decay=0.1) for params in (whole, parts)]
+    for _ in range(3):
+        for p, part in zip(whole, parts):
+            p.grad = torch.randn(p.shape, generator=g)
+            part.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, part in zip(whole, parts):
+        assert torch.equal(p, part.full_tensor()), (p - part.full_tensor()).abs().max()
+
+
+def reshard(base: Path) -> None:
+    """What one rank saved, and either way saved, goes on under both ways; loaded and saved again
+    it is the same."""
+    for source in ("one", "gpt-ddp", "gpt-fsdp"):
+        for parallel in ("ddp", "fsdp"):
+            out = base / f"{source}-on-{parallel}"
+            if distributed.rank() == 0:
+                only_step(base / source, out, 2)
+            dist.barrier()
+            trainer = make("gpt", out, parallel=parallel)
+            trainer.resume()
+            trainer.out = base / f"{source}-again-{parallel}"
+            trainer.save()
+            trainer.saver.wait()
+            trainer.out = out
+            trainer.fit()
+
+
+def ranks(base: str) -> None:
+    Logbook.draw = lambda self: None
+    torch.set_num_threads(1)
+    base = Path(base)
+    distributed.start()
+    train_families(base)
+    check_muon()
+    reshard(base)
+    print("done", flush=True)
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder in which one rank trained GPT ("one"), and two did all of `ranks`."""
+    base = tmp_path_factory.mktemp("ranks")
+    make("gpt", base / "one").fit()
+    script = "import sys; from test_sharded import ranks; ranks(sys.argv[1])"
+    for out, err in run_two_ranks(script, base):
+        assert out.endswith("done\n") and "nothing to show" not in out, out + err
+    return base
+
+
+def losses(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "rows_per_s")}
+            for line in lines]  # fmt: skip
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Losses, norms and scores, and the weights and averages at the end, to rounding."""
+    a, b = losses(ours), losses(theirs)
+    b = b[len(b) - len(a) :]
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for mine, other in zip(a, b):
+        assert mine == pytest.approx(other, rel=2e-5)
+    for name in ("model", "ema"):
+        mine, other = (files.load_tensors(run / "step-000004", name) for run in (ours, theirs))
+        assert mine.keys() == other.keys()
+        for key in [key for key in mine if not key.endswith("k.bias")]:  # whose gradient is 0
+            tensor = mine[key]
+            torch.testing.assert_close(tensor, other[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_are_one(two, tmp_path, family):
+    one = make(family, tmp_path)
+    one.fit()
+    for parallel in ("ddp", "fsdp", "copies") if family == "gpt" else ("ddp", "fsdp"):
+        assert_same_run(two / f"{family}-{parallel}", tmp_path)
+
+
+def everything(folder: Path) -> dict:
+    """All tensors of a checkpoint, whole, by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    described = FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    tree = {name: torch.empty(about.size, dtype=about.properties.dtype)
+            for name, about in described.items() if hasattr(about, "size")}  # fmt: skip
+    load(tree, checkpoint_id=folder / "state")
+    return {**tree, **files.load_tensors(folder), "ema": files.load_tensors(folder, "ema")}
+
+
+@pytest.mark.parametrize("source", ["one", "gpt-ddp", "gpt-fsdp"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_any_number_of_ranks_goes_on_with_what_any_saved(two, tmp_path, source):
+    """On one rank here. On two, the numbers that were read are those that were saved, to a bit."""
+    resumed = make("gpt", only_step(two / source, tmp_path / "run", 2))
+    resumed.resume()
+    resumed.fit()
+    assert_same_run(tmp_path / "run", two / "one")
+    saved = two / source / "step-000002"
+    before = everything(saved)
+    assert len(before) > 40
+    for parallel in ("ddp", "fsdp"):
+        assert_same_run(two / f"{source}-on-{parallel}", two / "one")
+        again = checkpoint.find(two / f"{source}-again-{parallel}")
+        assert same(before, everything(again))
+
+
+# ---- saving beside the training -----------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """What is written is of the step it is named by; the next save waits for the one before."""
+    held, wrote = threading.Event(), []
+
+    def slow(folder):
+        wrote.append(trainer.counters["step"])
+        held.wait(20)
+
+    trainer = make("gpt", tmp_path / "slow", eval_every=0)
+    trainer.write = slow
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.save()
+    for step in range(2):
+        trainer.update(step)
+    assert not checkpoint_names(tmp_path / "slow")
+    held.set()
+    trainer.saver.wait()
+    saved = files.load_tensors(checkpoint.find(tmp_path / "slow"))
+    assert wrote == [0] and same(saved, before)
+    assert not same(saved, dict(trainer.model.named_parameters()))
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("step-*"))
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+    def broken(folder):
+        raise OSError("no room")
+
+    trainer = make("gpt", tmp_path)
+    trainer.write = broken
+    with pytest.raises(files.CheckpointError, match=r"step 2 could not be saved .*no room"):
+        trainer.fit()  # as the save of step 4 begins
+    assert trainer.counters["step"] == 4 and not checkpoint_names(tmp_path)
+    trainer.save()
+    with pytest.raises(files.CheckpointError, match="step 4 could not be saved"):
+        trainer.saver.wait()
+    trainer.saver.wait()  # said once
+
+
+def test_a_signal_waits_for_the_last_save(tmp_path):
+    trainer = make("gpt", tmp_path)
+    trainer.write = lambda folder: time.sleep(0.3)
+    plain = trainer.data.batch
+
+    def batch(step, part):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(step, part)
+
+    trainer.data.batch = batch
+    trainer.fit()
+    assert trainer.signals.agreed == signal.SIGTERM
+    assert checkpoint.find(tmp_path).name == "step-000002"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_sharded import Logbook, make
+Logbook.draw = lambda self: None
+trainer = make("gpt", Path(sys.argv[1]))
+def write(folder):
+    if folder.name.endswith("4"):
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.write = write
+trainer.fit()
+"""
+
+
+def test_a_save_killed_half_way_leaves_the_one_before(tmp_path):
+    killed = processes.start(["-c", KILLED, tmp_path / "run"], tmp_path, ROOT / "tests",
+                             {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert killed.wait(60) == -signal.SIGKILL, killed.said()
+    assert checkpoint.find(tmp_path / "run").name == "step-000002"
+    resumed = make("gpt", tmp_path / "run")
+    resumed.resume()
+    resumed.fit()
+    straight = make("gpt", tmp_path / "straight")
+    straight.fit()
+    assert same(resumed.model.state_dict(), straight.model.state_dict())
+    assert checkpoint_names(tmp_path / "run") == ["step-000002", "step-000004"]
+    assert not [*(tmp_path / "run").glob(".tmp-*")]
+
+
+# ---- a rank that dies ---------------------------------------------------------------------------
+
+# torchrun's own engine; its ranks are copies of it, which has loaded what they need.
+JOB = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from test_sharded import dying_rank
+
+config = LaunchConfig(1, 1, 2, run_id="job", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                      max_restarts=1, monitor_interval=0.05, start_method="fork")
+elastic_launch(config, dying_rank)(*sys.argv[1:])
+"""
+
+
+def dying_rank(out: str, *options: str) -> None:
+    """train.py, but rank 1 is killed in step 3, once, when the checkpoint of step 2 is written."""
+    plain = TextData.batch
+
+    def batch(self, step, part):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and step == 3 and os.environ["RANK"] == "1":
+            while not Path(out, "latest").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, step, part)
+
+    TextData.batch, Logbook.draw = batch, lambda self: None
+    status = call(train, *options, "--out", out)
+    print(f"rank {os.environ['RANK']} ends with {status}", flush=True)
+    os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+
+
+def test_a_job_whose_rank_dies_comes_back(tmp_path, options):
+    """All ranks are started again, and nobody says --resume. No step is lost or done twice."""
+    job = ["-c", JOB, tmp_path / "run", *options, "--train.parallel", "fsdp",
+           "--train.device", "cpu"]  # fmt: skip
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    ran = processes.start(job, tmp_path, ROOT, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    for rank in range(2):
+        ran.wait_for(f"rank {rank} ends with 0", 60)
+    ran.running.kill()  # it would wait for what the ranks return
+    assert "going on from" in ran.said()[0] and "step-000002" in ran.said()[0]
+    assert [row["step"] for row in losses(tmp_path / "run")] == [0, 1, 2, 2, 3, 4, 4]
+    assert checkpoint.find(tmp_path / "run").name == "step-000004"
+
+
+def test_a_run_that_is_started_again_goes_on_or_begins_anew(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="go on with --resume"):
+        records.check_directory(tmp_path, resume=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not records.check_directory(tmp_path, resume=False)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    checkpoint.save(tmp_path, 1, {"model": {}})
+    assert records.check_directory(tmp_path, resume=False)
+
+
+def test_who_finds_no_others_says_so(monkeypatch):
+    numbers = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": 1}
+    for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match=r"rank 1 of 2, on .* 127\.0\.0\.1:1 ") as error:
+        distributed.start()
+    for cause in ("another rank", "--rdzv-endpoint", "GLOO_SOCKET_IFNAME"):
+        assert cause in str(error.value)
+
+
+# ---- jobs that are not there ---------------------------------------------------------------------
+
+
+def test_llama_1b_over_64_ranks(capsys):
+    """What a rank holds is to the byte what the calculator says; copies cost their sums only."""
+    assert sharded.main(["llama-1b", "--gpus", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "1,235,814,400 parameters, shared by 64 of 64 x h100" in said
+    job = sharded.simulate("llama-1b", 64, gpus.get("h100"), shard_size=8)
+    assert job.held == job.expected and job.held.weights == 4 * job.parameters / 8
+    assert max(job.computing, job.sending) < job.step < job.computing + job.sending
+    assert f"the calculator says {short(job.expected.total / 8)}B" in said
+    assert not dist.is_initialized()
+
+
+def test_gpt3_over_1024_ranks():
+    """50,257 rows of the vocabulary do not divide by 1,024: rank 0 has one row in 1,000 more."""
+    job = sharded.simulate("gpt3-175b", 1024, gpus.get("h100"))
+    assert job.parameters == systems.get("gpt3-175b").parameters
+    assert 1 <= job.held.total / job.expected.total < 1.0001
+    assert job.held.optimizer == 2 * job.held.gradients == 2 * job.held.weights
+
+
+def test_seconds_of_a_step():
+    """Two blocks of 1,000 parameters and 500 beside them, 1,000 bytes a second, one copy. Nothing
+    hides what the outermost unit and the first block wait for."""
+    sending, step = sharded.seconds(300, [500, 1000, 1000], 0, 1, 1e3, 1e3)
+    assert sending == 2 * 4 + 8 + 3 + 2
+    assert step == 300 + 3 + 2  # all else is hidden
+    assert sharded.seconds(0, [500, 1000, 1000], 0, 1, 1e3, 1e3) == (sending, sending)
+    assert sharded.seconds(300, [500, 1000, 1000], 4000, 4, 1e3, 1e3)[1] == step + 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["llama"], "there is no preset 'llama'"), (["llama-1b", "--gpus", "64", "--shard-size", "7"],
+     "shard_size 7 does not divide the 64 processes; use one of"), (["bert-base"], "is of family")],
+)  # fmt: skip
+def test_jobs_that_cannot_be(words, message):
+    assert message in sharded.main(words)
+    assert not dist.is_initialized()
