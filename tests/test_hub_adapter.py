@@ -1,0 +1,227 @@
+"""Adapters in peft's layout: peft itself is the oracle, on random weights, both ways, offline."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import random_weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CLIPModel
+
+from tinyfm import adapt, hub_adapter, lora
+from tinyfm.adapt import AdapterConfig
+from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
+from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.gpt import GPT, GPTConfig
+
+transformers.logging.set_verbosity_error()
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft of transformers
+              pytest.mark.filterwarnings("ignore:.*(tied|fan_in_fan_out):UserWarning")]  # fmt: skip
+SIZES = {"vocab_size": 97, "context_length": 32, "n_layer": 2, "n_head": 4, "d_model": 32}
+MODELS = {
+    "qwen3": GPTConfig(**SIZES, n_kv_head=2, d_head=12),
+    "llama": GPTConfig(**SIZES, n_kv_head=1, qk_norm=False),
+    "gpt2": GPTConfig(**SIZES, position="learned", norm="layernorm", mlp="gelu", qk_norm=False,
+                      bias=True, tied=True),
+}  # fmt: skip
+CLIP_CONFIG = CLIPConfig(
+    16, 3, 8, "patch", 1, 32, 2, 60, 8, 1, 32, 2, 16, "quick_gelu", end_token=59
+)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request, tmp_path_factory):
+    """The kind of model, a maker of it, and the folder that it was exported to."""
+    folder = tmp_path_factory.mktemp(request.param)
+    random_weights(lambda: GPT(MODELS[request.param])).save_pretrained(folder)
+    return request.param, lambda: GPT.from_pretrained(folder), folder
+
+
+def train_a_little(model):
+    """What training would leave: no B is 0 any more."""
+    for name, p in model.named_parameters():
+        if ".B." in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    x = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(x), theirs(x).logits, **CLOSE)
+
+
+def assert_same_tensors(one, two):
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- parity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["", r"attention\.(q|v)$", r"1\.(attention\.(k|out)|mlp)|head"])
+def test_our_adapter_in_peft_and_back(base, tmp_path, targets):
+    _, make, folder = base
+    model = make()
+    before = adapt.base_hash(model)
+    adapt.apply(model, "lora", AdapterConfig(3, 6.0, targets=targets))
+    train_a_little(model)
+    hub_adapter.save_adapter(model, tmp_path / "a", str(folder))
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a"
+    ).eval()
+    assert_same_logits(model, theirs)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    adapted = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    assert adapted.keys() == stored.keys()  # no layer more
+    x = torch.arange(9)[None]
+    assert not torch.allclose(make()(x), model(x))
+    again = make()
+    hub_adapter.load_adapter_folder(again, tmp_path / "a")
+    assert torch.equal(again(x), model(x))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert adapt.base_hash(again) == before and adapt.trained(again) == adapt.trained(model)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_an_adapter_of_peft_here_and_back(base, tmp_path, few):
+    kind, make, folder = base
+    names = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    names = names if few else ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else "all-linear"
+    last = "c_proj" if kind == "gpt2" else "down_proj"
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=names, init_lora_weights=False,
+        rank_pattern={} if few else {last: 2}, alpha_pattern={} if few else {f"0.mlp.{last}": 5},
+        fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make()
+    hub_adapter.load_adapter_folder(model, tmp_path / "theirs", "poems")
+    assert_same_logits(model, theirs)
+    hub_adapter.save_adapter(model, tmp_path / "ours", str(folder), "poems")
+    assert_same_tensors(tmp_path / "theirs", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
+    adapt.merge(model)
+    assert_same_logits(model, theirs.merge_and_unload())
+
+
+def test_clip_both_ways(tmp_path):
+    model = random_weights(lambda: CLIP(CLIP_CONFIG))
+    model.save_pretrained(tmp_path / "base")
+    images, tokens = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randint(58, (2, 8))
+    tokens[:, -1] = 59
+
+    @torch.no_grad()
+    def assert_same(ours, theirs):
+        # transformers reads (pixel - mean) / std; at 0.5 and 0.5 that is our [-1, 1]
+        expected = theirs(pixel_values=images, input_ids=tokens).logits_per_image
+        torch.testing.assert_close(ours(images, tokens), expected, atol=1e-4, rtol=1e-4)
+
+    adapt.apply(model, "lora", AdapterConfig(3, targets="."))
+    train_a_little(model)
+    hub_adapter.save_adapter(model, tmp_path / "a", str(tmp_path / "base"))
+    theirs = CLIPModel.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    assert_same(model, theirs)
+    theirs.save_pretrained(tmp_path / "b")
+    again = CLIP.from_pretrained(tmp_path / "base")
+    hub_adapter.load_adapter_folder(again, tmp_path / "b")
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert_same(again, theirs)
+
+
+def test_parts_of_c_attn_that_share_no_a_are_blocks():
+    A, B = torch.randn(2, 3, 5), torch.randn(2, 4, 3)
+    joined_A, joined_B = hub_adapter.join({"q": (A[0], B[0]), "v": (A[1], B[1])})
+    expected = torch.cat((B[0] @ A[0], torch.zeros(4, 5), B[1] @ A[1]))
+    torch.testing.assert_close(joined_B @ joined_A, expected)
+    shared_A, shared_B = hub_adapter.join({"q": (A[0], B[0]), "k": (A[0], B[1])})
+    torch.testing.assert_close(shared_B[:4] @ shared_A, B[0] @ A[0])
+    assert shared_A.shape == (3, 5) and not shared_B[8:].any()
+
+
+def test_an_untrained_adapter_returns_with_all_its_layers(tmp_path):
+    model = GPT(MODELS["gpt2"])
+    adapt.apply(model, "lora", AdapterConfig(2, targets=r"\.q$"))
+    hub_adapter.save_adapter(model, tmp_path, "x")
+    again = GPT(MODELS["gpt2"])
+    hub_adapter.load_adapter_folder(again, tmp_path)
+    assert {name[-1] for name, _ in lora.adapted_layers(again)} == {*"qkv"}
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter of a Llama, and a plain model that it fits."""
+    model = GPT(MODELS["llama"])
+    adapt.apply(model, "lora", AdapterConfig(2, targets=r"\.q$"))
+    hub_adapter.save_adapter(model, tmp_path / "a", "base")
+    return tmp_path / "a", GPT(MODELS["llama"])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"use_rslora": True}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"},
+     {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"never_heard_of": 1}, {"r": "2"},
+     {"lora_alpha": 0}, {"lora_dropout": 2.0}],
+)  # fmt: skip
+def test_what_our_lora_does_not_compute_is_refused_by_name(saved, field):
+    folder, model = saved
+    raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(raw | field), encoding="utf-8")
+    with pytest.raises(ValueError, match=next(iter(field)).removeprefix("lora_")):
+        hub_adapter.load_adapter_folder(model, folder)
+    assert not any(lora.adapted_layers(model))
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(1)},
+         "lm_head.lora_magnitude_vector is of no layer"),
+        (lambda t: t | {LAYER.replace("q_proj", "x") + "A.weight": torch.ones(1)}, r"x.lora_A"),
+        (lambda t: {n: v for n, v in t.items() if n != LAYER + "B.weight"}, "only lora_A"),
+        (lambda t: t | {LAYER + "A.weight": torch.ones(2, 5)}, r"q_proj has A, B of .*\(2, 5\)"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(saved, change, message):
+    folder, model = saved
+    path = folder / "adapter_model.safetensors"
+    tensors = change(load_file(path))
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        hub_adapter.load_adapter_folder(model, folder)
+    assert not any(lora.adapted_layers(model))
+
+
+def test_a_pickle_is_refused(saved):
+    folder, model = saved
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickle"):
+        hub_adapter.load_adapter_folder(model, folder)
+
+
+def test_nothing_is_overwritten_unasked_and_nothing_else_is_saved(saved, tmp_path):
+    folder, model = saved
+    with pytest.raises(ValueError, match="no LoRA named 'default'"):
+        hub_adapter.save_adapter(model, tmp_path / "b", "base")
+    hub_adapter.load_adapter_folder(model, folder)
+    with pytest.raises(ValueError, match="already"):
+        hub_adapter.save_adapter(model, folder, "base")
+    hub_adapter.save_adapter(model, folder, "base", overwrite=True)
+    other = Autoencoder(AutoencoderConfig(8, channels=(8, 8), groups=4))
+    adapt.apply(other, "lora", AdapterConfig(2))
+    with pytest.raises(ValueError, match="Autoencoder has no layout"):
+        hub_adapter.save_adapter(other, tmp_path / "c", "base")
