@@ -1,0 +1,105 @@
+"""Measures equal scikit-learn's, on random guesses in which classes may be absent."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn import metrics as oracle
+
+from tinyfm import metrics
+
+
+@pytest.fixture(params=range(6))
+def guessed(request):
+    """Probabilities (n, M) and labels (n,); in odd ones a class is never true, another never said,
+    a third neither."""
+    rng = np.random.default_rng(request.param)
+    n, M = int(rng.integers(1, 60)), int(rng.integers(4, 9))
+    logits, labels = rng.normal(size=(n, M)), rng.integers(M, size=n)
+    if request.param % 2:
+        logits[:, 1], labels[labels == 2] = -9, 3
+        logits[:, 0], labels[labels == 0] = -8, 3
+    p = np.exp(logits)
+    return p / p.sum(1, keepdims=True), labels
+
+
+def test_classes(guessed):
+    p, labels = guessed
+    guesses, M = p.argmax(1), p.shape[1]
+    assert metrics.accuracy(p, labels) == pytest.approx(oracle.accuracy_score(labels, guesses))
+    for k in (1, 2, M - 1):
+        expected = oracle.top_k_accuracy_score(labels, p, k=k, labels=range(M))
+        assert metrics.accuracy(p, labels, k) == pytest.approx(expected)
+    confusion = metrics.confusion_matrix(guesses, labels, M)
+    assert np.array_equal(confusion, oracle.confusion_matrix(labels, guesses, labels=range(M)))
+    expected = oracle.precision_recall_fscore_support(
+        labels, guesses, labels=range(M), zero_division=0
+    )
+    for name, values in zip(("precision", "recall", "f1"), expected):
+        assert metrics.per_class(confusion)[name] == pytest.approx(values), name
+    expected = oracle.f1_score(labels, guesses, average="macro", zero_division=0)
+    assert metrics.macro_f1(confusion) == pytest.approx(expected)
+
+
+def test_calibration_error_is_the_mean_gap_over_bins(guessed):
+    p, labels = guessed
+    total, confidence, right = 0.0, p.max(1), p.argmax(1) == labels
+    for low in range(15):
+        here = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if here.any():
+            total += here.sum() * abs(right[here].mean() - confidence[here].mean())
+    assert metrics.calibration_error(p, labels) == pytest.approx(total / len(labels))
+
+
+def test_calibration_error_of_what_is_sure():
+    sure = np.array([[1.0, 0.0]] * 4)
+    assert metrics.calibration_error(sure, np.zeros(4, int)) == 0
+    assert metrics.calibration_error(sure, np.array([0, 0, 0, 1])) == pytest.approx(0.25)
+
+
+def test_the_table_holds_each_measure(guessed):
+    p, labels = guessed
+    table = metrics.classification(p, labels)
+    assert table["accuracy"] == metrics.accuracy(p, labels)
+    assert ("accuracy_top_5" in table) == (p.shape[1] > 5)
+    assert table["calibration_error"] == metrics.calibration_error(p, labels)
+    assert table["macro_f1"] == pytest.approx(
+        oracle.f1_score(labels, p.argmax(1), average="macro", zero_division=0)
+    )
+
+
+def test_a_tie_is_the_firsts_among_classes_and_lost_in_retrieval():
+    alike = np.ones((3, 4))
+    assert metrics.accuracy(alike, np.array([0, 1, 2])) == pytest.approx(1 / 3)
+    assert metrics.recall_at(alike, np.array([0, 1, 2]), 3) == 0
+    ranked = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.6]])
+    assert [metrics.recall_at(ranked, np.array([2, 1]), k) for k in (1, 2, 3)] == [0, 0.5, 1]
+
+
+def test_likelihoods():
+    """256 equally likely bytes: each takes 8 bits, and is one of 256."""
+    log_likelihood = -10 * math.log(256)
+    assert metrics.perplexity(log_likelihood, 10) == pytest.approx(256)
+    assert metrics.bits_per_byte(log_likelihood, 10) == pytest.approx(8)
+    assert metrics.bits_per_byte(log_likelihood, 20) == pytest.approx(4)
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    samples = rng.random((200, 100)) < 0.3
+    intervals = [metrics.bootstrap_interval(s, 0.9, draws=200) for s in samples]
+    covered = np.mean([low <= 0.3 <= high for low, high in intervals])
+    assert 0.8 < covered < 0.98
+    assert intervals[0] == metrics.bootstrap_interval(samples[0], 0.9, draws=200)
+    assert metrics.bootstrap_interval([1, 1, 1]) == (1, 1)
+
+
+def test_what_does_not_fit_is_refused():
+    p = np.full((3, 2), 0.5)
+    for scores, labels in ((p, np.zeros(2, int)), (p[0], np.zeros(2, int)), (p[:0], np.zeros(0))):
+        with pytest.raises(ValueError, match=r"\(n, M\) and \(n,\)"):
+            metrics.accuracy(scores, labels)
+    with pytest.raises(ValueError, match="labels are 0 to 2: they must be 0 to 1"):
+        metrics.calibration_error(p, np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="0 values"):
+        metrics.bootstrap_interval([])

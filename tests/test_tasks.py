@@ -1,0 +1,415 @@
+"""Labelled examples: tables, folders, the offline tasks, splits, batches, and what can go wrong."""
+
+import json
+import re
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import glyphs, labelled, packages, scripts
+from data.pictures import Record
+from data.report import Report
+from tinyfm import tasks
+from tinyfm.tasks import TaskConfig, hold_out, stratified
+from tinyfm.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def reviews(tmp_path: Path, n: int = 30, name: str = "reviews.csv") -> Path:
+    """n texts of 5 to 14 bytes, a third of them good, each with a topic as well."""
+    mark = "\t" if name.endswith("tsv") else ","
+    lines = [mark.join(("text", "label", "topic"))]
+    for i in range(n):
+        lines.append(mark.join((f"text{i}" + "!" * (i % 9), ("good", "bad", "bad")[i % 3],
+                                ("sea", "sky")[i // 15 % 2])))  # fmt: skip
+    return write(tmp_path / name, "\n".join(lines) + "\n")
+
+
+def open_texts(path, length=12, batch_size=4, seed=0, **config) -> tasks.TaskData:
+    return tasks.texts(TaskConfig(str(path), **config), BYTES, length, batch_size, seed)
+
+
+# ---- splits and samples of labels ---------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.integers(0, 9))
+def test_a_beginning_has_every_class_in_proportion(column, seed):
+    labels = np.array(column)[:, None]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = stratified(labels, order)
+    assert sorted(chosen) == list(range(len(labels)))
+    counts = Counter(column)
+    for size in range(len(labels) + 1):
+        taken = Counter(column[i] for i in chosen[:size])
+        assert len(taken) == min(size, len(counts))
+        for name, count in counts.items():
+            exact = count * size / len(labels)
+            assert abs(taken[name] - exact) <= max(2, len(counts))
+
+
+def test_what_is_held_out_depends_on_content_alone():
+    names = [("a",)] * 20 + [("b",)] * 10
+    keys = [f"text {i}" for i in range(30)]
+    split = hold_out(names, keys, 0.2)
+    assert Counter(zip(names, split)) == {
+        (("a",), "train"): 16, (("a",), "held out"): 4,
+        (("b",), "train"): 8, (("b",), "held out"): 2,
+    }  # fmt: skip
+    mixed = np.random.default_rng(0).permutation(30)
+    again = hold_out([names[i] for i in mixed], [keys[i] for i in mixed], 0.2)
+    assert again == [split[i] for i in mixed]
+    assert hold_out([("a",), ("b",)], ["x", "y"], 0.01).count("held out") == 1
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_tables_say_the_same_in_all_forms(tmp_path, form):
+    rows = [('a, "quoted"\ttext', "1"), ("two\nlines", "2"), ("naïve", "1")]
+    if form == "jsonl":
+        text = "\n".join(json.dumps({"text": t, "label": int(k)}) for t, k in rows)
+    else:
+        mark = "," if form == "csv" else "\t"
+        quoted = ['"' + t.replace('"', '""') + '"' for t, _ in rows]
+        text = "\n".join(
+            [f"label{mark}text", *(f"{k}{mark}{q}" for q, (_, k) in zip(quoted, rows))]
+        )
+    report = Report()
+    found = labelled.text_rows(write(tmp_path / f"t.{form}", text), report)
+    assert [(row.source, *row.labels) for row in found] == rows
+    assert (report.found, report.used, report.skipped) == (3, 3, {})
+
+
+def test_rows_that_cannot_be_used_are_listed(tmp_path):
+    text = "text,label\none,a\n,a\ntwo,\nthree\nfour,five,six\none,a\none,b\nseven, b \n"
+    report = Report()
+    found = labelled.text_rows(write(tmp_path / "t.csv", text), report)
+    assert found == [("one", ("a",)), ("seven", ("b",))]
+    assert (report.found, report.used) == (8, 2)
+    assert report.skipped == {
+        "no text": ["row 2"], "no label": ["row 3"],
+        "not as many fields as the header, or no JSON object": ["row 4", "row 5"],
+        "the same text as a row before": ["row 6"],
+        "the same text as a row before, with another label": ["row 7"],
+    }  # fmt: skip
+    lines = '{"text": "a", "label": true}\nnot json\n{"text": "b", "label": ["c"]}\n[1]\n'
+    lines += '{"text": "d", "label": false}\n'
+    report = Report()
+    found = labelled.text_rows(write(tmp_path / "t.jsonl", lines), report)
+    assert found == [("a", ("True",)), ("d", ("False",))]
+    assert sorted(chain(*report.skipped.values())) == ["row 2", "row 3", "row 4"]
+
+
+def test_mistakes_in_tables_name_the_fix(tmp_path):
+    table = reviews(tmp_path)
+    for config, message in [
+        ({"label_columns": ("stars",)}, "no column 'stars', its columns are 'text', 'label', 'top"),
+        ({"input_column": "body"}, "no column 'body', .*--data.input-column"),
+        ({"label_columns": ("text",)}, "3 classes of 'text' .*each needs two examples"),
+        ({"labels": 99}, "--data.labels 99: there are 27 training examples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_texts(table, **config)
+    for text, message in [
+        ("text,label\n", "no row below its header"),
+        ("text,label\na,\nb,\n", "0 labelled examples, need 2 .*2 skipped: no label"),
+        ("text,label\na,x\nb,x\nc,x\n", "all labels of 'label' are 'x': need two"),
+        ("text,label\n" + "a" * 200_000 + ",x\n", "cannot be read: field larger"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_texts(write(tmp_path / "bad.csv", text))
+    write(tmp_path / "a.txt", "text")
+    for path in ("a.txt", "missing.csv"):
+        with pytest.raises(ValueError, match="not a file of labelled texts: give a"):
+            open_texts(tmp_path / path)
+    with pytest.raises(ValueError, match="scripts are pictures, the model reads text: packages"):
+        open_texts("scripts")
+    with pytest.raises(ValueError, match="packages are texts, the model reads scripts or char"):
+        tasks.pictures(TaskConfig("packages"), 32, 1, 4, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"path": ""}, {"label_columns": ()}, {"label_columns": ("a", "a")}, {"labels": -1},
+     {"val_fraction": 0}],
+)  # fmt: skip
+def test_configs_that_cannot_be_are_refused(config):
+    with pytest.raises(ValueError, match="--data"):
+        TaskConfig(**config)
+
+
+def test_a_class_of_one_row_stays_in_training(tmp_path):
+    rows = "".join(f"text {i},{'rare' if i == 4 else 'ab'[i % 2]}\n" for i in range(40))
+    data = open_texts(write(tmp_path / "t.csv", "text,label\n" + rows))
+    assert data.classes == {"label": ("a", "b", "rare")}
+    assert 2 not in data.labels["held out"]
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+def test_batches_of_text(tmp_path):
+    data = open_texts(reviews(tmp_path), label_columns=("label", "topic"))
+    assert data.classes == {"label": ("bad", "good"), "topic": ("sea", "sky")}
+    assert (data.unit, data.units_per_row, data.metrics(1.0)) == ("texts", 1, {})
+    known = {f"text{i}" + "!" * (i % 9): i for i in range(30)}
+    for batch in (data.batch(0), *data.val_batches(2)):
+        assert batch["tokens"].shape == batch["mask"].shape
+        assert batch["tokens"].dtype == batch["labels"].dtype == torch.int64
+        for tokens, mask, labels in zip(*batch.values()):
+            text = BYTES.decode(tokens[mask].tolist())
+            (i,) = {i for whole, i in known.items() if whole[:12] == text}
+            assert labels.tolist() == [int(i % 3 == 0), i // 15]
+            assert (tokens[~mask] == BYTES.eot).all()
+            assert mask.sum() == min(12, len(text)) and mask[: len(text)].all()
+        assert batch["mask"].any(0).all()  # no longer than the longest row
+
+
+def test_an_epoch_takes_each_once_and_a_batch_is_a_function_of_seed_and_step(tmp_path):
+    data = open_texts(reviews(tmp_path), batch_size=9)
+
+    def text(batch):
+        pairs = zip(batch["tokens"], batch["mask"])
+        return [BYTES.decode(tokens[mask].tolist()) for tokens, mask in pairs]
+
+    epoch = [*chain(*(text(data.batch(step)) for step in range(3)))]
+    assert len(set(epoch)) == 27
+    assert set(chain(*(text(data.batch(step)) for step in range(3, 6)))) == set(epoch)
+    assert text(data.batch(1)) != text(data.batch(4))
+    again = open_texts(tmp_path / "reviews.csv", batch_size=9)
+    assert text(again.batch(4)) == text(data.batch(4))
+    parts = text(data.batch(4, slice(0, 4))) + text(data.batch(4, slice(4, 9)))
+    assert parts == text(data.batch(4))
+    assert text(open_texts(tmp_path / "reviews.csv", batch_size=9, seed=1).batch(4)) != parts
+    held_out = [*chain(*(text(batch) for batch in data.val_batches(2)))]
+    assert len(held_out) == 3
+    assert not set(held_out) & set(epoch)
+    assert again.fingerprint == data.fingerprint
+    assert open_texts(tmp_path / "reviews.csv", length=9).fingerprint != data.fingerprint
+
+
+def test_few_labels(tmp_path):
+    path = reviews(tmp_path, 200)
+    data = open_texts(path, labels=9, batch_size=4)
+    seen = Counter()
+    for step in range(9):
+        batch = data.batch(step)
+        seen.update(map(tuple, batch["tokens"].tolist()))
+    assert len({tuple(t for t in row if t != BYTES.eot) for row in seen}) == 9
+    assert np.bincount(data.labels["train"][data.chosen][:, 0]).tolist() == [6, 3]
+    assert list(data.chosen) != list(open_texts(path, labels=9, seed=1).chosen)
+    whole = open_texts(path)
+    assert np.array_equal(whole.labels["held out"], data.labels["held out"])
+    assert "9 of 180 training and 20 held-out texts" in data.description
+
+
+def test_what_needs_no_model_is_told(tmp_path):
+    data = open_texts(reviews(tmp_path, 300), label_columns=("label", "topic"))
+    share = np.mean([batch["labels"][0, 0] == 0 for batch in data.val_batches(1)])
+    lines = data.baselines()
+    assert lines["label"] == {"chance": 0.5, "commonest": pytest.approx(share)}
+    assert 0.6 < share < 0.73
+    assert f"label: 2 classes, right by chance 50.0%, by the commonest {share:.1%}" in (
+        data.description
+    )
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def draw(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def open_pictures(path, tmp_path, size=8, channels=1, **config) -> tasks.TaskData:
+    config = TaskConfig(str(path), cache=str(tmp_path / "cache"), **config)
+    return tasks.pictures(config, size, channels, 4, 0)
+
+
+def test_pictures_of_folders_and_of_a_table_are_the_same(tmp_path, capsys):
+    lines = ["image,label"]
+    for i in range(20):
+        name = ("cat", "hot_dog")[i % 2]
+        draw(tmp_path / "pets" / name / f"{i}.png", i)
+        lines.append(f"pets/{name}/{i}.png,{name.replace('_', ' ')}")
+    write(tmp_path / "pets" / "cat" / "broken.png", "no picture")
+    draw(tmp_path / "pets" / "cat" / "again.png", 0)
+    folder = open_pictures(tmp_path / "pets", tmp_path)
+    assert "not an image in one of the formats" in folder.description
+    assert "1 skipped: the same picture as one before" in folder.description
+    lines.append("pets/cat/missing.png,cat")
+    table = open_pictures(write(tmp_path / "t.csv", "\n".join(lines)), tmp_path)
+    assert "No such file" in table.description
+    for data in (folder, table):
+        assert data.classes == {"label": ("cat", "hot dog")}
+        assert data.unit == "images"
+        batch = data.batch(0)
+        assert batch["images"].shape == (4, 1, 8, 8)
+        assert -1 <= batch["images"].min() < -0.5 < 0.5 < batch["images"].max() <= 1
+        count = sum(len(batch["labels"]) for batch in data.val_batches(3))
+        assert count + len(data.labels["train"]) == 20
+    capsys.readouterr()
+    assert open_pictures(tmp_path / "pets", tmp_path).fingerprint == folder.fingerprint
+    assert capsys.readouterr().out == ""  # it was there
+    assert open_pictures(tmp_path / "pets", tmp_path, channels=3).batch(0)["images"].size(1) == 3
+
+
+def test_labels_of_pictures_are_their_own(tmp_path):
+    """Each is drawn by the number that its two labels make."""
+    lines = ["path,tens,ones"]
+    for i in range(40):
+        Image.fromarray(np.full((8, 8), 5 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,t{i // 10},o{i % 10}")
+    table = write(tmp_path / "t.csv", "\n".join(lines))
+    data = open_pictures(table, tmp_path, label_columns=("tens", "ones"))
+    for batch in (data.batch(0), *data.val_batches(4)):
+        numbers = ((batch["images"][:, 0, 0, 0] + 1) * 127.5 / 5).round().long()
+        assert torch.equal(batch["labels"], torch.stack((numbers // 10, numbers % 10), 1))
+
+
+def test_mistakes_in_pictures_name_the_fix(tmp_path):
+    draw(tmp_path / "pets" / "cat" / "1.png", 1)
+    with pytest.raises(ValueError, match="1 labelled examples, need 2"):
+        open_pictures(tmp_path / "pets", tmp_path)
+    draw(tmp_path / "pets" / "cat" / "2.png", 2)
+    with pytest.raises(ValueError, match="all labels of 'label' are 'cat'"):
+        open_pictures(tmp_path / "pets", tmp_path)
+    with pytest.raises(ValueError, match="which gives one label"):
+        open_pictures(tmp_path / "pets", tmp_path, label_columns=("a", "b"))
+    with pytest.raises(ValueError, match="no folder with a folder for each class"):
+        open_pictures(tmp_path / "nothing", tmp_path)
+    with pytest.raises(ValueError, match=r"channels 2: use 1 \(grey\) or 3"):
+        open_pictures(tmp_path / "pets", tmp_path, channels=2)
+    table = write(tmp_path / "t.csv", "path,label\na.png,x\nb.png,y\n")
+    with pytest.raises(ValueError, match=r"no picture can be used: .*2 skipped: No such file"):
+        open_pictures(table, tmp_path)
+
+
+# ---- the offline tasks --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def passages():
+    report = Report()
+    return packages.examples(report), str(report)
+
+
+def test_packages_are_balanced_and_many(passages):
+    found, report = passages
+    counts = Counter((passage.labels[0], passage.split) for passage in found)
+    names = {name for name, _ in counts}
+    assert len(names) >= 20
+    assert {"json", "email", "unittest"} < names
+    for (_, split), count in counts.items():
+        assert count == packages.PER_CLASS[split]
+    lengths = [len(passage.text) for passage in found]
+    assert packages.LENGTH // 2 <= min(lengths) <= max(lengths) <= packages.LENGTH
+    told = np.mean([bool(re.search(rf"\b{p.labels[0]}\b", p.text)) for p in found])
+    assert f"{told:.0%} of passages contain their package's name" in report
+    assert found == packages.examples()
+
+
+def test_no_file_of_a_package_is_in_two_splits(passages):
+    found, _ = passages
+    sources = packages.find_packages(packages.library_folder(), Report())
+    split_of = {
+        text: split
+        for files in sources.values()
+        for split, texts in packages.split_files(files).items()
+        for text in texts
+    }
+    for text, (name,), split in found[::20]:
+        where = {split_of[source] for source in sources[name].values() if text in source}
+        assert split in where
+        assert where == {split} or split == "train"  # what training shows is not asked
+    assert not {p.text for p in found if p.split == "train"} & {
+        p.text for p in found if p.split != "train"
+    }
+
+
+def test_passages_are_whole_lines():
+    text = "".join(f"{i:03} " + "x" * 95 + "\n" for i in range(10)) + "\n" + "y" * 500 + "\n"
+    found = list(packages.passages(text))
+    assert found[0] == text[:400].strip("\n")
+    assert [part[:3] for part in found] == [f"{i:03}" for i in range(8)]  # two lines are too few
+
+
+def test_a_library_without_packages_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too few packages"):
+        packages.examples(root=tmp_path)
+
+
+@pytest.fixture
+def few_glyphs(monkeypatch):
+    """Three letters of four scripts, and a sign, in all fonts that have them, each drawn apart."""
+    letters = "ABCΩΔΨЖЩЮאבג∑→"
+
+    found = {}
+    for style, file in glyphs.FILES.items():
+        known = dict(glyphs.named_characters(file, Report()))
+        for letter in letters:
+            if letter in known:
+                image = glyphs.draw(letter, file)
+                caption = (f"{style} {known[letter]}",)
+                found.setdefault(image.tobytes(), Record(image, caption, known[letter], ""))
+    monkeypatch.setattr(glyphs, "records", lambda report: found.values())
+
+
+def test_scripts_are_asked_in_fonts_that_training_has_not(few_glyphs, tmp_path):
+    found = list(scripts.records("scripts"))
+    assert {r.captions[0] for r in found} >= {"latin", "greek", "cyrillic", "hebrew"}
+    train, held_out = (
+        {r.image.tobytes() for r in found if r.split == split} for split in labelled.SPLITS
+    )
+    assert train and held_out and not train & held_out
+    hebrew = Counter(r.split for r in found if r.captions[0] == "hebrew")
+    assert hebrew == {"train": 9, "held out": 3}  # sans, bold, italic; bold italic
+    latin = Counter(r.split for r in found if r.captions[0] == "latin")
+    assert latin == {"train": 33, "held out": 15}  # of each letter eleven fonts, and five
+    data = open_pictures("scripts", tmp_path, size=16, channels=3)
+    assert tuple(data.classes) == ("script",)
+    assert data.batch(0)["images"].shape == (4, 3, 16, 16)
+
+
+def test_a_script_has_no_more_than_its_share(few_glyphs, monkeypatch):
+    monkeypatch.setattr(scripts, "PER_SCRIPT", 22)
+    found = Counter(r.captions[0] for r in scripts.records("scripts") if r.split == "train")
+    assert found["latin"] == found["greek"] == found["cyrillic"] == 22
+    assert found["hebrew"] == 9
+
+
+def test_characters_are_those_that_all_fonts_draw(few_glyphs, tmp_path):
+    found = list(scripts.records("characters"))
+    classes = {record.captions[0] for record in found}
+    assert {"latin capital letter a", "greek capital letter omega"} < classes
+    assert not any(name.startswith("hebrew") for name in classes)
+    assert set(Counter(record.captions[0] for record in found).values()) == {16}
+    data = open_pictures("characters", tmp_path, size=32)
+    assert data.classes["character"] == tuple(sorted(classes))
+    assert len(data.labels["train"]) == 11 * len(classes)
+
+
+def test_scripts_are_read_off_names():
+    assert scripts.script_of("greek small letter alpha with tonos") == "greek"
+    assert scripts.script_of("canadian syllabics carrier hee") == "canadian syllabics"
+    assert scripts.script_of("rightwards arrow") == "arrow"
+    assert scripts.script_of("n-ary summation") == "mathematics"
+    assert scripts.script_of("black chess king") == ""
