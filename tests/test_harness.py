@@ -1,0 +1,178 @@
+"""The harness: its answers through us equal those through transformers, on a task of our own."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import call
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows
+
+from tinyfm import harness, scoring, tokenizer
+from tinyfm.gpt import GPT, GPTConfig
+
+T = 32
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. "
+QUESTIONS = [  # made up: what a random model answers is not the point
+    {"question": "The fox is", "choices": ["quick and brown", "lazy"], "answer": 0},
+    {"question": "The dog is", "choices": ["brown", "lazy", "over there"], "answer": 1},
+    {"question": TEXT, "choices": ["the", "mind", "not"], "answer": 2},
+]
+CHOOSE = """task: foxes
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLL = """task: fables
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}} {{choices}}"
+metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[harness.TinyFM, HFLM]:
+    """One model of random weights, as the harness sees it through us and through transformers."""
+    torch.manual_seed(0)
+    reader = tokenizer.train("bpe", [TEXT] * 20, 280)
+    model = GPT(GPTConfig(reader.vocab_size, T, 2, 2, d_model=32, zero_init=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    folder = tmp_path_factory.mktemp("exported") / "gpt"
+    model.save_pretrained(folder, reader)
+    theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=2, max_length=T)
+    return harness.TinyFM(model=model, tokenizer=reader, batch_size=2, device="cpu"), theirs
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """A folder with two tasks and their questions; what datasets prepares of them stays in it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    questions, folder = tmp_path / "questions.jsonl", tmp_path / "tasks"
+    questions.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    folder.mkdir()
+    for name, text in (("foxes", CHOOSE), ("fables", ROLL)):
+        content = text.replace("FILE", str(questions))
+        (folder / f"{name}.yaml").write_text(content, encoding="utf-8")
+    return folder
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+
+
+def test_likelihoods_are_transformers(pair):
+    ours, theirs = pair
+    asked = requests(
+        "loglikelihood", ("the quick", " brown fox"), ("the ", "dog"), ("", "the fox"),
+        ("a", " b"), (TEXT * 3, " the dog does"), ("the lazy dog,", " and the dog does not"),
+    )  # fmt: skip
+    found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
+    assert [ln_p for ln_p, _ in found] == pytest.approx([ln_p for ln_p, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_likelihoods_of_whole_texts_are_transformers(pair):
+    ours, theirs = pair
+    asked = requests("loglikelihood_rolling", ("the fox",), (TEXT * 4,), (TEXT[:40],))
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(expected, rel=1e-4)
+
+
+def test_windows_of_full_stride_are_the_harness_own():
+    for n in (1, 5, 6, 7, 12, 13, 30):
+        ids = list(range(n))
+        ours = scoring.windows([99], ids, 6, 6)
+        theirs = get_rolling_token_windows(ids, 99, 6, 1)
+        assert [([*w.inputs], [*w.targets]) for w in ours] == [*theirs]
+
+
+def test_greedy_texts_are_transformers(pair):
+    ours, theirs = pair
+    settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
+    other = {"until": ["e", "o"], "max_gen_toks": 20}
+    asked = requests(
+        "generate_until", ("the quick brown", settings), ("the dog", other), ("fox", settings),
+        (TEXT * 3, settings), ("over", other), ("mind", {**settings, "until": "d"}),
+    )  # fmt: skip
+    assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+
+
+def test_sampling_settings_are_passed_on(pair):
+    settings = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.5}
+    asked = requests("generate_until", *[("the", settings)] * 2)
+    first, second = pair[0].generate_until(asked)
+    assert first != second
+    assert pair[0].generate_until(asked) == [first, second]
+
+
+@pytest.mark.filterwarnings("ignore:past 32 tokens")
+def test_a_long_context_keeps_its_latest_tokens_and_half_of_the_room(pair):
+    """transformers would refuse to write as many tokens as the context has."""
+    ours, seen = pair[0], []
+    look = ours.model.token_embedding.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    settings = {"until": [], "max_gen_toks": T + 8, "do_sample": True, "temperature": 1.0}
+    ours.generate_until(requests("generate_until", (TEXT * 9, settings)))
+    look.remove()
+    assert seen[0].tolist() == [ours.tokenizer.encode(TEXT * 9)[-T // 2 :]]
+
+
+def test_tasks_give_the_scores_that_transformers_gives(pair, tasks):
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    ours, theirs = (
+        simple_evaluate(
+            model, tasks=["foxes", "fables"], task_manager=manager, bootstrap_iters=0
+        )["results"]
+        for model in pair
+    )  # fmt: skip
+    assert ours.keys() == theirs.keys() == {"foxes", "fables"}
+    for task, scores in ours.items():
+        numbers = {name: v for name, v in scores.items() if isinstance(v, float)}
+        assert numbers == {name: pytest.approx(theirs[task][name], rel=1e-4) for name in numbers}
+    chosen = scoring.choose(
+        pair[0].model, pair[0].tokenizer,
+        [(q["question"], [f" {choice}" for choice in q["choices"]]) for q in QUESTIONS],
+    )  # fmt: skip
+    right = [choice.best == q["answer"] for choice, q in zip(chosen, QUESTIONS)]
+    assert ours["foxes"]["acc,none"] == pytest.approx(sum(right) / 3)
+
+
+def test_a_run_is_evaluated_from_the_command_line(tiny_run, tasks, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    given = ("--tasks", "foxes", "--include-path", tasks, "--limit", "2", "--out", out)
+    assert call(harness, tiny_run, *given) == 0
+    assert "|foxes" in capsys.readouterr().out
+    scores = json.loads(out.read_text(encoding="utf-8"))
+    assert scores["foxes"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert get_model("tinyfm") is harness.TinyFM
+    assert call(harness, tmp_path / "nowhere", *given) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_unknown_tasks_and_foreign_runs_are_refused(pair, tasks, monkeypatch):
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, include_defaults: manager)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    assert harness.find_tasks(["fables"], str(tasks)) is manager
+    with pytest.raises(ValueError, match="there is no task 'wolves', in the harness or in"):
+        harness.find_tasks(["foxes", "wolves"], str(tasks))
+    opened = SimpleNamespace(run=SimpleNamespace(family="clip"), model=torch.nn.Identity())
+    monkeypatch.setattr(harness.records, "open_run", lambda run: opened)
+    with pytest.raises(ValueError, match="runs/clip is of family clip: no language model"):
+        harness.TinyFM("runs/clip")
