@@ -3,6 +3,10 @@
 python sample.py runs/gpt --prompt "The with statement"      # continues the text as it is written
 python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from nothing
 python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
+python sample.py runs/gpt --shots 4 --examples reviews.csv --prompt "well made"   # which label?
+python sample.py runs/gpt --adapter runs/lora                # as another run has adapted it
+python sample.py runs/chat --chat                            # talk to it
+python sample.py runs/reviews --prompt "well made"           # classes and their probabilities
 python sample.py runs/clip --image my.png --labels "digit seven, black chess queen"
 python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
 python sample.py runs/autoencoder --seed 1                   # pictures rebuilt, drawn, and between
@@ -12,6 +16,7 @@ python sample.py runs/text2image --prompt "serif bold italic latin capital lette
 python sample.py runs/text2image --prompt "sans italic latin small letter a" --init-image a.png
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +24,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tinyfm import generate, machine, records, show
+from tinyfm import adapt, generate, machine, records, show
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,11 @@ class Options:
     # texts to write or images to find, else 1; pictures to draw, else 8 or 16
     n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     stop: tuple[str, ...] = ()  # end a text before any of these strings; \n is a line end
-    image: str = ""  # CLIP: an image file to name
+    adapter: tuple[str, ...] = ()  # runs with --init-from this one whose changes to put onto it
+    chat: bool = False  # chat: talk, until Ctrl-D
+    shots: int = 0  # GPT: guess the label of --prompt after so many of the
+    examples: str = ""  # ... labelled ones in this csv, tsv or jsonl of text, label
+    image: str = ""  # CLIP: an image file to name; a classifier: to tell the class of
     labels: str = ""  # CLIP: the names to choose from, with commas; or a file, a name a line
     sampler: str = "dpm++"  # diffusion: ddpm, ddim or dpm++; also euler or heun, if it is a flow
     steps: int = 20  # diffusion: steps from noise to picture
@@ -53,7 +62,10 @@ class Options:
 # ---- the command --------------------------------------------------------------------------------
 
 TAKES = {  # beside what all families take
-    "gpt": {"prompt", "stop", "compile", *vars(generate.Sampling())},
+    "gpt": {"prompt", "stop", "compile", "shots", "examples", *vars(generate.Sampling())},
+    "chat": {"prompt", "chat", *vars(generate.Sampling())},
+    "gpt-classify": {"prompt"},
+    **{f"{trunk}-classify": {"image"} for trunk in ("clip", "autoencoder", "ddpm")},
     "clip": {"prompt", "image", "labels"},
     "autoencoder": {"seed"},
     "ddpm": {"seed", "sampler", "steps", "film"},
@@ -91,6 +103,9 @@ def main() -> int | str:
             raise ValueError(f"--out {options.out}: there is no folder {folder}; make it first")
         opened = records.open_run(options.run, options.raw)
         check(options, opened.run.family)
+        records.add_adapters(opened, options.adapter)
+        with contextlib.suppress(ValueError):  # a soft prompt, which stays what it is
+            adapt.merge(opened.model)
         device = machine.choose_device(options.device)
         dtype = machine.choose_dtype(options.dtype, device)
         opened.model.to(device, dtype)

@@ -9,6 +9,7 @@ python train.py gpt2-124m --dry-run               # what would it cost?
 torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
 """
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -19,39 +20,49 @@ import torch
 import tyro
 
 from tinyfm import calc, compose, distributed, files, machine, presets, records
-from tinyfm.families import Run
 from tinyfm.logbook import read_metrics
+from tinyfm.run import Run
 from tinyfm.trainer import Trainer
 
 
 def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt", argv)
-    preset = presets.get_preset(name)
+    kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which options there are
+    kind.add_argument("--task", default="")
+    kind.add_argument("--adapt", default="full")
+    preset = presets.get_preset(name, **vars(kind.parse_known_args(argv)[0]))
     listed = "\n".join(f"  {key}: {value.about}" for key, value in presets.PRESETS.items())
     description = f"{__doc__}\nPresets:\n{listed}\n\nBelow: {name}"
     run = tyro.cli(type(preset.run), default=preset.run, args=argv, description=description)
-    return name, preset, dataclasses.replace(run, out=run.out or f"runs/{name}")
+    how = [word for word in (run.task, run.adapt) if word not in ("", "full")]
+    usual = "-".join([f"runs/{name}", *how])
+    return name, preset, dataclasses.replace(run, out=run.out or usual)
 
 
-def train(name: str, preset: presets.Preset, run: Run, world: distributed.World) -> int:
-    """Run it; returns the exit status: 0, or 128 + the signal that stopped it."""
+def train(
+    name: str, preset: presets.Preset, run: Run, world: distributed.World, again: str = "--resume"
+) -> int:
+    """Run it; returns the exit status: 0, or 128 + the signal that stopped it, then to be gone on
+    with by `again`."""
     out, begun = Path(run.out), time.perf_counter()
     say = print if world.first else lambda line: None
     if not run.dry_run:
-        records.check_directory(out, run.resume)
-    run, parts = compose.prepare(run, lambda *part: train(*part, world), say)
+        run = dataclasses.replace(run, resume=records.check_directory(out, run.resume))
+    train_part = lambda *part: train(*part, world, "the same command")  # noqa: E731
+    run, others = compose.prepare(run, preset.run, train_part, say)
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
-            costs = calc.describe(run.build_model(), run.optim, run.train)
+            costs = calc.describe(records.begin(run), run.optim, run.train)
         say(f"{json.dumps(records.to_record(name, run), indent=2)}\n{costs}")
         return 0
     machine.choose_dtype(run.train.dtype, machine.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
+    run = run.fit(data)
     record = records.to_record(name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
-    model = run.build_model()
-    compose.fill(model, parts)
+    model = compose.build(run, others, data)
+    costs = calc.describe(model, run.optim, run.train)
     trainer = Trainer(
         model, data, run.train, run.optim, out, world=world,
         write=lambda folder: records.write_run_files(folder, record, run, data),
@@ -65,12 +76,12 @@ def train(name: str, preset: presets.Preset, run: Run, world: distributed.World)
     elif world.first:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "config.json", record)
-    run.get_ready(trainer.model, data)
-    costs = calc.describe(trainer.model, run.optim, run.train)
+    with trainer.call.whole():
+        run.get_ready(trainer.model, data)
     say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
     scores = trainer.fit()
     if trainer.signals.agreed:
-        say(f"stopped at step {trainer.counters['step']} and saved; go on with --resume")
+        say(f"stopped at step {trainer.counters['step']} and saved; go on with {again}")
         return 128 + trainer.signals.agreed
     baseline = next((row for row in read_metrics(out / "metrics.jsonl") if not row["step"]), {})
     say(presets.verdict(preset, run, baseline, scores))

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import call
@@ -81,6 +82,9 @@ def test_the_verdict_knows_a_preset_as_it_stands():
         assert line.startswith("val_bpb: 8.000 untrained, 3.000 reached; ") and line.endswith(end)
 
 
+PUBLISHED = {"gpt2-124m": "124,439,808", "gpt2-1.5b": "1,557,611,200", "llama-1b": "1,235,814,400"}
+
+
 @pytest.mark.parametrize("name", [*presets.PRESETS])
 def test_dry_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -91,6 +95,7 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     trained = r"(, [\d,]+ of them trained)?"
     line = rf"\s*[\d,]+ parameters{trained}; .* GiB .* TFLOP a step, .* FLOP in all\s*"
     assert re.fullmatch(line, text[end:])
+    assert f"{PUBLISHED.get(name, '')} parameters" in text
     assert not [*tmp_path.iterdir()]
 
 
@@ -224,21 +229,12 @@ def test_interrupted_before_the_training(options, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_program(tmp_path, options, number):
-    arguments = [*options, "--out", str(tmp_path / "run"), "--train.steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments, "--train.eval-every", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(number)
-                break
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number, err
+    words = ["train.py", *options, "--train.steps", 100_000, "--train.eval-every", 0]
+    process = processes.start([*words, "--out", tmp_path / "run"], tmp_path, ROOT, {})
+    process.wait_for("step 3/", seconds=60)
+    os.kill(process.running.pid, number)
+    status, (out, err) = process.wait(60), process.said()
+    assert status == 128 + number, err
     assert "Traceback" not in err
     step = int(re.search(r"stopped at step (\d+) and saved; go on with --resume", out)[1])
     assert 3 <= step < 100_000
@@ -259,6 +255,7 @@ CHANGES = {
     "optimizer": (["--optim.lr", "0.5"], "optim.lr was 0.012 and is 0.5"),
     "batch": (["--train.batch-size", "8"], "train.batch_size was 4 and is 8"),
     "tokenizer": (["--data.tokenizer", "bpe"], "data.tokenizer was bytes and is bpe"),
+    "vocabulary": (["--model.vocab-size", "300"], "model.vocab_size was 257 and is 300"),
 }
 
 
@@ -363,7 +360,7 @@ def test_stop_strings_may_be_line_ends_and_any_letters(tiny_run, monkeypatch, ca
     given = []
 
     def stream_text(*arguments):
-        given.append(arguments[-1])
+        given.append(arguments[4])
         return []
 
     monkeypatch.setattr(generate, "stream_text", stream_text)
@@ -442,11 +439,15 @@ def test_interrupted_while_it_writes(tiny_run, monkeypatch):
 
 
 def test_the_programs_start_as_programs(tiny_run):
-    """The one test that pays for a process: arguments, exit status and streams are the system's."""
+    """The one test that pays for a process: arguments, exit status and streams are the system's.
+    It need not load what only saving needs, and takes long to load."""
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), str(tiny_run), "--max-new-tokens", "5"],
         capture_output=True, text=True, encoding="utf-8", timeout=60, check=True,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
     )  # fmt: skip
+    assert "tinyfm.checkpoint" in done.stderr
+    assert "torch.distributed.checkpoint" not in done.stderr
     assert done.stdout == expected(tiny_run, "", 1, max_new_tokens=5)[0] + "\n"
     assert time.perf_counter() - begun < 60

@@ -30,6 +30,7 @@ SIZES = {
 COMMON = """--train.batch-size 16 --train.eval-every 25 --train.log-every 1 --train.dtype float32
 --optim.warmup-steps 5 --train.device cpu --data.val-fraction 0.4"""
 FAMILIES = [*SIZES]
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,6 @@ def runs(arguments, tmp_path_factory):
     for name in FAMILIES:
         assert call(train, *arguments[name], "--train.steps", STEPS, "--out", folder / name) == 0
     return {name: folder / name for name in FAMILIES}
-
-
-@pytest.fixture(autouse=True)
-def no_forecast(runs, monkeypatch):
-    """What training will cost, said before the two runs above, takes longer than our trainings."""
-    monkeypatch.setattr(train.calc, "describe", lambda *arguments: "")
 
 
 def metrics(run):

@@ -97,13 +97,13 @@ def test_costs_are_those_of_a_training_step(optimizer, half_life):
     [("gpt2-124m", 124_439_808), ("gpt2-1.5b", 1_557_611_200), ("llama-1b", 1_235_814_400)],
 )
 def test_large_presets_have_the_published_sizes(name, parameters):
+    """What a dry run says of them is in test_cli.py."""
     run = presets.get_preset(name).run
     with torch.device("meta"):
         model = run.build_model()
         cost = calc.training_cost(model, run.optim, run.train.batch_size)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert cost.parameters == parameters
-    assert f"{parameters:,} parameters" in calc.describe(model, run.optim, run.train)
     assert run.train.batch_size % (run.train.micro_batch_size * 8) == 0  # on one GPU, and on eight
 
 

@@ -5,28 +5,34 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {  # lines; over it, an idea is in the wrong file
-    "train.py": 100, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
-    "tinyfm/gpt.py": 350, "tinyfm/generate.py": 260, "tinyfm/data.py": 250, "tinyfm/shards.py": 250,
-    "tinyfm/optim.py": 220, "tinyfm/trainer.py": 320, "tinyfm/distributed.py": 180,
+    "train.py": 115, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
+    "tinyfm/gpt.py": 350, "tinyfm/generate.py": 265, "tinyfm/data.py": 250, "tinyfm/shards.py": 260,
+    "tinyfm/optim.py": 285, "tinyfm/trainer.py": 370, "tinyfm/distributed.py": 270,
+    "tinyfm/sharded.py": 320,
     "tinyfm/files.py": 150, "tinyfm/pairs.py": 250, "tinyfm/pair_files.py": 200,
-    "tinyfm/clip.py": 300, "tinyfm/towers.py": 170, "tinyfm/families.py": 250,
+    "tinyfm/clip.py": 300, "tinyfm/towers.py": 170, "tinyfm/families.py": 100,
     "tinyfm/compiled.py": 100, "tinyfm/ledgers.py": 400, "tinyfm/systems.py": 210,
     "tinyfm/memory.py": 320, "tinyfm/measure.py": 210, "tinyfm/report.py": 230,
-    "tinyfm/scaling_laws.py": 250, "tinyfm/evaluate.py": 200, "tinyfm/hub_clip.py": 250,
+    "tinyfm/scaling_laws.py": 250, "tinyfm/evaluate.py": 300, "tinyfm/hub_clip.py": 250,
     "tinyfm/judge.py": 240, "tinyfm/text2image.py": 250, "data/glyphs.py": 260,
-    "tinyfm/image_families.py": 180, "tinyfm/unet.py": 350, "tinyfm/ddpm.py": 400,
+    "tinyfm/image_families.py": 260, "tinyfm/unet.py": 350, "tinyfm/ddpm.py": 400,
     "tinyfm/autoencoder.py": 310, "tinyfm/hub_diffusion.py": 330, "tinyfm/hub_pipeline.py": 140,
-    "tinyfm/checkpoint.py": 250, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
+    "tinyfm/checkpoint.py": 270, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
     "tinyfm/calc.py": 400, "tinyfm/hub.py": 300, "tinyfm/hub_gpt.py": 330,
+    "tinyfm/chat_data.py": 220, "tinyfm/scoring.py": 250, "tinyfm/tasks.py": 295,
+    "tinyfm/adapt.py": 300, "tinyfm/hub_adapter.py": 240, "tinyfm/compare.py": 220,
+    "data/prepare.py": 330, "data/files.py": 260, "data/captioned.py": 190,
+    "data/filters.py": 180, "data/labelled.py": 205,
+    "tinyfm/records.py": 190, "tinyfm/compose.py": 185,
     "tinyfm/machine.py": 100, "tinyfm/logbook.py": 120, "tinyfm/__init__.py": 20,
 }  # fmt: skip
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/*.py"), *ROOT.glob("data/*.py")]
@@ -45,7 +51,7 @@ def test_files_functions_and_classes_keep_their_budgets(path):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, node.name
         if isinstance(node, ast.ClassDef):
-            limit = 250 if node.name == "Trainer" else 150
+            limit = 270 if node.name == "Trainer" else 150
             assert node.end_lineno - node.lineno < limit, node.name
 
 
@@ -117,10 +123,10 @@ SMALL = {
     "--data.val-fraction 0.01",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32",
-    "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8",
+    "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",
     "ddpm": "--model.channels 8 16 --model.attend False True --model.n-head 2 --model.groups 4 "
-    "--data.val-images 8",
-    "text2image": "--autoencoder runs/autoencoder --clip runs/clip --data.path glyphs "
+    "--data.val-images 8 --data.path letters",
+    "text2image": "--autoencoder runs/autoencoder --clip runs/clip "
     "--data.no-cache-latents --model.diffusion.channels 8 16 --model.diffusion.groups 4 "
     "--model.diffusion.n-head 2 --data.val-images 8",
 }
@@ -128,12 +134,14 @@ SMALL = {
 
 def small(words: list[str]) -> list[str]:
     """Options that make a command which trains do so for two steps on a tiny model. The batch is
-    not as small, as an evaluation reads all there is in pieces of a batch."""
+    not as small, as an evaluation reads all there is in pieces of a batch. Of the pictures clip
+    draws all, the others the letters; the library's source is read as bytes."""
     if "train.py" not in words or {"--dry-run", "--help"} & {*words}:
         return []
     after = words[words.index("train.py") + 1 :] or ["gpt"]
     family = after[0] if after[0] in SMALL else "gpt"
-    return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]}")
+    plain = "--data.tokenizer bytes --model.vocab-size 257" if "stdlib" in words else ""
+    return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]} {plain}")
 
 
 def runs_of(words: list[str]) -> set[str]:
@@ -177,17 +185,16 @@ def test_every_readme_command_runs(tmp_path):
     library = sorted(Path(os.__file__).parent.glob("*.py"))[:60]  # enough text for the vocabulary
     text = "".join(path.read_text(encoding="utf-8") for path in library)
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
-    scripts = Path(sys.executable).parent
-    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    scripts, outputs = Path(sys.executable).parent, tmp_path / "outputs"
+    outputs.mkdir()
+    environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
 
     def run(words: list[str]) -> None:
-        done = subprocess.run(
-            [str(scripts / words[0]), *words[1:]], cwd=tmp_path, env=environment,
-            capture_output=True, text=True, encoding="utf-8", timeout=150,
-        )  # fmt: skip
-        said = f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        assert done.returncode == 0, said
+        after = ["-c", torchrun, *words[1:]] if words[0] == "torchrun" else words[1:]
+        process = processes.start(after, outputs, tmp_path, environment)
+        status, (out, err) = process.wait(300), process.said()
+        assert status == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-2000:]}"
 
     def run_chain(chain: list[list[str]]) -> None:
         for words in chain:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ import train
 from data import captioned, glyphs
 from data.report import Report
 from tinyfm import checkpoint, compose, evaluate, judge, picture_scores, presets, records
+from tinyfm.images import ImageData
 
 PARTS = {
     "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16
@@ -30,6 +32,7 @@ DENOISER = """--model.diffusion.channels 8 16 --model.diffusion.groups 4
 --optim.lr 1e-2 --train.eval-every 20 --data.val-images 8"""
 COMMON = """--train.batch-size 16 --train.log-every 1 --train.dtype float32 --train.device cpu
 --optim.warmup-steps 5 --data.val-fraction 0.4"""
+pytestmark = pytest.mark.usefixtures("no_forecast")
 INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -50,14 +53,6 @@ def pictures(tmp_path_factory):
 def common(pictures, tmp_path_factory):
     data = ["--data.path", pictures, "--data.cache", tmp_path_factory.mktemp("cache")]
     return [*COMMON.split(), *data]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_forecast():
-    """What training will cost, said before each run, takes longer than our trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.calc, "describe", lambda *arguments: "")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +147,20 @@ def test_latents_are_encoded_once_and_again_for_other_weights(run, tmp_path):
     data.encode_all(opened.model, config)
     assert sorted(tmp_path.iterdir()) == files
     assert len(files) == 2  # the two splits that training reads
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=f"{files[0].name} cannot be read: .*; delete it"):
+        data.encode_all(opened.model, config)
+    files[0].write_bytes(whole)
     opened.model.autoencoder.latent_scale.mul_(2)
     data.encode_all(opened.model, config)
     assert len(list(tmp_path.iterdir())) == 4
     assert torch.allclose(data.batch(3)["latents"], 2 * cached["latents"], atol=1e-2)
 
 
-def test_parts_that_are_not_given_are_trained_first(common, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    """Those of text-to-image and its parts, of this file's sizes."""
     tiny = {}
     for name, sizes in PARTS.items():
         own = ["--train.steps", "4", "--train.eval-every", "0", "--train.batch-size", "8"]
@@ -177,6 +179,9 @@ def test_parts_that_are_not_given_are_trained_first(common, tmp_path, monkeypatc
     )  # fmt: skip
     changed = dataclasses.replace(whole, run=dataclasses.replace(whole.run, model=model))
     monkeypatch.setitem(presets.PRESETS, "text2image", changed)
+
+
+def test_parts_that_are_not_given_are_trained_first(common, tiny_presets, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["text2image", *DENOISER.split(), *common, "--train.steps", 2, "--out", out]
     assert call(train, *words) == 0
@@ -186,6 +191,33 @@ def test_parts_that_are_not_given_are_trained_first(common, tmp_path, monkeypatc
     shutil.rmtree(out)
     assert call(train, *words) == 0  # the parts are there: they are taken as they are
     assert "the run is complete" in capsys.readouterr().out
+
+
+def test_a_part_that_was_stopped_goes_on_by_the_same_command(
+    common, tiny_presets, tmp_path, monkeypatch, capsys
+):
+    out, plain = tmp_path / "run", ImageData.batch
+
+    def interrupt(data, step, rows=slice(None)):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain(data, step, rows)
+
+    words = ["text2image", *DENOISER.split(), *common, "--train.steps", 2, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageData, "batch", interrupt)
+        assert call(train, *words) == 130
+    assert "stopped at step 3 and saved; go on with the same command" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"run-autoencoder"}
+    assert call(train, *words) == 0
+    assert f"going on from {out}-autoencoder/step-000003" in capsys.readouterr().out
+
+
+def test_a_batch_that_the_pictures_do_not_fill_is_refused_before(common, tmp_path, capsys):
+    words = ["text2image", *common, "--train.batch-size", 64, "--out", tmp_path / "run"]
+    message = refusal(capsys, train, *words)
+    assert "36 training pictures, 64 in a batch: use --train.batch-size <= 36" in message
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_part_must_be_a_run_of_its_family(arguments, parts, tmp_path, capsys):
@@ -215,7 +247,7 @@ def test_parts_are_made_for_what_is_given(arguments, parts, pictures, tmp_path):
     assert compose.fit_batch(part).train.batch_size == 16  # 60 pictures, of which 36 train
     letters = dataclasses.replace(part, data=dataclasses.replace(part.data, path="letters"))
     assert compose.fit_batch(letters) == letters
-    fitted, _ = compose.prepare(dataclasses.replace(run, dry_run=True), None, None)
+    fitted, _ = compose.prepare(dataclasses.replace(run, dry_run=True), run, None, None)
     assert fitted.model.autoencoder == records.open_run(str(parts["autoencoder"])).run.model
     assert (fitted.model.clip.image_size, fitted.model.clip.channels) == (8, 3)
 

@@ -22,6 +22,7 @@ SIZES = """clip --model.image-size 8 --model.channels 3 --model.patch-size 4 --m
 --model.text-layer 1 --model.text-width 32 --model.text-head 2 --model.embed-dim 16
 --data.tokenizer bytes --data.neighbours 1 --train.batch-size 8 --train.eval-every 25
 --train.log-every 5 --train.dtype float32 --train.device cpu"""
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 @pytest.fixture(scope="module")

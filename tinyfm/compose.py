@@ -3,6 +3,9 @@
 Which ones a run needs stands in its type: `needs`, option -> preset. An option that is not given
 means OUT-OPTION, as in runs/text2image-clip, which is begun, gone on with, or taken as it is. What
 was taken is in the run's own checkpoints: resumed or opened, it needs the others no more.
+
+Any run may begin from another of its family, its base (`init_from`), and a GPT may learn from the
+predictions of another, its teacher: those are never trained by the way.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from data import captioned
 from data.report import Report
-from tinyfm import checkpoint, files, presets, records
+from tinyfm import adapt, checkpoint, files, presets, records
 from tinyfm.pairs import GLYPHS
 from tinyfm.presets import Preset
 from tinyfm.records import OpenRun
@@ -40,16 +44,31 @@ def part_run(run: Run, option: str) -> Run:
     )  # fmt: skip
 
 
+def training_rows(run: Run) -> int:
+    """How many of one's own pictures a run will train on, if all are good. Raises ValueError if
+    there are none, or none with the captions it needs."""
+    found = len(captioned.pairs(run.data.path, Report(), run.data.template))
+    return found - max(2, round(run.data.val_fraction * found))
+
+
 def fit_batch(part: Run) -> Run:
     """The run of a part, on few pictures of one's own in batches that are halved until two of them
-    are there. Raises ValueError if there are no pictures, or none with the captions it needs."""
+    are there. Raises ValueError as `training_rows` does."""
     if part.data.path in GLYPHS:
         return part
-    found = len(captioned.pairs(part.data.path, Report(), part.data.template))
-    rows, batch_size = int((1 - part.data.val_fraction) * found), part.train.batch_size
+    rows, batch_size = training_rows(part), part.train.batch_size
     while batch_size > max(2, rows // 2):
         batch_size //= 2
     return replace(part, train=replace(part.train, batch_size=batch_size))
+
+
+def check_batch(run: Run) -> None:
+    """Raise ValueError if one's own pictures do not fill a batch: before any part is trained."""
+    if run.data.path in GLYPHS:
+        return
+    if 2 <= (rows := training_rows(run)) < run.train.batch_size:
+        advice = f"use --train.batch-size <= {rows}, or add pairs"
+        raise ValueError(f"{rows} training pictures, {run.train.batch_size} in a batch: {advice}")
 
 
 def open_part(option: str, folder: str) -> OpenRun:
@@ -60,6 +79,52 @@ def open_part(option: str, folder: str) -> OpenRun:
     return part
 
 
+def as_base(run: Run, usual: Run, base: OpenRun) -> Run:
+    """The run with the sizes and the tokenizer of its base.
+
+    Raises ValueError if the base is of another family, or an option that differs from `usual`, the
+    preset's, asks for another size or tokenizer than the base has.
+    """
+    if base.run.base_family != run.base_family or "classes" in base.run.facts:
+        family = f"a run of family {base.run.family}, not {run.base_family}"
+        raise ValueError(f"--init-from {run.init_from} is {family}")
+    model = base.run.model
+    for name, value in vars(run.model).items():
+        if value == getattr(usual.model, name) or value == getattr(model, name):
+            continue
+        if name != "dropout":
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} {value}: {run.init_from} has "
+                f"{getattr(model, name)}, and what begins from it has its sizes; leave that out"
+            )
+        model = replace(model, dropout=value)
+    data = run.data
+    if hasattr(data, "tokenizer"):
+        if data.tokenizer not in (usual.data.tokenizer, str(base.folder)):
+            advice = f"it is that of {run.init_from}; leave that out"
+            raise ValueError(f"--data.tokenizer {data.tokenizer}: {advice}")
+        data = replace(data, tokenizer=str(base.folder))
+    return replace(run, model=model, data=data, base_hash=adapt.base_hash(base.model))
+
+
+def open_others(run: Run, usual: Run) -> tuple[Run, dict[str, OpenRun]]:
+    """The run as it begins from its base, if any; base and teacher, opened."""
+    others = {}
+    if run.init_from:
+        others["base"] = records.open_base(run.init_from)
+        run = as_base(run, usual, others["base"])
+    elif run.adapt != "full":
+        raise ValueError(f"--adapt {run.adapt} changes a trained model: say which, --init-from RUN")
+    if getattr(run, "teacher", ""):
+        teacher = others["teacher"] = records.open_run(run.teacher)
+        if (found := teacher.run.base_family) != run.base_family:
+            raise ValueError(f"--teacher {run.teacher} is a run of family {found}, no GPT")
+        if run.data.tokenizer == usual.data.tokenizer:  # both must read alike
+            data = replace(run.data, tokenizer=str(teacher.folder))
+            run = replace(run, data=data)
+    return run, others
+
+
 def fit(run: Run, autoencoder, clip) -> Run:
     """The run with the configs of its parts, the denoiser's sizes following from theirs."""
     sizes = {"image_size": autoencoder.image_size // autoencoder.factor,
@@ -68,19 +133,22 @@ def fit(run: Run, autoencoder, clip) -> Run:
     return replace(run, model=type(run.model)(diffusion, autoencoder, clip))
 
 
-def prepare(run: Run, train: Train, say: Callable[[str], None]) -> tuple[Run, dict[str, OpenRun]]:
-    """The run as it can begin, and the parts it takes, {} where it goes on or needs none.
+def prepare(
+    run: Run, usual: Run, train: Train, say: Callable[[str], None]
+) -> tuple[Run, dict[str, OpenRun]]:
+    """The run as it can begin, and the runs it takes, by option, base or teacher.
 
     Raises ValueError for a part that is no such run, or cannot be trained, before any is trained;
     SystemExit with the status of a part's training that was stopped.
     """
+    run, others = open_others(run, usual)
     if not run.needs:
-        return run, {}
-    if run.resume:
-        folder = checkpoint.find(run.out)
+        return run, others
+    if run.resume or "base" in others:
+        folder = checkpoint.find(run.out if run.resume else run.init_from)
         record = records.read_run(files.read_json(folder / "config.json"))
         own = dict.fromkeys(run.needs, str(folder))
-        return replace(fit(run, record.model.autoencoder, record.model.clip), **own), {}
+        return replace(fit(run, record.model.autoencoder, record.model.clip), **own), others
     given = {option: getattr(run, option) for option in run.needs if getattr(run, option)}
     parts = {option: open_part(option, folder) for option, folder in given.items()}
     if "autoencoder" in parts:  # what is trained beside it is on pictures as it takes them
@@ -89,6 +157,8 @@ def prepare(run: Run, train: Train, say: Callable[[str], None]) -> tuple[Run, di
     if run.dry_run:
         models = {option: part.run.model for option, part in parts.items()}
         return fit(run, **models, **{option: part.model for option, part in new.items()}), {}
+    if new:
+        check_batch(run)
     for option, part in {option: fit_batch(part) for option, part in new.items()}.items():
         preset = run.needs[option]
         say(f"--- the {option}, in {part.out}")
@@ -99,8 +169,12 @@ def prepare(run: Run, train: Train, say: Callable[[str], None]) -> tuple[Run, di
     return replace(fit(run, **{name: part.run.model for name, part in parts.items()}), **own), parts
 
 
-def fill(model: nn.Module, parts: dict[str, OpenRun]) -> None:
-    """Give the model the weights of its parts, if there are any."""
-    if parts:
-        model.autoencoder.load_state_dict(parts["autoencoder"].model.state_dict())
-        model.text_tower.load_state_dict(parts["clip"].model.text_tower.state_dict())
+def build(run: Run, others: dict[str, OpenRun], data: Any) -> nn.Module:
+    """The model as its training begins, with the weights of the runs it takes."""
+    model = records.begin(run, others.get("base"))
+    if "clip" in others:
+        model.autoencoder.load_state_dict(others["autoencoder"].model.state_dict())
+        model.text_tower.load_state_dict(others["clip"].model.text_tower.state_dict())
+    if "teacher" in others:
+        run.learn_from(model, data, others["teacher"])
+    return model

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 TEMPORARY = ".tmp-"  # prefix of whatever is being written or removed
+# What a value ends in that is of another type than it should be, too large, or not there.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class CheckpointError(ValueError):

@@ -241,15 +241,17 @@ class TextStream:
 
 
 def stream_text(model, tokenizer, prompts: list[str], sampling: Sampling | None = None,
-                stop_strings: Sequence[str] = ()) -> Iterator[list[str]]:  # fmt: skip
+                stop_strings: Sequence[str] = (), front: Sequence[int] = ()
+                ) -> Iterator[list[str]]:  # fmt: skip
     """Yield new text of every row as it becomes certain; ends when all rows have stopped.
 
-    The end-of-text token stops a row; an empty prompt starts a new text from it.
+    The end-of-text token stops a row; an empty prompt starts a new text from it. front: ids that
+    stand before every prompt.
     """
     s = sampling or Sampling()
     s = replace(s, stop_tokens=(*s.stop_tokens, tokenizer.eot))
     texts = [TextStream(stop_strings) for _ in prompts]
-    ids = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+    ids = [[*front, *(tokenizer.encode(prompt) or [tokenizer.eot])] for prompt in prompts]
     for step in stream(model, ids, s):
         yield [
             text.feed(b"" if token is None else tokenizer.token_bytes(token), token is None)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm import hub
-from tinyfm.files import read_json
+from tinyfm.files import MALFORMED, read_json
 from tinyfm.hub import pairs, refuse, translate
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def read_config(config_cls: type, folder: Path) -> Any:
             refuse("text_config.eos_token_id", end, "one id")
         values["end_token"] = HIGHEST if end == HIGHEST_THERE else end
         return config_cls(**values, **read_processor(folder))
-    except (ValueError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{folder}: {error}") from error
 
 

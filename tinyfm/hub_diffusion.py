@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfm.files import load_tensors, save_tensors, write_json
+from tinyfm.files import MALFORMED, load_tensors, save_tensors, write_json
 from tinyfm.hub import check_tensors, fill, pairs, translate
 from tinyfm.hub_gpt import refuse, take
 
@@ -172,7 +172,7 @@ def read(path: Path, kinds: Iterable[str], parse: Callable, base: Any) -> Any:
         if kind not in kinds:
             refuse("_class_name", kind, ", ".join(kinds))
         return parse(kind, raw, base)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfm.files import read_json
+from tinyfm.files import MALFORMED, read_json
 from tinyfm.hub import (
     check_tensors,
     check_tokenizer,
@@ -179,7 +179,7 @@ def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
         if "sliding_window" in architecture.silent:
             values["window"] = read_window(raw, config_cls)
         return model_type, config_cls(**values)
-    except ValueError as error:
+    except MALFORMED as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 

@@ -29,7 +29,7 @@ from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer
 from tinyfm.ddpm import Diffusion
-from tinyfm.files import read_json, write_json
+from tinyfm.files import MALFORMED, read_json, write_json
 from tinyfm.tokenizer import EOT
 from tinyfm.tokenizer import load as load_tokenizer
 
@@ -64,7 +64,7 @@ def read_text_config(folder: Path) -> CLIPConfig:
             hub.refuse("eos_token_id", end, "one id")
         end = hub_clip.HIGHEST if end == hub_clip.HIGHEST_THERE else end
         return CLIPConfig(**values, end_token=end)
-    except (ValueError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{folder}: {error}") from error
 
 

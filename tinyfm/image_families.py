@@ -1,8 +1,10 @@
-"""Run types of models of pictures: what binds autoencoder, diffusion, and both with a text tower,
+"""Run types of models of pictures: what binds CLIP, autoencoder, diffusion, and the three together,
 to the trainer."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,86 @@ import numpy as np
 import torch
 from torch import nn
 
-from tinyfm import checkpoint, draw, tokenizer
+from data.pictures import save_grid
+from tinyfm import checkpoint, draw, tokenizer, zero_shot
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
+from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.images import ImageConfig, ImageData
 from tinyfm.latents import LatentConfig, LatentData
+from tinyfm.pairs import PairConfig, PairData
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.trainer import row_generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPRun(Run):
+    """Align images with text, or images with themselves."""
+
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    data: PairConfig = field(default_factory=PairConfig)
+
+    family: ClassVar[str] = "clip"
+    TEMPLATES: ClassVar[str] = "templates.json"  # how the training captions are made of names
+    QUICK: ClassVar[int] = 1000  # images that are enough to follow the training
+
+    def build_model(self) -> CLIP:
+        return CLIP(self.model)
+
+    def open_data(self) -> PairData:
+        m, c = self.model, self.train
+        sizes = (m.image_size, m.channels, m.vocab_size, m.context_length)
+        return PairData.prepare(self.data, *sizes, c.batch_size, c.seed)
+
+    def write_files(self, folder: Path, data: PairData) -> None:
+        super().write_files(folder, data)
+        templates = json.dumps(zero_shot.find_templates(data.train))
+        (folder / self.TEMPLATES).write_text(templates, encoding="utf-8")
+
+    def score(self, model: CLIP, data: PairData) -> dict[str, float]:
+        """Share of QUICK images of each held-out split whose name is found among the split's.
+
+        With four captions a name; evaluate.py measures it in full. SimCLR, which has no texts:
+        the share of which the nearest training image has the same name.
+        """
+        scores, simclr = {}, self.model.loss == "simclr"
+        if simclr:
+            known = zero_shot.embed_images(model, data.train.images)
+        for name, split in list(data.splits.items())[1:]:
+            rows = np.random.default_rng(0).permutation(len(split.labels))[: self.QUICK]
+            labels = [split.labels[i] for i in np.sort(rows)]
+            x = zero_shot.embed_images(model, split.images[np.sort(rows)])
+            if simclr:
+                near = zero_shot.classify(x, known).tolist()
+                right = [data.train.labels[i] == label for i, label in zip(near, labels)]
+            else:
+                names, templates = sorted(set(split.labels)), zero_shot.find_templates(split)[:4]
+                classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
+                found = zero_shot.classify(x, classes).tolist()
+                right = [names[i] == label for i, label in zip(found, labels)]
+            key = f"{'neighbour' if simclr else 'zero_shot'} {name}"
+            scores[re.sub(r"\W", "_", key)] = sum(right) / len(right)
+        return scores
+
+    def show(self, model: CLIP, data: PairData, folder: Path, step: int) -> str:
+        """Write a grid of validation images with the names found; return the first few."""
+        split, n = data.val, min(48, len(data.val.labels))
+        rows = np.linspace(0, len(split.labels) - 1, n).astype(int)
+        x = zero_shot.embed_images(model, split.images[rows])
+        if self.model.loss == "simclr":
+            names = data.train.labels
+            classes = zero_shot.embed_images(model, data.train.images)
+        else:
+            names = sorted(set(split.labels))
+            templates = zero_shot.find_templates(split)[:4]
+            classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
+        found = [names[i] for i in zero_shot.classify(x, classes).tolist()]
+        folder.mkdir(exist_ok=True)
+        images = split.images[rows].transpose(0, 2, 3, 1)
+        save_grid(images, folder / f"step-{step:06d}.png", 8, found)
+        pairs = [f"{split.labels[rows[i]]} -> {found[i]}" for i in range(0, n, max(1, n // 3))]
+        return f"--- step {step} names: " + "; ".join(pairs[:3])
 
 
 @dataclass(frozen=True, kw_only=True)

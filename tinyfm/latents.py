@@ -50,11 +50,24 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def open_latents(path: Path, rows: int) -> np.ndarray:
+    """float16 (rows, Z, h, w), mapped from a file. Raises ValueError if it is damaged."""
+    try:
+        latents = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
+        if (latents.dtype, latents.ndim, len(latents)) != (np.float16, 4, rows):
+            raise ValueError(f"it holds {latents.dtype} {latents.shape}, not {rows} latents")
+    except Exception as error:  # numpy's reader of such files raises all sorts
+        advice = "delete it, it will be made again"
+        raise ValueError(f"{path} cannot be read: {error}; {advice}") from error
+    return latents
+
+
 @torch.no_grad()
 def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
     """float16 (B, Z, h, w), mapped from a file that is written if it is not there.
 
-    images: uint8 (B, C, H, W); model.encode_images makes latents of them.
+    images: uint8 (B, C, H, W); model.encode_images makes latents of them. Raises ValueError for a
+    file that is there and damaged.
     """
     if not path.exists():
         device = next(model.parameters()).device
@@ -64,10 +77,13 @@ def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
             model.encode_images(torch.tensor(part, device=device) / 127.5 - 1).half().cpu().numpy()
             for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None)
         ]
-        with open(temporary, "wb") as file:
-            np.save(file, np.concatenate(z))
-        temporary.replace(path)
-    return np.load(path, mmap_mode="r").view(np.ndarray)
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, np.concatenate(z))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a disk that was full
+    return open_latents(path, len(images))
 
 
 class LatentData(PairData):

@@ -14,7 +14,7 @@ from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.data import TextConfig
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.families import AutoencoderRun, CLIPRun, DDPMRun, GPTRun, TextToImageRun
+from tinyfm.families import TASKS, AutoencoderRun, CLIPRun, DDPMRun, GPTRun, TextToImageRun
 from tinyfm.gpt import GPTConfig
 from tinyfm.images import ImageConfig
 from tinyfm.optim import OptimConfig
@@ -165,12 +165,39 @@ PRESETS = {
 }  # fmt: skip
 
 
-def get_preset(name: str) -> Preset:
+# ---- what is made of a trained model -------------------------------------------------------------
+
+FULL = OptimConfig(lr=1e-3, muon_lr=3e-3, warmup_steps=20, decay_fraction=0.6)
+PARTLY = OptimConfig(optimizer="adamw", lr=2e-3, warmup_steps=20, weight_decay=0, decay_fraction=1)
+ADAPTED = {  # the fewer numbers are trained, the further each has to go
+    "full": FULL,
+    "lora": PARTLY,
+    "bias": dataclasses.replace(PARTLY, lr=5e-3),
+    "head": dataclasses.replace(PARTLY, lr=5e-3),
+    "prompt": dataclasses.replace(PARTLY, lr=3e-2),
+}
+
+
+def get_preset(name: str, task: str = "", adapt: str = "full") -> Preset:
+    """A named run; or one that trains its model for a task, or a part of it.
+
+    Raises ValueError for a name that there is not, or a task that is not for its family.
+    """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset, optim = PRESETS[name], ADAPTED.get(adapt, FULL)
+    if not task:
+        partly = dataclasses.replace(preset.run, optim=optim)
+        return preset if adapt == "full" else Preset(preset.about, partly)
+    fitting = [kind for kind in TASKS if kind().base_family == preset.run.family]
+    for kind in fitting:
+        if kind.task == task:
+            train = TrainConfig(steps=300, batch_size=32, eval_every=100)
+            return Preset(preset.about, kind(model=preset.run.model, optim=optim, train=train))
+    known = f"it has {', '.join(kind.task for kind in fitting)}" if fitting else "it has none"
+    raise ValueError(f"--task {task} is not for a run of family {preset.run.family}: {known}")
 
 
 def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
@@ -183,4 +210,5 @@ def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
     usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
     usual = usual or "no usual value: this is not a preset as it stands"
     untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
-    return f"{name}: {untrained} untrained, {reached:.3f} reached; {usual}"
+    before = "before" if run.init_from else "untrained"
+    return f"{name}: {untrained} {before}, {reached:.3f} reached; {usual}"

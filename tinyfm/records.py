@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tinyfm import checkpoint, files
+from tinyfm import adapt, checkpoint, files
 from tinyfm.families import FAMILIES
 from tinyfm.run import Run
 from tinyfm.tokenizer import Tokenizer
@@ -18,8 +20,10 @@ from tinyfm.tokenizer import Tokenizer
 
 def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
     """All that is needed to rebuild a run, as plain values for config.json."""
-    parts = {name: dataclasses.asdict(getattr(run, name)) for name in run.parts}
-    record = {"preset": preset, "family": run.family, **parts}
+    default, whole = type(run)(), dataclasses.asdict(run)
+    facts = [name for name in run.facts if getattr(run, name) != getattr(default, name)]
+    record = {"preset": preset, "family": run.family}
+    record |= {name: whole[name] for name in (*run.parts, *facts)}
     if fingerprint:  # of the tokens; not known before the data are prepared
         record["data_fingerprint"] = fingerprint[:16]
     return json.loads(json.dumps(record))
@@ -31,19 +35,28 @@ def write_run_files(folder: Path, record: dict[str, Any], run: Run, data: Any) -
     run.write_files(folder, data)
 
 
-def check_directory(out: Path, resume: bool) -> None:
-    """Raise ValueError if a run can neither begin nor go on there."""
+def check_directory(out: Path, resume: bool) -> bool:
+    """Whether a run goes on there or begins. Raises ValueError if it can do neither.
+
+    Started again by torchrun --max-restarts, nobody is asked: it goes on from a checkpoint, if any.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        if not (saved := any(out.glob("step-*/manifest.json"))):
+            (out / "metrics.jsonl").unlink(missing_ok=True)  # it begins anew
+        return saved
     if resume and not out.exists():
         raise ValueError(f"there is no run {out} to resume; leave out --resume to begin it")
     begun = out.exists() and {p.name for p in out.iterdir() if p.stat().st_size} - {"config.json"}
     if begun and not resume:
         raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
+    return resume
 
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE = {"train.device", "train.dtype", "train.compile", "train.micro_batch_size", "train.keep",
         "train.log_every", "train.eval_every", "train.tensorboard", "train.patience",
-        "data.cache"}  # fmt: skip
+        "train.parallel", "train.shard_size", "train.activation_checkpointing", "data.cache",
+        "init_from"}  # fmt: skip
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,7 +108,42 @@ def read_run(record: dict[str, Any]) -> Run:
         raise ValueError(f"the run is of family {record['family']!r}, none of {known}")
     kind = FAMILIES[record["family"]]
     defaults = kind()
-    return kind(**{part: type(getattr(defaults, part))(**record[part]) for part in kind.parts})
+    values = {name: record[name] for name in (*kind.parts, *kind.facts) if name in record}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(default := getattr(defaults, name)):
+            values[name] = type(default)(**value)
+    return kind(**values)
+
+
+def open_base(path: str) -> OpenRun:
+    """A run to begin from; what adapted it, if it was, becomes part of its weights."""
+    base = open_run(path)
+    adapt.merge(base.model)
+    return base
+
+
+def begin(run: Run, base: OpenRun | None = None) -> nn.Module:
+    """The model as its training begins: new, or as its base is, made ready for what adapts it."""
+    model = run.build_model()
+    if base:
+        files.load_model(run.trunk(model), base.model.state_dict())
+    if run.init_from:
+        adapt.apply(model, run.adapt, run.adapter)
+    return model
+
+
+def find_base(run: Run, folder: Path) -> OpenRun | None:
+    """That of a run which is kept as a change to it; None for one that is whole by itself."""
+    if run.adapt == "full":
+        return None
+    try:
+        base = open_base(run.init_from)
+        if (own := adapt.base_hash(base.model)) != run.base_hash:
+            raise ValueError(f"its weights are of hash {own[:16]} now, not {run.base_hash[:16]}")
+    except ValueError as error:
+        advice = "put back what it was trained from, or give that to sample.py with --adapter"
+        raise ValueError(f"{folder} adapts {run.init_from}: {error}; {advice} {folder}") from error
+    return base
 
 
 def open_run(path: str, raw: bool = False) -> OpenRun:
@@ -107,12 +155,31 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     record = files.read_json(folder / "config.json")
     try:
         run = read_run(record)
-        model = run.build_model()
-    except (TypeError, KeyError) as error:
+    except files.MALFORMED as error:
         problem = f"{folder}/config.json is not of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
     run = dataclasses.replace(run, **dict.fromkeys(run.needs, str(folder)))  # all is in there
+    if run.init_from and hasattr(run.data, "tokenizer"):  # so is that of its base
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
+    model = begin(run, find_base(run, folder))
     weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
     files.load_model(model, files.load_tensors(folder, weights))
     meta = files.read_json(folder / "meta.json")
     return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)
+
+
+def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
+    """Adapt an open run by what other runs have trained from it; several LoRAs add up.
+
+    Raises ValueError for a run that is no adapter, or one of another base.
+    """
+    for i, path in enumerate(paths):
+        folder = checkpoint.find(path)
+        run = read_run(files.read_json(folder / "config.json"))
+        if run.adapt == "full" or run.base_family != opened.run.family or "classes" in run.facts:
+            raise ValueError(f"{path} is no adapter for a run of family {opened.run.family}")
+        tensors, own = files.load_tensors(folder), f"adapter{i}"
+        try:
+            adapt.load_adapter(opened.model, tensors, run.adapt, run.adapter, own, run.base_hash)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

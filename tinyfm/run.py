@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
+from tyro.conf import Suppress
 
 from tinyfm import tokenizer
+from tinyfm.adapt import AdapterConfig
 from tinyfm.optim import OptimConfig
 from tinyfm.trainer import TrainConfig
 
@@ -22,10 +24,30 @@ class Run:
     out: str = ""  # run directory; runs/PRESET if not given
     resume: bool = False  # go on from the last checkpoint in it
     dry_run: bool = False  # print the config and what it costs, and stop
+    task: str = ""  # classify, or chat: rather than pretrain, learn this
+    init_from: str = ""  # a run to begin from: its base, of which it has weights, sizes, tokenizer
+    # what to train of it: all, low-rank changes, biases and norms, the head, or soft prompts
+    adapt: Literal["full", "lora", "bias", "head", "prompt"] = "full"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    base_hash: Suppress[str] = ""  # of the weights it began from
 
     family: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
+    facts: ClassVar[tuple[str, ...]] = ("init_from", "base_hash", "adapt", "adapter")  # if given
     needs: ClassVar[dict[str, str]] = {}  # runs its model is made of: option -> preset
+
+    @property
+    def base_family(self) -> str:
+        """Of the run it may begin from."""
+        return self.family
+
+    def trunk(self, model: nn.Module) -> nn.Module:
+        """The part of the model that its base is."""
+        return model
+
+    def fit(self, data: Any) -> Run:
+        """The run with what only the data can tell of the model, such as classes."""
+        return self
 
     def write_files(self, folder: Path, data: Any) -> None:
         """Add to a checkpoint what its model needs beside weights, here the tokenizer."""

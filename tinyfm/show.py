@@ -8,8 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from tinyfm import compiled, draw, find, generate, records
+from data import labelled, pictures
+from data.report import Report
+from tinyfm import chat, compiled, draw, find, generate, records, scoring, tasks
+from tinyfm.soft_prompt import prompt_ids
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
 
@@ -18,14 +22,18 @@ def write_texts(opened: records.OpenRun, options) -> None:
     """Print n texts, the first one while it is written, each with its prompt."""
     if options.prompt == "":
         raise ValueError("the prompt is empty; give some text, or no --prompt to begin a new one")
+    if options.shots or options.examples:
+        guess(opened, options)
+        return
     if options.compile:
         compiled.compile_decoding(opened.model)
     stops = [stop.replace("\\n", "\n") for stop in options.stop]
     prompt = options.prompt or ""
     prompts = texts = [prompt] * (options.n or 1)
     print(prompt, end="", flush=True)
+    front = prompt_ids(opened.model)
     for parts in generate.stream_text(
-        opened.model, opened.tokenizer, prompts, options.sampling, stops
+        opened.model, opened.tokenizer, prompts, options.sampling, stops, front
     ):
         texts = [text + part for text, part in zip(texts, parts)]
         print(parts[0], end="", flush=True)
@@ -34,6 +42,66 @@ def write_texts(opened: records.OpenRun, options) -> None:
         print(f"----\n{text}")
     if options.out:
         Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+
+
+def print_shares(shares: dict[str, float]) -> None:
+    """Names and their probabilities, the likeliest first."""
+    for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+        print(f"{share:.4f}  {name}")
+
+
+def guess(opened: records.OpenRun, options) -> None:
+    """The label of the prompt, after some labelled examples in the context: nothing is trained."""
+    if not options.examples or not options.prompt:
+        lacks = "--examples FILE" if not options.examples else "--prompt TEXT"
+        raise ValueError(f"to guess a label of --prompt, as in --examples: {lacks} is not given")
+    rows = labelled.text_rows(options.examples, Report(), "", labelled.LABEL_COLUMNS)
+    names = np.array([row.labels for row in rows])
+    order = np.random.default_rng(options.sampling.seed).permutation(len(rows))
+    chosen = tasks.stratified(names, order)[: options.shots]
+    shown, labels = [(rows[i].source, rows[i].labels[0]) for i in chosen], sorted(set(names[:, 0]))
+    (found,) = scoring.classify(
+        opened.model, opened.tokenizer, shown, [options.prompt], labels, calibrate=True
+    )
+    if found.dropped:
+        print(f"{found.dropped} of {len(shown)} examples do not fit into the context")
+    print_shares(found.probabilities)
+
+
+def talk(opened: records.OpenRun, options) -> None:
+    """Answer the prompt; or what is typed, until the end of input."""
+    if options.chat:
+        chat.chat(opened.model, opened.tokenizer, input, sampling=options.sampling)
+        return
+    if not (options.prompt or "").strip():
+        raise ValueError("say something: --prompt TEXT, or --chat to talk")
+    messages = [{"role": "user", "content": options.prompt}]
+    for part in chat.reply(opened.model, opened.tokenizer, messages, options.sampling):
+        print(part, end="", flush=True)
+    print()
+
+
+@torch.inference_mode()
+def classify(opened: records.OpenRun, options) -> None:
+    """The classes of the prompt, or of an image, and how probable each is."""
+    run, model, reads_text = opened.run, opened.model, opened.tokenizer is not None
+    given = options.prompt if reads_text else options.image
+    if not (given or "").strip():
+        flag = "--prompt TEXT" if reads_text else "--image FILE"
+        raise ValueError(f"give what to tell the class of: {flag}")
+    device = next(model.parameters()).device
+    if reads_text:
+        ids = opened.tokenizer.encode(given)[: run.model.context_length]
+        tokens = torch.tensor([ids], device=device)
+        batch = {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
+    else:
+        channels = getattr(run.model, "in_channels", 0) or run.model.channels
+        image = pictures.read(given, run.model.image_size, channels).transpose(2, 0, 1)[None]
+        batch = {"images": torch.tensor(image, device=device) / 127.5 - 1}
+    for question, found in model.predict(batch).items():
+        if len(run.classes) > 1:
+            print(f"{question}:")
+        print_shares(dict(zip(run.classes[question], found[0].tolist())))
 
 
 # ---- CLIP, autoencoder, diffusion: find.py and draw.py do the work ------------------------------
@@ -82,5 +150,8 @@ def illustrate(opened: records.OpenRun, options) -> None:
     write_png(sheet._replace(titles=()), options)  # the prompt of all
 
 
-FAMILIES = {"gpt": write_texts, "clip": match, "autoencoder": walk, "ddpm": denoise,
-        "text2image": illustrate}  # fmt: skip
+FAMILIES = {
+    "gpt": write_texts, "chat": talk, "clip": match, "autoencoder": walk, "ddpm": denoise,
+    "text2image": illustrate,
+    **{f"{trunk}-classify": classify for trunk in ("gpt", "clip", "autoencoder", "ddpm")},
+}  # fmt: skip

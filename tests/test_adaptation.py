@@ -1,0 +1,276 @@
+"""A trained run begins others: by the command line, from its weights to what they are worth."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES, call
+from PIL import Image
+
+import sample
+import train
+from tinyfm import adapt, compare, evaluate, files, hub, presets, records
+from tinyfm.clip import CLIPConfig
+
+STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
+REVIEWS = "text,label,tone\n" + "".join(
+    f"{word} {i},{label},{tone}\n"
+    for i in range(6)
+    for word, label, tone in (("fine", "good", "calm"), ("awful", "bad", "loud"))
+)
+
+
+def same_sizes(options: list[str]) -> list[str]:
+    """The options of a tiny run but for those of its model and tokenizer, which a base has."""
+    words = " ".join(options)
+    return re.sub(r"--(model\.\S+|data\.tokenizer) \S+ ?", "", words).split()
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run):
+    return records.open_run(str(tiny_run))
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_run, options, tmp_path_factory):
+    """A run that adapts the tiny one."""
+    out = tmp_path_factory.mktemp("adapted") / "lora"
+    begun = ["--init-from", tiny_run, "--adapt", "lora", "--adapter.rank", "2", "--out", out]
+    assert call(train, *same_sizes(options), *begun) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables") / "reviews.csv"
+    path.write_text(REVIEWS, encoding="utf-8")
+    return path
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- beginning from a run -----------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_its_base_was(tiny_run, base, options, tmp_path, capsys):
+    out = tmp_path / "more"
+    assert call(train, *same_sizes(options), "--init-from", tiny_run, "--out", out) == 0
+    first = lines_of(out / "metrics.jsonl")[0]
+    assert first["val_bpb"] == pytest.approx(base.meta["val_bpb"], rel=1e-4)
+    assert "before" in capsys.readouterr().out
+    whole = records.open_run(str(out))  # all of it is there, without its base
+    assert whole.run.base_hash == adapt.base_hash(base.model)
+    assert whole.model.state_dict().keys() == base.model.state_dict().keys()
+
+
+def test_an_adapter_is_small_and_opens_on_its_base(lora, base, tiny_run):
+    opened = records.open_run(str(lora))
+    tensors = files.load_tensors(opened.folder)
+    assert all(".lora." in name for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) < 0.2 * adapt.trained(opened.model)[1]
+    x = torch.arange(20)[None]
+    reached = opened.model(x)
+    assert not torch.equal(reached, base.model(x))
+    own = records.open_run(str(tiny_run))
+    records.add_adapters(own, [str(lora)])
+    assert torch.equal(own.model(x), reached)
+
+
+@pytest.mark.parametrize("method", ["bias", "head", "prompt"])
+def test_every_method_trains_and_writes(method, tiny_run, options, tmp_path, capsys):
+    out = tmp_path / method
+    begun = ["--init-from", tiny_run, "--adapt", method, "--adapter.prompt-tokens", "4"]
+    assert call(train, *same_sizes(options), *begun, "--out", out) == 0
+    assert call(sample, out, "--prompt", "The", "--max-new-tokens", "3", "--temperature", "0") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("The")
+
+
+def test_an_adapter_resumes_bit_for_bit(lora, tiny_run, options, tmp_path):
+    out = tmp_path / "stopped"
+    begun = [*same_sizes(options), "--init-from", tiny_run, "--adapt", "lora", "--adapter.rank",
+             "2", "--out", out]  # fmt: skip
+    shutil.copytree(lora, out)
+    shutil.rmtree(out / "step-000004")
+    (out / "latest").write_text("step-000002\n", encoding="utf-8")
+    assert call(train, *begun, "--resume") == 0
+    one, two = (files.load_tensors(run / "step-000004") for run in (lora, out))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_student_learns_from_a_teacher(tiny_run, options, tmp_path):
+    out = tmp_path / "student"
+    own = " ".join(options).replace("--data.tokenizer bytes", "").split()  # it takes the teacher's
+    taught = [*own, "--teacher", tiny_run, "--model.d-model", "16", "--distil.share", "1"]
+    assert call(train, *taught, "--out", out) == 0
+    rows = lines_of(out / "metrics.jsonl")
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
+# ---- tasks --------------------------------------------------------------------------------------
+
+
+def test_texts_are_classified(tiny_run, reviews, tmp_path, capsys):
+    out = tmp_path / "reviews"
+    task = ["gpt", "--task", "classify", "--init-from", tiny_run, "--data.path", reviews]
+    columns = ["--data.label-columns", "label", "tone", "--data.val-fraction", "0.3"]
+    assert call(train, *task, *columns, *STEPS, "--optim.lr", "0.1", "--out", out) == 0
+    assert lines_of(out / "metrics.jsonl")[-1]["accuracy label"] > 0.5
+    capsys.readouterr()
+    assert call(sample, out, "--prompt", "fine 9") == 0
+    said = capsys.readouterr().out
+    assert "label:" in said and "tone:" in said
+    shares = [float(line.split()[0]) for line in said.splitlines() if line[0].isdigit()]
+    assert sum(shares) == pytest.approx(2, abs=1e-3)  # one for each question
+    assert call(evaluate, out) == 0
+    assert "macro_f1 tone" in capsys.readouterr().out
+
+
+def test_pictures_are_classified(tmp_path, capsys):
+    for name, level in (("dark", 0), ("light", 255)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.fromarray(np.full((8, 8), abs(level - 4 * i), np.uint8))
+            picture.save(tmp_path / "pictures" / name / f"{i}.png")
+    out, cache = tmp_path / "lights", ["--data.cache", tmp_path / "cache"]
+    model = CLIPConfig(8, 1, 4, "conv", 1, 8, 2, 300, 8, 1, 8, 2, 8)
+    sizes = [f"--model.{k.replace('_', '-')}={v}" for k, v in vars(model).items()
+             if v != getattr(CLIPConfig(), k)]  # fmt: skip
+    task = ["clip", "--task", "classify", "--data.path", tmp_path / "pictures", *sizes]
+    learning = ["--optim.lr", "0.05", "--data.val-fraction", "0.3"]
+    assert call(train, *task, *cache, *STEPS, *learning, "--out", out) == 0
+    assert lines_of(out / "metrics.jsonl")[-1]["accuracy"] == 1
+    capsys.readouterr()
+    assert call(sample, out, "--image", tmp_path / "pictures" / "dark" / "0.png") == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("dark")
+
+
+def test_a_base_learns_to_chat(tiny_run, tmp_path, capsys, monkeypatch):
+    chats = tmp_path / "chats.jsonl"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    asked = [{**talk[0], "content": f"a{i}"} for i in range(8)]
+    lines = [json.dumps({"messages": [question, talk[1]]}) for question in asked]
+    chats.write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "chat"
+    task = ["gpt", "--task", "chat", "--init-from", tiny_run, "--data.path", chats, *STEPS]
+    assert call(train, *task, "--out", out) == 0
+    assert re.search(r"[\d,]+ of [\d,]+ tokens are trained on", capsys.readouterr().out)
+    answer = ["--max-new-tokens", "4", "--temperature", "0"]
+    assert call(sample, out, "--prompt", "a1", *answer) == 0
+    typed = iter(["a2"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or _end())
+    assert call(sample, out, "--chat", *answer) == 0
+    assert "assistant: " in capsys.readouterr().out
+
+
+def _end():
+    raise EOFError
+
+
+# ---- asked without training, and compared --------------------------------------------------------
+
+
+def test_a_gpt_is_asked(tiny_run, reviews, text, tmp_path, capsys):
+    questions = tmp_path / "questions.jsonl"
+    question = {"context": "The", "choices": [" statement", "\x00\x01\x02"], "answer": 0}
+    questions.write_text(json.dumps(question), encoding="utf-8")
+    asked = ["--text", text, "--choices", questions, "--task", reviews, "--shots", "1", "--json"]
+    assert call(evaluate, tiny_run, *asked) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    values = {name.split(": ")[1]: row["reached"] for name, row in scores.items()}
+    assert 0 < values["bits per byte"] < 9 and values["perplexity"] > 1
+    assert values["right, likelihood by byte"] == 1 and values["by chance"] == 0.5
+    shots = ["--shots", "2", "--examples", reviews, "--prompt", "fine"]
+    assert call(sample, tiny_run, *shots) == 0
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert {line.split()[-1] for line in said} == {"good", "bad"}
+
+
+def test_ways_are_compared_and_kept(tiny_run, reviews, tmp_path, capsys):
+    out = tmp_path / "compared"
+    ways = ["--methods", "head", "lora 1", "from scratch", "--labels", "4", "0"]
+    ways += ["--steps", "2", "2"]
+    data = ["--data.path", str(reviews), "--data.val-fraction", "0.3", "--batch-size", "2"]
+    arguments = [str(tiny_run), *ways, *data, "--seeds", "1", "--out", str(out)]
+    assert compare.main(arguments) == 0
+    rows = lines_of(out / "results.jsonl")
+    assert [row["method"] for row in rows][:5] == [
+        "zero-shot", "few-shot", "head", "lora 1", "from scratch"
+    ]  # fmt: skip
+    n = {row["method"]: row["trained"] for row in rows}
+    assert 0 == n["zero-shot"] < n["head"] < n["lora 1"] < n["from scratch"]
+    assert (out / "compare.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert compare.main(arguments) == 0  # nothing is measured again
+    assert capsys.readouterr().out.splitlines() == table
+    assert len(lines_of(out / "results.jsonl")) == len(rows)
+
+
+def test_an_adapted_run_exports(lora, tmp_path):
+    hub.main([str(lora), str(tmp_path / "whole")])
+    hub.main([str(lora), str(tmp_path / "adapter"), "--adapter"])
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+# ---- what cannot be -----------------------------------------------------------------------------
+
+
+def refusal(capsys, module, *arguments) -> str:
+    capsys.readouterr()
+    assert call(module, *arguments) in (1, 2)
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().err)
+
+
+def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, capsys):
+    own, out = same_sizes(options), ["--out", tmp_path / "x"]
+    for wrong, reason in (
+        (["--adapt", "lora"], "say which, --init-from RUN"),
+        (["--init-from", tiny_run, "--model.d-model", "64"], "has 32"),
+        (["--init-from", tiny_run, "--data.tokenizer", "bpe"], "leave that out"),
+        (["--init-from", tmp_path], "no complete checkpoint"),
+        (["--init-from", tiny_run, "--adapt", "lora", "--adapter.rank", "99"], "rank 99"),
+        (["--init-from", tiny_run, "--adapt", "lora", "--adapter.targets", "zz"], "match no layer"),
+    ):
+        assert reason in refusal(capsys, train, *own, *wrong, *out)
+    assert "family gpt, not clip" in refusal(capsys, train, "clip", "--init-from", tiny_run, *out)
+    assert "it has chat, classify" in refusal(capsys, train, "gpt", "--task", "sing", *out)
+    assert "begin from a run" in refusal(capsys, train, "gpt", "--task", "chat", *out)
+    other = ["--data.tokenizer", "bpe", "--model.vocab-size", "260"]
+    assert "teacher" in refusal(capsys, train, *options, *other, "--teacher", tiny_run, *out)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(lora, tiny_run, tmp_path, capsys):
+    assert "no adapter" in refusal(capsys, sample, tiny_run, "--adapter", tiny_run)
+    assert call(train, *SIZES.split(), "--data.path", __file__, "--data.cache", tmp_path, "--out",
+                tmp_path / "other", "--train.seed", "5") == 0  # fmt: skip
+    assert "hash" in refusal(capsys, sample, tmp_path / "other", "--adapter", lora)
+    record = files.read_json(lora / "step-000004" / "config.json")
+    assert record["base_hash"] and record["adapt"] == "lora"
+
+
+def test_labels_and_questions_that_are_none(tiny_run, tmp_path, capsys):
+    table, questions = tmp_path / "one.csv", tmp_path / "q.jsonl"
+    table.write_text("text,label\na,x\nb,x\nc,x\n", encoding="utf-8")
+    questions.write_text('{"context": "a", "choices": ["b"], "answer": 0}', encoding="utf-8")
+    task = ["gpt", "--task", "classify", "--init-from", tiny_run, "--out", tmp_path / "x"]
+    assert "need two" in refusal(capsys, train, *task, "--data.path", table)
+    columns = ["--data.path", table, "--data.label-columns", "topic"]
+    assert "no column 'topic'" in refusal(capsys, train, *task, *columns)
+    assert "is no question" in refusal(capsys, evaluate, tiny_run, "--choices", questions)
+    assert "--examples" in refusal(capsys, sample, tiny_run, "--shots", "2", "--prompt", "a")
+    assert not (tmp_path / "x").exists()
+
+
+def test_presets_of_tasks_keep_the_model():
+    for name, families in (("gpt", {"classify", "chat"}), ("clip", {"classify"})):
+        for task in families:
+            run = presets.get_preset(name, task, "lora").run
+            assert run.model == presets.PRESETS[name].run.model and run.task == task
+            assert run.optim.optimizer == "adamw"
+    assert presets.get_preset("gpt") is presets.PRESETS["gpt"]

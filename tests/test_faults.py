@@ -1,0 +1,377 @@
+"""Faults that come from outside: kills, signals to one rank, other people's files.
+
+Kills and full disks in the middle of a save are in test_checkpoint.py, signals to a single process
+in test_trainer.py, bad text in test_tokenizer.py, bad pictures in test_pairs.py.
+"""
+
+import copy
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import ROOT, call, run_two_ranks
+
+import sample
+import train
+from data import captioned, pictures
+from data.report import Report
+from tinyfm import (
+    checkpoint,
+    files,
+    hub,
+    hub_clip,
+    hub_diffusion,
+    hub_gpt,
+    latents,
+    presets,
+    records,
+    tokenizer,
+)
+from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.data import TextConfig, TextData
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.logbook import read_metrics
+from tinyfm.unet import UNet, UNetConfig
+
+
+def metrics(run: Path) -> list[dict]:
+    """What metrics.jsonl says, without what a clock says."""
+    clock = ("time", "tokens_per_s")
+    return [{k: v for k, v in row.items() if k not in clock}
+            for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return files.load_tensors(checkpoint.find(run))
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- kills and signals --------------------------------------------------------------------------
+
+# train.py, killed in its fourth step; the checkpoint of the second may still be on its way to disk.
+KILLED = """
+import os, signal, sys, time
+import train
+from tinyfm.data import TextData
+plain = TextData.batch
+def batch(self, step, rows=slice(None)):
+    while step == 3:
+        if os.path.exists(os.path.join(sys.argv[-1], "latest")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return plain(self, step, rows)
+TextData.batch = batch
+train.main()
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_run, options, tmp_path):
+    out = tmp_path / "run"
+    killed = processes.start(["-c", KILLED, *options, "--out", out], tmp_path, ROOT, {})
+    assert killed.wait(100) == -signal.SIGKILL, killed.said()
+    assert checkpoint.find(out).name == "step-000002"
+    assert metrics(out)[-1]["step"] == 3  # which is done again
+    assert call(train, *options, "--out", out, "--resume") == 0
+    assert metrics(out) == metrics(tiny_run) and equal(weights(out), weights(tiny_run))
+
+
+# Each process runs train.py thrice: with a SIGTERM that rank 1 alone gets within its second step;
+# with one that rank 0 alone gets as it shows samples after that step; and with a loss that is not a
+# number on rank 1 alone, in the third step. The last line is what the weights are then.
+RANK = """
+import hashlib, os, signal, sys
+import train
+from tinyfm import distributed
+from tinyfm.data import TextData
+from tinyfm.families import GPTRun
+from tinyfm.gpt import GPT
+from tinyfm.trainer import Trainer
+out, *options = sys.argv[1:]
+rank, now, models = int(os.environ["RANK"]), 0, []
+distributed.stop = lambda: None
+plain_batch, plain_show, plain_loss, fit = TextData.batch, GPTRun.show, GPT.loss, Trainer.fit
+
+def batch(self, step, rows=slice(None)):
+    global now
+    now = step
+    if fault == "step" and rank == 1 and step == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return plain_batch(self, step, rows)
+
+def show(self, model, data, folder, step):
+    if fault == "samples":
+        signal.raise_signal(signal.SIGTERM)
+    return plain_show(self, model, data, folder, step)
+
+def loss(self, batch, generators=None):
+    value, metrics = plain_loss(self, batch, generators)
+    poisoned = fault == "nan" and rank == 1 and self.training and now == 2
+    return value * float("nan" if poisoned else 1), metrics
+
+TextData.batch, GPTRun.show, GPT.loss = batch, show, loss
+Trainer.fit = lambda self: models.append(self.model) or fit(self)
+for fault in ("step", "samples", "nan"):
+    sys.argv = ["train.py", *options, "--out", f"{out}/{fault}"]
+    print("status:", train.main(), flush=True)
+digest = hashlib.sha256()
+for name, tensor in models[-1].state_dict().items():
+    assert tensor.isfinite().all(), name
+    digest.update(tensor.numpy().tobytes())
+print("weights:", digest.hexdigest(), flush=True)
+os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+"""
+
+
+def test_what_befalls_one_rank_is_decided_by_both(options, tmp_path):
+    (out, err), (second, second_err) = run_two_ranks(RANK, tmp_path, *options)
+    ends = [[line for line in said.splitlines() if line.startswith(("status: ", "weights: "))]
+            for said in (out, second)]  # fmt: skip
+    assert ends[0] == ends[1], err + second_err
+    assert ends[0][:-1] == ["status: 143", "status: 143", "status: 0"], out + err
+    assert checkpoint.find(tmp_path / "step").name == "step-000002"
+    assert checkpoint.find(tmp_path / "samples").name == "step-000003"
+    assert out.count("skipped, no weight was changed") == 1
+    assert [row["step"] for row in metrics(tmp_path / "nan") if "loss" in row] == [1, 2, 4]
+
+
+# ---- the same run again -------------------------------------------------------------------------
+
+
+def test_a_seed_is_a_run(tiny_run, options, tmp_path):
+    """The same one the same run, to the bit; another one another."""
+    for name, seed in (("again", 0), ("other", 1)):
+        assert call(train, *options, "--train.seed", seed, "--out", tmp_path / name) == 0
+    assert metrics(tmp_path / "again") == metrics(tiny_run)
+    assert equal(weights(tmp_path / "again"), weights(tiny_run))
+    for ours, theirs in zip(metrics(tmp_path / "other"), metrics(tiny_run)):
+        assert ours["step"] == theirs["step"]
+        assert all(ours[key] != theirs[key] for key in ("loss", "val_loss") if key in ours)
+
+
+def test_threads_change_nothing_but_rounding():
+    """Two threads add up in another order than one: losses and gradients agree to 1e-5."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, context_length=64, n_layer=1, n_head=2, d_model=128))
+    batch, results = {"tokens": torch.randint(257, (32, 65))}, []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            model.zero_grad()
+            loss, _ = model.loss(batch)
+            loss.backward()
+        finally:
+            torch.set_num_threads(threads)
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+# ---- files of others ----------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """Bytes that make a folder when they are unpickled, as they do here once; none is there after
+    the test."""
+    marker = tmp_path / "exploded"
+    payload = pickle.dumps(Bomb(marker))
+    pickle.loads(payload)
+    marker.rmdir()
+    yield payload
+    assert not marker.exists()
+
+
+SMALL = GPTConfig(280, context_length=8, n_layer=1, n_head=2, d_model=8)
+
+
+@pytest.fixture(scope="module")
+def published(text, tmp_path_factory):
+    """A GPT with its tokenizer, in the layout that others read."""
+    folder = tmp_path_factory.mktemp("published") / "gpt"
+    words = [text.read_text(encoding="utf-8")]
+    GPT(SMALL).save_pretrained(folder, tokenizer=tokenizer.train("bpe", words, 280))
+    return folder
+
+
+def open_published(folder: Path) -> None:
+    GPT.from_pretrained(folder)
+    tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json",
+                                  "tokenizer.model", "model.safetensors.index.json"])  # fmt: skip
+def test_a_pickle_in_a_published_folder(published, tmp_path, bomb, name):
+    folder = Path(shutil.copytree(published, tmp_path / "gpt"))
+    open_published(folder)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(bomb)
+    with pytest.raises(ValueError, match="gpt"):
+        open_published(folder)
+
+
+def test_a_pickle_in_prepared_text(text, tmp_path, bomb):
+    config = TextConfig(str(text), "bytes", cache=str(tmp_path / "cache"))
+    TextData.prepare(config, 257, 16, 2, seed=0)
+    (folder,) = (tmp_path / "cache").iterdir()
+    for name in ("manifest.json", "train-00000.bin"):
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(bomb)
+        with pytest.raises(ValueError, match="delete the folder"):
+            TextData.prepare(config, 257, 16, 2, seed=0)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "pairs.csv", "pairs.jsonl", "text.txt"])
+def test_a_pickle_that_says_it_is_something_else(tmp_path, bomb, name):
+    path = tmp_path / name
+    path.write_bytes(bomb)
+    with pytest.raises(ValueError, match=name):
+        if path.suffix in (".png", ".jpg"):
+            pictures.read(path, 8, 1)
+        elif path.suffix == ".txt":
+            config = TextConfig(str(path), "bytes", cache=str(tmp_path / "cache"))
+            TextData.prepare(config, 257, 16, 2, seed=0)
+        else:
+            captioned.pairs(path, Report())
+
+
+def test_a_pickle_in_the_state_of_a_shared_run(tiny_run, tmp_path, bomb, capsys):
+    """It is for going on with runs of one's own; whoever samples or exports never reads it."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    folder = checkpoint.find(run)
+    for path in (folder / "state").rglob("*"):
+        path.write_bytes(bomb)
+    (folder / "state" / ".metadata").write_bytes(bomb)
+    files.write_json(folder / checkpoint.MANIFEST, checkpoint._seals(folder))  # as a forger would
+    assert call(sample, run, "--max-new-tokens", 2) == 0
+    hub.main([str(run), str(tmp_path / "exported")])
+    assert (tmp_path / "exported" / "config.json").exists()
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+def damaged_latents(path: Path) -> dict[str, bytes]:
+    np.save(path, np.zeros((4, 2, 3, 3), np.float16))
+    whole = path.read_bytes()
+    objects = np.array([Bomb(path.parent / "exploded")] * 4, dtype=object)
+    few, doubles = np.zeros((3, 2, 3, 3), np.float16), np.zeros((4, 2, 3, 3))
+    others = {"objects": objects, "rows": few, "type": doubles}
+    damaged = {f"cut at {end}": whole[:end] for end in (0, 5, 60, 128, len(whole) - 1)}
+    for name, array in others.items():
+        np.save(path, array, allow_pickle=True)
+        damaged[name] = path.read_bytes()
+    return {**damaged, "zip": b"PK\3\4" + whole, "header": whole[:10] + b"{[" + whole[12:]}
+
+
+def test_damaged_latents_are_refused_by_name(tmp_path, bomb):
+    path = tmp_path / "latents-0.npy"
+    damaged = damaged_latents(path)
+    for content in [*damaged.values(), bomb]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"latents-0\.npy cannot be read: .*; delete it"):
+            latents.open_latents(path, 4)
+    np.save(path, np.ones((4, 2, 3, 3), np.float16))
+    assert latents.open_latents(path, 4).min() == 1
+
+
+def places(tree, before=()):
+    """The way to each value of nested tables and lists."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in pairs:
+        yield (*before, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*before, key))
+
+
+ODD = (None, True, -1, 0, 0.5, 1e308, 10**30, "x", "", [], {}, [1, 2], {"a": 1}, [[]])
+
+
+def altered(record: dict, rng: random.Random) -> dict:
+    """The record with an odd value somewhere, without one, or with one too many."""
+    record = copy.deepcopy(record)
+    *way, last = rng.choice(list(places(record)))
+    table = record
+    for key in way:
+        table = table[key]
+    kind = rng.randrange(8)
+    if kind == 0:
+        del table[last]
+    elif kind == 1 and isinstance(table, dict):
+        table["stray"] = rng.choice(ODD)
+    else:
+        table[last] = rng.choice(ODD)
+    return record
+
+
+def test_a_thousand_altered_configs_of_runs():
+    """What is no run of ours is refused in the ways that records.open_run makes a sentence of."""
+    rng, refused = random.Random(0), 0
+    plain = {name: records.to_record(name, presets.PRESETS[name].run)
+             for name in ("gpt", "clip", "autoencoder", "ddpm", "text2image")}  # fmt: skip
+    for i in range(1000):
+        record = altered(plain[list(plain)[i % 5]], rng)
+        try:
+            records.read_run(record)
+        except files.MALFORMED:
+            refused += 1
+    assert 200 < refused < 1000
+
+
+TINY_UNET = UNetConfig(image_size=8, channels=(8, 16), groups=4, n_head=2, attend=(False, True))
+READERS = {  # a model to publish, and who reads its config
+    "gpt": (lambda: GPT(SMALL), lambda folder: hub_gpt.read_config(GPTConfig, folder)),
+    "clip": (
+        lambda: CLIP(CLIPConfig(stem="patch", image_size=8, patch_size=4, vocab_size=280)),
+        lambda folder: hub_clip.read_config(CLIPConfig, folder),
+    ),
+    "unet": (
+        lambda: UNet(TINY_UNET),
+        lambda folder: hub_diffusion.read(
+            folder / "config.json", hub_diffusion.UNETS, hub_diffusion.read_unet, UNetConfig
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore:without a tokenizer")
+def test_hundreds_of_altered_configs_of_others(tmp_path, name):
+    build, read = READERS[name]
+    build().save_pretrained(tmp_path)
+    read(tmp_path)
+    path, rng, refused = tmp_path / "config.json", random.Random(0), 0
+    config = files.read_json(path)
+    for i in range(200):
+        text = json.dumps(altered(config, rng))
+        if i % 2:  # another character anywhere
+            cut = rng.randrange(len(text))
+            text = text[:cut] + chr(rng.randrange(32, 126)) + text[cut + 1 :]
+        path.write_text(text, encoding="utf-8")
+        try:
+            read(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+    assert 50 < refused < 200
