@@ -111,6 +111,23 @@ def test_different_captions_make_the_published_loss():
     torch.testing.assert_close(model.loss(batch)[0], sum(entropies) / 2, **CLOSE)
 
 
+def test_a_wrong_answer_stands_for_many():
+    """As if each wrong text of the batch were there three times; in evaluation, only once."""
+    model, plain, batch = make(rivals="all"), make(), make_batch(6)
+    plain.load_state_dict(model.state_dict())
+    model.n_pairs = 1 + 3 * 5
+    z, total = model(batch["images"], batch["tokens"]).double(), 0
+    for rows in (z, z.T):
+        for i, row in enumerate(rows):
+            others = torch.cat((row[:i], row[i + 1 :])).repeat(3)
+            total = total - torch.cat((row[i : i + 1], others)).log_softmax(0)[0]
+    torch.testing.assert_close(model.loss(batch)[0].double(), total / 12, **CLOSE)
+    expected = plain.loss(batch)[0]
+    assert model.eval().loss(batch)[0] == expected
+    model.train().n_pairs = 3  # fewer than the batch: a sample of nothing
+    assert model.loss(batch)[0] == expected
+
+
 def test_equal_captions_are_no_wrong_answers():
     """With one caption for all, every text is as right as any other: the loss is ln B."""
     model, batch = make(), make_batch()
@@ -326,7 +343,17 @@ def test_which_token_ends_a_text():
     tokens = torch.tensor([[3, 9, 5, 8, 5, 9]])
     for end_token, place in ((-1, 1), (-2, 1), (5, 2), (8, 3), (3, 0)):
         tower = make(end_token=end_token).text_tower
-        assert torch.equal(tower(tokens), tower.states(tokens)[:, place])
+        torch.testing.assert_close(tower(tokens), tower.states(tokens)[:, place], **CLOSE)
+
+
+@torch.no_grad()
+def test_one_place_alone_is_as_among_all():
+    model, batch, at = make(), make_batch(), torch.arange(B) % 5
+    towers = (model.text_tower, batch["tokens"]), (model.image_tower, batch["images"])
+    for tower, inputs in towers:
+        alone, states = tower.states(inputs, at), tower.states(inputs)
+        torch.testing.assert_close(alone[:, 0], states[torch.arange(B), at], **CLOSE)
+    torch.testing.assert_close(model.image_tower(batch["images"]), states[:, 0], **CLOSE)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.optim import (
     EMA,
@@ -87,6 +88,17 @@ def test_muon_skips_what_has_no_gradient_and_refuses_vectors():
         Muon([nn.Parameter(torch.zeros(5))], lr=0.1)
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (60, 2, 3, 3)])
+def test_muon_takes_a_kernel_for_a_matrix(shape):
+    kernel = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    matrix.grad = kernel.grad.flatten(1)
+    for p in (kernel, matrix):
+        Muon([p], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
 def test_newton_schulz_reaches_its_stated_range():
     a, b, c = NEWTON_SCHULZ
     s = torch.linspace(0.002, 1, 100_000, dtype=torch.float64)
@@ -148,6 +160,14 @@ def test_who_gets_what(tied):
     assert {name for name, (_, _, decay) in plain.items() if decay} == {
         name for name, p in model.named_parameters() if p.ndim > 1
     }
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_kernels_are_muons_if_asked_for(kernels):
+    model = Autoencoder(AutoencoderConfig(image_size=8, channels=(8, 16), groups=4))
+    found = groups_of(model, OptimConfig(kernels=kernels))
+    for name, p in model.named_parameters():
+        assert (found[name][0] == "Muon") == (p.ndim in ((2, 4) if kernels else (2,))), name
 
 
 def test_frozen_parameters_are_in_no_group():

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 BUDGETS = {  # lines; over it, an idea is in the wrong file
     "train.py": 115, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
     "tinyfm/gpt.py": 350, "tinyfm/generate.py": 265, "tinyfm/data.py": 250, "tinyfm/shards.py": 260,
-    "tinyfm/optim.py": 285, "tinyfm/trainer.py": 370, "tinyfm/distributed.py": 270,
+    "tinyfm/optim.py": 290, "tinyfm/trainer.py": 370, "tinyfm/distributed.py": 270,
     "tinyfm/sharded.py": 320,
     "tinyfm/files.py": 150, "tinyfm/pairs.py": 250, "tinyfm/pair_files.py": 200,
-    "tinyfm/clip.py": 300, "tinyfm/towers.py": 170, "tinyfm/families.py": 100,
+    "tinyfm/clip.py": 320, "tinyfm/towers.py": 180, "tinyfm/families.py": 100,
     "tinyfm/compiled.py": 100, "tinyfm/ledgers.py": 400, "tinyfm/systems.py": 210,
     "tinyfm/memory.py": 320, "tinyfm/measure.py": 210, "tinyfm/report.py": 230,
     "tinyfm/scaling_laws.py": 250, "tinyfm/evaluate.py": 300, "tinyfm/hub_clip.py": 250,
@@ -32,7 +32,7 @@ BUDGETS = {  # lines; over it, an idea is in the wrong file
     "tinyfm/adapt.py": 300, "tinyfm/hub_adapter.py": 240, "tinyfm/compare.py": 220,
     "data/prepare.py": 330, "data/files.py": 260, "data/captioned.py": 190,
     "data/filters.py": 180, "data/labelled.py": 205,
-    "tinyfm/records.py": 190, "tinyfm/compose.py": 185,
+    "tinyfm/records.py": 190, "tinyfm/compose.py": 190,
     "tinyfm/machine.py": 100, "tinyfm/logbook.py": 120, "tinyfm/__init__.py": 20,
 }  # fmt: skip
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/*.py"), *ROOT.glob("data/*.py")]

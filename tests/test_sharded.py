@@ -153,7 +153,7 @@ def check_muon() -> None:
 
     mesh = init_device_mesh("cpu", (2,))
     g = torch.Generator().manual_seed(0)
-    shapes = [(12, 7), (12, 7), (12, 7), (5, 9), (1, 6), (8, 8), (8, 8)]
+    shapes = [(12, 7), (12, 7), (12, 7), (5, 9), (1, 6), (8, 8), (8, 8), (5, 2, 3, 3)]
     whole = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
     parts = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
              for p in whole]  # fmt: skip

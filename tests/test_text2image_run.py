@@ -238,6 +238,15 @@ def test_other_channels_than_the_pictures_have_are_named(arguments, tmp_path, ca
     assert "and not your own pictures" in message
 
 
+def test_a_coloured_autoencoder_has_a_recipe_of_its_own():
+    grey = presets.get_preset("text2image").run
+    painted = dataclasses.replace(grey, data=dataclasses.replace(grey.data, color=True))
+    grey, painted = (compose.part_run(run, "autoencoder") for run in (grey, painted))
+    assert painted.model == dataclasses.replace(grey.model, in_channels=3, groups=1)
+    assert painted.optim.kernels and not grey.optim.kernels
+    assert painted.train == dataclasses.replace(grey.train, steps=500)
+
+
 def test_parts_are_made_for_what_is_given(arguments, parts, pictures, tmp_path):
     """Few pictures make small batches; a given part says how the other one sees them."""
     words = [*arguments[:-2], "--clip", "", "--out", tmp_path / "x"]

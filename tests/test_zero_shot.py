@@ -13,7 +13,7 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from tinyfm import evaluate, families, files, zero_shot
+from tinyfm import evaluate, families, files, records, zero_shot
 from tinyfm.pair_files import Split
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink"]
@@ -173,6 +173,26 @@ def test_evaluation_of_a_gpt(tiny_run, capsys):
 
 
 # ---- measures -----------------------------------------------------------------------------------
+
+
+def test_a_class_is_as_probable_as_its_captions_together():
+    """One picture of the first class's first style: of that class, though the mean of the two
+    styles is nearer to the mean of the other's."""
+    angles = torch.tensor([[0.0, 30.0], [90.0, 40.0]]).deg2rad()  # (n, M)
+    classes, x = torch.stack((angles.cos(), angles.sin()), dim=-1), torch.tensor([[1.0, 0.0]])
+    means = classes.mean(0)
+    assert (x @ (means / means.norm(dim=1, keepdim=True)).T).argmax() == 1
+    scale = torch.tensor(20.0)
+    p = (scale * x @ classes.flatten(0, 1).T).softmax(1).view(2, 2).sum(0)  # of the four captions
+    found = zero_shot.class_logits(x, classes, scale).softmax(1)
+    torch.testing.assert_close(found[0], p)
+    assert zero_shot.classify(x, classes, scale).tolist() == [0]
+
+
+def test_a_run_tells_its_model_how_many_pairs_there_are(run):
+    opened = records.open_run(str(run))
+    opened.run.get_ready(opened.model, opened.run.open_data())
+    assert opened.model.config.rivals == "all" and opened.model.n_pairs == 86
 
 
 def test_recall_counts_ranks():

@@ -175,7 +175,7 @@ def measured(
     (one, update), (two, _) = (
         measure.step_bytes(model, optim, r, accumulate, at_once, **where) for r in (rows, 2 * rows)
     )
-    matrices = sum(p.numel() for p in hidden_matrices(model) if p.requires_grad)
+    matrices = sum(p.numel() for p in hidden_matrices(model, optim.kernels) if p.requires_grad)
     frozen = measure.count_parts(model, frozen=True)
     _, average = measure.average_bytes(model, optim)
     plain = Training(dtype="fp32", optimizer=optim.optimizer)

@@ -13,10 +13,15 @@ Two more losses have the same signature. SigLIP (Zhai et al. 2023) asks of each 
 it belongs together. SimCLR (Chen et al. 2020) has no captions: the pair is one image, altered
 twice at random.
 
-A batch is a problem, not a sum of problems: its rows are each other's wrong answers. To save
-memory, the towers run on `rows_at_once` rows at a time and do so again on the way back (GradCache,
-Gao et al. 2021, by checkpointing), and z is made a few rows at a time: same loss, same gradients.
-With several processes, `gather` brings the other ranks' vectors; gradients flow through it.
+A batch is a problem, not a sum of problems: its rows are each other's wrong answers. They are few
+and soon easily told apart; then there is nothing left to learn from them, though among all M pairs
+of the data many an image would find a wrong text. With rivals "all", L estimates a softmax over all
+M from the batch as a sample (Jean et al. 2015): each wrong answer stands for (M - 1) / (B - 1), and
+ln of that is added to its z.
+
+To save memory, the towers run on `rows_at_once` rows at a time and do so again on the way back
+(GradCache, Gao et al. 2021), and z is made a few rows at a time: same loss, same gradients. With
+several processes, `gather` brings the other ranks' vectors; gradients flow through it.
 
 One config expresses OpenAI's CLIP models exactly. Our own default has convolutions in front of the
 image tower (Xiao et al. 2021), which learns faster from few images.
@@ -64,6 +69,7 @@ class CLIPConfig:
     loss: Literal["infonce", "siglip", "simclr"] = "infonce"
     temperature: float = 0.07  # exp(-s) at the start
     max_scale: float = 100.0  # largest exp(s)
+    rivals: Literal["batch", "all"] = "batch"  # infonce: what a batch's wrong answers stand for
     augment: float = 0.1  # how far training alters an image, 0 = not at all; simclr: at least 1
 
     def __post_init__(self):
@@ -116,11 +122,12 @@ def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
 
 
 def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, scale: Tensor,
-             bias: Tensor | None = None, skip: Tensor | None = None,
+             bias: Tensor | None = None, skip: Tensor | None = None, margin: float = 0.0,
              rows: int = 0) -> Tensor:  # fmt: skip
     """Mean over the R rows of x of `loss`, z and its gradient made `rows` rows at a time.
 
     skip (R,) is the column each row must not see: itself, where x and y are the same vectors.
+    margin is added to the z of what does not belong together.
     """
 
     def part(x, x_ids, skip):
@@ -128,6 +135,7 @@ def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor,
             z = (scale * x) @ y.T  # (rows, B)
         z = z if bias is None else z + bias
         positive = x_ids[:, None] == y_ids
+        z = z + margin * ~positive if margin else z
         if skip is not None:
             itself = skip[:, None] == torch.arange(len(y), device=y.device)
             z, positive = z.masked_fill(itself, -math.inf), positive & ~itself
@@ -175,6 +183,7 @@ class CLIP(nn.Module):
         self.config = config
         self.rows_at_once = 0  # in the towers and in z, to save memory; 0 = all
         self.rank, self.gather = 0, lambda rows: rows  # gather: all ranks' rows, in their order
+        self.n_pairs = 0  # in the data, for rivals "all"
         self.image_tower = ImageTower(config)
         self.image_projection = nn.Linear(config.image_width, config.embed_dim, bias=False)
         if config.loss != "simclr":
@@ -273,8 +282,16 @@ class CLIP(nn.Module):
             bias = self.logit_bias
             return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
         ways = [(x, all_y), (y, all_x)]  # which text to an image, which image to a text
-        losses = [contrast(softmax_loss, *w, ids, all_ids, scale, rows=rows) for w in ways]
+        margin = self.margin(len(all_x))
+        losses = [
+            contrast(softmax_loss, *w, ids, all_ids, scale, margin=margin, rows=rows) for w in ways
+        ]
         return sum(losses) / 2, {}
+
+    def margin(self, B: int) -> float:
+        """ln of how many wrong answers of all pairs each of a batch of B stands for."""
+        M = self.n_pairs if self.training and self.config.rivals == "all" else 0
+        return math.log(max(1, (M - 1) / (B - 1)))
 
     def simclr_loss(self, x, y, all_x, all_y):
         """NT-Xent (Chen et al. 2020, eq. 1): a view's partner among all views but itself."""

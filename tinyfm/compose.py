@@ -38,6 +38,9 @@ def part_run(run: Run, option: str) -> Run:
     channels = "channels" if option == "clip" else "in_channels"
     sizes = {"image_size": run.model.autoencoder.image_size,
              channels: 3 if run.data.color else run.model.autoencoder.in_channels}  # fmt: skip
+    if run.data.color and option == "autoencoder":
+        part = replace(part, **presets.COLOR)
+        sizes["groups"] = 1  # normalised in small groups, a plain paper loses its colour
     return replace(
         part, model=replace(part.model, **sizes), data=replace(part.data, **same),
         train=replace(part.train, **where), out=out, resume=Path(out).exists(),

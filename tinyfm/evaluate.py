@@ -70,7 +70,7 @@ def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Sco
         templates = zero_shot.find_templates(data.splits[split])
         names, labels = zero_shot.numbered(data.splits[split].labels)
         classes = zero_shot.class_vectors(model, tokenizer, names, templates)
-        guesses = zero_shot.classify(x[split], classes).cpu()
+        guesses = zero_shot.classify(x[split], classes, model.scale()).cpu()
         scores[f"zero-shot, {split}, {len(names):,} names"] = zero_shot.share(guesses == labels)
         found[split] = [names[i] for i in guesses.tolist()]
     return scores, found
@@ -181,7 +181,7 @@ def ask(opened: records.OpenRun, data: TaskData, shots: int = 0) -> Scores:
         templates = files.read_json(opened.folder / opened.run.TEMPLATES)
         x = zero_shot.embed_images(model, data.inputs[held_out])
         classes = zero_shot.class_vectors(model, tokenizer, names, templates)
-        guesses = zero_shot.classify(x, classes).cpu().numpy()
+        guesses = zero_shot.classify(x, classes, model.scale()).cpu().numpy()
     else:
         rows = np.random.default_rng(0).permutation(len(truth))[:ASKED_TEXTS]
         read = lambda split, i: tokenizer.decode(data.inputs[split][i].tolist())  # noqa: E731

@@ -56,14 +56,7 @@ def read_tokens(gpt: GPT, batch: Batch) -> Tensor:
 
 def read_patches(clip: CLIP, batch: Batch) -> Tensor:
     """images (B, C, H, W) -> (B, D): the class token's state, then those of the patches."""
-    tower = clip.image_tower
-    images = (batch["images"] - tower.mean) / tower.std
-    x = tower.stem(images.to(tower.position.dtype))  # (B, P, D of the tower)
-    token = tower.class_token.to(x.dtype).expand(len(x), 1, -1)
-    x = tower.norm1(torch.cat((token, x), dim=1) + tower.position)
-    for block in tower.blocks:
-        x = block(x)
-    x = tower.norm2(x)
+    x = clip.image_tower.states(batch["images"])  # (B, P + 1, D of the tower)
     rows = clip.config.image_size // clip.config.patch_size
     patches = rearrange(x[:, 1:], "B (h w) D -> B D h w", h=rows)
     return torch.cat((x[:, 0], in_places(patches, PATCH_GRID)), dim=1)

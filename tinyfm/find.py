@@ -51,7 +51,7 @@ def name_image(opened: records.OpenRun, image_file: str, labels: str) -> None:
     captions = [template.replace("{}", name) for template in templates for name in names]
     tell_cut(opened.tokenizer, captions, config.context_length)
     classes = zero_shot.class_vectors(opened.model, opened.tokenizer, names, templates)
-    p = (opened.model.scale() * x @ classes.T).softmax(-1)[0]
+    p = zero_shot.class_logits(x, classes, opened.model.scale()).softmax(-1)[0]
     for value, i in zip(*(part.tolist() for part in p.sort(descending=True))):
         print(f"{value:7.2%}  {names[i]}")
 

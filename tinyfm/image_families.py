@@ -51,6 +51,9 @@ class CLIPRun(Run):
         templates = json.dumps(zero_shot.find_templates(data.train))
         (folder / self.TEMPLATES).write_text(templates, encoding="utf-8")
 
+    def get_ready(self, model: CLIP, data: PairData) -> None:
+        model.n_pairs = len(data.train.labels)
+
     def score(self, model: CLIP, data: PairData) -> dict[str, float]:
         """Share of QUICK images of each held-out split whose name is found among the split's.
 
@@ -59,18 +62,18 @@ class CLIPRun(Run):
         """
         scores, simclr = {}, self.model.loss == "simclr"
         if simclr:
-            known = zero_shot.embed_images(model, data.train.images)
+            known = zero_shot.embed_images(model, data.train.images)[None]
         for name, split in list(data.splits.items())[1:]:
             rows = np.random.default_rng(0).permutation(len(split.labels))[: self.QUICK]
             labels = [split.labels[i] for i in np.sort(rows)]
             x = zero_shot.embed_images(model, split.images[np.sort(rows)])
             if simclr:
-                near = zero_shot.classify(x, known).tolist()
+                near = zero_shot.classify(x, known, model.scale()).tolist()
                 right = [data.train.labels[i] == label for i, label in zip(near, labels)]
             else:
                 names, templates = sorted(set(split.labels)), zero_shot.find_templates(split)[:4]
                 classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
-                found = zero_shot.classify(x, classes).tolist()
+                found = zero_shot.classify(x, classes, model.scale()).tolist()
                 right = [names[i] == label for i, label in zip(found, labels)]
             key = f"{'neighbour' if simclr else 'zero_shot'} {name}"
             scores[re.sub(r"\W", "_", key)] = sum(right) / len(right)
@@ -83,12 +86,12 @@ class CLIPRun(Run):
         x = zero_shot.embed_images(model, split.images[rows])
         if self.model.loss == "simclr":
             names = data.train.labels
-            classes = zero_shot.embed_images(model, data.train.images)
+            classes = zero_shot.embed_images(model, data.train.images)[None]
         else:
             names = sorted(set(split.labels))
             templates = zero_shot.find_templates(split)[:4]
             classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
-        found = [names[i] for i in zero_shot.classify(x, classes).tolist()]
+        found = [names[i] for i in zero_shot.classify(x, classes, model.scale()).tolist()]
         folder.mkdir(exist_ok=True)
         images = split.images[rows].transpose(0, 2, 3, 1)
         save_grid(images, folder / f"step-{step:06d}.png", 8, found)

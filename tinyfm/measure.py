@@ -146,7 +146,7 @@ def average_bytes(model: nn.Module, optim: OptimConfig) -> tuple[int, int]:
     What is frozen has none of them.
     """
     learnt = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in hidden_matrices(model) if p.requires_grad]
+    hidden = [p for p in hidden_matrices(model, optim.kernels) if p.requires_grad]
     muons = sum(p.numel() for p in hidden) if optim.optimizer == "muon" else 0
     average = sum(p.nbytes for p in learnt) if optim.ema_half_life else 0
     return 4 * (2 * sum(p.numel() for p in learnt) - muons), average

@@ -34,6 +34,7 @@ class OptimConfig:
     optimizer: Literal["muon", "adamw"] = "muon"  # for hidden matrices; the rest is AdamW's
     lr: float = 3e-3  # AdamW's peak learning rate
     muon_lr: float = 0.02  # Muon's peak learning rate
+    kernels: bool = False  # Muon for convolutions too; the rates of such a model change with it
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averages of gradient and square
     momentum: float = 0.95  # Muon's average of gradients
     weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
@@ -103,7 +104,7 @@ def orthogonalise_shards(M: Tensor, like: Tensor) -> Tensor:
     like: one of the n shards. Every rank gets its part of the n, whole, and gives back the rows:
     the same products as on one rank, each done once.
     """
-    group, (rows, columns) = shard_group(like), like.shape
+    group, rows, columns = shard_group(like), like.size(0), M.size(2)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     height = -(-rows // size)  # of all shards but the last: torch.chunk's rule
     heights = [min(height, max(0, rows - r * height)) for r in range(size)]
@@ -125,7 +126,8 @@ def orthogonalise_shards(M: Tensor, like: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for 2-D parameters; the same update as torch.optim.Muon.
+    """Momentum, orthogonalised, for matrices; the same update as torch.optim.Muon. A kernel (C out,
+    C in, H, W) is taken for the matrix (C out, C in x H x W) that it is to a patch of its input.
 
     Matrices of one shape are stacked and orthogonalised together: few large products in place of
     many small ones. A matrix with more rows than columns takes a step sqrt(rows / columns) longer,
@@ -134,9 +136,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        shapes = [p.shape for group in self.param_groups for p in group["params"] if p.ndim != 2]
-        if shapes:
-            raise ValueError(f"Muon updates matrices; it was given the shape {tuple(shapes[0])}")
+        shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"]]
+        if wrong := [shape for shape in shapes if len(shape) not in (2, 4)]:
+            raise ValueError(f"Muon updates matrices; it was given the shape {wrong[0]}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -147,7 +149,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape, p.device].append(p)
             for (shape, _), params in by_shape.items():
-                self.update(params, group, group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+                ratio = shape[0] / shape[1:].numel()  # of rows to columns
+                self.update(params, group, group["lr"] * max(1, ratio) ** 0.5)
 
     def update(self, params: list[Tensor], group: dict, lr: float) -> None:
         for p in params:
@@ -157,29 +160,31 @@ class Muon(torch.optim.Optimizer):
         grads, weights = [local(p.grad) for p in params], [local(p) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's look ahead
-        M, first = torch.stack(ahead), params[0]
+        M, first = torch.stack(ahead).flatten(2), params[0]
         updates = orthogonalise_shards(M, first) if is_shard(first) else orthogonalise(M)
+        updates = [x.view_as(w) for x, w in zip(updates.to(first.dtype), weights)]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(updates.to(first.dtype).unbind()), alpha=-lr)
+        torch._foreach_add_(weights, updates, alpha=-lr)
 
 
 # ---- parameter groups ---------------------------------------------------------------------------
 
 
-def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The 2-D weights between hidden states: all but those below a name of `model.outer`.
+def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[Tensor]:
+    """The 2-D weights between hidden states, and the kernels of convolutions if asked for: all but
+    those below a name of `model.outer`.
 
     A model names there what reads its input or writes its output, at any depth: tables, not maps.
     """
-    named, outer = model.named_parameters(), set(model.outer)
-    return [p for name, p in named if p.ndim == 2 and outer.isdisjoint(name.split("."))]
+    named, outer, ndims = model.named_parameters(), set(model.outer), (2, 4) if kernels else (2,)
+    return [p for name, p in named if p.ndim in ndims and outer.isdisjoint(name.split("."))]
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the hidden matrices and AdamW for the rest; matrices decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
-    hidden = [p for p in hidden_matrices(model) if p.requires_grad]
+    hidden = [p for p in hidden_matrices(model, config.kernels) if p.requires_grad]
     if config.optimizer == "muon" and hidden:
         optimizers.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay))
         taken = {id(p) for p in hidden}

@@ -252,7 +252,7 @@ def simulate(name: str, ranks: int, gpu: gpus.GPU, shard_size: int = 0, rows: in
     units = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     parameters = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    muons = sum(p.numel() for p in hidden_matrices(model) if p.requires_grad)
+    muons = sum(p.numel() for p in hidden_matrices(model, optim.kernels) if p.requires_grad)
     sharing = shard_size or ranks
     expected = memory.state(
         parameters, Training(dtype="fp32", optimizer=optim.optimizer), Layout(sharing, zero=3),

@@ -2,8 +2,9 @@
 
 The image tower is a Vision Transformer (Dosovitskiy et al. 2021): an image is cut into patches, a
 patch is a token, and the state of one more token, which belongs to no patch, is the summary. The
-text tower reads left to right as a GPT does; its summary is the state at the end token. Both are
-pre-norm Transformers with learned positions and biases, as CLIP has them.
+text tower reads left to right as a GPT does; its summary is the state at the end token. So the last
+block of either computes that one place alone, for a fraction of the work. Both are pre-norm
+Transformers with learned positions and biases, as CLIP has them.
 
 `config` is clip.py's CLIPConfig. Letters: B batch, T tokens, P patches, D width of a tower, N
 heads, K head width, C channels, H W rows and columns, h w rows and columns of patches.
@@ -21,6 +22,11 @@ from torch import nn
 # ---- layers -------------------------------------------------------------------------------------
 
 
+def pick(x, at):
+    """Of states (B, T, D) those of places `at` (B,) alone, (B, 1, D); of None, all."""
+    return x if at is None else x[torch.arange(len(x), device=x.device), at][:, None]
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -28,14 +34,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x):
-        q, k, v = (
-            rearrange(f(x), "B T (N K) -> B N T K", N=self.heads) for f in (self.q, self.k, self.v)
-        )
+    def forward(self, x, at=None):
+        q, k, v = self.q(pick(x, at)), self.k(x), self.v(x)
+        q, k, v = (rearrange(y, "B T (N K) -> B N T K", N=self.heads) for y in (q, k, v))
+        one, places = self.causal and at is not None, torch.arange(x.size(1), device=x.device)
+        mask = places <= at[:, None, None, None] if one else None  # it sees all up to its place
         if x.device.type == "cpu":  # where the backward pass in bfloat16 is several times slower
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and not one)
         return self.out(rearrange(y, "B N T K -> B T (N K)").to(x.dtype))
 
 
@@ -59,8 +66,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, config.activation)
 
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x, at=None):
+        """States (B, T, D) -> the next; or those of places `at` (B,) alone, (B, 1, D)."""
+        x = pick(x, at) + self.attention(self.norm1(x), at)
         return x + self.mlp(self.norm2(x))
 
 
@@ -120,14 +128,20 @@ class ImageTower(nn.Module):
         self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
         self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
 
-    def forward(self, images):
+    def states(self, images, at=None):
+        """Normalised states (B, P + 1, D) of class token and patches, or of those `at` (B,) alone,
+        (B, 1, D)."""
         images = ((images - self.mean) / self.std).to(self.position.dtype)
         x = self.stem(images)  # (B, P, D)
         token = self.class_token.to(x.dtype).expand(len(x), 1, -1)
         x = self.norm1(torch.cat((token, x), dim=1) + self.position)  # (B, P + 1, D)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm2(x[:, 0])
+        return self.norm2(self.blocks[-1](x, at))
+
+    def forward(self, images):
+        first = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        return self.states(images, first)[:, 0]
 
 
 class TextTower(nn.Module):
@@ -147,16 +161,16 @@ class TextTower(nn.Module):
         )
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
 
-    def states(self, tokens):
-        """Normalised states (B, T, D) of all tokens."""
+    def states(self, tokens, at=None):
+        """Normalised states of all tokens (B, T, D), or of those `at` (B,) alone, (B, 1, D)."""
         if tokens.size(1) > len(self.position):
             raise ValueError(f"{tokens.size(1)} tokens exceed context_length {len(self.position)}")
         x = self.token_embedding(tokens) + self.position[: tokens.size(1)]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, at))
 
     def forward(self, tokens):
         ends = {-1: tokens[:, -1:], -2: tokens.amax(1, keepdim=True)}
         end = (tokens == ends.get(self.end_token, self.end_token)).int().argmax(1)  # the first
-        return self.states(tokens)[torch.arange(len(tokens), device=tokens.device), end]
+        return self.states(tokens, end)[:, 0]

@@ -1,12 +1,20 @@
 """What a CLIP model knows without having been taught it: measures on pictures with captions.
 
-A class is a name. It is put into templates, "serif bold {}" or "a picture of a {}", each caption is
-embedded, and the mean of the vectors stands for the class (Radford et al. 2021, section 3.1.4); an
-image belongs to the class nearest to it. Retrieval asks the same of whole captions: is the right
-one among the k nearest of all? Probes use the image tower alone: the class of the nearest training
-images (k-NN), or a linear map from features to classes, fitted by least squares.
+A class is a name. It is put into n templates, "serif bold {}" or "a picture of a {}", and each
+caption is embedded. The model says how probable each of the n M captions is for an image x; a class
+is as probable as its captions together, whichever of them it was:
 
-Letters: B images, M classes, E embedding width. Vectors are unit vectors of float32.
+    P(class m | x) ~ sum_k exp(z_km),    z_km = exp(s) x . y_km, as in clip.py
+
+Radford et al. (2021, section 3.1.4) take the mean of a class's vectors instead. Where templates are
+but ways to say the same, that does as well; ours name styles, a picture has one of them, and the
+mean of four styles is no style at all.
+
+Retrieval asks the same of whole captions: is the right one among the k nearest of all? Probes use
+the image tower alone: the class of the nearest training images (k-NN), or a linear map from
+features to classes, fitted by least squares.
+
+Letters: B images, M classes, n templates, E embedding width. Vectors are unit vectors of float32.
 """
 
 from __future__ import annotations
@@ -17,7 +25,6 @@ from functools import wraps
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinyfm.pair_files import Split, encode_captions
@@ -57,12 +64,9 @@ def find_templates(split: Split) -> list[str]:
 
 
 def class_vectors(model, tokenizer, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(M, E): for each name the direction of the mean over the templates."""
-    total = 0
-    for template in templates:
-        captions = [template.replace("{}", name) for name in names]
-        total = total + embed_texts(model, tokenizer, captions)
-    return F.normalize(total, dim=-1)
+    """(n, M, E): each name in each template."""
+    ways = [[template.replace("{}", name) for name in names] for template in templates]
+    return torch.stack([embed_texts(model, tokenizer, captions) for captions in ways])
 
 
 # ---- measures: shares of 1 ----------------------------------------------------------------------
@@ -80,9 +84,14 @@ def exactly(measure: Callable) -> Callable:
 
 
 @exactly
-def classify(x: Tensor, classes: Tensor) -> Tensor:
-    """The nearest class (B,) to each of x (B, E)."""
-    return torch.cat([(part @ classes.T).argmax(1) for part in x.split(ROWS)])
+def class_logits(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    """(B, M) of x (B, E) and classes (n, M, E): their softmax is how probable each class is."""
+    return torch.stack([scale * x @ captions.T for captions in classes]).logsumexp(0)
+
+
+def classify(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    """The most probable class (B,) of each of x (B, E)."""
+    return torch.cat([class_logits(part, classes, scale).argmax(1) for part in x.split(ROWS)])
 
 
 def numbered(labels: Sequence[str]) -> tuple[list[str], Tensor]:
