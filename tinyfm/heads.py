@@ -1,8 +1,9 @@
 """A body and its heads: what a pretrained model knows, asked by labels.
 
 A classifier reads an example as one vector of features x (D,) of its body (features.py), brought to
-mean 0 and variance 1 over its D numbers, so that one learning rate suits all bodies. For each
-question that is asked of it, it has a head:
+mean 0 and variance 1 over its D numbers, and then divided by D / 256. So one learning rate suits
+all bodies: AdamW moves every weight as far, whatever D is, and D of them add up. For each question
+that is asked of it, it has a head:
 
     p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(the label)
 
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from tinyfm import metrics
 from tinyfm.features import Batch, find_reader
+
+WIDTH = 256  # features of which one learning rate is the measure
 
 
 class Classifier(nn.Module):
@@ -74,10 +77,10 @@ class Classifier(nn.Module):
             raise ValueError(f"images are {sizes[0]}, this {kind} takes {sizes[1]}")
 
     def features(self, batch: Batch) -> Tensor:
-        """A batch as tasks.py gives it -> (B, D), float32, of mean 0 and variance 1 in each row."""
+        """A batch as tasks.py gives it -> (B, D), float32, of mean 0 and deviation WIDTH / D."""
         self.check(batch)
         x = self.reader.read(self.body, batch).float()
-        return F.layer_norm(x, x.shape[1:])
+        return F.layer_norm(x, x.shape[1:]) * WIDTH / x.size(1)
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """Logits (B, number of classes) of each head, float32."""

@@ -172,14 +172,14 @@ PRESETS = {
 
 # ---- what is made of a trained model -------------------------------------------------------------
 
-FULL = OptimConfig(lr=1e-3, muon_lr=3e-3, warmup_steps=20, decay_fraction=0.6)
-PARTLY = OptimConfig(optimizer="adamw", lr=2e-3, warmup_steps=20, weight_decay=0, decay_fraction=1)
+FULL = OptimConfig(lr=4e-3, muon_lr=0.01, warmup_steps=10, decay_fraction=1)
+PARTLY = OptimConfig(optimizer="adamw", lr=0.01, warmup_steps=10, weight_decay=0, decay_fraction=1)
 ADAPTED = {  # the fewer numbers are trained, the further each has to go
     "full": FULL,
     "lora": PARTLY,
-    "bias": dataclasses.replace(PARTLY, lr=5e-3),
-    "head": dataclasses.replace(PARTLY, lr=5e-3),
-    "prompt": dataclasses.replace(PARTLY, lr=3e-2),
+    "bias": dataclasses.replace(PARTLY, lr=0.02),
+    "head": dataclasses.replace(PARTLY, lr=0.02),
+    "prompt": dataclasses.replace(PARTLY, lr=0.03),
 }
 
 
