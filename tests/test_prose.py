@@ -119,7 +119,7 @@ def readme_commands() -> list[str]:
 
 
 SMALL = {
-    "gpt": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32 "
+    "gpt": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 64 "
     "--data.val-fraction 0.01",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32",
@@ -136,10 +136,14 @@ def small(words: list[str]) -> list[str]:
     """Options that make a command which trains do so for two steps on a tiny model. The batch is
     not as small, as an evaluation reads all there is in pieces of a batch. Of the pictures clip
     draws all, the others the letters; the library's source is read as bytes."""
+    if "compare" in words:
+        return ["--methods", "head", "--labels", "30", "--steps", "2", "--seeds", "1"]
     if "train.py" not in words or {"--dry-run", "--help"} & {*words}:
         return []
     after = words[words.index("train.py") + 1 :] or ["gpt"]
     family = after[0] if after[0] in SMALL else "gpt"
+    if "--init-from" in words:  # the base is small
+        return ["--train.steps", "2", "--train.batch-size", "64"]
     plain = "--data.tokenizer bytes --model.vocab-size 257" if "stdlib" in words else ""
     return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]} {plain}")
 
