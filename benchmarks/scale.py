@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from tinyfm import distributed, machine  # noqa: E402
 from tinyfm.gpt import GPT, GPTConfig  # noqa: E402
-from tinyfm.logbook import Logbook  # noqa: E402
-from tinyfm.optim import OptimConfig, local  # noqa: E402
+from tinyfm.muon import local  # noqa: E402
+from tinyfm.optim import OptimConfig  # noqa: E402
 from tinyfm.trainer import TrainConfig, Trainer  # noqa: E402
 
 ROWS, WARMUP = 16, 3
@@ -87,13 +87,12 @@ def time_saving(trainer: Trainer, seconds: float) -> dict[str, float]:
 
 def time_faults(trainer: Trainer) -> float:
     """Seconds a step for what makes it safe: all but the sums it needs anyway."""
-    log, n = Logbook(trainer.out, 1, 0, first=False), 1000
+    n = 1000
     begin = time.perf_counter()
     for _ in range(n):
         sums = trainer.signals.total(torch.zeros(2))
         trainer.signals.agree(sums.tolist()[-1])
-        trainer.is_fine(1.0, 1.0)
-        trainer.tell_skips(1.0, 1.0, log)
+        trainer.guard.passes(1.0, 1.0)
     return (time.perf_counter() - begin) / n
 
 

@@ -218,7 +218,7 @@ import torch
 from conftest import run_two_ranks
 from safetensors.torch import save_file
 from test_clip import LOSSES, B, make, make_batch, streams
-from tinyfm import distributed
+from tinyfm import distributed, parallel
 
 torch.set_num_threads(1)
 world = distributed.start()
@@ -228,7 +228,7 @@ for loss in LOSSES:
     for part in (0, 3):
         model = make(loss=loss, stem="conv")
         model.rank, model.gather, model.rows_at_once = world.rank, distributed.gather, part
-        call = distributed.Parallel(model, world)
+        call = parallel.Parallel(model, world)
         value, _ = call(batch, streams()[rows])
         value.backward()
         print(value.item(), flush=True)

@@ -10,17 +10,8 @@ from torch import nn
 
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.optim import (
-    EMA,
-    NEWTON_SCHULZ,
-    Muon,
-    OptimConfig,
-    build_optimizers,
-    lr_factor,
-    orthogonalise,
-    scale_and_clip,
-    set_lr,
-)
+from tinyfm.muon import NEWTON_SCHULZ, Muon, orthogonalise
+from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
 SHAPES = [(24, 24), (16, 48), (16, 48), (60, 20), (60, 20), (60, 20), (8, 1)]
 

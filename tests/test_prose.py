@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 BUDGETS = {  # lines; over it, an idea is in the wrong file
     "train.py": 115, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
     "tinyfm/gpt.py": 350, "tinyfm/generate.py": 265, "tinyfm/data.py": 250, "tinyfm/shards.py": 260,
-    "tinyfm/optim.py": 290, "tinyfm/trainer.py": 370, "tinyfm/distributed.py": 270,
+    "tinyfm/optim.py": 180, "tinyfm/trainer.py": 325, "tinyfm/distributed.py": 210,
     "tinyfm/sharded.py": 320,
     "tinyfm/files.py": 150, "tinyfm/pairs.py": 250, "tinyfm/pair_files.py": 200,
     "tinyfm/clip.py": 320, "tinyfm/towers.py": 180, "tinyfm/families.py": 100,
@@ -27,7 +27,7 @@ BUDGETS = {  # lines; over it, an idea is in the wrong file
     "tinyfm/judge.py": 240, "tinyfm/text2image.py": 250, "data/glyphs.py": 260,
     "tinyfm/image_families.py": 260, "tinyfm/unet.py": 350, "tinyfm/ddpm.py": 400,
     "tinyfm/autoencoder.py": 310, "tinyfm/hub_diffusion.py": 330, "tinyfm/hub_pipeline.py": 140,
-    "tinyfm/checkpoint.py": 270, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
+    "tinyfm/checkpoint.py": 220, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
     "tinyfm/calc.py": 400, "tinyfm/hub.py": 300, "tinyfm/hub_gpt.py": 330,
     "tinyfm/chat_data.py": 220, "tinyfm/scoring.py": 250, "tinyfm/tasks.py": 295,
     "tinyfm/adapt.py": 300, "tinyfm/hub_adapter.py": 240, "tinyfm/compare.py": 220,
@@ -52,7 +52,7 @@ def test_files_functions_and_classes_keep_their_budgets(path):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, node.name
         if isinstance(node, ast.ClassDef):
-            limit = 270 if node.name == "Trainer" else 150
+            limit = 250 if node.name == "Trainer" else 150
             assert node.end_lineno - node.lineno < limit, node.name
 
 

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
-from tinyfm import checkpoint, distributed, files, gpus, optim, records, sharded, systems
+from tinyfm import checkpoint, distributed, files, gpus, records, sharded, systems
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.data import TextData
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.logbook import Logbook
-from tinyfm.optim import Muon, OptimConfig
+from tinyfm.muon import Muon, is_shard, local
+from tinyfm.optim import OptimConfig
 from tinyfm.report import short
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.trainer import TrainConfig, Trainer
@@ -91,7 +92,7 @@ def score(model) -> dict[str, float]:
 
 def show(model, folder, step) -> str:
     """Uses it on the first rank alone."""
-    assert not any(optim.is_shard(tensor) for tensor in model.state_dict().values())
+    assert not any(is_shard(tensor) for tensor in model.state_dict().values())
     with torch.no_grad():
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         return str(model.eval().loss(Random(model).batch(7, slice(2)), generators)[0].item())
@@ -138,9 +139,9 @@ def check_shares(trainer: Trainer) -> None:
     """What is frozen is shared out too; all but single numbers are; nothing is kept of it."""
     shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
     for name, p in trainer.model.named_parameters():
-        assert optim.is_shard(p) == bool(shapes[name]), name
+        assert is_shard(p) == bool(shapes[name]), name
         assert p.requires_grad == (name in trainer.ema.average)
-    held = sum(optim.local(p).nbytes for p in trainer.model.parameters())
+    held = sum(local(p).nbytes for p in trainer.model.parameters())
     assert held < 0.6 * sum(p.nbytes for p in trainer.model.parameters())
     kept = {id(p) for optimizer in trainer.optimizers for p in optimizer.state}
     assert kept == {id(p) for p in trainer.model.parameters() if p.requires_grad}

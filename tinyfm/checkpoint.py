@@ -12,19 +12,17 @@ name and appears by one rename, with the hash of every file in it:
 
 Share everything but state/, which holds a pickle. Under torchrun every rank calls `save`, on one
 shared file system: rank 0 writes the weights and the manifest, each rank its part of state/, and
-one rank's error is raised on all. `Saver` does that beside the training: see there.
+one rank's error is raised on all. saver.py does that beside the training.
 Left out: remote storage, signatures (a manifest finds damage, not lies).
 """
 
 import hashlib
 import re
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -213,53 +211,3 @@ def save(
         if distributed.rank() == 0:
             _clear(run)
     return final
-
-
-# ---- saving beside the training ----
-
-
-def copy(tree: Any) -> Any:
-    """Nested dicts and lists with all their tensors copied to CPU memory, shards as shards."""
-    if isinstance(tree, dict):
-        return {name: copy(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [copy(value) for value in tree]
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
-
-
-class Saver:
-    """One save at a time, in a thread of its own, on all ranks.
-
-    What it writes must be copies, or it would be of several steps. Its messages between ranks have
-    a group of their own, as training sends others at the same time. A kill leaves what was there.
-    """
-
-    def __init__(self):
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-        self.group = None
-        if dist.is_available() and dist.is_initialized():  # a slow disk is no reason to give up
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-
-    def start(self, work: Callable[[dist.ProcessGroup | None], None]) -> None:
-        """Begin work(group), which every rank begins, once the work before is done."""
-        self.wait()
-
-        def run() -> None:
-            try:
-                work(self.group)
-            except BaseException as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Until the save under way is done. Raises what went wrong in it."""
-        if self.thread:
-            self.thread.join()
-        error, self.thread, self.error = self.error, None, None
-        if error:
-            raise error
-
-    close = wait

@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyfm import files, gpus, memory, systems
 from tinyfm.memory import Layout, Memory, Training
-from tinyfm.optim import Muon, OptimConfig, build_optimizers, hidden_matrices, is_shard, local
+from tinyfm.muon import Muon, is_shard, local
+from tinyfm.optim import OptimConfig, build_optimizers, hidden_matrices
 from tinyfm.report import short
 
 # ---- blocks -------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,8 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm import checkpoint, distributed, files, machine, sharded, training_state
+from tinyfm.guard import Guard
 from tinyfm.logbook import Logbook, summary_writer
 from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
+from tinyfm.parallel import Parallel
+from tinyfm.saver import Saver, copy
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,6 @@ def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, 
     return loss * weight, weight
 
 
-WINDOW = 128  # steps that a new one is compared with
-
-
-def is_spike(recent: list[tuple[float, float]], new: tuple[float, float], sigmas: float) -> bool:
-    """Whether a step's loss or gradient norm is far above those of the steps before it: by more
-    than `sigmas` standard deviations (6 in OLMo 2, arXiv 2501.00656), each at least 1% of the mean.
-
-    None is, before half a window of steps was made.
-    """
-    if not sigmas or len(recent) < WINDOW // 2:
-        return False
-    limits = []
-    for values in zip(*recent):
-        mean = statistics.fmean(values)
-        limits.append(mean + sigmas * max(statistics.pstdev(values, mean), abs(mean) / 100))
-    return any(value > limit for value, limit in zip(new, limits))
-
-
 class Trainer:
     """Trains `model` on `data` into the run directory `out`.
 
@@ -136,16 +120,14 @@ class Trainer:
         if train.activation_checkpointing:
             sharded.checkpoint_activations(model)
         share = (self.dtype, train.shard_size) if train.parallel == "fsdp" else ()
-        self.call = distributed.Parallel(model, world, self.device, train.compile, share)
+        self.call = Parallel(model, world, self.device, train.compile, share)
         self.optimizers = build_optimizers(model, optim)
         self.ema = EMA(model, optim.ema_half_life) if optim.ema_half_life else None
-        self.saver = checkpoint.Saver()
+        self.saver = Saver()
         # Plain numbers, saved with a checkpoint.
         self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf}
-        if train.spike_sigmas:
-            self.counters["recent"] = []  # (loss, gradient norm) of the last steps
+        self.guard = Guard(train.patience, train.spike_sigmas, self.counters)
         self.scores: dict[str, float] = {}  # of this step; empty if it was not evaluated
-        self.skipped = 0  # steps in a row
         self.signals = distributed.Signals()
 
     # ---- one step --------------------------------------------------------------------------------
@@ -178,7 +160,7 @@ class Trainer:
         return sums
 
     def update(self, step: int) -> tuple[float, float]:
-        """One step; returns (loss, gradient norm). Changes no weight if either is not finite."""
+        """One step; returns (loss, gradient norm). Changes no weight if the guard refuses them."""
         torch.manual_seed(mix(self.train.seed, step, -1 - self.world.rank))  # for dropout
         set_lr(self.optimizers, lr_factor(step, self.train.steps, self.optim))
         total, weight, asked = self.signals.total(self.backward(step))
@@ -186,29 +168,14 @@ class Trainer:
         norm = scale_and_clip(self.model, self.world.size / weight, self.optim.clip)
         loss, norm, asked = torch.stack((total / weight, norm, asked)).tolist()
         self.signals.agree(asked)
-        if self.is_fine(loss, norm):
+        if self.guard.passes(loss, norm):
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.ema:
                 self.ema.update(self.model, step)
-            self.skipped = 0
-        else:
-            self.skipped += 1
         for parameter in self.model.parameters():
             parameter.grad = None
         return loss, norm
-
-    def is_fine(self, loss: float, norm: float) -> bool:
-        """Whether to make this step: the same answer on all ranks, as the numbers are the same."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return False
-        if not self.train.spike_sigmas:
-            return True
-        recent = self.counters["recent"]
-        spike = is_spike(recent, (loss, norm), self.train.spike_sigmas)
-        # With the spikes: what stays on a new level is soon none.
-        self.counters["recent"] = [*recent, (loss, norm)][-WINDOW:]
-        return not spike
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -269,7 +236,7 @@ class Trainer:
         if self.ema:  # and what has no average: buffers, and what is frozen
             tensors["ema"] = tensors["model"] | sharded.gather(self.ema.average, self.world.first)
         state = training_state.collect(self.model, self.optimizers, self.counters)
-        state, meta, best = checkpoint.copy(state), {**self.scores}, self.counters["best_step"]
+        state, meta, best = copy(state), {**self.scores}, self.counters["best_step"]
 
         def write(group) -> None:
             checkpoint.save(self.out, step, tensors, state, meta, self.write, group)
@@ -299,7 +266,7 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the last step, or until a signal; returns the last evaluation's numbers.
 
-        Raises FloatingPointError after `patience` non-finite steps in a row.
+        Raises FloatingPointError after `patience` skipped steps in a row.
         """
         start, train = self.counters["step"], self.train
         log = Logbook(self.out, train.steps, start, self.world.first, train.tensorboard)
@@ -309,7 +276,8 @@ class Trainer:
             clock, since = time.perf_counter(), start
             while self.counters["step"] < train.steps and not self.signals.agreed:
                 loss, norm = self.update(self.counters["step"])
-                self.tell_skips(loss, norm, log)
+                if self.guard.skipped:
+                    self.guard.tell(self.counters["step"], loss, norm, log.say, self.advice())
                 step = self.counters["step"] = self.counters["step"] + 1
                 log.bar.update()
                 if (step % train.log_every == 0 or step == train.steps) and math.isfinite(loss):
@@ -345,17 +313,6 @@ class Trainer:
             f"the checkpoints in {self.out} are from before. Try a lower --optim.lr, "
             "--train.dtype float32, or look for broken rows in the data"
         )
-
-    def tell_skips(self, loss: float, norm: float, log: Logbook) -> None:
-        if not self.skipped:
-            return
-        step = self.counters["step"]
-        log.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
-        if self.skipped == self.train.patience:
-            what = "spikes" if math.isfinite(loss * norm) else "not finite"
-            raise FloatingPointError(
-                f"{self.skipped} steps in a row were {what}, to step {step}; {self.advice()}"
-            )
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
         """Throughput in the data's own unit; share of the device's peak where that is known."""
