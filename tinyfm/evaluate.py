@@ -17,10 +17,10 @@ Or something else that one asks of it, without training:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,18 +28,15 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from data.labelled import SPLITS
 from data.pictures import save_grid
-from tinyfm import files, machine, metrics, picture_scores, presets, records, scoring, zero_shot
+from tinyfm import machine, picture_scores, prompting, records, zero_shot
 from tinyfm.pairs import GLYPHS, PairData
 from tinyfm.run import Run
-from tinyfm.tasks import TaskData
 from tinyfm.trainer import row_generators
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
 PROBED_IMAGES = 2000  # of which the class is told from features
 SHOWN = 48  # confusions in the picture
-ASKED_TEXTS = 200  # held-out texts whose class a language model is asked
 Scores = dict[str, float]
 
 
@@ -129,81 +126,6 @@ def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> N
     save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)
 
 
-# ---- asked without training ----------------------------------------------------------------------
-
-
-def text_scores(opened: records.OpenRun, path: str) -> Scores:
-    """Of a file, a folder or a "glob", each text from its beginning."""
-    found = scoring.score_file(opened.model, opened.tokenizer, path)
-    return {"perplexity": found.perplexity, "bits per byte": found.bits_per_byte}
-
-
-def read_choices(path: str) -> list[dict]:
-    """Questions of a jsonl. Raises ValueError with the line that is none."""
-    questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            choices = question["choices"]
-            texts = all(isinstance(text, str) for text in (question["context"], *choices))
-            if not texts or not 0 <= question["answer"] < len(choices) or len(choices) < 2:
-                raise ValueError("context and choices are texts, answer a place among two or more")
-        except (ValueError, KeyError, TypeError) as error:
-            form = '{"context": "2+2=", "choices": ["4", "5"], "answer": 0}'
-            raise ValueError(f"{path}:{number} is no question as {form}: {error!r}") from error
-        questions.append(question)
-    if not questions:
-        raise ValueError(f"{path} has no question")
-    return questions
-
-
-def choice_scores(opened: records.OpenRun, path: str) -> Scores:
-    """Share of questions whose likeliest choice is the answer: in total, by token, by byte."""
-    questions = read_choices(path)
-    asked = [(question["context"], question["choices"]) for question in questions]
-    found = scoring.choose(opened.model, opened.tokenizer, asked)
-    scores = {"by chance": sum(1 / len(choices) for _, choices in asked) / len(asked)}
-    for rule in ("total", "token", "byte"):
-        best = [max(range(len(c.scores)), key=lambda i: c.scores[i].by(rule)) for c in found]
-        right = [place == question["answer"] for place, question in zip(best, questions)]
-        scores[f"right, likelihood by {rule}"] = sum(right) / len(right)
-    return scores
-
-
-def ask(opened: records.OpenRun, data: TaskData, shots: int = 0) -> Scores:
-    """Accuracy and macro-F1 of a task's first question without training: a CLIP compares images
-    with the names of classes, a GPT their likelihood, after `shots` labelled examples."""
-    model, tokenizer, (train, held_out) = opened.model, opened.tokenizer, SPLITS
-    names, truth = next(iter(data.classes.values())), data.labels[held_out][:, 0]
-    if opened.run.base_family == "clip":
-        templates = files.read_json(opened.folder / opened.run.TEMPLATES)
-        x = zero_shot.embed_images(model, data.inputs[held_out])
-        classes = zero_shot.class_vectors(model, tokenizer, names, templates)
-        guesses = zero_shot.classify(x, classes, model.scale()).cpu().numpy()
-    else:
-        rows = np.random.default_rng(0).permutation(len(truth))[:ASKED_TEXTS]
-        read = lambda split, i: tokenizer.decode(data.inputs[split][i].tolist())  # noqa: E731
-        first = data.chosen[:shots]
-        shown = [(read(train, i), names[data.labels[train][i, 0]]) for i in first]
-        queries = [read(held_out, i) for i in rows]
-        found = scoring.classify(model, tokenizer, shown, queries, names, calibrate=True)
-        guesses, truth = np.array([names.index(guess.label) for guess in found]), truth[rows]
-    confusion = metrics.confusion_matrix(guesses, truth, len(names))
-    return {"accuracy": float((guesses == truth).mean()), "macro_f1": metrics.macro_f1(confusion)}
-
-
-def task_scores(opened: records.OpenRun, path: str, shots: int) -> Scores:
-    """`ask` of the task that a path names."""
-    run = presets.get_preset(opened.run.base_family, "classify").run
-    saved = str(opened.folder) if opened.tokenizer else ""
-    config = replace(run.data, path=path, tokenizer=saved, labels=0)
-    data = replace(run, model=opened.run.model, data=config).open_data()
-    lines = data.baselines()[next(iter(data.classes))]
-    return {"by chance": lines["chance"], **ask(opened, data, shots)}
-
-
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -214,7 +136,7 @@ class Options:
     text: str = ""  # a GPT: score this file, folder or "glob"
     choices: str = ""  # a GPT: answer the questions of this jsonl
     task: str = ""  # a GPT or CLIP: answer this task, as --data.path of train.py --task classify
-    shots: int = 0  # ... after so many labelled examples
+    shots: int = 0  # ... a GPT, after so many labelled examples
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     picture: str = ""  # CLIP: also draw what is confused with what, to this PNG
     raw: bool = False  # the weights of the last step, even if averaged ones were kept
@@ -230,7 +152,10 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
     dtype = machine.choose_dtype(options.dtype, device)
     data = run.open_data()
     torch.manual_seed(run.train.seed)
-    base = records.open_base(run.init_from) if Path(run.init_from or "-").exists() else None
+    base = None
+    if run.init_from:
+        with contextlib.suppress(ValueError):  # it may be gone by now: this run needs it no more
+            base = records.open_same_base(run)
     first = records.begin(run, base).eval()
     learnt = {name for name, p in opened.model.named_parameters() if p.requires_grad}
     given = {k: v for k, v in opened.model.state_dict().items() if k not in learnt}
@@ -264,18 +189,12 @@ def main() -> int | str:
         opened = records.open_run(options.run, options.raw)
         if options.picture and (opened.run.family != "clip" or opened.run.model.loss == "simclr"):
             raise ValueError("--picture shows names that were confused: it needs a CLIP with texts")
-        asked = {"text": text_scores, "choices": choice_scores}
-        given = [name for name in (*asked, "task") if getattr(options, name)]
-        if given and opened.run.family not in ("gpt", "chat", *["clip"] * (given == ["task"])):
-            raise ValueError(f"--{given[0]} is not for a run of family {opened.run.family}")
-        if given:
+        asked = {name: getattr(options, name) for name in prompting.QUESTIONS}
+        if any(asked.values()):
             opened.model.to(machine.choose_device(options.device))
-        table = {} if given else evaluate(opened, options)
-        for name in given:
-            value = getattr(options, name)
-            scores = asked.get(name) or (lambda *them: task_scores(*them, options.shots))
-            found = scores(opened, value)
-            table |= {f"{name} {value}: {key}": {"reached": x} for key, x in found.items()}
+            table = prompting.answer(opened, asked, options.shots)
+        else:
+            table = evaluate(opened, options)
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:

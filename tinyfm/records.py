@@ -132,18 +132,23 @@ def begin(run: Run, base: OpenRun | None = None) -> nn.Module:
     return model
 
 
+def open_same_base(run: Run) -> OpenRun:
+    """What a run began from. Raises ValueError if it is gone, or has other weights by now."""
+    base = open_base(run.init_from)
+    if (own := adapt.base_hash(base.model)) != run.base_hash:
+        raise ValueError(f"its weights are of hash {own[:16]} now, not {run.base_hash[:16]}")
+    return base
+
+
 def find_base(run: Run, folder: Path) -> OpenRun | None:
     """That of a run which is kept as a change to it; None for one that is whole by itself."""
     if run.adapt == "full":
         return None
     try:
-        base = open_base(run.init_from)
-        if (own := adapt.base_hash(base.model)) != run.base_hash:
-            raise ValueError(f"its weights are of hash {own[:16]} now, not {run.base_hash[:16]}")
+        return open_same_base(run)
     except ValueError as error:
         advice = "put back what it was trained from, or give that to sample.py with --adapter"
         raise ValueError(f"{folder} adapts {run.init_from}: {error}; {advice} {folder}") from error
-    return base
 
 
 def open_run(path: str, raw: bool = False) -> OpenRun:
