@@ -62,7 +62,9 @@ def assert_same_tensors(one, two):
 # ---- parity -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["", r"attention\.(q|v)$", r"1\.(attention\.(k|out)|mlp)|head"])
+@pytest.mark.parametrize(
+    "targets", ["", ".", r"attention\.(q|v)$", r"1\.(attention\.(k|out)|mlp)|head"]
+)
 def test_our_adapter_in_peft_and_back(base, tmp_path, targets):
     _, make, folder = base
     model = make()
@@ -110,6 +112,29 @@ def test_an_adapter_of_peft_here_and_back(base, tmp_path, few):
     assert_same_logits(model, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
     adapt.merge(model)
     assert_same_logits(model, theirs.merge_and_unload())
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
+def test_a_table_of_tokens_comes_with_that_of_the_base(base, tmp_path):
+    kind, make, folder = base
+    names = ["wte", "c_fc"] if kind == "gpt2" else ["embed_tokens", "up_proj"]
+    config = peft.LoraConfig(
+        r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out=kind == "gpt2"
+    )
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make()
+    hub_adapter.load_adapter_folder(model, tmp_path / "theirs")
+    assert_same_logits(model, theirs)
+    path = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tables = [name for name in tensors if name.endswith("base_layer.weight")]
+    assert len(tables) == (kind != "gpt2")  # peft does not know that wte is one
+    for table in tables:
+        save_file(tensors | {table: tensors[table] + 1}, path)
+        with pytest.raises(ValueError, match="trained on another base"):
+            hub_adapter.load_adapter_folder(make(), tmp_path / "theirs")
 
 
 def test_clip_both_ways(tmp_path):

@@ -37,9 +37,9 @@ METHODS = ("full", "lora", "bias", "head", "prompt")
 @dataclass(frozen=True)
 class AdapterConfig:
     rank: int = 8  # lora: width between its two matrices
-    alpha: float = 16.0  # lora: its product counts alpha / rank
+    alpha: float = 8.0  # lora: its product counts alpha / rank
     dropout: float = 0.0  # lora: share of its input zeroed in training
-    targets: str = ""  # lora: regex found in names of layers; empty = every hidden nn.Linear
+    targets: str = ""  # lora: regex found in names of layers; empty = hidden nn.Linear, "." = all
     prompt_tokens: int = 16  # prompt: rows that stand before a text
 
     def __post_init__(self):

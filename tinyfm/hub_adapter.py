@@ -2,7 +2,7 @@
 
 Such a folder holds adapter_config.json and adapter_model.safetensors, and fits the base that
 hub_gpt.py or hub_clip.py writes. lora_A and lora_B there are A and B here, and the names of the
-layers are those of the base's tables. Two layers differ:
+layers are those of the base's tables. Three layers differ:
 
 1. GPT-2 joins q, k and v into one c_attn. One LoRA of theirs is three of ours with the same A, each
    with its rows of B. Three of ours are one of theirs with three times the rank,
@@ -11,6 +11,8 @@ layers are those of the base's tables. Two layers differ:
 
    and what we read back is free of the zeros.
 2. CLIP's patches: a product here, a convolution there; the same numbers in another shape.
+3. A table of tokens: the two are lora_embedding_A, transposed, and lora_embedding_B. peft keeps the
+   table itself beside them, which has to be the base's.
 
 What our LoRA does not compute is refused by the name of its field. Left out: adapters of other
 kinds than LoRA, whole modules saved beside it, other families.
@@ -34,7 +36,8 @@ from tinyfm.hub import pairs, refuse, translate
 from tinyfm.lora import LoRA, adapted_layers, attach, find_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+TABLE = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight")
 PART = re.compile(r"(?<=\.c_attn)\.([qkv])$")  # hub_gpt.py's name for a share of GPT-2's c_attn
 
 # Fields with a say here, or none: which layers are meant shows in the tensors, and the settings of
@@ -106,6 +109,7 @@ def their_loras(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, 
         if name in layer.lora:
             lora, theirs = layer.lora[name], names[ours]
             A, B = lora.A.weight.detach(), lora.B.weight.detach()
+            A = A.T.contiguous() if isinstance(layer, nn.Embedding) else A
             if f"{theirs}.weight" == hub_clip.PATCHES:
                 c = model.config
                 A, B = A.unflatten(1, (c.channels, c.patch_size, c.patch_size)), B[..., None, None]
@@ -142,10 +146,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str, name: str
         "target_modules": target_modules({*loras}, every),
         "fan_in_fan_out": any(".c_" in module for module in loras),
     }  # fmt: skip
-    stored = {
-        f"base_model.model.{module}.lora_{letter}.weight": tensor
-        for module, pair in loras.items() for letter, tensor in zip("AB", pair)
-    }  # fmt: skip
+    stored = {}
+    for module, (A, B, lora) in loras.items():
+        form = "lora_embedding_{}" if isinstance(lora.A, nn.Embedding) else "lora_{}.weight"
+        for letter, tensor in (("A", A), ("B", B)):
+            stored[f"base_model.model.{module}.{form.format(letter)}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # written last: what a crash leaves does not load
     save_tensors(folder, WEIGHTS, stored)
@@ -176,8 +181,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
-def read_pairs(folder: Path, known: set[str]) -> dict[str, dict[str, Tensor]]:
-    """Their name of a layer -> {"A": ..., "B": ...}. Raises ValueError for any other tensor."""
+def read_pairs(folder: Path, known: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Their name of a layer -> {"A": ..., "B": ...}; known: their name -> weight of every layer.
+
+    Raises ValueError for any other tensor, but a table that is the model's.
+    """
     if not (folder / f"{WEIGHTS}.safetensors").exists() and (folder / f"{WEIGHTS}.bin").exists():
         raise ValueError(
             f"{folder} holds its adapter as a pickle, which can run code when it is read; if you "
@@ -185,10 +193,13 @@ def read_pairs(folder: Path, known: set[str]) -> dict[str, dict[str, Tensor]]:
         )
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(folder, WEIGHTS).items():
-        match = TENSOR.fullmatch(key)
+        match = TENSOR.fullmatch(key) or TABLE.fullmatch(key)
         if not match or match[1] not in known:
             raise ValueError(f"{folder}: {key} is of no layer of this model that can have a LoRA")
-        layers.setdefault(match[1], {})[match[2]] = tensor
+        if match.re is TENSOR:
+            layers.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        elif not torch.equal(tensor, known[match[1]]):
+            raise ValueError(f"{folder}: {key} is not the model's: it was trained on another base")
     for module, pair in layers.items():
         if len(pair) < 2:
             raise ValueError(f"{folder}: of {module} only lora_{next(iter(pair))} is there")
@@ -198,7 +209,8 @@ def read_pairs(folder: Path, known: set[str]) -> dict[str, dict[str, Tensor]]:
 def our_loras(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tensor, AdapterConfig]]:
     """Our name of a layer -> (A, B, config). Raises ValueError where a shape does not fit."""
     raw, names, loras = read_config(folder), their_layers(model), {}
-    layers = read_pairs(folder, {PART.sub("", theirs) for theirs in names.values()})
+    weights = {PART.sub("", name): model.get_submodule(n).weight for n, name in names.items()}
+    layers = read_pairs(folder, weights)
     for ours, theirs in names.items():
         part, module = PART.search(theirs), PART.sub("", theirs)
         if module not in layers:
@@ -206,7 +218,8 @@ def our_loras(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tensor,
         A, B = (layers[module][letter].flatten(1) for letter in "AB")
         rank = by_pattern(raw.get("rank_pattern"), module, raw["r"])
         alpha = by_pattern(raw.get("alpha_pattern"), module, raw["lora_alpha"])
-        out, inside = model.get_submodule(ours).weight.flatten(1).shape
+        W = weights[module].flatten(1)
+        out, inside = W.T.shape if isinstance(model.get_submodule(ours), nn.Embedding) else W.shape
         shapes, fit = (A.shape, B.shape), ((rank, inside), (3 * out if part else out, rank))
         if shapes != fit:
             raise ValueError(f"{folder}: {module} has A, B of {[*map(tuple, shapes)]}, not {fit}")
@@ -232,5 +245,6 @@ def load_adapter_folder(model: nn.Module, folder: str | Path, name: str = "defau
     train_only(model, select(model, "lora", name))
     for ours, (A, B, _) in loras.items():
         lora = model.get_submodule(ours).lora[name]
-        lora.A.weight.copy_(A.view_as(lora.A.weight))
+        A = A.T if isinstance(lora.A, nn.Embedding) else A.view_as(lora.A.weight)
+        lora.A.weight.copy_(A)
         lora.B.weight.copy_(B.view_as(lora.B.weight))

@@ -12,7 +12,8 @@ A LoRA is a child of the layer it adapts, and a forward hook adds its product to
 gives. So weights keep their names and values, code that knows the model finds it as it was, and
 without the child it is the base, bit for bit. A is a copy of the layer with fewer outputs: that of
 a convolution has its stride and padding, that of one which enlarges (unet.py) enlarges, and B is
-then a convolution of one pixel.
+then a convolution of one pixel. A table of tokens has a thin table beside it: W (V, D) changes by
+A B' with A (V, rank).
 
 `config` is adapt.py's AdapterConfig. Left out: DoRA and other products, quantised bases.
 """
@@ -40,17 +41,20 @@ def below(name: str, *parts: str) -> bool:
 class LoRA(nn.Module):
     """What is added to the output of a layer: scale B A x, of the shape that the layer gives."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, config):
+    def __init__(self, layer: nn.Linear | nn.Conv2d | nn.Embedding, config):
         super().__init__()
         self.config, self.scale = config, config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
-        W, rank = layer.weight, config.rank
+        W, rank, table = layer.weight, config.rank, isinstance(layer, nn.Embedding)
+        self.dropout = nn.Identity() if table else nn.Dropout(config.dropout)  # ids stay whole
         others = [*getattr(layer, "lora", {}).values()]  # a copy of the layer would have them too
         self.A = copy.deepcopy(others[0].A if others else layer)
-        self.A.weight, self.A.bias = nn.Parameter(W.new_empty(rank, *W.shape[1:])), None
+        thin = (len(W), rank) if table else (rank, *W.shape[1:])
+        self.A.weight, self.A.bias = nn.Parameter(W.new_empty(thin)), None
         like = {"bias": False, "device": W.device, "dtype": W.dtype}
-        linear = isinstance(layer, nn.Linear)
-        self.B = nn.Linear(rank, len(W), **like) if linear else nn.Conv2d(rank, len(W), 1, **like)
+        if isinstance(layer, nn.Conv2d):
+            self.B = nn.Conv2d(rank, len(W), 1, **like)
+        else:
+            self.B = nn.Linear(rank, W.size(1) if table else len(W), **like)
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))  # as nn.Linear begins
         nn.init.zeros_(self.B.weight)
         self.train(layer.training)  # or evaluation: its dropout
@@ -60,8 +64,10 @@ class LoRA(nn.Module):
 
     def product(self) -> Tensor:
         """scale B A, of the shape of the layer's weight, in float32."""
-        A, B = self.A.weight, self.B.weight
-        return self.scale * (B.float().flatten(1) @ A.float().flatten(1)).view(len(B), *A.shape[1:])
+        A, B = self.A.weight.float(), self.B.weight.float()
+        if isinstance(self.A, nn.Embedding):
+            return self.scale * A @ B.T
+        return self.scale * (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])
 
 
 def add_products(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ def find_layers(model: nn.Module, targets: str = "", frozen: Collection[str] = (
     Without those whose weight's name is in `frozen`: a part that the model uses, and never trains.
     Raises ValueError if there are none, with some that there are.
     """
-    kinds = nn.Linear | nn.Conv2d
+    kinds = nn.Linear | nn.Conv2d | nn.Embedding
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not below(n, *NEW)}
     layers = {name: m for name, m in layers.items() if f"{name}.weight" not in frozen}
     if targets:
