@@ -28,8 +28,8 @@ from tinyfm.trainer import Trainer
 def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt", argv)
     kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which options there are
-    kind.add_argument("--task", default="")
-    kind.add_argument("--adapt", default="full")
+    for option, usual in (("--task", ""), ("--adapt", "full"), ("--init-from", "")):
+        kind.add_argument(option, default=usual)
     preset = presets.get_preset(name, **vars(kind.parse_known_args(argv)[0]))
     listed = "\n".join(f"  {key}: {value.about}" for key, value in presets.PRESETS.items())
     description = f"{__doc__}\nPresets:\n{listed}\n\nBelow: {name}"

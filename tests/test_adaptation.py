@@ -141,8 +141,8 @@ def test_pictures_are_classified(tmp_path, capsys):
     sizes = [f"--model.{k.replace('_', '-')}={v}" for k, v in vars(model).items()
              if v != getattr(CLIPConfig(), k)]  # fmt: skip
     task = ["clip", "--task", "classify", "--data.path", tmp_path / "pictures", *sizes]
-    learning = ["--optim.lr", "0.05", "--data.val-fraction", "0.3"]
-    assert call(train, *task, *cache, *STEPS, *learning, "--out", out) == 0
+    learning = ["--optim.lr", "0.02", "--data.val-fraction", "0.3", "--train.steps", "30"]
+    assert call(train, *task, *cache, *STEPS[2:], *learning, "--out", out) == 0
     assert lines_of(out / "metrics.jsonl")[-1]["accuracy"] == 1
     capsys.readouterr()
     assert call(sample, out, "--image", tmp_path / "pictures" / "dark" / "0.png") == 0
@@ -274,3 +274,10 @@ def test_presets_of_tasks_keep_the_model():
             assert run.model == presets.PRESETS[name].run.model and run.task == task
             assert run.optim.optimizer == "adamw"
     assert presets.get_preset("gpt") is presets.PRESETS["gpt"]
+
+
+def test_what_begins_from_a_run_goes_at_half_the_rate():
+    usual = presets.PRESETS["gpt"].run.optim
+    optim = presets.get_preset("gpt", init_from="runs/gpt").run.optim
+    assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)
+    assert presets.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.01

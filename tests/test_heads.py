@@ -154,7 +154,7 @@ def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
     model = Classifier(body_of(GPT), CLASSES)
     for parameter in model.heads.parameters():
         nn.init.normal_(parameter, std=0.1)
-    batch = rows(model, 6)
+    batch = rows(model.eval(), 6)
     loss, metrics = model.loss(batch)
     p, wanted = model.predict(batch), 0.0
     for q, question in enumerate(CLASSES):
@@ -170,6 +170,17 @@ def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
     scores = heads.score(model, halves)
     assert scores["accuracy topic"] == pytest.approx(float(metrics["accuracy topic"]))
     assert {"macro_f1 tone", "calibration_error tone"} <= scores.keys()
+
+
+def test_in_training_all_classes_share_a_tenth_of_the_label():
+    model = Classifier(body_of(GPT), {"topic": CLASSES["topic"]})
+    nn.init.normal_(model.heads[0].weight, std=0.1)
+    batch = rows(model, 6)
+    own = (torch.arange(6), batch["labels"][:, 0])
+    target = torch.full((6, len(CLASSES["topic"])), 0.1 / len(CLASSES["topic"]))
+    target[own] += 0.9
+    wanted = -(target * model.predict(batch)["topic"].log()).sum(1).mean()
+    assert model.train().loss(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 # ---- learning -----------------------------------------------------------------------------------

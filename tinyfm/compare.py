@@ -6,7 +6,7 @@ One trained model, one task, and all ways to make the one do the other, on few l
     few-shot      the same, after labelled examples in the context (a GPT only)
     head          a linear map of frozen features: a linear probe
     bias          also biases and the gains of norms
-    lora RANK     also a change of low rank to every hidden matrix
+    lora RANK     also a change of low rank to every layer, a table of tokens among them
     full          all weights
     from scratch  all weights, of a model that was never pretrained: what pretraining is worth
 
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import adapt, evaluate, measure, presets, records
+from tinyfm import adapt, measure, presets, prompting, records
 from tinyfm.run import Run
 from tinyfm.tasks import TaskConfig, TaskData
 from tinyfm.trainer import Trainer
@@ -72,7 +72,9 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
         data = replace(data, tokenizer=str(opened.folder))
     train = replace(run.train, steps=steps, batch_size=options.batch_size, seed=seed, eval_every=0)
     begun = {} if method == "from scratch" else {"init_from": options.run}
-    adapter = replace(run.adapter, rank=int(rank)) if how == "lora" else run.adapter
+    adapter = run.adapter
+    if how == "lora":
+        adapter = replace(adapter, rank=int(rank), alpha=float(rank), targets=".")
     if method == "from scratch":  # as the preset pretrains
         run = replace(run, optim=presets.get_preset(family).run.optim)
     return replace(
@@ -107,7 +109,7 @@ def train_one(run: Run, opened: records.OpenRun) -> Row:
 def ask(opened: records.OpenRun, data: TaskData, shots: int) -> Row:
     """Zero-shot or few-shot: nothing is trained."""
     begun = time.process_time()
-    accuracy = evaluate.ask(opened, data, shots)["accuracy"]
+    accuracy = prompting.tell_classes(opened, data, shots)["accuracy"]
     seconds = time.process_time() - begun
     return {"accuracy": accuracy, "trained": 0, "peak_bytes": 0, "stored_bytes": 0,
             "seconds": seconds}  # fmt: skip
@@ -200,6 +202,8 @@ def main(arguments: list[str]) -> int | str:
             counts = f"{len(options.steps)} --steps, {len(options.labels)} --labels"
             raise ValueError(f"{counts}: give as many of the one as of the other")
         opened = records.open_base(options.run)
+        for method in options.methods:  # an unknown one is told now
+            run_of(options, opened, method, options.labels[0], 0)
         out = Path(options.out or f"runs/compare-{opened.run.family}")
         out.mkdir(parents=True, exist_ok=True)
         rows = list(measure_all(options, opened, out))

@@ -7,6 +7,10 @@ that is asked of it, it has a head:
 
     p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(the label)
 
+In training the label counts for 0.9, and all classes share the rest (label smoothing, Szegedy et
+al. 2016): few examples are soon fitted, and without it W then grows to be sure of them, not to be
+right about others.
+
 Trained with the body frozen it is a linear probe (Alain & Bengio 2017): what it reaches the body
 knew, as a linear map can find. Trained with the body it is fine-tuning. W and b begin at 0, so that
 all classes are equally likely at first, and the first steps are the data's.
@@ -28,6 +32,7 @@ from tinyfm import metrics
 from tinyfm.features import Batch, find_reader
 
 WIDTH = 256  # features of which one learning rate is the measure
+SMOOTHING = 0.1  # share of a label that all classes get, in training
 
 
 class Classifier(nn.Module):
@@ -93,9 +98,9 @@ class Classifier(nn.Module):
         metrics: the share of rows that each head gets right, as "accuracy QUESTION". Nothing is
         drawn from generators.
         """
-        losses, shares = [], {}
+        losses, shares, smoothing = [], {}, SMOOTHING * self.training
         for question, z, label in zip(self.classes, self(batch), batch["labels"].unbind(1)):
-            losses.append(F.cross_entropy(z, label))
+            losses.append(F.cross_entropy(z, label, label_smoothing=smoothing))
             shares[f"accuracy {question}"] = (z.detach().argmax(1) == label).float().mean()
         return torch.stack(losses).mean(), shares
 

@@ -183,8 +183,13 @@ ADAPTED = {  # the fewer numbers are trained, the further each has to go
 }
 
 
-def get_preset(name: str, task: str = "", adapt: str = "full") -> Preset:
-    """A named run; or one that trains its model for a task, or a part of it.
+def go_on(optim: OptimConfig) -> OptimConfig:
+    """Half the rates: at the whole ones what was learnt is soon lost, before it can be of use."""
+    return dataclasses.replace(optim, lr=optim.lr / 2, muon_lr=optim.muon_lr / 2)
+
+
+def get_preset(name: str, task: str = "", adapt: str = "full", init_from: str = "") -> Preset:
+    """A named run; or one that begins from a trained model, all of it or a part, or for a task.
 
     Raises ValueError for a name that there is not, or a task that is not for its family.
     """
@@ -194,8 +199,11 @@ def get_preset(name: str, task: str = "", adapt: str = "full") -> Preset:
         raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
     preset, optim = PRESETS[name], ADAPTED.get(adapt, FULL)
     if not task:
-        partly = dataclasses.replace(preset.run, optim=optim)
-        return preset if adapt == "full" else Preset(preset.about, partly)
+        if adapt == "full":
+            optim = go_on(preset.run.optim) if init_from else preset.run.optim
+        if optim == preset.run.optim:
+            return preset
+        return Preset(preset.about, dataclasses.replace(preset.run, optim=optim))
     fitting = [kind for kind in TASKS if kind().base_family == preset.run.family]
     for kind in fitting:
         if kind.task == task:

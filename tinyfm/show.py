@@ -95,8 +95,7 @@ def classify(opened: records.OpenRun, options) -> None:
         tokens = torch.tensor([ids], device=device)
         batch = {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
     else:
-        channels = getattr(run.model, "in_channels", 0) or run.model.channels
-        image = pictures.read(given, run.model.image_size, channels).transpose(2, 0, 1)[None]
+        image = pictures.read(given, run.model.image_size, run.channels).transpose(2, 0, 1)[None]
         batch = {"images": torch.tensor(image, device=device) / 127.5 - 1}
     for question, found in model.predict(batch).items():
         if len(run.classes) > 1:

@@ -103,10 +103,14 @@ class PictureClassifyRun(ClassifyRun):
 
     write_files, read_tokenizer = ImageRun.write_files, ImageRun.read_tokenizer
 
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        return getattr(self.model, "in_channels", 0) or self.model.channels
+
     def open_data(self) -> TaskData:
-        m, c = self.model, self.train
-        channels = getattr(m, "in_channels", 0) or m.channels
-        return tasks.pictures(self.data, m.image_size, channels, c.batch_size, c.seed)
+        size, c = self.model.image_size, self.train
+        return tasks.pictures(self.data, size, self.channels, c.batch_size, c.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
         """Draw some held-out pictures with their classes, and what was found."""
