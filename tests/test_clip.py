@@ -339,6 +339,17 @@ def test_filling_up_changes_nothing(end_token):
 
 
 @torch.no_grad()
+def test_what_fills_up_all_rows_costs_nothing():
+    """The blocks read as many tokens as the longest text has, though rows be longer than any."""
+    tower, tokens = make(end_token=END).text_tower, torch.full((3, 2 * T), END)
+    tokens[0, :4], tokens[1, :2] = 9, 9
+    read = []
+    tower.blocks[0].register_forward_hook(lambda block, inputs, output: read.append(output.size(1)))
+    tower(tokens)
+    assert read == [5]
+
+
+@torch.no_grad()
 def test_which_token_ends_a_text():
     tokens = torch.tensor([[3, 9, 5, 8, 5, 9]])
     for end_token, place in ((-1, 1), (-2, 1), (5, 2), (8, 3), (3, 0)):
@@ -443,7 +454,7 @@ def test_other_images_are_refused(shape):
 
 def test_texts_that_cannot_be_read():
     with pytest.raises(ValueError, match="11 tokens exceed context_length 10"):
-        make().encode_text(torch.zeros(2, 11, dtype=torch.long))
+        make().encode_text(torch.arange(11)[None])
     with pytest.raises(ValueError, match="images alone: it has no text tower"):
         make(loss="simclr").encode_text(torch.zeros(2, 5, dtype=torch.long))
 

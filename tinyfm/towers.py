@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 # ---- layers -------------------------------------------------------------------------------------
 
@@ -173,4 +173,6 @@ class TextTower(nn.Module):
     def forward(self, tokens):
         ends = {-1: tokens[:, -1:], -2: tokens.amax(1, keepdim=True)}
         end = (tokens == ends.get(self.end_token, self.end_token)).int().argmax(1)  # the first
+        if type(tokens) is Tensor and not torch.compiler.is_compiling():  # where there are numbers
+            tokens = tokens[:, : int(end.max()) + 1]  # no end token sees what fills up the rows
         return self.states(tokens, end)[:, 0]
