@@ -340,7 +340,8 @@ def test_flops_of_every_family_are_counted_exactly(name):
         least, most = (0, 0) if part in frozen else (forward, 2 * forward)
         assert least <= backward <= most, part
     if name == "clip":  # all pairs of an image and a text, once for the images, once for the texts
-        assert found["loss"] == [2 * n * rows**2 * model.config.embed_dim for n in (2, 4)]
+        columns, E = rows + model.config.memory, model.config.embed_dim
+        assert found["loss"] == [2 * n * rows * columns * E for n in (2, 4)]
 
 
 class Enlarge(nn.Module):

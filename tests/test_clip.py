@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, softmax_loss
+from tinyfm.files import load_model
 from tinyfm.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
 LOSSES = ("infonce", "siglip", "simclr")
+KINDS = (*LOSSES, "memory")
 V, T, B, END = 40, 10, 8, 7  # END among the other ids, neither highest nor lowest
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -30,6 +32,19 @@ def small(**options) -> CLIPConfig:
 def make(seed: int = 0, **options) -> CLIP:
     torch.manual_seed(seed)
     return CLIP(small(**options))
+
+
+def make_kind(kind: str) -> CLIP:
+    """With one of the losses, or with a memory in which there are two batches already."""
+    if kind in LOSSES:
+        return make(loss=kind, stem="conv")
+    model = make(memory=12, rivals="all", stem="conv")
+    model.n_pairs = 1000
+    generator = torch.Generator().manual_seed(2)
+    for i in range(2):
+        x, y = torch.nn.functional.normalize(torch.randn(2, B, 12, generator=generator), dim=-1)
+        model.memory.add(x, y, torch.arange(B) + B * i - 2)
+    return model
 
 
 def make_batch(rows: int = B, seed: int = 0, channels: int = 1) -> dict[str, torch.Tensor]:
@@ -128,6 +143,56 @@ def test_a_wrong_answer_stands_for_many():
     assert model.loss(batch)[0] == expected
 
 
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    """Random pairs whose captions differ from all others', but for one in each batch."""
+    found = [make_batch(6, seed=i) for i in range(count)]
+    for i, batch in enumerate(found):
+        batch["labels"] = torch.tensor([0, *range(1 + 5 * i, 6 + 5 * i)])
+    return found
+
+
+@pytest.mark.parametrize("rivals", ["batch", "all"])
+def test_the_memory_is_the_last_rows_as_more_columns(rivals):
+    """Ten rows, of the two batches before: six of the one, four of the other. The first two batches
+    leave nothing; the third is the first to be remembered."""
+    model = make(memory=10, memory_after=2, rivals=rivals, augment=0.0)
+    plain = make(rivals=rivals, augment=0.0)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    model.n_pairs = plain.n_pairs = 100
+    past = []
+    for i, batch in enumerate(batches(6)):
+        x, y = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
+        own = (x, y, batch["labels"])
+        known = [torch.cat(parts)[:16] for parts in zip(own, *past)]  # the newest first
+        s, n, total = model.scale(), len(known[0]), 0
+        stands_for = (100 - 1) / (n - 1) if rivals == "all" else 1
+        for a, b in ((x, known[1]), (y, known[0])):
+            same = batch["labels"][:, None] == known[2]
+            z = (s * a @ b.T).double()
+            z = z + math.log(stands_for) * ~same
+            total = total - ((z.log_softmax(1) * same).sum(1) / same.sum(1)).mean() / 2
+        ours = model.loss(batch)[0]
+        torch.testing.assert_close(ours.double(), total, **CLOSE)
+        if not past:
+            torch.testing.assert_close(ours, plain.loss(batch)[0], **CLOSE)
+        past = [[tensor.detach() for tensor in own], *past] if i >= 2 else []
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain.eval(), model.eval()
+    assert model.loss(batch)[0] == plain.loss(batch)[0]  # evaluation has none, and leaves none
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_is_loaded_remembers():
+    first, second = make(memory=10), make(1, memory=10)
+    *early, last = batches(4)
+    for batch in early:
+        first.loss(batch, streams(6))
+    load_model(second, first.state_dict())
+    ours, theirs = (model.loss(last, streams(6))[0] for model in (first, second))
+    assert torch.equal(ours, theirs) and ours != make().loss(last, streams(6))[0]
+    assert all(torch.equal(t, second.state_dict()[n]) for n, t in first.state_dict().items())
+
+
 def test_equal_captions_are_no_wrong_answers():
     """With one caption for all, every text is as right as any other: the loss is ln B."""
     model, batch = make(), make_batch()
@@ -156,12 +221,13 @@ def test_bfloat16_and_autocast_are_near_float32(loss):
 # ---- one batch, however it is cut ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_rows_at_once_change_nothing(loss, rows):
-    model, batch = make(loss=loss, stem="conv"), make_batch()
+def test_rows_at_once_change_nothing(kind, rows):
+    model, batch = make_kind(kind), make_batch()
     whole = model.loss(batch, streams())[0]
     expected = gradients(model, whole)
+    model = make_kind(kind)
     model.rows_at_once = rows
     parts = model.loss(batch, streams())[0]
     torch.testing.assert_close(parts, whole, **CLOSE)
@@ -217,16 +283,16 @@ import os, sys
 import torch
 from conftest import run_two_ranks
 from safetensors.torch import save_file
-from test_clip import LOSSES, B, make, make_batch, streams
+from test_clip import KINDS, B, make_batch, make_kind, streams
 from tinyfm import distributed, parallel
 
 torch.set_num_threads(1)
 world = distributed.start()
 rows = slice(world.rows(B).start, world.rows(B).stop)
 batch = {name: tensor[rows] for name, tensor in make_batch().items()}
-for loss in LOSSES:
+for kind in KINDS:
     for part in (0, 3):
-        model = make(loss=loss, stem="conv")
+        model = make_kind(kind)
         model.rank, model.gather, model.rows_at_once = world.rank, distributed.gather, part
         call = parallel.Parallel(model, world)
         value, _ = call(batch, streams()[rows])
@@ -234,7 +300,8 @@ for loss in LOSSES:
         print(value.item(), flush=True)
         if world.first:
             grads = {name: p.grad for name, p in model.named_parameters()}
-            save_file(grads, f"{sys.argv[1]}/{loss}-{part}.safetensors")
+            save_file(grads, f"{sys.argv[1]}/{kind}-{part}.safetensors")
+print(model.memory.x.abs().sum().item(), model.memory.ids.sum().item(), flush=True)
 torch.distributed.barrier()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
@@ -244,16 +311,18 @@ os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not wh
 def test_two_ranks_are_one_batch(tmp_path):
     outputs = run_two_ranks(RANK, tmp_path)
     values = [list(map(float, out.split())) for out, _ in outputs]
-    assert [len(row) for row in values] == [6, 6], outputs[0][1] + outputs[1][1]
-    for i, loss in enumerate(LOSSES):
-        model = make(loss=loss, stem="conv")
+    assert [len(row) for row in values] == [10, 10], outputs[0][1] + outputs[1][1]
+    for i, kind in enumerate(KINDS):
+        model = make_kind(kind)
         whole, _ = model.loss(make_batch(), streams())
         expected = gradients(model, whole)
         for place, part in ((2 * i, 0), (2 * i + 1, 3)):
             mean = (values[0][place] + values[1][place]) / 2
             assert mean == pytest.approx(whole.item(), rel=1e-5)
             assert values[0][place] != values[1][place]
-            assert_same_gradients(load_file(tmp_path / f"{loss}-{part}.safetensors"), expected)
+            assert_same_gradients(load_file(tmp_path / f"{kind}-{part}.safetensors"), expected)
+    memory = model.memory.x.abs().sum().item(), model.memory.ids.sum().item()
+    assert values[0][8:] == values[1][8:] == pytest.approx(memory, rel=1e-5)
 
 
 def test_an_evaluation_asks_no_other_rank():
@@ -465,6 +534,7 @@ MISTAKES = [
     ({"embed_dim": 0}, "embed_dim is 0"),
     ({"context_length": 1}, "context_length is 1; it must be at least 2"),
     ({"augment": -0.1}, "augment is -0.1; it must be at least 0"),
+    ({"memory": -1}, "memory is -1; it must be at least 0"),
     ({"end_token": -3}, "end_token is -3; it must be at least -2"),
     ({"image_width": 25}, "image_width 25 is not divisible by image_head 3; use 24"),
     ({"text_width": 17}, "text_width 17 is not divisible by text_head 2; use 16"),

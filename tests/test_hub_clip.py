@@ -139,7 +139,7 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
 
 @pytest.mark.parametrize("changes", [
     {}, {"activation": "quick_gelu", "norm_eps": 1e-3}, {"channels": 1, "patch_size": 16},
-    {"end_token": 5}, {"end_token": -2},
+    {"end_token": 5}, {"end_token": -2}, {"memory": 4},
 ])  # fmt: skip
 def test_export_of_our_own(tmp_path, changes):
     torch.manual_seed(0)

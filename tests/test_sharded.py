@@ -36,7 +36,7 @@ AUTOENCODER = AutoencoderConfig(image_size=8, channels=(4, 8), n_block=1, groups
                                 latent_channels=2)  # fmt: skip
 CLIP_TINY = CLIPConfig(
     image_size=8, patch_size=4, image_layer=1, image_width=16, image_head=2, vocab_size=61,
-    context_length=8, text_layer=1, text_width=16, text_head=2, embed_dim=8,
+    context_length=8, text_layer=1, text_width=16, text_head=2, embed_dim=8, memory=12,
 )  # fmt: skip
 DDPM = DiffusionConfig(image_size=8, channels=(8, 16), attend=(False, True), n_block=1, n_head=2,
                        groups=4)  # fmt: skip

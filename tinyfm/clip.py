@@ -13,11 +13,8 @@ Two more losses have the same signature. SigLIP (Zhai et al. 2023) asks of each 
 it belongs together. SimCLR (Chen et al. 2020) has no captions: the pair is one image, altered
 twice at random.
 
-A batch is a problem, not a sum of problems: its rows are each other's wrong answers. They are few
-and soon easily told apart; then there is nothing left to learn from them, though among all M pairs
-of the data many an image would find a wrong text. With rivals "all", L estimates a softmax over all
-M from the batch as a sample (Jean et al. 2015): each wrong answer stands for (M - 1) / (B - 1), and
-ln of that is added to its z.
+A batch is a problem, not a sum of problems: its rows are each other's wrong answers. There can be
+more of them than the batch has, and they can stand for all others: rivals.py.
 
 To save memory, the towers run on `rows_at_once` rows at a time and do so again on the way back
 (GradCache, Gao et al. 2021), and z is made a few rows at a time: same loss, same gradients. With
@@ -43,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinyfm.rivals import Memory, margins
 from tinyfm.towers import ImageTower, TextTower
 
 
@@ -69,13 +67,16 @@ class CLIPConfig:
     loss: Literal["infonce", "siglip", "simclr"] = "infonce"
     temperature: float = 0.07  # exp(-s) at the start
     max_scale: float = 100.0  # largest exp(s)
-    rivals: Literal["batch", "all"] = "batch"  # infonce: what a batch's wrong answers stand for
+    rivals: Literal["batch", "all"] = "batch"  # infonce: what the wrong answers at hand stand for
+    memory: int = 0  # infonce: rows of the batches before that are wrong answers too
+    memory_after: int = 0  # batches before the memory begins: weights move fast at first
     augment: float = 0.1  # how far training alters an image, 0 = not at all; simclr: at least 1
 
     def __post_init__(self):
         sizes = ("image_size", "patch_size", "image_layer", "image_width", "image_head",
                  "vocab_size", "text_layer", "text_width", "text_head", "embed_dim")  # fmt: skip
-        least = dict.fromkeys(sizes, 1) | {"context_length": 2, "end_token": -2, "augment": 0}
+        least = dict.fromkeys(sizes, 1) | dict.fromkeys(("memory", "memory_after", "augment"), 0)
+        least |= {"context_length": 2, "end_token": -2}
         for name, n in least.items():
             if getattr(self, name) < n:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {n}")
@@ -122,12 +123,12 @@ def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
 
 
 def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, scale: Tensor,
-             bias: Tensor | None = None, skip: Tensor | None = None, margin: float = 0.0,
+             bias: Tensor | None = None, skip: Tensor | None = None, margin: Tensor | None = None,
              rows: int = 0) -> Tensor:  # fmt: skip
     """Mean over the R rows of x of `loss`, z and its gradient made `rows` rows at a time.
 
     skip (R,) is the column each row must not see: itself, where x and y are the same vectors.
-    margin is added to the z of what does not belong together.
+    margin (B,), one of each column, is added to the z of what does not belong together.
     """
 
     def part(x, x_ids, skip):
@@ -135,7 +136,7 @@ def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor,
             z = (scale * x) @ y.T  # (rows, B)
         z = z if bias is None else z + bias
         positive = x_ids[:, None] == y_ids
-        z = z + margin * ~positive if margin else z
+        z = z if margin is None else torch.where(positive, z, z + margin)
         if skip is not None:
             itself = skip[:, None] == torch.arange(len(y), device=y.device)
             z, positive = z.masked_fill(itself, -math.inf), positive & ~itself
@@ -192,6 +193,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         if config.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        if config.memory:
+            self.memory = Memory(config.memory, config.embed_dim, config.memory_after)
         self.reset_parameters()
 
     def reset_buffers(self):
@@ -281,17 +284,17 @@ class CLIP(nn.Module):
         if self.config.loss == "siglip":
             bias = self.logit_bias
             return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
-        ways = [(x, all_y), (y, all_x)]  # which text to an image, which image to a text
-        margin = self.margin(len(all_x))
+        columns = all_x, all_y, all_ids
+        if self.training and self.config.memory:
+            columns = self.memory.joined(*columns)
+            self.memory.add(all_x, all_y, all_ids)
+        to_x, to_y, to_ids = columns
+        n_pairs = self.n_pairs if self.training and self.config.rivals == "all" else 0
+        margin, ways = margins(to_ids, n_pairs), [(x, to_y), (y, to_x)]  # text to image, and back
         losses = [
-            contrast(softmax_loss, *w, ids, all_ids, scale, margin=margin, rows=rows) for w in ways
+            contrast(softmax_loss, *w, ids, to_ids, scale, margin=margin, rows=rows) for w in ways
         ]
         return sum(losses) / 2, {}
-
-    def margin(self, B: int) -> float:
-        """ln of how many wrong answers of all pairs each of a batch of B stands for."""
-        M = self.n_pairs if self.training and self.config.rivals == "all" else 0
-        return math.log(max(1, (M - 1) / (B - 1)))
 
     def simclr_loss(self, x, y, all_x, all_y):
         """NT-Xent (Chen et al. 2020, eq. 1): a view's partner among all views but itself."""

@@ -209,9 +209,9 @@ def write_processor(config: Any) -> dict[str, Any]:
 
 
 def their_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors by their names; the patch embedding is a convolution there."""
-    c = model.config
-    theirs = {translate(name, NAMES): tensor for name, tensor in model.state_dict().items()}
+    """Tensors by their names, but a memory; the patch embedding is a convolution there."""
+    own, c = model.state_dict().items(), model.config
+    theirs = {translate(n, NAMES): tensor for n, tensor in own if not n.startswith("memory.")}
     theirs[PATCHES] = theirs[PATCHES].unflatten(1, (c.channels, c.patch_size, c.patch_size))
     return theirs
 
