@@ -193,6 +193,15 @@ def test_a_model_that_is_loaded_remembers():
     assert all(torch.equal(t, second.state_dict()[n]) for n, t in first.state_dict().items())
 
 
+def test_what_is_not_finite_is_forgotten():
+    model, (first, second, third) = make(memory=20), batches(3)
+    model.loss(first, streams(6))
+    second["images"] = second["images"].index_fill(0, torch.tensor([2]), math.nan)
+    assert model.loss(second, streams(6))[0].isnan()  # a step that is not made
+    assert (model.memory.ids >= 0).tolist() == [True, True, False, *[True] * 9, *[False] * 8]
+    assert model.loss(third, streams(6))[0].isfinite()
+
+
 def test_equal_captions_are_no_wrong_answers():
     """With one caption for all, every text is as right as any other: the loss is ln B."""
     model, batch = make(), make_batch()

@@ -44,8 +44,10 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
-        """A batch, in place of the oldest rows; it leaves none if it comes too early."""
-        ids = ids.where(self.batches >= self.after, -1)
+        """A batch, in place of the oldest rows; it leaves none if it comes too early, nor does a
+        row that is not finite, of a step that the trainer is about to skip."""
+        fine = (x + y).isfinite().all(1) & (self.batches >= self.after)
+        ids, x, y = ids.where(fine, -1), x.nan_to_num(), y.nan_to_num()
         for memory, rows in zip((self.x, self.y, self.ids), self.joined(x, y, ids)):
             memory.copy_(rows[: len(memory)])
         self.batches += 1
