@@ -1,6 +1,6 @@
 """The losses of small runs as they were recorded: a change that is meant to change none shows here.
 
-`python tests/test_golden.py` records them anew, when one is meant to.
+`PYTHONPATH=. python tests/test_golden.py` records them anew, when one is meant to.
 """
 
 import json

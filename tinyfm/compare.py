@@ -6,7 +6,7 @@ One trained model, one task, and all ways to make the one do the other, on few l
     few-shot      the same, after labelled examples in the context (a GPT only)
     head          a linear map of frozen features: a linear probe
     bias          also biases and the gains of norms
-    lora RANK     also a change of low rank to every layer, a table of tokens among them
+    lora RANK     also a change of low rank to every hidden matrix
     full          all weights
     from scratch  all weights, of a model that was never pretrained: what pretraining is worth
 
@@ -74,7 +74,7 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
     begun = {} if method == "from scratch" else {"init_from": options.run}
     adapter = run.adapter
     if how == "lora":
-        adapter = replace(adapter, rank=int(rank), alpha=float(rank), targets=".")
+        adapter = replace(adapter, rank=int(rank), alpha=float(rank))
     if method == "from scratch":  # as the preset pretrains
         run = replace(run, optim=presets.get_preset(family).run.optim)
     return replace(
