@@ -193,7 +193,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         if config.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        if config.memory:
+        if config.memory and config.loss == "infonce":
             self.memory = Memory(config.memory, config.embed_dim, config.memory_after)
         self.reset_parameters()
 
