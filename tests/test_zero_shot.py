@@ -216,6 +216,15 @@ def test_a_model_that_says_the_same_of_everything_recalls_nothing():
     }
 
 
+def test_features_are_what_the_tower_gives_before_the_projection(run):
+    model = records.open_run(str(run)).model
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), np.uint8)
+    x = zero_shot.image_features(model, images)
+    assert x.shape == (5, 32) and torch.allclose(x.norm(dim=1), torch.ones(5))
+    y = torch.nn.functional.normalize(model.image_projection(x), dim=1)
+    assert torch.allclose(y, zero_shot.embed_images(model, images), atol=1e-5)
+
+
 def test_probes():
     torch.manual_seed(0)
     train_y, y = torch.arange(60) % 3, torch.arange(30) % 3

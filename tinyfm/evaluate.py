@@ -107,12 +107,13 @@ def pixels(images: np.ndarray) -> Tensor:
 
 
 def clip_scores(run, model, tokenizer, data: PairData) -> tuple[Scores, dict]:
-    x = {name: zero_shot.embed_images(model, split.images) for name, split in data.splits.items()}
-    val, scores, found = list(data.splits)[1], {}, {}
+    splits, scores, found = data.splits, {}, {}
     if run.model.loss != "simclr":
+        x = {name: zero_shot.embed_images(model, split.images) for name, split in splits.items()}
         scores, found = by_name(model, tokenizer, data, x)
-        scores |= by_caption(model, tokenizer, data, x[val])
-    return scores | by_features(data, x, "features"), found
+        scores |= by_caption(model, tokenizer, data, x[list(splits)[1]])
+    probed = {name: zero_shot.image_features(model, splits[name].images) for name in [*splits][:2]}
+    return scores | by_features(data, probed, "features"), found
 
 
 def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:

@@ -62,15 +62,17 @@ class CLIPRun(Run):
         """
         scores, simclr = {}, self.model.loss == "simclr"
         if simclr:
-            known = zero_shot.embed_images(model, data.train.images)[None]
+            known = zero_shot.image_features(model, data.train.images)[None]
         for name, split in list(data.splits.items())[1:]:
             rows = np.random.default_rng(0).permutation(len(split.labels))[: self.QUICK]
             labels = [split.labels[i] for i in np.sort(rows)]
-            x = zero_shot.embed_images(model, split.images[np.sort(rows)])
+            images = split.images[np.sort(rows)]
             if simclr:
+                x = zero_shot.image_features(model, images)
                 near = zero_shot.classify(x, known, model.scale()).tolist()
                 right = [data.train.labels[i] == label for i, label in zip(near, labels)]
             else:
+                x = zero_shot.embed_images(model, images)
                 names, templates = sorted(set(split.labels)), zero_shot.find_templates(split)[:4]
                 classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
                 found = zero_shot.classify(x, classes, model.scale()).tolist()
@@ -83,14 +85,15 @@ class CLIPRun(Run):
         """Write a grid of validation images with the names found; return the first few."""
         split, n = data.val, min(48, len(data.val.labels))
         rows = np.linspace(0, len(split.labels) - 1, n).astype(int)
-        x = zero_shot.embed_images(model, split.images[rows])
+        embed = zero_shot.embed_images
         if self.model.loss == "simclr":
-            names = data.train.labels
-            classes = zero_shot.embed_images(model, data.train.images)[None]
+            names, embed = data.train.labels, zero_shot.image_features
+            classes = embed(model, data.train.images)[None]
         else:
             names = sorted(set(split.labels))
             templates = zero_shot.find_templates(split)[:4]
             classes = zero_shot.class_vectors(model, data.tokenizer, names, templates)
+        x = embed(model, split.images[rows])
         found = [names[i] for i in zero_shot.classify(x, classes, model.scale()).tolist()]
         folder.mkdir(exist_ok=True)
         images = split.images[rows].transpose(0, 2, 3, 1)

@@ -11,8 +11,8 @@ but ways to say the same, that does as well; ours name styles, a picture has one
 mean of four styles is no style at all.
 
 Retrieval asks the same of whole captions: is the right one among the k nearest of all? Probes use
-the image tower alone: the class of the nearest training images (k-NN), or a linear map from
-features to classes, fitted by least squares.
+the image tower alone, what it gives before the projection: the class of the nearest training images
+(k-NN), or a linear map from features to classes, fitted by least squares.
 
 Letters: B images, M classes, n templates, E embedding width. Vectors are unit vectors of float32.
 """
@@ -25,6 +25,7 @@ from functools import wraps
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinyfm.pair_files import Split, encode_captions
@@ -34,11 +35,17 @@ MAX_TEMPLATES = 16
 
 
 @torch.no_grad()
-def embed_images(model, images: np.ndarray) -> Tensor:
-    """uint8 (B, C, H, W) -> (B, E)."""
-    like = model.logit_scale
+def embed_images(model, images: np.ndarray, encode: Callable | None = None) -> Tensor:
+    """uint8 (B, C, H, W) -> (B, E), by the model's encode_image if nothing else is given."""
+    like, encode = model.logit_scale, encode or model.encode_image
     parts = (torch.tensor(images[i : i + ROWS]) for i in range(0, len(images), ROWS))
-    return torch.cat([model.encode_image(part.to(like) / 127.5 - 1) for part in parts])
+    return torch.cat([encode(part.to(like) / 127.5 - 1) for part in parts])
+
+
+def image_features(model, images: np.ndarray) -> Tensor:
+    """uint8 (B, C, H, W) -> unit vectors (B, D) before the projection. What the contrast has no use
+    for, the projection drops: for other tasks they are better (Chen et al. 2020, section 4.2)."""
+    return F.normalize(embed_images(model, images, model.image_tower).float(), dim=-1)
 
 
 @torch.no_grad()
