@@ -280,4 +280,4 @@ def test_what_begins_from_a_run_goes_at_half_the_rate():
     usual = presets.PRESETS["gpt"].run.optim
     optim = presets.get_preset("gpt", init_from="runs/gpt").run.optim
     assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)
-    assert presets.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.01
+    assert presets.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.005

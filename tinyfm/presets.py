@@ -95,7 +95,7 @@ PRESETS = {
             optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
             train=TrainConfig(steps=3000, batch_size=256, eval_every=1000),
         ),
-        usual="0.85, as one seed gave",
+        usual="0.84 to 0.86, as three seeds gave",
     ),
     "autoencoder": Preset(
         "pictures into a quarter as many numbers and back, on letters and symbols: three minutes",
@@ -177,7 +177,7 @@ FULL = OptimConfig(lr=4e-3, muon_lr=0.01, warmup_steps=10, decay_fraction=1)
 PARTLY = OptimConfig(optimizer="adamw", lr=0.01, warmup_steps=10, weight_decay=0, decay_fraction=1)
 ADAPTED = {  # the fewer numbers are trained, the further each has to go
     "full": FULL,
-    "lora": PARTLY,
+    "lora": dataclasses.replace(PARTLY, lr=0.005),
     "bias": dataclasses.replace(PARTLY, lr=0.02),
     "head": dataclasses.replace(PARTLY, lr=0.02),
     "prompt": dataclasses.replace(PARTLY, lr=0.03),
