@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, compare, evaluate, files, hub, presets, records
+from tinyfm import adapt, compare, data, evaluate, files, hub, presets, records
 from tinyfm.clip import CLIPConfig
 
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
@@ -66,6 +66,11 @@ def test_a_run_goes_on_where_its_base_was(tiny_run, base, options, tmp_path, cap
     whole = records.open_run(str(out))  # all of it is there, without its base
     assert whole.run.base_hash == adapt.base_hash(base.model)
     assert whole.model.state_dict().keys() == base.model.state_dict().keys()
+
+
+def test_a_run_lends_its_tokenizer(tiny_run, base):
+    found = [data.fixed_tokenizer(str(path)) for path in (tiny_run, base.folder)]
+    assert {own.fingerprint() for own in found} == {base.tokenizer.fingerprint()}
 
 
 def test_an_adapter_is_small_and_opens_on_its_base(lora, base, tiny_run):

@@ -34,6 +34,7 @@ import torch
 
 from data import docs, files, shakespeare, stdlib
 from data.report import Report
+from tinyfm import checkpoint
 from tinyfm import tokenizer as tokenizers
 from tinyfm.shards import Shards, build, read_manifest, rebuild_hint
 
@@ -49,7 +50,7 @@ class TextConfig:
 
     # docs, stdlib, shakespeare, your own text file, folder or "glob", or what data/prepare.py made
     path: str = "docs"
-    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
+    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     val_fraction: float = 0.1  # share of the text held out for validation
     cache: str = "data/cache"  # folder for the prepared shards
@@ -122,7 +123,8 @@ def fixed_tokenizer(name: str) -> tokenizers.Tokenizer | None:
     if name in LEARNED_TOKENIZERS:
         return None
     if Path(name).is_dir():
-        return tokenizers.load(name)
+        run = any(Path(name).glob("step-*/manifest.json"))
+        return tokenizers.load(checkpoint.find(name) if run else name)
     kinds = ", ".join((*LEARNED_TOKENIZERS, "bytes"))
     raise ValueError(f"--data.tokenizer {name!r} is no folder and not one of the kinds {kinds}")
 

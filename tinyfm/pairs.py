@@ -47,7 +47,7 @@ class PairConfig:
     # glyphs, letters, or your own: a folder of images, a .csv, a .jsonl or "shards-{000..009}.tar"
     path: str = "glyphs"
     color: bool = False  # paint the glyphs in inks and on papers that their captions name
-    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a folder with a saved tokenizer
+    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     template: str = captioned.TEMPLATE  # caption of an image in a folder named for what it shows
     neighbours: int = 1  # rows that stay together in a batch: alike, so hard to tell apart
