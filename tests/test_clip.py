@@ -427,6 +427,15 @@ def test_what_fills_up_all_rows_costs_nothing():
     assert read == [5]
 
 
+@pytest.mark.parametrize("end_token", [-1, -2, 0, END])
+def test_the_example_has_texts_of_full_length(end_token):
+    tower = make(end_token=end_token).text_tower
+    read = []
+    tower.blocks[0].register_forward_hook(lambda block, inputs, output: read.append(output.size(1)))
+    tower(make(end_token=end_token).example_batch(2)["tokens"])
+    assert read == [T]
+
+
 @torch.no_grad()
 def test_which_token_ends_a_text():
     tokens = torch.tensor([[3, 9, 5, 8, 5, 9]])

@@ -243,7 +243,9 @@ class CLIP(nn.Module):
         """What data could give: that many images and captions of full length."""
         c, ids = self.config, torch.arange(rows)
         images = torch.zeros(rows, c.channels, c.image_size, c.image_size)
-        tokens = torch.zeros(rows, c.context_length, dtype=torch.long)
+        end = c.end_token if c.end_token >= 0 else 1
+        tokens = torch.full((rows, c.context_length), int(not end))
+        tokens[:, -1] = end
         return {"images": images, "tokens": tokens, "labels": ids}
 
     def in_parts(self, encode: Callable, inputs: Tensor) -> Tensor:
@@ -279,16 +281,14 @@ class CLIP(nn.Module):
         rows = self.rows_at_once
         if self.config.loss == "simclr":
             return self.simclr_loss(x, y, all_x, all_y), {}
-        ids, scale = batch["labels"], self.scale()
-        all_ids = gather(ids)
+        ids, all_ids, scale = batch["labels"], gather(batch["labels"]), self.scale()
         if self.config.loss == "siglip":
             bias = self.logit_bias
             return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
-        columns = all_x, all_y, all_ids
+        to_x, to_y, to_ids = all_x, all_y, all_ids
         if self.training and self.config.memory:
-            columns = self.memory.joined(*columns)
+            to_x, to_y, to_ids = self.memory.joined(all_x, all_y, all_ids)
             self.memory.add(all_x, all_y, all_ids)
-        to_x, to_y, to_ids = columns
         n_pairs = self.n_pairs if self.training and self.config.rivals == "all" else 0
         margin, ways = margins(to_ids, n_pairs), [(x, to_y), (y, to_x)]  # text to image, and back
         losses = [
