@@ -14,15 +14,14 @@ layers are those of the base's tables. Three layers differ:
 3. A table of tokens: the two are lora_embedding_A, transposed, and lora_embedding_B. peft keeps the
    table itself beside them, which has to be the base's.
 
-What our LoRA does not compute is refused by the name of its field. Left out: adapters of other
-kinds than LoRA, whole modules saved beside it, other families.
+What our LoRA does not compute is refused by the name of its field (peft_config.py). Left out:
+adapters of other kinds than LoRA, whole modules saved beside it, other families.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +29,16 @@ from torch import Tensor, nn
 from tinyfm import hub_clip, hub_gpt
 from tinyfm.adapt import AdapterConfig, select, train_only
 from tinyfm.clip import CLIP
-from tinyfm.files import load_tensors, read_json, save_tensors, write_json
+from tinyfm.files import load_tensors, save_tensors, write_json
 from tinyfm.gpt import GPT
-from tinyfm.hub import pairs, refuse, translate
+from tinyfm.hub import pairs, translate
 from tinyfm.lora import LoRA, adapted_layers, attach, find_layers
+from tinyfm.peft_config import CONFIG, by_pattern, read_config, target_modules
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
+WEIGHTS = "adapter_model"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 TABLE = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight")
 PART = re.compile(r"(?<=\.c_attn)\.([qkv])$")  # hub_gpt.py's name for a share of GPT-2's c_attn
-
-# Fields with a say here, or none: which layers are meant shows in the tensors, and the settings of
-# other kinds count for nothing unless a field that turns them on is set.
-KNOWN = """
-peft_type bias init_lora_weights r lora_alpha lora_dropout rank_pattern alpha_pattern
-task_type base_model_name_or_path target_modules exclude_modules layers_to_transform layers_pattern
-fan_in_fan_out inference_mode revision auto_mapping peft_version runtime_config
-megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config
-"""
-ALLOWED = {  # some ways to begin, such as pissa, change the base
-    "peft_type": ("LORA",), "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}  # fmt: skip
-
 
 # ---- names --------------------------------------------------------------------------------------
 
@@ -74,19 +60,6 @@ def their_layers(model: nn.Module) -> dict[str, str]:
         )
     ours = find_layers(model, ".")
     return {name: translate(f"{name}.weight", table).removesuffix(".weight") for name in ours}
-
-
-def target_modules(found: set[str], every: set[str]) -> list[str]:
-    """What says which layers are adapted: the ends of their names, or their names where an end is
-    also that of another."""
-    ends = {name.split(".")[-1] for name in found}
-    return sorted(ends if found == {n for n in every if n.split(".")[-1] in ends} else found)
-
-
-def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value for a layer: of the first pattern that ends its name, as peft looks them up."""
-    found = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -158,27 +131,6 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str, name: str
 
 
 # ---- in -----------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises ValueError for what our LoRA does not compute."""
-    raw = read_json(folder / CONFIG)
-    try:
-        if not isinstance(raw, dict):
-            refuse("the file", raw, "an object")
-        raw = {"bias": "none", "init_lora_weights": True, "lora_dropout": 0.0} | raw
-        for field, values in ALLOWED.items():
-            if raw.get(field) not in values:
-                refuse(field, raw.get(field), " or ".join(map(repr, values)))
-        for field in sorted(raw.keys() - {*KNOWN.split()}):
-            if raw[field]:
-                refuse(field, raw[field], "a LoRA without it")
-        for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-            if type(raw.get(field)) not in kinds or raw[field] <= 0:
-                refuse(field, raw.get(field), "a number above 0")
-        return raw
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def read_pairs(folder: Path, known: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
