@@ -13,18 +13,20 @@ One trained model, one task, and all ways to make the one do the other, on few l
 Each is trained by the trainer with the settings of `train.py --task classify --adapt ...`, and
 measured on the same held-out examples. For each stand beside the accuracy: how many numbers are
 trained, the peak bytes of a training step (measure.py), the bytes of what has to be kept, and the
-processor's seconds. What was measured is kept in OUT/results.jsonl, and not measured again.
+processor's seconds. What was measured is kept in OUT/results.jsonl, and not measured again, unless
+the recipe has changed.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -72,11 +74,10 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
         data = replace(data, tokenizer=str(opened.folder))
     train = replace(run.train, steps=steps, batch_size=options.batch_size, seed=seed, eval_every=0)
     begun = {} if method == "from scratch" else {"init_from": options.run}
-    adapter = run.adapter
-    if how == "lora":
-        adapter = replace(adapter, rank=int(rank), alpha=float(rank))
+    width = {"rank": int(rank), "alpha": float(rank)} if how == "lora" else {}
     if method == "from scratch":  # as the preset pretrains
         run = replace(run, optim=presets.get_preset(family).run.optim)
+    adapter = replace(run.adapter, **width)
     return replace(
         run, model=opened.run.model, data=data, train=train, adapt=how, adapter=adapter, **begun
     )
@@ -123,7 +124,7 @@ def measure_all(options: Options, opened: records.OpenRun, out: Path) -> Iterato
     path = out / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     known = {json.dumps(row["what"]): row for row in map(json.loads, lines)}
-    base = adapt.base_hash(opened.model)[:16]
+    base = adapt.base_hash(opened.model)
     asked = {"gpt": ("zero-shot", "few-shot"), "clip": ("zero-shot",)}.get(opened.run.family, ())
     for seed in range(options.seeds):
         for labels in options.labels:
@@ -134,7 +135,9 @@ def measure_all(options: Options, opened: records.OpenRun, out: Path) -> Iterato
                     continue
                 trained = method if method in options.methods else "head"
                 run = run_of(options, opened, trained, labels, seed)
-                what = [method, labels, seed, run.data.path, run.train.steps, base]
+                recipe = json.dumps(asdict(run.data if method in asked else run)) + base
+                recipe = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+                what = [method, labels, seed, run.data.path, recipe]
                 if (key := json.dumps(what)) not in known:
                     if method in asked:
                         row = ask(opened, run.open_data(), 4 if method == "few-shot" else 0)
