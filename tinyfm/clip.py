@@ -244,7 +244,7 @@ class CLIP(nn.Module):
         c, ids = self.config, torch.arange(rows)
         images = torch.zeros(rows, c.channels, c.image_size, c.image_size)
         end = c.end_token if c.end_token >= 0 else 1
-        tokens = torch.full((rows, c.context_length), int(not end))
+        tokens = torch.full((rows, c.context_length), 0 if end else 1)
         tokens[:, -1] = end
         return {"images": images, "tokens": tokens, "labels": ids}
 
@@ -285,16 +285,15 @@ class CLIP(nn.Module):
         if self.config.loss == "siglip":
             bias = self.logit_bias
             return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
-        to_x, to_y, to_ids = all_x, all_y, all_ids
+        to_x, to_y, to_ids, margin = all_x, all_y, all_ids, None
         if self.training and self.config.memory:
             to_x, to_y, to_ids = self.memory.joined(all_x, all_y, all_ids)
             self.memory.add(all_x, all_y, all_ids)
-        n_pairs = self.n_pairs if self.training and self.config.rivals == "all" else 0
-        margin, ways = margins(to_ids, n_pairs), [(x, to_y), (y, to_x)]  # text to image, and back
-        losses = [
-            contrast(softmax_loss, *w, ids, to_ids, scale, margin=margin, rows=rows) for w in ways
-        ]
-        return sum(losses) / 2, {}
+        if self.training and (self.config.memory or self.config.rivals == "all"):
+            margin = margins(to_ids, self.n_pairs if self.config.rivals == "all" else 0)
+        both = {"x_ids": ids, "y_ids": to_ids, "scale": scale, "margin": margin, "rows": rows}
+        ways = (x, to_y), (y, to_x)  # which text to an image, which image to a text
+        return sum(contrast(softmax_loss, *way, **both) for way in ways) / 2, {}
 
     def simclr_loss(self, x, y, all_x, all_y):
         """NT-Xent (Chen et al. 2020, eq. 1): a view's partner among all views but itself."""

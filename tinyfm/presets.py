@@ -174,10 +174,10 @@ PRESETS = {
 # ---- what is made of a trained model -------------------------------------------------------------
 
 FULL = OptimConfig(lr=4e-3, muon_lr=0.01, warmup_steps=10, decay_fraction=1)
-PARTLY = OptimConfig(optimizer="adamw", lr=0.01, warmup_steps=10, weight_decay=0, decay_fraction=1)
+PARTLY = OptimConfig(optimizer="adamw", lr=0.005, warmup_steps=10, weight_decay=0, decay_fraction=1)
 ADAPTED = {  # the fewer numbers are trained, the further each has to go
     "full": FULL,
-    "lora": dataclasses.replace(PARTLY, lr=0.005),
+    "lora": PARTLY,
     "bias": dataclasses.replace(PARTLY, lr=0.02),
     "head": dataclasses.replace(PARTLY, lr=0.02),
     "prompt": dataclasses.replace(PARTLY, lr=0.03),
