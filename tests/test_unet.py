@@ -1,12 +1,14 @@
 """The U-Net: diffusers is the oracle, on random weights, offline."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -222,6 +224,24 @@ def test_upsampling_is_repeating_and_blending_for_4_of_9_products():
     assert products[0] * 9 == products[1] * 4
 
 
+def test_a_patch_is_a_pixel_of_many_channels():
+    """The same network on pictures whose patches were made pixels by hand."""
+    torch.manual_seed(0)
+    inside = UNet(replace(TINY, in_channels=4))
+    patched = UNet(replace(TINY, image_size=16, patch_size=2))
+    assert patched.config.factor == 4
+    with torch.no_grad():
+        for p in inside.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    patched.load_state_dict(inside.state_dict())
+    x, t = torch.randn(2, 1, 16, 8), torch.tensor([3.0, 900.0])
+    pixels = rearrange(x, "B 1 (h p) (w q) -> B (p q) h w", p=2, q=2)
+    expected = rearrange(inside(pixels, t), "B (p q) h w -> B 1 (h p) (w q)", p=2, q=2)
+    torch.testing.assert_close(patched(x, t), expected)
+    with pytest.raises(ValueError, match="16 x 6 cannot be halved 2 times; the nearest"):
+        patched(x[..., :6], t)
+
+
 def test_features_tell_all_times_apart():
     waves = time_features(torch.arange(1000), 32, 0, cos_first=True).double()
     distance = torch.cdist(waves, waves) + 10 * torch.eye(1000, dtype=torch.float64)
@@ -242,6 +262,8 @@ def test_features_tell_all_times_apart():
         ({"attend": (True,)}, "one value a level"),
         ({"channels": (), "attend": ()}, "one value a level"),
         ({"n_block": 0}, "n_block is 0"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"patch_size": 3}, "patch_size is 3; it must be a power of two"),
         ({"d_context": -1}, "d_context is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         (
@@ -305,6 +327,12 @@ def test_heads_that_diffusers_cannot_express(tmp_path):
     uneven.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"attention_head_dim is .*heads of one width"):
         UNet.from_pretrained(tmp_path)
+
+
+def test_diffusers_has_no_patches(tmp_path):
+    with pytest.raises(ValueError, match="patch_size is 2; diffusers has no patches, use 1"):
+        UNet(replace(TINY, patch_size=2)).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_not_written_over(tmp_path):

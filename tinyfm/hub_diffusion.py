@@ -206,14 +206,15 @@ def read_unet(kind: str, raw: dict, config_cls: type) -> Any:
             if len(widths) != 1 or len(heads) != len(channels):
                 refuse("attention_head_dim", heads, "a number, or heads of one width")
             head |= {"n_head": 1, "d_head": int(widths.pop())}
-    padding = raw.get("downsample_padding", 1)
-    if padding not in (0, 1):
+    if (padding := raw.get("downsample_padding", 1)) not in (0, 1):
         refuse("downsample_padding", padding, "0 or 1")
     return config_cls(**values, **head, attend=attend, pad_end=padding == 0)
 
 
 def write_unet(config: Any) -> dict[str, Any]:
-    """config.json of a UNetConfig. Raises ValueError where diffusers cannot express the heads."""
+    """config.json of a UNetConfig. Raises ValueError where diffusers cannot express it."""
+    if config.patch_size > 1:
+        raise ValueError(f"patch_size is {config.patch_size}; diffusers has no patches, use 1")
     kind = "UNet2DConditionModel" if config.d_context else "UNet2DModel"
     raw = write_fields(config, UNET_FIELDS, UNETS[kind]) | block_types(kind, config.attend)
     raw["out_channels"] = config.out_channels or config.in_channels
@@ -326,5 +327,4 @@ def load_autoencoder(cls: type, config_cls: type, folder: str | Path, dtype) -> 
 
 def save_autoencoder(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     """Raises ValueError for a plain autoencoder: AutoencoderKL is variational."""
-    names = autoencoder_names()
-    save_weights(model, write_autoencoder(model), names, Path(folder), overwrite)
+    save_weights(model, write_autoencoder(model), autoencoder_names(), Path(folder), overwrite)

@@ -13,6 +13,9 @@ The time enters each residual block as one number a channel, added between its t
 
     h = x + conv(silu(norm(conv(silu(norm(x))) + W silu(emb(t)))))
 
+Most of the work is at full size, most of the weights below. Patches of p x p pixels, made one pixel
+of p^2 as many channels, leave 1 / p^2 of the work to the same weights (Luhman & Luhman 2022).
+
 A text enters by cross-attention (Rombach et al. 2022): queries from the places of the picture, keys
 and values from the rows of `context`, which is whatever a text encoder gives.
 
@@ -39,6 +42,7 @@ class UNetConfig:
     image_size: int = 32  # rows and columns of a training image; others work too
     in_channels: int = 1  # of an image: 1 grey, 3 colour, or those of a latent
     out_channels: int = 0  # of the prediction; 0 = in_channels
+    patch_size: int = 1  # rows and columns of a patch, which becomes one pixel of many channels
     channels: tuple[int, ...] = (32, 64, 128)  # at each level; each has half the rows of the last
     attend: tuple[bool, ...] = (False, False, True)  # levels with attention; the middle has it
     n_block: int = 2  # residual blocks a level on the way down; one more on the way up
@@ -55,12 +59,10 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channels", "attend"):  # a config read from JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "in_channels", "n_block", "n_head", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("out_channels", "d_head", "d_context", "time_shift"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        ones = ("image_size", "in_channels", "patch_size", "n_block", "n_head", "groups")
+        for name in (*ones, "out_channels", "d_head", "d_context", "time_shift"):
+            if (value := getattr(self, name)) < (least := int(name in ones)):
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not self.channels or len(self.channels) != len(self.attend):
             raise ValueError(
                 f"channels {self.channels} and attend {self.attend} must have one value a level"
@@ -72,6 +74,8 @@ class UNetConfig:
                     raise ValueError(f"{width} channels cannot be divided by {name} {part}")
         if self.channels[0] % 2 or self.channels[0] // 2 <= self.time_shift:
             raise ValueError(f"the first level has {self.channels[0]} channels; use an even number")
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size is {self.patch_size}; it must be a power of two")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         size = (1, self.in_channels, self.image_size, self.image_size)
@@ -80,7 +84,7 @@ class UNetConfig:
     @property
     def factor(self) -> int:
         """By how much rows and columns shrink to the middle."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
     def heads(self, width: int) -> int:
         """Attention heads at a level of so many channels."""
@@ -100,7 +104,7 @@ def check_images(shape: Sequence[int], channels: int, factor: int) -> None:
         raise ValueError(f"images of {H} x {W} cannot be halved {times} times; {nearest}")
 
 
-# ---- time ---------------------------------------------------------------------------------------
+# ---- layers -------------------------------------------------------------------------------------
 
 
 def time_features(t: Tensor, width: int, shift: int, cos_first: bool) -> Tensor:
@@ -113,9 +117,6 @@ def time_features(t: Tensor, width: int, shift: int, cos_first: bool) -> Tensor:
     angle = t.float()[:, None] * torch.exp(exponent / (half - shift))
     waves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
     return torch.cat(waves, dim=-1)
-
-
-# ---- convolutional layers -----------------------------------------------------------------------
 
 
 class Downsample(nn.Conv2d):
@@ -182,8 +183,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         project = (self.q(x), self.k(context), self.v(context))
         q, k, v = (rearrange(h, "B T (N K) -> B N T K", N=self.n_head) for h in project)
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # On a CPU the backward pass of attention is several times slower in bfloat16.
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # slow in bfloat16
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q, k, v)
@@ -265,8 +265,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         first, last, d_time = config.channels[0], config.channels[-1], 4 * config.channels[0]
+        area, c_out = config.patch_size**2, config.out_channels or config.in_channels
         self.time_in, self.time_out = nn.Linear(first, d_time), nn.Linear(d_time, d_time)
-        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(area * config.in_channels, first, 3, padding=1)
         levels = list(zip(config.channels, config.attend))
         c, kept, down, up = first, [first], [], []  # kept: channels of what the way up will read
         for i, (width, attend) in enumerate(levels):
@@ -288,7 +289,7 @@ class UNet(nn.Module):
             up.append(Level(blocks, Upsample(c) if i else None))
         self.up = nn.ModuleList(up)
         self.norm = nn.GroupNorm(config.groups, first, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(first, config.out_channels or config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(first, area * c_out, 3, padding=1)
         self.reset_parameters()
 
     def reset_buffers(self):
@@ -318,9 +319,8 @@ class UNet(nn.Module):
         waves = time_features(t.expand(len(x_t)), c.channels[0], c.time_shift, c.cos_first)
         dtype = self.conv_in.weight.dtype
         x_t, context = x_t.to(dtype), None if context is None else context.to(dtype)
-        emb = self.time_out(F.silu(self.time_in(waves.to(dtype))))
-        emb = F.silu(emb)  # (B, 4 C): each block would do it otherwise
-        h = self.conv_in(x_t)
+        emb = F.silu(self.time_out(F.silu(self.time_in(waves.to(dtype)))))  # (B, 4 C)
+        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))
         kept = [h]
         for level in self.down:
             for block in level.blocks:
@@ -334,7 +334,7 @@ class UNet(nn.Module):
             for block in level.blocks:
                 h = block(torch.cat((h, kept.pop()), dim=1), emb, context)
             h = h if level.resample is None else level.resample(h)
-        return self.conv_out(F.silu(self.norm(h)))  # (B, C, H, W)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm(h))), c.patch_size)  # (B, C, H, W)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> UNet:
