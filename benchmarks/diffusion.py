@@ -8,14 +8,17 @@ squared error of v, backward, fused AdamW. sample: images/s from noise by DDIM, 
 network a step. float32, and bfloat16 by autocast; all in this process by turns; medians, and
 tinyfm's over that of the faster peer.
 
-    tinyfm       the ddpm preset's model: Diffusion.loss and Diffusion.sample
-    diffusers    UNet2DModel, the same network with the same weights; DDIMScheduler's add_noise and
+    tinyfm       the ddpm preset's model, which works on patches of 2 x 2 pixels: Diffusion.loss and
+                 Diffusion.sample
+    same         the same without patches, for the network of diffusers
+    diffusers    UNet2DModel, that network with the same weights; DDIMScheduler's add_noise and
                  get_velocity as its training example uses them; DDIMPipeline
     lucidrains   denoising-diffusion-pytorch: Unet of its own design (RMSNorm, linear attention at
                  the upper levels) with the same channels and levels; GaussianDiffusion
 
-So diffusers has equal layers, lucidrains equal parameters to 5%, which is checked. All predict v on
-the cosine schedule of 1,000 levels, with untrained weights; freed memory is kept, as in train.py.
+So "same" is about the code alone, tinyfm about what one trains with so many parameters, equal to
+5%, which is checked. All predict v on the cosine schedule of 1,000 levels, with untrained weights;
+freed memory is kept, as in train.py.
 
     pip install "diffusers>=0.35" && pip install --no-deps denoising-diffusion-pytorch
 
@@ -28,6 +31,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,7 +54,7 @@ OF_ITS_TRAINER = (
     "accelerate", "ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception",
     "scipy", "scipy.optimize", "torchvision",
 )  # fmt: skip
-Runs = dict[str, Callable[[], object]]
+Models, Runs = dict[str, object], dict[str, Callable[[], object]]
 
 
 def lucidrains(config: DiffusionConfig, steps: int) -> torch.nn.Module:
@@ -70,19 +74,24 @@ def lucidrains(config: DiffusionConfig, steps: int) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def build(channels: int, steps: int) -> tuple[Diffusion, torch.nn.Module, object]:
-    """tinyfm's model, lucidrains', and a pipeline of diffusers with the weights of the first."""
-    config = DiffusionConfig(**{**vars(get_preset("ddpm").run.model), "in_channels": channels})
-    ours, theirs = Diffusion(config), lucidrains(config, steps)
+def build(channels: int, steps: int) -> Models:
+    """Models by name; diffusers' is a pipeline with the weights of "same"."""
+    config = replace(get_preset("ddpm").run.model, in_channels=channels)
+    same = Diffusion(replace(config, patch_size=1))
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     with TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+        same.save_pretrained(folder)
         unet = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline = DDIMPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return ours, theirs, pipeline
+    return {"tinyfm": Diffusion(config), "same": same, "diffusers": pipeline,
+            "lucidrains": lucidrains(config, steps)}  # fmt: skip
+
+
+def network(model: object) -> torch.nn.Module:
+    return model.unet if hasattr(model, "unet") else model.model
 
 
 def under(dtype: torch.dtype, run: Callable[[], object]) -> Callable[[], object]:
@@ -93,9 +102,10 @@ def under(dtype: torch.dtype, run: Callable[[], object]) -> Callable[[], object]
     return cast
 
 
-def training(ours, theirs, pipeline, images: torch.Tensor, dtype: torch.dtype) -> Runs:
+def training(models: Models, images: torch.Tensor, dtype: torch.dtype) -> Runs:
     """A step of each. tinyfm draws noise from a generator a row, the others from torch's own."""
-    unet, scheduler, S = pipeline.unet, pipeline.scheduler, ours.config.diffusion_steps
+    unet, scheduler = models["diffusers"].unet, models["diffusers"].scheduler
+    S, batch = scheduler.config.num_train_timesteps, {"images": images}
     generators = [torch.Generator().manual_seed(row) for row in range(len(images))]
 
     def diffusers_loss() -> torch.Tensor:
@@ -104,9 +114,9 @@ def training(ours, theirs, pipeline, images: torch.Tensor, dtype: torch.dtype) -
         target = scheduler.get_velocity(images, noise, t)
         return torch.nn.functional.mse_loss(y.float(), target)
 
-    def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
-        forward = under(dtype, loss)
+    def step(name: str, loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        parameters = network(models[name]).train().parameters()
+        optimizer, forward = torch.optim.AdamW(parameters, lr=1e-4, fused=True), under(dtype, loss)
 
         def run() -> None:
             forward().backward()
@@ -116,19 +126,22 @@ def training(ours, theirs, pipeline, images: torch.Tensor, dtype: torch.dtype) -
         return run
 
     return {
-        "tinyfm": step(ours, lambda: ours.loss({"images": images}, generators)[0]),
-        "diffusers": step(unet, diffusers_loss),
-        "lucidrains": step(theirs, lambda: theirs(images)),
+        "tinyfm": step("tinyfm", lambda: models["tinyfm"].loss(batch, generators)[0]),
+        "same": step("same", lambda: models["same"].loss(batch, generators)[0]),
+        "diffusers": step("diffusers", diffusers_loss),
+        "lucidrains": step("lucidrains", lambda: models["lucidrains"](images)),
     }
 
 
-def sampling(ours, theirs, pipeline, batch: int, steps: int, dtype: torch.dtype) -> Runs:
-    for model in (ours, theirs, pipeline.unet):
-        model.eval()
+def sampling(models: Models, batch: int, steps: int, dtype: torch.dtype) -> Runs:
+    for model in models.values():
+        network(model).eval()
+    pipeline = models["diffusers"]
     runs = {
-        "tinyfm": lambda: ours.sample(batch, steps),
+        "tinyfm": lambda: models["tinyfm"].sample(batch, steps),
+        "same": lambda: models["same"].sample(batch, steps),
         "diffusers": lambda: pipeline(batch, num_inference_steps=steps, output_type="pt"),
-        "lucidrains": lambda: theirs.sample(batch),
+        "lucidrains": lambda: models["lucidrains"].sample(batch),
     }
     return {name: under(dtype, run) for name, run in runs.items()}
 
@@ -144,9 +157,8 @@ def main() -> None:
     batch = args.batch or (32 if args.what == "train" else 16)
     torch.manual_seed(0)
     machine.keep_freed_memory()
-    ours, theirs, pipeline = models = build(args.channels, args.steps)
-    networks = {"tinyfm": ours.unet, "diffusers": pipeline.unet, "lucidrains": theirs.model}
-    sizes = {k: sum(p.numel() for p in network.parameters()) for k, network in networks.items()}
+    models = build(args.channels, args.steps)
+    sizes = {k: sum(p.numel() for p in network(model).parameters()) for k, model in models.items()}
     print(f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}")  # fmt: skip
     how = f"{args.steps} steps, " if args.what == "sample" else ""
@@ -157,13 +169,16 @@ def main() -> None:
     images = torch.rand(batch, args.channels, 32, 32) * 2 - 1
     for dtype in (torch.float32, torch.bfloat16):
         if args.what == "train":
-            runs = training(*models, images, dtype)
+            runs = training(models, images, dtype)
         else:
-            runs = sampling(*models, batch, args.steps, dtype)
+            runs = sampling(models, batch, args.steps, dtype)
         rates = {name: batch / took for name, took in by_turns(runs, args.repeats).items()}
         best = max(("diffusers", "lucidrains"), key=rates.get)
         shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-        print(f"{dtype}: {shown} images/s: {rates['tinyfm'] / rates[best]:.2f}x {best}")
+        ratios = ", ".join(
+            f"{name} {rates[name] / rates[best]:.2f}x" for name in ("tinyfm", "same")
+        )
+        print(f"{dtype}: {shown} images/s: {ratios} {best}", flush=True)
 
 
 if __name__ == "__main__":
