@@ -23,9 +23,9 @@ STEPS = 50
 SIZES = {
     "autoencoder": """autoencoder --model.image-size 8 --model.in-channels 3 --model.channels 8 16
     --model.groups 4 --model.latent-channels 2 --model.beta-warmup-steps 10 --optim.lr 1e-2""",
-    "ddpm": """ddpm --model.image-size 8 --model.in-channels 3 --model.channels 8 16
-    --model.groups 4 --model.attend False True --model.n-head 2 --optim.lr 1e-2
-    --optim.ema-half-life 5""",
+    "ddpm": """ddpm --model.image-size 8 --model.patch-size 1 --model.in-channels 3
+    --model.channels 8 16 --model.groups 4 --model.attend False True --model.n-head 2
+    --optim.lr 1e-2 --optim.ema-half-life 5""",
 }
 COMMON = """--train.batch-size 16 --train.eval-every 25 --train.log-every 1 --train.dtype float32
 --optim.warmup-steps 5 --train.device cpu --data.val-fraction 0.4"""

@@ -2,9 +2,10 @@
 
 A GPT: nats per token and bits per byte of its validation text. CLIP: names found zero-shot among
 all names of each held-out split, retrieval of captions and images, and classes found from image
-features alone. Text-to-image: how many pictures are what their prompt says. A classifier: what it
-gets right. Beside each figure stands that of the same model before training, or of the base that it
-began from, and for features that of the raw pixels: what is not above those was not learnt.
+features alone. Diffusion: how far its samples are from real pictures. Text-to-image: how many
+pictures are what their prompt says. A classifier: what it gets right. Beside each figure stands
+that of the same model before training, or of the base that it began from, and for features that of
+the raw pixels: what is not above those was not learnt.
 
 Or something else that one asks of it, without training:
 
@@ -177,6 +178,8 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
                 scores |= run.score(model, data)
             if run.family == "text2image" and run.data.path in GLYPHS:
                 scores |= picture_scores.measure(model, data, run.data, options.guidance)
+            if run.family == "ddpm" and run.data.path in GLYPHS:
+                scores |= picture_scores.measure_samples(model, data, run.data.cache)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
     if run.family == "clip":

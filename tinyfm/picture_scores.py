@@ -27,12 +27,15 @@ from torch import Tensor
 
 from data import glyphs
 from tinyfm import draw, judge
+from tinyfm.ddpm import Diffusion
+from tinyfm.images import ImageData
 from tinyfm.judge import Pictures, agreement, as_pixels, places
 from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.text2image import TextToImage
 from tinyfm.zero_shot import ROWS, share
 
 STEPS, SAMPLER = 20, "dpm++"
+COUNT = 400  # samples of a model that takes no prompts
 COPY = 0.006  # a mean difference of pixels, black to white 2: two real drawings are seldom nearer
 ASKED = ("letters and digits", "held-out pairs", "held-out characters")
 Asked = list[tuple[str, str]]  # (style, name) of each prompt
@@ -148,3 +151,20 @@ def measure(
         drawn = judge.embed(critic, images)
         scores[f"{what}: Frechet distance"] = frechet_distance(drawn, real)
     return {f"the judge on real drawings: {key}": value for key, value in own.items()} | scores
+
+
+def measure_samples(model: Diffusion, data: ImageData, cache: str) -> dict[str, float]:
+    """{measure: value} of COUNT samples, and of real pictures among themselves, which no model
+    beats; {} for a size or colours that no judge reads."""
+    if (model.config.in_channels, model.config.image_size) != (1, glyphs.SIZE):
+        return {}
+    critic, _ = judge.load_or_train(cache)
+    drawn = draw.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
+    real = torch.cat([x["images"] for x in data.fixed_batches([*data.splits][1], 2 * COUNT, ROWS)])
+    first, second, found = (judge.embed(critic, x) for x in (*real.split(COUNT), drawn))
+    share_copied, _ = copies(drawn, torch.tensor(data.train.images), COPY)
+    return {
+        "samples: Frechet distance": frechet_distance(found, first),
+        "other real pictures: Frechet distance": frechet_distance(second, first),
+        "samples: copies of training pictures": share_copied,
+    }
