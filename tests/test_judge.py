@@ -1,6 +1,7 @@
 """The judge: it learns, it is kept as it was, and its measures measure what they say."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,36 @@ def test_copies_are_found():
     assert picture_scores.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
     white, black = np.full((1, 1, 4, 4), 255, np.uint8), np.zeros((1, 1, 4, 4), np.uint8)
     assert [picture_scores.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
+
+
+def test_samples_of_a_model_that_takes_no_prompts(monkeypatch):
+    torch.manual_seed(0)
+    judge = Judge(TINY, CHARACTERS)
+    monkeypatch.setattr(judging, "load_or_train", lambda cache: (judge, {}))
+    monkeypatch.setattr(picture_scores, "COUNT", 24)
+    images = judging.stack(drawn("abcdefgh"))[0]  # the first 64 are for training
+    floats = images.float() / 127.5 - 1
+
+    def batches(split, count, rows):
+        assert split == "held out"
+        return [{"images": floats[64 : 64 + count]}]
+
+    def measure(samples, image_size=32):
+        config = SimpleNamespace(in_channels=1, image_size=image_size)
+        model = SimpleNamespace(config=config, sample=lambda n, *_, generators: samples[:n])
+        return picture_scores.measure_samples(model, data, "cache")
+
+    train = SimpleNamespace(images=images[:64].numpy())
+    data = SimpleNamespace(splits={"train": 0, "held out": 1}, fixed_batches=batches, train=train)
+    copied, best = measure(floats[:64]), measure(floats[64:])
+    assert copied["samples: copies of training pictures"] == 1
+    assert best["samples: copies of training pictures"] == 0
+    distance, among = "samples: Frechet distance", "other real pictures: Frechet distance"
+    assert best[distance] == pytest.approx(0, abs=1e-4) and best[among] > 1e-3
+    worst = measure(torch.zeros(24, 1, 32, 32))
+    assert worst[distance] > copied[distance] > best[distance]
+    assert worst[among] == copied[among] == best[among]
+    assert measure(floats, image_size=16) == {}
 
 
 # ---- colours -------------------------------------------------------------------------------------
