@@ -30,7 +30,6 @@ from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIP
 from tinyfm.ddpm import Diffusion, level
 from tinyfm.gpt import GPT
-from tinyfm.unet import time_features
 
 PATCH_GRID, LATENT_GRID, MIDDLE_GRID = 4, 8, 4  # rows and columns of places, at most
 NOISE = 0.3  # share of the way to pure noise that the U-Net is told
@@ -69,18 +68,11 @@ def read_latents(autoencoder: Autoencoder, batch: Batch) -> Tensor:
 
 def read_middle(diffusion: Diffusion, batch: Batch) -> Tensor:
     """images (B, C, H, W) -> (B, D): the way down of the U-Net, without the way up."""
-    unet, c, images = diffusion.unet, diffusion.config, batch["images"]
+    images = batch["images"]
     share = torch.full((len(images),), NOISE, dtype=torch.double)
-    t, alpha, _ = (n.float().to(images.device) for n in level(c, share))
-    waves = time_features(t, c.channels[0], c.time_shift, c.cos_first)
-    dtype = unet.conv_in.weight.dtype
-    emb = F.silu(unet.time_out(F.silu(unet.time_in(waves.to(dtype)))))
-    h = unet.conv_in((alpha[:, None, None, None] * images).to(dtype))
-    for part in unet.down:
-        for block in part.blocks:
-            h = block(h, emb, None)
-        h = h if part.resample is None else part.resample(h)
-    return in_places(unet.middle_out(unet.middle(h, emb, None), emb), MIDDLE_GRID)
+    t, alpha, _ = (n.float().to(images.device) for n in level(diffusion.config, share))
+    middle, _, _ = diffusion.unet.way_down(alpha[:, None, None, None] * images, t)
+    return in_places(middle, MIDDLE_GRID)
 
 
 class Reader(NamedTuple):

@@ -64,9 +64,7 @@ class UNetConfig:
             if (value := getattr(self, name)) < (least := int(name in ones)):
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not self.channels or len(self.channels) != len(self.attend):
-            raise ValueError(
-                f"channels {self.channels} and attend {self.attend} must have one value a level"
-            )
+            raise ValueError(f"channels {self.channels}, attend {self.attend}: one value a level")
         for width, attend in zip(self.channels, (*self.attend[:-1], True)):  # the middle attends
             head = ("d_head", self.d_head) if self.d_head else ("n_head", self.n_head)
             for name, part in [("groups", self.groups), head][: 1 + attend]:
@@ -131,15 +129,12 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """(B, C, H, W) -> (B, C, 2 H, 2 W): each pixel four times, then a convolution to blend them.
-
-    Both at once, for 4/9 of the products: a pixel, repeated and blended, is a stamp of 4 x 4.
-    """
+    """(B, C, H, W) -> (B, C, 2 H, 2 W): each pixel four times, then a convolution to blend them."""
 
     def __init__(self, width: int):
         super().__init__(width, width, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x):  # both at once, for 4/9 of the products: a pixel is a stamp of 4 x 4
         stamp = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C, 5, 5)
         stamp = stamp[:, :, 1:] + stamp[:, :, :-1]  # each pixel twice in a column
         stamp = stamp[..., 1:] + stamp[..., :-1]  # and in a row: (C, C, 4, 4)
@@ -312,15 +307,12 @@ class UNet(nn.Module):
             taken = f"(B, T, {width})" if width else "none"
             raise ValueError(f"the context is {tuple(context.shape)}; this model takes {taken}")
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Raises ValueError for sizes, channels or a context that the model does not take."""
-        self.check(x_t, context)
-        c = self.config
+    def way_down(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> tuple:
+        """(the middle (B, C, h, w), what the way up will read, the time (B, 4 C))."""
+        c, dtype = self.config, self.conv_in.weight.dtype
         waves = time_features(t.expand(len(x_t)), c.channels[0], c.time_shift, c.cos_first)
-        dtype = self.conv_in.weight.dtype
-        x_t, context = x_t.to(dtype), None if context is None else context.to(dtype)
-        emb = F.silu(self.time_out(F.silu(self.time_in(waves.to(dtype)))))  # (B, 4 C)
-        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))
+        emb = F.silu(self.time_out(F.silu(self.time_in(waves.to(dtype)))))
+        h = self.conv_in(F.pixel_unshuffle(x_t.to(dtype), c.patch_size))
         kept = [h]
         for level in self.down:
             for block in level.blocks:
@@ -329,12 +321,19 @@ class UNet(nn.Module):
             if level.resample is not None:
                 h = level.resample(h)
                 kept.append(h)
-        h = self.middle_out(self.middle(h, emb, context), emb)
+        return self.middle_out(self.middle(h, emb, context), emb), kept, emb
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """Raises ValueError for sizes, channels or a context that the model does not take."""
+        self.check(x_t, context)
+        context = None if context is None else context.to(self.conv_in.weight.dtype)
+        h, kept, emb = self.way_down(x_t, t, context)
         for level in self.up:
             for block in level.blocks:
                 h = block(torch.cat((h, kept.pop()), dim=1), emb, context)
             h = h if level.resample is None else level.resample(h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm(h))), c.patch_size)  # (B, C, H, W)
+        y = self.conv_out(F.silu(self.norm(h)))
+        return F.pixel_shuffle(y, self.config.patch_size)  # (B, C, H, W)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> UNet:
