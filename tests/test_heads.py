@@ -30,8 +30,9 @@ CLIPS = CLIPConfig(
 )  # fmt: skip
 LATENTS = AutoencoderConfig(image_size=16, channels=(8, 16), latent_channels=3, groups=4)
 NOISE = DiffusionConfig(
-    image_size=16, channels=(8, 16), attend=(False, True), n_block=1, n_head=2, groups=4
-)
+    image_size=16, patch_size=2, channels=(8, 16), attend=(False, True), n_block=1, n_head=2,
+    groups=4,
+)  # fmt: skip
 BODIES = {GPT: TEXT, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
 
 
