@@ -416,6 +416,23 @@ def test_perfect_drawings_are_as_the_real_ones(asked):
         assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
 
 
+def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, monkeypatch):
+    drawn, generate = [], Copier.generate
+    monkeypatch.setattr(
+        Copier,
+        "generate",
+        lambda self, prompts, **how: drawn.append(prompts) or generate(self, prompts),
+    )
+    evaluate.draw_held_out(Copier(), asked, False, 2.0, str(tmp_path / "x.png"))
+    expected = [f"{s} {n}" for s, n in picture_scores.prompts_of(asked)["held-out characters"]]
+    assert drawn == [expected]
+    assert Image.open(tmp_path / "x.png").width > 3 * 32
+    evaluate.draw_held_out(Copier(), asked, True, 2.0, str(tmp_path / "y.png"))
+    assert all(" on " in prompt for prompt in drawn[1])
+    message = "use a CLIP with texts, or text-to-image on letters"
+    assert message in refusal(capsys, evaluate, run, "--picture", tmp_path / "z.png")
+
+
 def test_colours_that_are_drawn_as_asked_are_all_found(asked):
     config = SimpleNamespace(color=True, cache="")
     scores = picture_scores.measure(Copier(), asked, config, guidance=2.0)

@@ -1,4 +1,4 @@
-"""What a run is worth:  python -m tinyfm.evaluate RUN [--json] [--picture confusions.png]
+"""What a run is worth:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
 A GPT: nats per token and bits per byte of its validation text. CLIP: names found zero-shot among
 all names of each held-out split, retrieval of captions and images, and classes found from image
@@ -30,7 +30,8 @@ import tyro
 from torch import Tensor, nn
 
 from data.pictures import save_grid
-from tinyfm import machine, picture_scores, prompting, records, zero_shot
+from tinyfm import draw, machine, picture_scores, prompting, records, zero_shot
+from tinyfm.latents import LatentData
 from tinyfm.pairs import GLYPHS, PairData
 from tinyfm.run import Run
 from tinyfm.trainer import row_generators
@@ -132,6 +133,21 @@ def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> N
     save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)
 
 
+def can_draw(run: Run) -> bool:
+    if run.family == "text2image":
+        return run.data.path in GLYPHS
+    return run.family == "clip" and run.model.loss != "simclr"
+
+
+def draw_held_out(model, data: LatentData, color: bool, guidance: float, path: str) -> None:
+    """A grid of characters that training had in no style, drawn by their names."""
+    asked = picture_scores.prompts_of(data)[picture_scores.ASKED[-1]]
+    rows = np.sort(np.random.default_rng(0).permutation(len(asked))[:SHOWN])
+    prompts, _, _ = picture_scores.captions_of([asked[i] for i in rows], color)
+    how = {"sampler": picture_scores.SAMPLER, "guidance": guidance}
+    draw.prompted(model, prompts, picture_scores.STEPS, **how).save(path)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -144,7 +160,7 @@ class Options:
     task: str = ""  # a GPT or CLIP: answer this task, as --data.path of train.py --task classify
     shots: int = 0  # ... a GPT, after so many labelled examples
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
-    picture: str = ""  # CLIP: also draw what is confused with what, to this PNG
+    picture: str = ""  # a PNG; of CLIP, what it confuses; of text-to-image, unseen characters
     raw: bool = False  # the weights of the last step, even if averaged ones were kept
     device: str = "auto"  # cpu, cuda, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the matrix products
@@ -188,6 +204,8 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
             table[name]["pixels"] = value
         if options.picture and found:
             draw_confusions(data, found, options.picture)
+    if run.family == "text2image" and options.picture:
+        draw_held_out(opened.model, data, run.data.color, options.guidance, options.picture)
     return table
 
 
@@ -195,8 +213,9 @@ def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
         opened = records.open_run(options.run, options.raw)
-        if options.picture and (opened.run.family != "clip" or opened.run.model.loss == "simclr"):
-            raise ValueError("--picture shows names that were confused: it needs a CLIP with texts")
+        if options.picture and not can_draw(opened.run):
+            needed = "a CLIP with texts, or text-to-image on letters"
+            raise ValueError(f"--picture shows names that were confused, or drawn: use {needed}")
         asked = {name: getattr(options, name) for name in prompting.QUESTIONS}
         if any(asked.values()):
             opened.model.to(machine.choose_device(options.device))
