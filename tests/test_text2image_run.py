@@ -426,7 +426,7 @@ def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, m
     evaluate.draw_held_out(Copier(), asked, False, 2.0, str(tmp_path / "x.png"))
     expected = [f"{s} {n}" for s, n in picture_scores.prompts_of(asked)["held-out characters"]]
     assert drawn == [expected]
-    assert Image.open(tmp_path / "x.png").width > 3 * 32
+    assert open_image(tmp_path / "x.png").width > 3 * 32
     evaluate.draw_held_out(Copier(), asked, True, 2.0, str(tmp_path / "y.png"))
     assert all(" on " in prompt for prompt in drawn[1])
     message = "use a CLIP with texts, or text-to-image on letters"
