@@ -17,6 +17,7 @@ python sample.py runs/text2image --prompt "sans italic latin small letter a" --i
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,10 @@ def main() -> int | str:
             file=sys.stderr,
         )
         show.FAMILIES[opened.run.family](opened, options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: who reads has enough, and Python shall not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -438,8 +438,18 @@ def test_interrupted_while_it_writes(tiny_run, monkeypatch):
     assert call(sample, tiny_run) == 130
 
 
+def test_who_reads_may_have_enough(tiny_run):
+    program = [sys.executable, str(ROOT / "sample.py"), str(tiny_run), "--max-new-tokens", "5"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, text=True, encoding="utf-8", **streams) as process:
+        process.stdout.close()
+        assert process.wait(60) == 141
+        said = process.stderr.read()
+    assert "weights, cpu" in said and "rror" not in said
+
+
 def test_the_programs_start_as_programs(tiny_run):
-    """The one test that pays for a process: arguments, exit status and streams are the system's.
+    """Another test that pays for a process: arguments, exit status and streams are the system's.
     It need not load what only saving needs, and takes long to load."""
     begun = time.perf_counter()
     done = subprocess.run(

@@ -330,7 +330,7 @@ def test_heads_that_diffusers_cannot_express(tmp_path):
 
 
 def test_diffusers_has_no_patches(tmp_path):
-    with pytest.raises(ValueError, match="patch_size is 2; diffusers has no patches, use 1"):
+    with pytest.raises(ValueError, match="patch_size is 2; diffusers has none: train with 1"):
         UNet(replace(TINY, patch_size=2)).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 

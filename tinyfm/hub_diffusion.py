@@ -214,7 +214,7 @@ def read_unet(kind: str, raw: dict, config_cls: type) -> Any:
 def write_unet(config: Any) -> dict[str, Any]:
     """config.json of a UNetConfig. Raises ValueError where diffusers cannot express it."""
     if config.patch_size > 1:
-        raise ValueError(f"patch_size is {config.patch_size}; diffusers has no patches, use 1")
+        raise ValueError(f"patch_size is {config.patch_size}; diffusers has none: train with 1")
     kind = "UNet2DConditionModel" if config.d_context else "UNet2DModel"
     raw = write_fields(config, UNET_FIELDS, UNETS[kind]) | block_types(kind, config.attend)
     raw["out_channels"] = config.out_channels or config.in_channels
