@@ -5,11 +5,12 @@
     python benchmarks/text2image.py guidance RUN
 
 latents: training images/s of the preset, with its latents made once and with the encoder in every
-step, by turns; medians. Also for pictures of 64 x 64, squeezed as Stable Diffusion does, 8 rows
-and columns into one, so that the latents are as small as before. samplers: the Frechet distance,
-in the judge's features, between the fonts' own drawings and those of the run for the same prompts,
-a third of the letters and digits in all styles of training; by DPM-Solver++ in few steps and DDIM
-in many, from the same noise. guidance: how many of these the judge reads right.
+step, by turns; medians. Also for pictures of 64 x 64 and 128 x 128, of which the autoencoder
+squeezes 8 and 16 rows and columns into one, so that the latents are as small as before. samplers:
+the Frechet distance, in the judge's features, between the fonts' own drawings and those of the run
+for the same prompts, a third of the letters and digits in all styles of training; by DPM-Solver++
+in few steps and DDIM in many, from the same noise. guidance: how many of these the judge reads
+right.
 """
 
 import argparse
@@ -120,7 +121,7 @@ if __name__ == "__main__":
     if options.what == "latents":
         machine.keep_freed_memory()
         preset = get_preset("text2image").run
-        for run in (preset, larger(preset)):
+        for run in (preset, larger(preset), larger(larger(preset))):
             latents(run, options.repeats)
     elif options.what == "samplers":
         samplers(options.run, options.guidance)
