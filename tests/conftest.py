@@ -52,7 +52,8 @@ def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) 
 
 
 def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
-    """Run Python code in two processes that find each other; what each wrote to stdout, stderr."""
+    """Run Python code in two processes that find each other; what each wrote to stdout, and to
+    stderr with its exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -66,9 +67,9 @@ def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
             for rank in range(2)
         ]  # fmt: skip
         try:
-            for rank in ranks:
-                rank.wait(100)
-            return [rank.said() for rank in ranks]
+            ended = [f"exit status {rank.wait(100)}\n" for rank in ranks]
+            said = [rank.said() for rank in ranks]
+            return [(out, err + status) for (out, err), status in zip(said, ended)]
         finally:
             for rank in ranks:
                 rank.running.kill()
