@@ -113,9 +113,13 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """The picture alone, as `decode` has it. Raises ValueError that names the file."""
+    """The picture alone, as `decode` has it. Raises ValueError that names the file; warns where
+    colours are lost."""
     with named(path):
-        return decode(path, size, channels)[0]
+        image, _ = decode(path, size, 3)
+    if channels == 1 and is_colored(image):
+        warnings.warn(f"{path} is in colour, the model in grey: read as grey", stacklevel=2)
+    return to_grey(image) if channels == 1 else image
 
 
 def size_of(path: str | Path) -> tuple[int, int]:

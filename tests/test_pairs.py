@@ -66,7 +66,8 @@ def test_squares_are_those_of_clip(tmp_path, shape, size):
 def test_grey_is_the_usual_mix_and_grey_files_fit_colour_models(tmp_path):
     image = noise(8, 8)
     path = write(tmp_path / "a.png", encoded(Image.fromarray(image)))
-    grey = pictures.read(path, 8, 1)
+    with pytest.warns(UserWarning, match=r"a\.png is in colour, the model in grey: read as grey"):
+        grey = pictures.read(path, 8, 1)
     assert grey.shape == (8, 8, 1)
     assert np.abs(grey[..., 0] - image @ [0.299, 0.587, 0.114]).max() <= 0.51
     write(path, encoded(Image.fromarray(grey[..., 0])))
