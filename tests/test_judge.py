@@ -70,8 +70,7 @@ def test_a_tiny_judge_learns_40_drawings():
     judge = judging.train(records, config)
     assert len(records) == 40
     assert judging.prompt_following(judge, *judging.stack(records)) == {
-        "character": 1, "character, weakest style": 1,
-        "style": 1, "bold": 1, "italic": 1, "family": 1,
+        "character": 1, "style": 1, "bold": 1, "italic": 1, "family": 1,
     }  # fmt: skip
 
 
@@ -134,7 +133,7 @@ def four_fonts(monkeypatch):
 def test_a_judge_is_kept(tmp_path, monkeypatch, four_fonts):
     judge, scores = judging.load_or_train(tmp_path, TINY)
     (folder,) = tmp_path.iterdir()
-    assert {*scores} == {"character", "character, weakest style", *judging.ASPECTS}
+    assert {*scores} == {"character", *judging.ASPECTS}
     assert len(judge.names) > 700
     monkeypatch.setattr(judging, "train", None)  # it is not called again
     again, same_scores = judging.load_or_train(tmp_path, TINY)
@@ -173,8 +172,7 @@ def test_prompt_following_counts_what_was_asked_for():
     ])  # fmt: skip
     styles = ["sans", "mono bold", "serif bold", "sans"]
     assert judging.prompt_following(judge, images, [a] * 4, styles) == {
-        "character": 0.75, "character, weakest style": 0.5,
-        "style": 0.25, "bold": 1, "italic": 0.5, "family": 0.5,
+        "character": 0.75, "style": 0.25, "bold": 1, "italic": 0.5, "family": 0.5,
     }  # fmt: skip
     images = judge.write([([thorn, b, a], "sans")])
     for names, candidates, right in (
@@ -185,6 +183,14 @@ def test_prompt_following_counts_what_was_asked_for():
     ):
         scores = judging.prompt_following(judge, images, names, ["sans"], **candidates)
         assert scores["character"] == right
+
+
+def test_the_weakest_style_is_that_of_most_mistakes():
+    judge, a, b = Reader(CHARACTERS), "digit one", "digit two"
+    images = judge.write([([a], "sans"), ([b], "sans"), ([a], "mono"), ([b], "mono")])
+    styles = ["sans", "sans", "mono", "mono"]
+    for names, share in (([a, b, a, b], 1), ([a, a, a, b], 0.5), ([b, a, a, b], 0)):
+        assert picture_scores.weakest(judge, images, names, styles) == share
 
 
 def test_bytes_and_floats_are_the_same_pictures():

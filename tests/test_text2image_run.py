@@ -414,6 +414,8 @@ def test_perfect_drawings_are_as_the_real_ones(asked):
     assert [len(prompts[what]) for what in picture_scores.ASKED] == [12, 12, 3]
     for what in picture_scores.ASKED:
         assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
+    least = [scores[f"letters and digits: character{key}"] for key in (", weakest style", "")]
+    assert least == sorted(least)
 
 
 def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, monkeypatch):

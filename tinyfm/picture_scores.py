@@ -29,7 +29,7 @@ from data import glyphs
 from tinyfm import draw, judge
 from tinyfm.ddpm import Diffusion
 from tinyfm.images import ImageData
-from tinyfm.judge import Pictures, agreement, as_pixels, places
+from tinyfm.judge import Judge, Pictures, agreement, as_pixels, places
 from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.text2image import TextToImage
 from tinyfm.zero_shot import ROWS, share
@@ -128,6 +128,16 @@ def real_drawings(asked: Asked) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
 
 
+def weakest(critic: Judge, images: Tensor, names: Sequence[str], styles: Sequence[str]) -> float:
+    """Share of pictures with the right character, in the style where it is least."""
+    shares = []
+    for style in set(styles):
+        rows = [i for i, own in enumerate(styles) if own == style]
+        of_style = images[rows], [names[i] for i in rows], [style] * len(rows), judge.CHARACTERS
+        shares.append(judge.prompt_following(critic, *of_style)["character"])
+    return min(shares)
+
+
 def measure(
     model: TextToImage, data: LatentData, config: LatentConfig, guidance: float
 ) -> dict[str, float]:
@@ -146,6 +156,8 @@ def measure(
             scores[f"{what}: copies of training pictures"], _ = copies(images, train, COPY)
         among = critic.names if what == "held-out characters" else judge.CHARACTERS
         found = judge.prompt_following(critic, images, names, styles, among)
+        if what == ASKED[0]:  # of the others a style has too few
+            found["character, weakest style"] = weakest(critic, images, names, styles)
         scores |= {f"{what}: {key}": value for key, value in found.items()}
         real = judge.embed(critic, real_drawings(asked))
         drawn = judge.embed(critic, images)
