@@ -1,8 +1,9 @@
-"""What text-to-image gains: latents made once, few steps, guidance.
+"""What text-to-image gains: latents made once, few steps, guidance; and who judges that.
 
     python benchmarks/text2image.py latents [--repeats 5]
     python benchmarks/text2image.py samplers RUN [--guidance 2]
     python benchmarks/text2image.py guidance RUN
+    python benchmarks/text2image.py judge [--folds 4]
 
 latents: training images/s of the preset, with its latents made once and with the encoder in every
 step, by turns; medians. Also for pictures of 64 x 64 and 128 x 128, of which the autoencoder
@@ -10,7 +11,8 @@ squeezes 8 and 16 rows and columns into one, so that the latents are as small as
 the Frechet distance, in the judge's features, between the fonts' own drawings and those of the run
 for the same prompts, a third of the letters and digits in all styles of training; by DPM-Solver++
 in few steps and DDIM in many, from the same noise. guidance: how many of these the judge reads
-right.
+right. judge: how many real drawings it reads right that it did not see, and others taught alike,
+each without another tenth of them.
 """
 
 import argparse
@@ -111,18 +113,30 @@ def guidances(path: str) -> None:
         print(f"guidance {guidance:g}: {text}", flush=True)
 
 
+def judges(cache: str, folds: int) -> None:
+    found = []
+    for fold in range(folds):
+        _, scores = judge.load_or_train(cache, judge.JudgeConfig(fold=fold))
+        found.append(scores["character"])
+        text = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        print(f"without part {fold}: {text}", flush=True)
+    print(f"character, mean of {folds}: {statistics.mean(found):.4f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("latents", "samplers", "guidance"))
+    parser.add_argument("what", choices=("latents", "samplers", "guidance", "judge"))
     parser.add_argument("run", nargs="?", default="runs/text2image")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--guidance", type=float, default=2.0)
-    options = parser.parse_args()
+    parser.add_argument("--folds", type=int, default=4)
+    options, preset = parser.parse_args(), get_preset("text2image").run
     if options.what == "latents":
         machine.keep_freed_memory()
-        preset = get_preset("text2image").run
         for run in (preset, larger(preset), larger(larger(preset))):
             latents(run, options.repeats)
+    elif options.what == "judge":
+        judges(preset.data.cache, options.folds)
     elif options.what == "samplers":
         samplers(options.run, options.guidance)
     else:

@@ -122,6 +122,10 @@ def test_the_same_part_of_each_style_is_left_out():
     assert [styles.count(style) for style in STYLES] == [6] * 16
     assert len({record.label for record in out}) > 40  # not the same in each
     assert {record.captions[0] for record in judging.leave_out(records[::-1], 0.1)[1]} == captions
+    parts = [judging.leave_out(records, 0.1, fold)[1] for fold in range(10)]
+    folds = [{record.captions[0] for record in part} for part in parts]
+    assert folds[0] == captions
+    assert len(set().union(*folds)) == sum(map(len, folds)) == 960
 
 
 @pytest.fixture
@@ -320,6 +324,7 @@ A = ["digit one"]
     [
         (lambda j: JudgeConfig(width=12), "width is 12, .*: use a multiple of 8"),
         (lambda j: JudgeConfig(held_out=0), "held_out 0: .* share between 0 and 1"),
+        (lambda j: JudgeConfig(fold=10), "fold is 10; there are 0 to 9"),
         (lambda j: judging.embed(j, ONE[0]), r"\(1, 32, 32\); they must be \(B, 1, H, W\)"),
         (lambda j: judging.embed(j, ONE[:0]), "B at least 1"),
         (lambda j: judging.prompt_following(j, ONE, A * 2, ["sans"] * 2), "1 pictures, 2 prompts"),

@@ -70,12 +70,15 @@ class JudgeConfig:
     augment: float = 0.1  # see clip.augment; o is O but for its size, so not much
     noise: float = 0.1  # largest standard deviation
     held_out: float = 0.1  # share of the drawings of CHARACTERS that training leaves out
+    fold: int = 0  # which of such shares: with another, another judge
     seed: int = 0
 
     def __post_init__(self):
         if self.width < 1 or self.width % GROUPS or not 0 < self.held_out < 1:
             advice = f"use a multiple of {GROUPS}, and a share between 0 and 1"
             raise ValueError(f"width is {self.width}, held_out {self.held_out}: {advice}")
+        if not 0 <= self.fold < (most := int(1 / self.held_out)):
+            raise ValueError(f"fold is {self.fold}; there are 0 to {most - 1}")
 
 
 def as_pixels(images: Pictures, channels: int) -> Tensor:
@@ -153,13 +156,16 @@ def further_records() -> list[Record]:
     ]
 
 
-def leave_out(records: Sequence[Record], part: float) -> tuple[list[Record], list[Record]]:
-    """(the others, this part of the CHARACTERS in each style, chosen by a hash)."""
+def leave_out(
+    records: Sequence[Record], part: float, fold: int = 0
+) -> tuple[list[Record], list[Record]]:
+    """(the others, this part of the CHARACTERS in each style: the one of this number, by a hash)"""
     out = set()
     for style in STYLES:
         captions = {f"{style} {name}" for name in CHARACTERS} & {r.captions[0] for r in records}
         mixed = sorted(captions, key=lambda text: hashlib.sha256(text.encode()).digest())
-        out |= {*mixed[: round(part * len(mixed))]}
+        size = round(part * len(mixed))
+        out |= {*mixed[fold * size :][:size]}
     others = [record for record in records if record.captions[0] not in out]
     return others, [record for record in records if record.captions[0] in out]
 
@@ -207,7 +213,7 @@ def load_or_train(
     key = json.dumps([FORMAT, glyphs.version(letters=True), asdict(config)])
     folder = Path(cache, f"judge-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if not folder.exists():
-        others, unseen = leave_out(list(glyphs.records(letters=True)), config.held_out)
+        others, unseen = leave_out(list(glyphs.records(letters=True)), config.held_out, config.fold)
         judge = train(others + further_records(), config)
         about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
         with files.whole_or_absent(folder) as temporary:
