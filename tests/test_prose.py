@@ -1,4 +1,4 @@
-"""The prose: budgets and house rules hold, and the README's commands run as written."""
+"""The prose: house rules hold, and the README's commands run as written."""
 
 import ast
 import os
@@ -14,47 +14,12 @@ import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {  # lines; over it, an idea is in the wrong file
-    "train.py": 115, "sample.py": 150, "tinyfm/tokenizer.py": 300, "tinyfm/bpe.py": 300,
-    "tinyfm/gpt.py": 350, "tinyfm/generate.py": 265, "tinyfm/data.py": 250, "tinyfm/shards.py": 260,
-    "tinyfm/optim.py": 180, "tinyfm/trainer.py": 325, "tinyfm/distributed.py": 210,
-    "tinyfm/sharded.py": 320,
-    "tinyfm/files.py": 150, "tinyfm/pairs.py": 250, "tinyfm/pair_files.py": 200,
-    "tinyfm/clip.py": 320, "tinyfm/towers.py": 180, "tinyfm/families.py": 100,
-    "tinyfm/compiled.py": 100, "tinyfm/ledgers.py": 400, "tinyfm/systems.py": 210,
-    "tinyfm/memory.py": 320, "tinyfm/measure.py": 210, "tinyfm/report.py": 230,
-    "tinyfm/scaling_laws.py": 250, "tinyfm/evaluate.py": 300, "tinyfm/hub_clip.py": 250,
-    "tinyfm/judge.py": 265, "tinyfm/text2image.py": 250, "data/glyphs.py": 260,
-    "tinyfm/picture_scores.py": 185,
-    "tinyfm/image_families.py": 260, "tinyfm/unet.py": 350, "tinyfm/ddpm.py": 400,
-    "tinyfm/autoencoder.py": 310, "tinyfm/hub_diffusion.py": 330, "tinyfm/hub_pipeline.py": 140,
-    "tinyfm/checkpoint.py": 220, "tinyfm/training_state.py": 180, "tinyfm/presets.py": 250,
-    "tinyfm/calc.py": 400, "tinyfm/hub.py": 300, "tinyfm/hub_gpt.py": 330,
-    "tinyfm/chat_data.py": 220, "tinyfm/scoring.py": 250, "tinyfm/tasks.py": 295,
-    "tinyfm/adapt.py": 300, "tinyfm/hub_adapter.py": 210, "tinyfm/compare.py": 220,
-    "data/prepare.py": 330, "data/files.py": 260, "data/captioned.py": 190,
-    "data/filters.py": 180, "data/labelled.py": 205,
-    "tinyfm/records.py": 190, "tinyfm/compose.py": 190,
-    "tinyfm/machine.py": 100, "tinyfm/logbook.py": 120, "tinyfm/__init__.py": 20,
-}  # fmt: skip
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/*.py"), *ROOT.glob("data/*.py")]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/**/*.py"), *ROOT.glob("data/*.py")]
 ALL = [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_functions_and_classes_keep_their_budgets(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= BUDGETS.get(name_of(path), 170)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 50, node.name
-        if isinstance(node, ast.ClassDef):
-            limit = 250 if node.name == "Trainer" else 150
-            assert node.end_lineno - node.lineno < limit, node.name
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
@@ -88,9 +53,8 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "own"),
-    [("gpt", ()), ("clip", ("towers", "rivals")), ("towers", ()), ("rivals", ()),
-     ("autoencoder", ()), ("unet", ()), ("ddpm", ("unet",)),
-     ("text2image", ("clip", "autoencoder", "ddpm", "editing"))],
+    [("gpt", ()), ("clip", ("vit",)), ("vit", ()), ("autoencoder", ()), ("unet", ()),
+     ("ddpm", ("unet",)), ("text2image", ("clip", "autoencoder", "ddpm", "unet"))],
 )  # fmt: skip
 def test_a_family_can_be_lifted_out(family, own):
     """It imports torch, einops and numpy, and the other files of its lesson if it has more."""

@@ -23,7 +23,8 @@ from test_clip_tokenizer import MERGES_TXT, VOCAB, write_published
 from torch.nn.functional import avg_pool2d
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tinyfm import editing, hub_text2image, text2image, tokenizer
+from tinyfm import hub_text2image, text2image, tokenizer
+from tinyfm import text2image as editing
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
@@ -31,19 +32,26 @@ from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.text2image import TextToImage, TextToImageConfig
 
 diffusers.logging.set_verbosity_error()
+
 diffusers.utils.logging.disable_progress_bar()
+
 transformers.logging.set_verbosity_error()
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers'
 
 N, LENGTH = len(VOCAB), 20
+
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "timestep_spacing": "leading", "steps_offset": 1}  # fmt: skip
+
 SCHEDULERS = {
     "ddim": DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),
     "dpm++": DPMSolverMultistepScheduler(**SCHEDULE),
     "ddpm": DDPMScheduler(**SCHEDULE, clip_sample=False),
 }
+
 PROMPTS = ["a photo of the cat", "naïve cats catch " * 9]  # the second is too long
+
 OURS = TextToImageConfig(
     DiffusionConfig(image_size=8, in_channels=4, channels=(8, 16), attend=(False, True), n_block=1,
                     groups=4, n_head=2, d_context=16, clip=False, out_channels=4),
@@ -392,8 +400,11 @@ def test_a_prompt_that_is_too_long_is_cut(ours):
 # ---- drawing -------------------------------------------------------------------------------------
 
 IMAGES = random(3, 1, 16, 24).clamp(-1, 1)
+
 MASK = torch.zeros(1, 1, 16, 24)
+
 MASK[..., 3:9, 5:] = 1  # not along the latent's places
+
 TASKS = {
     "text": {"size": (16, 24)},
     "image": {"init_images": IMAGES},

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 # ---- layers -------------------------------------------------------------------------------------
 
@@ -142,37 +142,3 @@ class ImageTower(nn.Module):
     def forward(self, images):
         first = torch.zeros(len(images), dtype=torch.long, device=images.device)
         return self.states(images, first)[:, 0]
-
-
-class TextTower(nn.Module):
-    """Tokens (B, T) -> (B, D): the state at the end token, which alone has read the whole text.
-
-    The first, if there are several: a row is filled up with them. Which token that is stands in the
-    config; OpenAI's own code took the highest id of a row.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        D, self.end_token = config.text_width, config.end_token
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.position = nn.Parameter(torch.empty(config.context_length, D))
-        self.blocks = nn.ModuleList(
-            Block(D, config.text_head, True, config) for _ in range(config.text_layer)
-        )
-        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-
-    def states(self, tokens, at=None):
-        """Normalised states of all tokens (B, T, D), or of those `at` (B,) alone, (B, 1, D)."""
-        if tokens.size(1) > len(self.position):
-            raise ValueError(f"{tokens.size(1)} tokens exceed context_length {len(self.position)}")
-        x = self.token_embedding(tokens) + self.position[: tokens.size(1)]
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.norm(self.blocks[-1](x, at))
-
-    def forward(self, tokens):
-        ends = {-1: tokens[:, -1:], -2: tokens.amax(1, keepdim=True)}
-        end = (tokens == ends.get(self.end_token, self.end_token)).int().argmax(1)  # the first
-        if type(tokens) is Tensor and not torch.compiler.is_compiling():  # where there are numbers
-            tokens = tokens[:, : int(end.max()) + 1]  # no end token sees what fills up the rows
-        return self.states(tokens, end)[:, 0]
