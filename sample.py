@@ -25,7 +25,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tinyfm import adapt, generate, machine, records, show
+from tinyfm import adapt, generate, records, show
+from tinyfm.common import device as machine
 
 
 @dataclass(frozen=True)

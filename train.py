@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, compose, distributed, files, machine, presets, records
+from tinyfm import calc, compose, distributed, presets, records
+from tinyfm.common import device, files
 from tinyfm.logbook import read_metrics
 from tinyfm.run import Run
 from tinyfm.trainer import Trainer
@@ -55,7 +56,7 @@ def train(
             costs = calc.describe(records.begin(run), run.optim, run.train)
         say(f"{json.dumps(records.to_record(name, run), indent=2)}\n{costs}")
         return 0
-    machine.choose_dtype(run.train.dtype, machine.choose_device(run.train.device))  # or refuse now
+    device.choose_dtype(run.train.dtype, device.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
     run = run.fit(data)
@@ -78,14 +79,14 @@ def train(
         files.write_json(out / "config.json", record)
     with trainer.call.whole():
         run.get_ready(trainer.model, data)
-    say(f"{data.description}\n{costs}\n{machine.describe_device(trainer.device)}, {trainer.dtype}")
+    say(f"{data.description}\n{costs}\n{device.describe_device(trainer.device)}, {trainer.dtype}")
     scores = trainer.fit()
     if trainer.signals.agreed:
         say(f"stopped at step {trainer.counters['step']} and saved; go on with {again}")
         return 128 + trainer.signals.agreed
     baseline = next((row for row in read_metrics(out / "metrics.jsonl") if not row["step"]), {})
     say(presets.verdict(preset, run, baseline, scores))
-    gib = machine.peak_memory_bytes(trainer.device) / 2**30
+    gib = device.peak_memory_bytes(trainer.device) / 2**30
     say(f"{time.perf_counter() - begun:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
     return 0
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from generation import processor
 
-from tinyfm import machine
 from tinyfm.clip import CLIP, CLIPConfig, contrast, softmax_loss
+from tinyfm.common import device
 from tinyfm.measure import Peak
 
 VIT_B_32 = CLIPConfig(
@@ -75,7 +75,7 @@ def speed(batch: int, repeats: int) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     ours = CLIP(VIT_B_32).train()
     with TemporaryDirectory() as folder:
         ours.save_pretrained(folder)

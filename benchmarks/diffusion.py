@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from generation import by_turns, processor
 
-from tinyfm import machine
+from tinyfm.common import device
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.presets import get_preset
 
@@ -156,7 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     batch = args.batch or (32 if args.what == "train" else 16)
     torch.manual_seed(0)
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     models = build(args.channels, args.steps)
     sizes = {k: sum(p.numel() for p in network(model).parameters()) for k, model in models.items()}
     print(f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, "

@@ -65,8 +65,9 @@ def measure(name: str, gib: float) -> str:
     """One line for a preset."""
     import torch
 
-    from tinyfm import machine, presets
     from tinyfm import measure as calculator
+    from tinyfm import presets
+    from tinyfm.common import device as machine
 
     run = presets.get_preset(name).run
     device = machine.choose_device("auto")

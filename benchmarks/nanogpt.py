@@ -117,8 +117,8 @@ def shakespeare(clone: Path, text: Path, rounds: int) -> None:
 
 def throughput(clone: Path, steps: int) -> None:
     """GPT-2 124M, 4 rows of 256 tokens, forward, backward and AdamW; steps alternate."""
+    from tinyfm.common.device import bfloat16_is_fast, keep_freed_memory
     from tinyfm.gpt import GPT
-    from tinyfm.machine import bfloat16_is_fast, keep_freed_memory
     from tinyfm.optim import OptimConfig, build_optimizers
     from tinyfm.presets import PRESETS
 

@@ -24,11 +24,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import distributed, machine  # noqa: E402
-from tinyfm.gpt import GPT, GPTConfig  # noqa: E402
-from tinyfm.muon import local  # noqa: E402
-from tinyfm.optim import OptimConfig  # noqa: E402
-from tinyfm.trainer import TrainConfig, Trainer  # noqa: E402
+from tinyfm import distributed
+from tinyfm.common import device
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.muon import local
+from tinyfm.optim import OptimConfig
+from tinyfm.trainer import TrainConfig, Trainer
 
 ROWS, WARMUP = 16, 3
 
@@ -103,7 +104,7 @@ def rank(options: argparse.Namespace) -> None:
     trainer = make(options, Path(options.out), world)
     seconds = time_steps(trainer, options.steps)
     found = {"rows_per_s": ROWS / seconds, "held": held_bytes(trainer),
-             "peak": machine.peak_memory_bytes(trainer.device)}  # fmt: skip
+             "peak": device.peak_memory_bytes(trainer.device)}  # fmt: skip
     found |= time_saving(trainer, seconds)
     found["faults"] = time_faults(trainer) / seconds
     distributed.total(torch.zeros(1))  # nobody leaves before the others are done

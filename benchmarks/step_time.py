@@ -19,9 +19,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import calc, machine, presets  # noqa: E402
-from tinyfm.optim import build_optimizers  # noqa: E402
-from tinyfm.trainer import row_generators  # noqa: E402
+from tinyfm import calc, presets
+from tinyfm.common import device
+from tinyfm.common.seeds import row_generators
+from tinyfm.optim import build_optimizers
 
 CASES = {  # preset -> rows, and what is changed in the others; the first one is measured
     "gpt": (8, [{}, {"n_layer": 4}, {"n_layer": 6}, {"context_length": 512}]),
@@ -42,7 +43,7 @@ class Step:
         self.flops = calc.training_cost(self.model, run.optim, rows).flops_per_step
         self.optimizers = build_optimizers(self.model, run.optim)
         self.batch = self.model.example_batch(rows)
-        self.dtype = machine.choose_dtype("auto", torch.device("cpu"))
+        self.dtype = device.choose_dtype("auto", torch.device("cpu"))
         self.about = ", ".join(f"{k} {v}" for k, v in changes.items()) or "as it is"
         self.seconds = []
 
@@ -58,7 +59,7 @@ class Step:
 
 
 def main(repeats: int) -> None:
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     for name, (rows, variants) in CASES.items():
         steps = [Step(name, rows, changes) for changes in variants]
         steps.append(Step(name, 2 * rows, {}))

@@ -27,15 +27,16 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import draw, judge, machine, picture_scores, records  # noqa: E402
-from tinyfm.optim import build_optimizers  # noqa: E402
-from tinyfm.presets import get_preset  # noqa: E402
-from tinyfm.trainer import row_generators  # noqa: E402
+from tinyfm import judge, picture_scores, records
+from tinyfm.common import device, sheets
+from tinyfm.common.seeds import row_generators
+from tinyfm.optim import build_optimizers
+from tinyfm.presets import get_preset
 
 
 def latents(run, repeats: int) -> None:
     """Each step is a whole training step of the run, on empty pictures or latents."""
-    dtype = machine.choose_dtype("auto", torch.device("cpu"))
+    dtype = device.choose_dtype("auto", torch.device("cpu"))
     torch.manual_seed(0)
     model, rows = run.build_model(), run.train.batch_size
     optimizers = build_optimizers(model, run.optim)
@@ -92,7 +93,7 @@ def samplers(path: str, guidance: float) -> None:
         ("ddim", 250),
     ):
         begin = time.perf_counter()
-        images = draw.illustrate(model, prompts, steps, sampler=sampler, guidance=guidance)
+        images = sheets.illustrate(model, prompts, steps, sampler=sampler, guidance=guidance)
         seconds = time.perf_counter() - begin
         found = picture_scores.frechet_distance(judge.embed(critic, images), real)
         distances[sampler, steps] = found
@@ -107,7 +108,7 @@ def guidances(path: str) -> None:
     model, critic, prompts, asked = open_run(path)
     styles, names = (list(column) for column in zip(*asked))
     for guidance in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
-        images = draw.illustrate(model, prompts, 20, sampler="dpm++", guidance=guidance)
+        images = sheets.illustrate(model, prompts, 20, sampler="dpm++", guidance=guidance)
         found = judge.prompt_following(critic, images, names, styles)
         text = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
         print(f"guidance {guidance:g}: {text}", flush=True)
@@ -132,7 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--folds", type=int, default=4)
     options, preset = parser.parse_args(), get_preset("text2image").run
     if options.what == "latents":
-        machine.keep_freed_memory()
+        device.keep_freed_memory()
         for run in (preset, larger(preset), larger(larger(preset))):
             latents(run, options.repeats)
     elif options.what == "judge":

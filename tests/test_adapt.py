@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from conftest import random_weights
 from torch import nn
 
-from tinyfm import adapt, checkpoint, files, lora, optim, soft_prompt
+from tinyfm import adapt, checkpoint, lora, optim, soft_prompt
 from tinyfm.adapt import AdapterConfig
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.common import files
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.logbook import Logbook

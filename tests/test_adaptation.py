@@ -12,8 +12,9 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, compare, data, evaluate, files, hub, presets, records
+from tinyfm import adapt, compare, data, evaluate, hub, presets, records
 from tinyfm.clip import CLIPConfig
+from tinyfm.common import files
 
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
 REVIEWS = "text,label,tone\n" + "".join(

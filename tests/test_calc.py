@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, gpus, measure, memory, presets, report, systems
+from tinyfm import calc, measure, memory, presets, report, systems
+from tinyfm.common import gpus
+from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.memory import Layout, Memory, Module, Training
 from tinyfm.optim import OptimConfig, build_optimizers
-from tinyfm.trainer import TrainConfig, row_generators
+from tinyfm.trainer import TrainConfig
 from tinyfm.unet import Upsample
 
 GB, GiB = 1e9, 2**30

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tinyfm import checkpoint, files, training_state
-from tinyfm.files import CheckpointError
+from tinyfm import checkpoint, training_state
+from tinyfm.common import files
+from tinyfm.common.files import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {"model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}}

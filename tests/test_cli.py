@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, families, files, generate, machine, presets, records, show
+from tinyfm import checkpoint, generate, presets, records, show, text_families
+from tinyfm.common import device as machine
+from tinyfm.common import files
 from tinyfm.gpt import GPT
 from tinyfm.trainer import Trainer
 
@@ -222,7 +224,7 @@ def test_nothing_but_nan(tmp_path, options, monkeypatch, fails):
 
 def test_interrupted_before_the_training(options, monkeypatch, capsys):
     interrupt = lambda run: signal.raise_signal(signal.SIGINT)  # noqa: E731
-    monkeypatch.setattr(families.GPTRun, "open_data", interrupt)
+    monkeypatch.setattr(text_families.GPTRun, "open_data", interrupt)
     assert call(train, *options, "--out", "nowhere") == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, softmax_loss
-from tinyfm.files import load_model
+from tinyfm.common.files import load_model
 from tinyfm.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
 LOSSES = ("infonce", "siglip", "simclr")

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyfm.compiled import FEW_ROWS, Compiled, compile_decoding, few_rows_linear
+from tinyfm.common.device import Compiled
+from tinyfm.compiled import FEW_ROWS, compile_decoding, few_rows_linear
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
 

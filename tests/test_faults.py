@@ -25,7 +25,6 @@ from data import captioned, pictures
 from data.report import Report
 from tinyfm import (
     checkpoint,
-    files,
     hub,
     hub_clip,
     hub_diffusion,
@@ -36,6 +35,7 @@ from tinyfm import (
     tokenizer,
 )
 from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.common import files
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.logbook import read_metrics

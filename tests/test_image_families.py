@@ -15,8 +15,9 @@ import sample
 import train
 from data import captioned
 from data.report import Report
-from tinyfm import draw, evaluate, files, presets, records
+from tinyfm import evaluate, presets, records
 from tinyfm.autoencoder import Autoencoder
+from tinyfm.common import files, sheets
 from tinyfm.images import ImageConfig, ImageData
 
 STEPS = 50
@@ -169,7 +170,7 @@ def test_other_models_train_and_are_sampled(change, arguments, tmp_path, capsys)
 
 
 def test_bfloat16_trains(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyfm.machine.bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr("tinyfm.common.device.bfloat16_is_fast", lambda device: True)
     for family in FAMILIES:
         short = ["--train.steps", 8, "--train.eval-every", 0, "--train.dtype", "bfloat16"]
         assert call(train, *arguments[family], *short, "--out", tmp_path / family) == 0
@@ -224,26 +225,26 @@ def test_an_autoencoder_is_drawn(runs, tmp_path, capsys):
         assert grid.size[0] == 3 * (8 * 12 + 4) + 4
     opened = records.open_run(str(runs["autoencoder"]))
     model, images = opened.model, opened.run.open_data().val.batch(np.arange(3))["images"]
-    rows = draw.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
-    fewer = draw.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
+    rows = sheets.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
+    fewer = sheets.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
     with torch.no_grad():
         assert torch.allclose(rows[1], model.decode(model.encode(images)[0]), atol=1e-5)
     assert torch.equal(rows[0], images)
     assert torch.allclose(rows[3, [0, -1]], rows[1, [0, -1]], atol=1e-5)  # a walk's ends
     assert torch.allclose(rows[2, :2], fewer[2], atol=1e-5)  # a draw does not depend on n
-    assert not torch.allclose(rows[2], draw.latent_space(model, images, seed=2).images[6:9])
+    assert not torch.allclose(rows[2], sheets.latent_space(model, images, seed=2).images[6:9])
 
 
 def test_reconstructions_stand_below_their_originals(runs):
     model = records.open_run(str(runs["autoencoder"])).model
     images = torch.rand(19, 3, 8, 8)
-    sheet = draw.reconstructions(model, images)
+    sheet = sheets.reconstructions(model, images)
     rows = sheet.images.unflatten(0, (4, 8))  # what does not fill a third row is left out
     assert torch.equal(rows[::2].flatten(0, 1), images[:16])
     with torch.no_grad():
         rebuilt = model.decode(model.encode(images[8:16])[0])
     assert torch.allclose(rows[3], rebuilt, atol=1e-5)
-    assert len(draw.reconstructions(model, images[:3]).images) == 6
+    assert len(sheets.reconstructions(model, images[:3]).images) == 6
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
@@ -255,19 +256,21 @@ def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
     assert printed.out == f"3 samples by {sampler} in 4 steps\n{out}\n"
     assert "ema weights" in printed.err
     model = records.open_run(run).model
-    sheet = draw.samples(model, 3, sampler, 4, seed=3)
+    sheet = sheets.samples(model, 3, sampler, 4, seed=3)
     with open_image(out) as grid:
         pixels = np.array(grid)[1:9, 1:9].transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(pixels - sheet.images[0].clamp(-1, 1).numpy()).max() < 0.01
-    assert torch.allclose(sheet.images[:2], draw.samples(model, 2, sampler, 4, 3).images, atol=1e-4)
-    assert not torch.allclose(sheet.images, draw.samples(model, 3, sampler, 4, 4).images)
+    assert torch.allclose(
+        sheet.images[:2], sheets.samples(model, 2, sampler, 4, 3).images, atol=1e-4
+    )
+    assert not torch.allclose(sheet.images, sheets.samples(model, 3, sampler, 4, 4).images)
 
 
 def test_many_samples_are_drawn_in_parts(runs, monkeypatch):
     model = records.open_run(str(runs["ddpm"])).model
-    whole = draw.samples(model, 5, "ddpm", 3, seed=0).images
-    monkeypatch.setattr(draw, "AT_ONCE", 2)
-    assert torch.allclose(draw.samples(model, 5, "ddpm", 3, seed=0).images, whole, atol=1e-4)
+    whole = sheets.samples(model, 5, "ddpm", 3, seed=0).images
+    monkeypatch.setattr(sheets, "AT_ONCE", 2)
+    assert torch.allclose(sheets.samples(model, 5, "ddpm", 3, seed=0).images, whole, atol=1e-4)
 
 
 def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
@@ -276,12 +279,15 @@ def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
     said = f"2 samples, a row each, after 0, 1, 2, 3 of 3 steps\n{out}\n"
     assert capsys.readouterr().out == said
     model = records.open_run(str(runs["ddpm"])).model
-    sheet, last = draw.film(model, 2, "ddim", 30, 0), draw.samples(model, 2, "ddim", 30, 0).images
-    frames = sheet.images.unflatten(0, (2, draw.MOMENTS))
+    sheet, last = (
+        sheets.film(model, 2, "ddim", 30, 0),
+        sheets.samples(model, 2, "ddim", 30, 0).images,
+    )
+    frames = sheet.images.unflatten(0, (2, sheets.MOMENTS))
     assert torch.equal(frames[:, -1], last)
-    assert torch.equal(frames[:, 0], draw.noise((3, 8, 8), 2, seed=0))
+    assert torch.equal(frames[:, 0], sheets.noise((3, 8, 8), 2, seed=0))
     assert sheet.titles[:2] == ("after 0 of 30", "after 3 of 30")
-    assert len(draw.film(model, 20, "ddim", 1, 0).images) == draw.FILMED * 2
+    assert len(sheets.film(model, 20, "ddim", 1, 0).images) == sheets.FILMED * 2
 
 
 def test_raw_weights_are_others(runs, tmp_path, capsys):

@@ -12,7 +12,7 @@ from data import glyphs
 from data.pictures import Record
 from tinyfm import judge as judging
 from tinyfm import picture_scores
-from tinyfm.files import CheckpointError
+from tinyfm.common.files import CheckpointError
 from tinyfm.judge import CHARACTERS, STYLES, Judge, JudgeConfig
 from tinyfm.picture_scores import color_accuracy as colors
 

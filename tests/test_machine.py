@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, distributed, logbook, machine, presets
+from tinyfm import calc, distributed, logbook, presets
+from tinyfm.common import device as machine
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.optim import OptimConfig, build_optimizers
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
-from tinyfm import checkpoint, distributed, files, gpus, records, sharded, systems
+from tinyfm import checkpoint, distributed, records, sharded, systems
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.common import files, gpus
 from tinyfm.data import TextData
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig

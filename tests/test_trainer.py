@@ -11,13 +11,16 @@ import torch
 from conftest import call, run_two_ranks
 
 import train
-from tinyfm import checkpoint, distributed, files, generate, machine
+from tinyfm import checkpoint, distributed, generate
+from tinyfm.common import device as machine
+from tinyfm.common import files
+from tinyfm.common.seeds import row_generators
 from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.guard import is_spike
 from tinyfm.logbook import Logbook
 from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer, row_generators
+from tinyfm.trainer import TrainConfig, Trainer
 
 TINY = GPTConfig(257, context_length=16, n_layer=1, n_head=2, d_model=16, zero_init=False)
 OPTIM = OptimConfig(warmup_steps=2)

@@ -13,7 +13,8 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from tinyfm import evaluate, families, files, records, zero_shot
+from tinyfm import evaluate, families, records, zero_shot
+from tinyfm.common import files
 from tinyfm.pair_files import Split
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink"]

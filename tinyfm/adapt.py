@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinyfm import files
+from tinyfm.common import files
 from tinyfm.lora import NEW, adapted_layers, attach, below, detach, find_layers
 from tinyfm.soft_prompt import add_prompt, drop_prompt, prompt_ids
 

@@ -23,11 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyfm import gpus, memory, report, systems
-from tinyfm.gpus import Assumptions
+from tinyfm import memory, report, systems
+from tinyfm.common import gpus
+from tinyfm.common.gpus import Assumptions
 from tinyfm.ledgers import Stack
 from tinyfm.memory import Layout, Module, Network, Training
+from tinyfm.optim import OptimConfig
 from tinyfm.report import Report
+from tinyfm.trainer import TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +94,8 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
     """
     import torch
 
-    from tinyfm import machine, measure
+    from tinyfm import measure
+    from tinyfm.common import device as machine
 
     try:
         device = machine.choose_device(train.device)
@@ -133,7 +137,8 @@ def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
 
 def rebuild(path: Path):
     """The run that a config.json describes, as a value of its run type."""
-    from tinyfm import files, records
+    from tinyfm import records
+    from tinyfm.common import files
 
     try:
         return records.read_run(files.read_json(path))

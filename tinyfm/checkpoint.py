@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinyfm import distributed, training_state
-from tinyfm.files import (
+from tinyfm.common.files import (
     TEMPORARY,
     CheckpointError,
     fsync,

@@ -14,31 +14,14 @@ and a layer is two calls of machine code, one before and one after attention ove
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfm.common.device import Compiled
+
 FEW_ROWS = 4  # with more of them a matrix library is faster, in float32 with twice as many
-
-
-class Compiled:
-    """torch.compile, or the function as it is once a call, mostly the first, fails to compile."""
-
-    def __init__(self, function: Callable, **options: Any):
-        self.function = function
-        self.call = torch.compile(function, **options)
-
-    def __call__(self, *args) -> Any:
-        if self.call is not self.function:
-            try:
-                return self.call(*args)
-            except Exception as error:  # the compiler's; the function's own comes again below
-                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                print(f"torch.compile fails here ({reason}); going on without it", flush=True)
-                self.call = self.function
-        return self.function(*args)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

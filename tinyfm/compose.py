@@ -19,7 +19,8 @@ from torch import nn
 
 from data import captioned
 from data.report import Report
-from tinyfm import adapt, checkpoint, files, presets, records
+from tinyfm import adapt, checkpoint, presets, records
+from tinyfm.common import files
 from tinyfm.pairs import GLYPHS
 from tinyfm.presets import Preset
 from tinyfm.records import OpenRun

@@ -30,11 +30,13 @@ import tyro
 from torch import Tensor, nn
 
 from data.pictures import save_grid
-from tinyfm import draw, machine, picture_scores, prompting, records, zero_shot
+from tinyfm import picture_scores, prompting, records, zero_shot
+from tinyfm.common import device as machine
+from tinyfm.common import sheets
+from tinyfm.common.seeds import row_generators
 from tinyfm.latents import LatentData
 from tinyfm.pairs import GLYPHS, PairData
 from tinyfm.run import Run
-from tinyfm.trainer import row_generators
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
 PROBED_IMAGES = 2000  # of which the class is told from features
@@ -145,7 +147,7 @@ def draw_held_out(model, data: LatentData, color: bool, guidance: float, path: s
     rows = np.sort(np.random.default_rng(0).permutation(len(asked))[:SHOWN])
     prompts, _, _ = picture_scores.captions_of([asked[i] for i in rows], color)
     how = {"sampler": picture_scores.SAMPLER, "guidance": guidance}
-    draw.prompted(model, prompts, picture_scores.STEPS, **how).save(path)
+    sheets.prompted(model, prompts, picture_scores.STEPS, **how).save(path)
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from data import pictures
-from tinyfm import files, records, zero_shot
+from tinyfm import records, zero_shot
+from tinyfm.common import files
 from tinyfm.pair_files import encode_captions
 from tinyfm.tokenizer import Tokenizer
 

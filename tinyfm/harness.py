@@ -27,7 +27,8 @@ from typing import Any
 
 import tyro
 
-from tinyfm import generate, machine, records, scoring
+from tinyfm import generate, records, scoring
+from tinyfm.common import device as machine
 from tinyfm.gpt import GPT
 from tinyfm.soft_prompt import prompt_ids
 

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinyfm.files import TEMPORARY, load_tensors, read_json, write_json
+from tinyfm.common.files import TEMPORARY, load_tensors, read_json, write_json
 
 # ---- names --------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tinyfm import hub_clip, hub_gpt
 from tinyfm.adapt import AdapterConfig, select, train_only
 from tinyfm.clip import CLIP
-from tinyfm.files import load_tensors, save_tensors, write_json
+from tinyfm.common.files import load_tensors, save_tensors, write_json
 from tinyfm.gpt import GPT
 from tinyfm.hub import pairs, translate
 from tinyfm.lora import LoRA, adapted_layers, attach, find_layers

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm import hub
-from tinyfm.files import MALFORMED, read_json
+from tinyfm.common.files import MALFORMED, read_json
 from tinyfm.hub import pairs, refuse, translate
 
 # ---- tables -------------------------------------------------------------------------------------

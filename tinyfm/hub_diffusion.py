@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfm.files import MALFORMED, load_tensors, save_tensors, write_json
-from tinyfm.hub import check_tensors, fill, pairs, translate
-from tinyfm.hub_gpt import refuse, take
+from tinyfm.common.files import MALFORMED, load_tensors, save_tensors, write_json
+from tinyfm.hub import check_tensors, fill, pairs, refuse, take, translate
 
 WEIGHTS = "diffusion_pytorch_model"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfm.files import MALFORMED, read_json
+from tinyfm.common.files import MALFORMED, read_json
 from tinyfm.hub import (
     check_tensors,
     check_tokenizer,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tinyfm import hub_diffusion as hub
-from tinyfm.files import load_tensors, save_tensors, write_json
+from tinyfm.common.files import load_tensors, save_tensors, write_json
 
 FIELDS = """
 diffusion_steps  num_train_timesteps

@@ -28,8 +28,8 @@ from tinyfm import hub, hub_clip, hub_diffusion, hub_pipeline
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer
+from tinyfm.common.files import MALFORMED, read_json, write_json
 from tinyfm.ddpm import Diffusion
-from tinyfm.files import MALFORMED, read_json, write_json
 from tinyfm.tokenizer import EOT
 from tinyfm.tokenizer import load as load_tokenizer
 

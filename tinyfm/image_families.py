@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from data.pictures import save_grid
-from tinyfm import checkpoint, draw, tokenizer, zero_shot
+from tinyfm import checkpoint, tokenizer, zero_shot
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.common import sheets
+from tinyfm.common.seeds import row_generators
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.images import ImageConfig, ImageData
 from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.pairs import PairConfig, PairData
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImage, TextToImageConfig
-from tinyfm.trainer import row_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ class ImageRun(Run):
             count += n
         return {name: total / count for name, total in sums.items()}
 
-    def save(self, sheet: draw.Sheet, folder: Path, step: int) -> str:
+    def save(self, sheet: sheets.Sheet, folder: Path, step: int) -> str:
         """Write folder/step-NNNNNN.png; return a line on it."""
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:06d}.png"
@@ -174,7 +175,7 @@ class AutoencoderRun(ImageRun):
     def show(self, model: Autoencoder, data: ImageData, folder: Path, step: int) -> str:
         """Draw validation pictures and their reconstructions."""
         images = next(data.val_batches(self.SHOWN))["images"]
-        return self.save(draw.reconstructions(model, images), folder, step)
+        return self.save(sheets.reconstructions(model, images), folder, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ class DDPMRun(ImageRun):
     def show(self, model: Diffusion, data: ImageData, folder: Path, step: int) -> str:
         """Draw samples."""
         steps = min(20, self.model.diffusion_steps)
-        return self.save(draw.samples(model, self.SHOWN, "dpm++", steps, seed=0), folder, step)
+        return self.save(sheets.samples(model, self.SHOWN, "dpm++", steps, seed=0), folder, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,5 +248,5 @@ class TextToImageRun(ImageRun):
         """Draw captions of the validation split."""
         rows = np.linspace(0, len(data.val.labels) - 1, self.SHOWN).astype(int)
         prompts = [data.val.captions[i][0] for i in rows]
-        sheet = draw.prompted(model, prompts, 20, guidance=self.GUIDANCE)
+        sheet = sheets.prompted(model, prompts, 20, guidance=self.GUIDANCE)
         return self.save(sheet, folder, step)

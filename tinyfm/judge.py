@@ -31,8 +31,9 @@ from tqdm import trange
 
 from data import glyphs
 from data.pictures import Record
-from tinyfm import files, machine
 from tinyfm.clip import augment
+from tinyfm.common import device as machine
+from tinyfm.common import files
 from tinyfm.optim import EMA
 from tinyfm.zero_shot import ROWS
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field, replace
 
-from tinyfm.gpus import DTYPE_BYTES
+from tinyfm.common.gpus import DTYPE_BYTES
 from tinyfm.ledgers import Stack
 from tinyfm.systems import System
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.download import sha256_of
 from data.pictures import Record
 from data.report import Report
-from tinyfm.files import whole_or_absent
+from tinyfm.common.files import whole_or_absent
 from tinyfm.shards import rebuild_hint, token_dtype
 from tinyfm.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyfm import sharded
-from tinyfm.compiled import Compiled
+from tinyfm.common.device import Compiled
 from tinyfm.distributed import World, total
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tinyfm.files import read_json
+from tinyfm.common.files import read_json
 from tinyfm.hub import refuse
 
 CONFIG = "adapter_config.json"

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from data import glyphs
-from tinyfm import draw, judge
+from tinyfm import judge
+from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion
 from tinyfm.images import ImageData
 from tinyfm.judge import Judge, Pictures, agreement, as_pixels, places
@@ -147,7 +148,7 @@ def measure(
     for what, asked in prompts_of(data).items():
         styles, names = (list(column) for column in zip(*asked))
         prompts, inks, papers = captions_of(asked, config.color)
-        images = draw.illustrate(model, prompts, STEPS, sampler=SAMPLER, guidance=guidance)
+        images = sheets.illustrate(model, prompts, STEPS, sampler=SAMPLER, guidance=guidance)
         if config.color:
             found = color_accuracy(images, inks, papers)
             scores |= {f"{what}: {key}": value for key, value in found.items()}
@@ -171,7 +172,7 @@ def measure_samples(model: Diffusion, data: ImageData, cache: str) -> dict[str, 
     if (model.config.in_channels, model.config.image_size) != (1, glyphs.SIZE):
         return {}
     critic, _ = judge.load_or_train(cache)
-    drawn = draw.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
+    drawn = sheets.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
     real = torch.cat([x["images"] for x in data.fixed_batches([*data.splits][1], 2 * COUNT, ROWS)])
     first, second, found = (judge.embed(critic, x) for x in (*real.split(COUNT), drawn))
     share_copied, _ = copies(drawn, torch.tensor(data.train.images), COPY)

@@ -14,14 +14,16 @@ from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.data import TextConfig
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.families import TASKS, AutoencoderRun, CLIPRun, DDPMRun, GPTRun, TextToImageRun
+from tinyfm.families import TASKS
 from tinyfm.gpt import GPTConfig
+from tinyfm.image_families import AutoencoderRun, CLIPRun, DDPMRun, TextToImageRun
 from tinyfm.images import ImageConfig
 from tinyfm.optim import OptimConfig
 from tinyfm.pairs import PairConfig
 from tinyfm.records import differences, to_record
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImageConfig
+from tinyfm.text_families import GPTRun
 from tinyfm.trainer import TrainConfig
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data.labelled import SPLITS
-from tinyfm import files, metrics, presets, records, scoring, zero_shot
+from tinyfm import metrics, presets, records, scoring, zero_shot
+from tinyfm.common import files
 from tinyfm.tasks import TaskData
 
 ASKED_TEXTS = 200  # held-out texts whose class a language model is asked

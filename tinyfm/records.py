@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from tinyfm import adapt, checkpoint, files
+from tinyfm import adapt, checkpoint
+from tinyfm.common import files
 from tinyfm.families import FAMILIES
 from tinyfm.run import Run
 from tinyfm.tokenizer import Tokenizer

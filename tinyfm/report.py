@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from tinyfm import memory
-from tinyfm.gpus import GPU, Assumptions, Bill
+from tinyfm.common.gpus import GPU, Assumptions, Bill
 from tinyfm.memory import Layout, Memory, Network, Training
 
 

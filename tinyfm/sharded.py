@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyfm import files, gpus, memory, systems
+from tinyfm import memory, systems
+from tinyfm.common import files, gpus
 from tinyfm.memory import Layout, Memory, Training
 from tinyfm.muon import Muon, is_shard, local
 from tinyfm.optim import OptimConfig, build_optimizers, hidden_matrices

@@ -183,7 +183,9 @@ def build(
     """Make the folder. `make_tokenizer` is given the training documents to learn from, if it likes;
     `report` is filled as `documents` are read. Raises ValueError if there is no text.
     """
-    from tinyfm.files import whole_or_absent  # here, as it brings torch, and others need none
+    from tinyfm.common.files import (
+        whole_or_absent,  # here, as it brings torch, and others need none
+    )
 
     begin = time.perf_counter()
     with whole_or_absent(folder) as temporary:

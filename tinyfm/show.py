@@ -12,7 +12,8 @@ import torch
 
 from data import labelled, pictures
 from data.report import Report
-from tinyfm import chat, compiled, draw, find, generate, records, scoring, tasks
+from tinyfm import chat, compiled, find, generate, records, scoring, tasks
+from tinyfm.common import sheets
 from tinyfm.soft_prompt import prompt_ids
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
@@ -112,7 +113,7 @@ def match(opened: records.OpenRun, options) -> None:
     find.match(opened, options.image, options.labels, options.prompt, options.n or 1, out)
 
 
-def write_png(sheet: draw.Sheet, options) -> None:
+def write_png(sheet: sheets.Sheet, options) -> None:
     out = options.out or "sample.png"
     sheet.save(out)
     print(sheet.about, out, sep="\n")
@@ -122,12 +123,12 @@ def walk(opened: records.OpenRun, options) -> None:
     """n held-out pictures, what the model makes of them, and what lies between their codes."""
     val, seed = opened.run.open_data().val, options.sampling.seed
     chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
-    write_png(draw.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
+    write_png(sheets.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
 
 
 def denoise(opened: records.OpenRun, options) -> None:
     """n pictures, or the film of how the first of them came about."""
-    make, seed = draw.film if options.film else draw.samples, options.sampling.seed
+    make, seed = sheets.film if options.film else sheets.samples, options.sampling.seed
     write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)
 
 
@@ -135,7 +136,7 @@ def illustrate(opened: records.OpenRun, options) -> None:
     """n pictures of what the prompt says, made of a picture if one is given."""
     if not (options.prompt or "").strip():
         raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
-    given = draw.read_given(opened.run.model, options.init_image, options.mask, options.upscale)
+    given = sheets.read_given(opened.run.model, options.init_image, options.mask, options.upscale)
     if options.init_image:
         whole = 1.0 if options.mask else 0.6  # of a masked part nothing need be left
         given["strength"] = whole if options.strength is None else options.strength
@@ -145,7 +146,7 @@ def illustrate(opened: records.OpenRun, options) -> None:
     find.tell_cut(opened.tokenizer, [options.prompt], opened.run.model.clip.context_length)
     prompts = [options.prompt] * (options.n or 8)
     how = {"sampler": options.sampler, "guidance": options.guidance, **given}
-    sheet = draw.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how)
+    sheet = sheets.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how)
     write_png(sheet._replace(titles=()), options)  # the prompt of all
 
 

@@ -32,7 +32,7 @@ def read_run(folder: str) -> Run:
     """What a finished run has to say. Raises ValueError if it is none, or not finished."""
     import torch
 
-    from tinyfm import files
+    from tinyfm.common import files
     from tinyfm.logbook import read_metrics
 
     path = Path(folder)

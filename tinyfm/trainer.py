@@ -30,7 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfm import checkpoint, distributed, files, machine, sharded, training_state
+from tinyfm import checkpoint, distributed, sharded, training_state
+from tinyfm.common import device as machine
+from tinyfm.common import files
+from tinyfm.common.seeds import mix, row_generators
 from tinyfm.guard import Guard
 from tinyfm.logbook import Logbook, summary_writer
 from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
@@ -64,17 +67,6 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_every", "seed", "shard_size", "spike_sigmas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
-
-
-def mix(seed: int, step: int, place: int) -> int:
-    """A seed for one place in one step of one run: far apart for neighbours in any of the three."""
-    odd = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-    return sum(m * n for m, n in zip(odd, (seed + 1, step, place))) % 2**63
-
-
-def row_generators(seed: int, step: int, rows: range) -> list[torch.Generator]:
-    """A random stream for each row of a batch, whichever rank or micro-batch has the row."""
-    return [torch.Generator().manual_seed(mix(seed, step, row)) for row in rows]
 
 
 def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from tinyfm.files import CheckpointError
+from tinyfm.common.files import CheckpointError
 
 
 def _dcp(

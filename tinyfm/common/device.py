@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from tinyfm import gpus
+from tinyfm.common import gpus
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,3 +83,21 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Compiled:
+    """torch.compile, or the function as it is once a call, mostly the first, fails to compile."""
+
+    def __init__(self, function: Callable, **options: Any):
+        self.function = function
+        self.call = torch.compile(function, **options)
+
+    def __call__(self, *args) -> Any:
+        if self.call is not self.function:
+            try:
+                return self.call(*args)
+            except Exception as error:  # the compiler's; the function's own comes again below
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                print(f"torch.compile fails here ({reason}); going on without it", flush=True)
+                self.call = self.function
+        return self.function(*args)

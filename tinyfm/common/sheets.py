@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data import pictures
-from tinyfm.trainer import row_generators
+from tinyfm.common.seeds import row_generators
 
 AT_ONCE = 64  # pictures that a diffusion model draws at a time: more only takes memory
 FILMED, MOMENTS = 8, 10  # most samples in a film, and most moments of each
