@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, compose, distributed, presets, records
+from tinyfm import calc, compose, presets, records
 from tinyfm.common import device, files
-from tinyfm.logbook import read_metrics
 from tinyfm.run import Run
-from tinyfm.trainer import Trainer
+from tinyfm.training import distributed
+from tinyfm.training.log import read_metrics
+from tinyfm.training.trainer import Trainer
 
 
 def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:

@@ -28,7 +28,7 @@ def seconds_of(command: list[str], **options) -> float:
 
 def main(options: list[str]) -> None:
     from benchmarks.nanogpt import header
-    from tinyfm.data import TextConfig, TextData
+    from tinyfm.batches.text import TextConfig, TextData
 
     header()
     quiet = {"stdout": subprocess.DEVNULL}

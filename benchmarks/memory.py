@@ -33,7 +33,7 @@ class Examples:
 
 def train(run, folder: str):
     """Three steps, of two micro-batches each; the trainer."""
-    from tinyfm.trainer import Trainer
+    from tinyfm.training.trainer import Trainer
 
     model = run.build_model()
     trainer = Trainer(model, Examples(model), run.train, run.optim, Path(folder))

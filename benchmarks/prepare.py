@@ -150,7 +150,7 @@ def loader_share(folder: Path) -> tuple[float, float]:
     import torch
 
     from tinyfm import presets
-    from tinyfm.data import TextConfig, TextData
+    from tinyfm.batches.text import TextConfig, TextData
     from tinyfm.gpt import GPT
 
     run = presets.get_preset("gpt").run

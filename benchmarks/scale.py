@@ -24,12 +24,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import distributed
 from tinyfm.common import device
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.muon import local
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training import distributed
+from tinyfm.training.distributed import local
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer
 
 ROWS, WARMUP = 16, 3
 

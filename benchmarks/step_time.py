@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from tinyfm import calc, presets
 from tinyfm.common import device
 from tinyfm.common.seeds import row_generators
-from tinyfm.optim import build_optimizers
+from tinyfm.training.optim import build_optimizers
 
 CASES = {  # preset -> rows, and what is changed in the others; the first one is measured
     "gpt": (8, [{}, {"n_layer": 4}, {"n_layer": 6}, {"context_length": 512}]),

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from tinyfm import judge, picture_scores, records
 from tinyfm.common import device, sheets
 from tinyfm.common.seeds import row_generators
-from tinyfm.optim import build_optimizers
 from tinyfm.presets import get_preset
+from tinyfm.training.optim import build_optimizers
 
 
 def latents(run, repeats: int) -> None:

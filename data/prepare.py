@@ -45,8 +45,8 @@ from tqdm import tqdm
 from data import dedupe, files
 from data.filters import FILTERS, MASKS, Tally, failed, mask
 from data.jobs import Journal, check_settings, ordered
-from tinyfm import shards
 from tinyfm import tokenizer as tokenizers
+from tinyfm.batches import shards
 
 FORMAT = 1  # of the result: with another number a folder is not gone on with
 BATCH_BYTES, DOCUMENT_BYTES = 1 << 20, 1 << 22

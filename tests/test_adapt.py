@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from conftest import random_weights
 from torch import nn
 
-from tinyfm import adapt, checkpoint, lora, optim, soft_prompt
+from tinyfm import adapt, lora, soft_prompt
 from tinyfm.adapt import AdapterConfig
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.logbook import Logbook
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training import checkpoint, optim
+from tinyfm.training.log import Logbook
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer
 from tinyfm.unet import UNet, UNetConfig
 
 V, T = 31, 32

@@ -12,7 +12,8 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, compare, data, evaluate, hub, presets, records
+from tinyfm import adapt, compare, evaluate, hub, presets, records
+from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 

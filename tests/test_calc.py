@@ -18,8 +18,8 @@ from tinyfm.common import gpus
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.memory import Layout, Memory, Module, Training
-from tinyfm.optim import OptimConfig, build_optimizers
-from tinyfm.trainer import TrainConfig
+from tinyfm.training.optim import OptimConfig, build_optimizers
+from tinyfm.training.trainer import TrainConfig
 from tinyfm.unet import Upsample
 
 GB, GiB = 1e9, 2**30

@@ -18,12 +18,12 @@ from data import chats
 from data.report import Report
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
+from tinyfm.batches.chat import ChatConfig, ChatData, make_rows
 from tinyfm.chat import ROLES, chat, encode_message, fit_history, render, reply
-from tinyfm.chat_data import ChatConfig, ChatData, make_rows
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer
 
 BYTES = tokenizers.ByteTokenizer()
 TEXT = ["user: assistant: system: what is the end of the text? the end is the end. "] * 20

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tinyfm import checkpoint, training_state
 from tinyfm.common import files
 from tinyfm.common.files import CheckpointError
+from tinyfm.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {"model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}}
@@ -99,7 +99,7 @@ def test_resume_is_bit_for_bit(tmp_path, kind, late_from):
     saver = build(kind)
     train(*saver, range(5), late_from)
     counters = {"step": 5, "best": 1.5, "rng": torch.get_rng_state(), "history": {"loss": [2.0]}}
-    state = training_state.collect(*saver, counters)
+    state = checkpoint.collect_state(*saver, counters)
     checkpoint.save(tmp_path, 5, {"model": saver[0].state_dict()}, state)
 
     resumed = build(kind)
@@ -107,7 +107,7 @@ def test_resume_is_bit_for_bit(tmp_path, kind, late_from):
     files.load_model(resumed[0], files.load_tensors(folder))
     rng = torch.zeros_like(counters["rng"])
     empty = {"step": 0, "best": 0.0, "rng": rng, "history": {"loss": 0}}
-    training_state.restore(folder, *resumed, empty)
+    checkpoint.restore_state(folder, *resumed, empty)
     assert torch.equal(empty.pop("rng"), counters.pop("rng")) and empty == counters
     for run in (saver, resumed):  # the one that saved must not notice that it did
         train(*run, range(5, 10), late_from)
@@ -120,11 +120,11 @@ def test_resume_is_bit_for_bit(tmp_path, kind, late_from):
 
 def test_saving_before_the_first_step_changes_nothing(tmp_path):
     model, optimizers = build("adamw")
-    state = training_state.collect(model, optimizers, {"step": 0})
+    state = checkpoint.collect_state(model, optimizers, {"step": 0})
     folder = checkpoint.save(tmp_path, 0, {"model": model.state_dict()}, state)
     assert not optimizers[0].state
     other, others = build("adamw")
-    training_state.restore(folder, other, others, {"step": 9})
+    checkpoint.restore_state(folder, other, others, {"step": 9})
     assert not others[0].state
 
 
@@ -134,12 +134,12 @@ def test_saving_before_the_first_step_changes_nothing(tmp_path):
 def test_state_of_another_optimizer_is_refused(tmp_path, saved, loaded):
     model, optimizers = build(saved)
     train(model, optimizers, range(2), 0)
-    state = training_state.collect(model, optimizers, {"step": 2})
+    state = checkpoint.collect_state(model, optimizers, {"step": 2})
     folder = checkpoint.save(tmp_path, 2, {"model": model.state_dict()}, state)
     with pytest.raises(CheckpointError, match=r"fit this run: .*\.(exp_avg|momentum_buffer) is un"):
-        training_state.restore(folder, *build(loaded), {"step": 0})
+        checkpoint.restore_state(folder, *build(loaded), {"step": 0})
     with pytest.raises(CheckpointError, match=r"counters\.wished"):
-        training_state.restore(folder, *build(saved), {"step": 0, "wished": 0})
+        checkpoint.restore_state(folder, *build(saved), {"step": 0, "wished": 0})
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -640,7 +640,7 @@ def two_ranks(rank: int, run: Path) -> None:
     model, optimizers = build("adamw")
     train(model, optimizers, range(5), 0)
     counters = {"step": 5, f"seed_{rank}": 100 + rank}
-    state = training_state.collect(model, optimizers, counters)
+    state = checkpoint.collect_state(model, optimizers, counters)
     tensors = {"model": model.state_dict()} if rank == 0 else {}
     checkpoint.save(run, 5, tensors, state)
     poison = {"counters": {"step": 6, f"mine_{rank}": (lambda: 0) if rank else 0}}
@@ -651,7 +651,7 @@ def two_ranks(rank: int, run: Path) -> None:
             print(error)
     other, others = build("adamw")
     mine = {"step": 0, f"seed_{rank}": 0}
-    training_state.restore(checkpoint.find(run), other, others, mine)
+    checkpoint.restore_state(checkpoint.find(run), other, others, mine)
     assert mine == counters, mine
     torch.distributed.barrier()
     sys.stdout.flush()
@@ -672,7 +672,7 @@ def test_two_ranks_save_together_and_one_loads(tmp_path):
     folder = checkpoint.find(run)
     files.load_model(resumed[0], files.load_tensors(folder))
     counters = {"step": 0, "seed_0": 0, "seed_1": 0}
-    training_state.restore(folder, *resumed, counters)
+    checkpoint.restore_state(folder, *resumed, counters)
     assert counters == {"step": 5, "seed_0": 100, "seed_1": 101}
     train(*resumed, range(5, 10), 0)
     for ours, theirs in zip(resumed[0].parameters(), straight[0].parameters()):

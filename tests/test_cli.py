@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import checkpoint, generate, presets, records, show, text_families
+from tinyfm import generate, presets, records, show, text_families
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.gpt import GPT
-from tinyfm.trainer import Trainer
+from tinyfm.training import checkpoint
+from tinyfm.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -459,7 +460,7 @@ def test_the_programs_start_as_programs(tiny_run):
         capture_output=True, text=True, encoding="utf-8", timeout=60, check=True,
         env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
     )  # fmt: skip
-    assert "tinyfm.checkpoint" in done.stderr
+    assert "tinyfm.training.checkpoint" in done.stderr
     assert "torch.distributed.checkpoint" not in done.stderr
     assert done.stdout == expected(tiny_run, "", 1, max_new_tokens=5)[0] + "\n"
     assert time.perf_counter() - begun < 60

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, softmax_loss
 from tinyfm.common.files import load_model
-from tinyfm.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
+from tinyfm.training.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
 LOSSES = ("infonce", "siglip", "simclr")
 KINDS = (*LOSSES, "memory")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTokenizer
 from tinyfm import bpe
 from tinyfm import tokenizer as T
 from tinyfm.clip_tokenizer import CONTEXT_LENGTH, START, WORDS, ClipTokenizer, clip_spec
-from tinyfm.pair_files import encode_captions
+from tinyfm.tokenizer import encode_captions
 
 LEARNED = (
     "the cat cats catch photo of naïve ангел 中文 中 日本 🙂 's 't 're 've 'm 'll 'd 've !! ... é "

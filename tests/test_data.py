@@ -17,8 +17,10 @@ import torch
 
 from data import docs, download, files, shakespeare, stdlib
 from data.report import Report
-from tinyfm import shards, tokenizer
-from tinyfm.data import TextConfig, TextData, count_windows, permute, window_starts
+from tinyfm import tokenizer
+from tinyfm.batches import shards
+from tinyfm.batches.order import permute
+from tinyfm.batches.text import TextConfig, TextData, count_windows, window_starts
 
 VOCAB = 300  # more than the 256 bytes and the end-of-text token
 

@@ -11,8 +11,8 @@ from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
 from tinyfm.distill import check_tokenizers, distil, distillation_loss, divergence
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer
 
 V, T = 23, 12
 

@@ -23,22 +23,14 @@ import sample
 import train
 from data import captioned, pictures
 from data.report import Report
-from tinyfm import (
-    checkpoint,
-    hub,
-    hub_clip,
-    hub_diffusion,
-    hub_gpt,
-    latents,
-    presets,
-    records,
-    tokenizer,
-)
+from tinyfm import hub, hub_clip, hub_diffusion, hub_gpt, presets, records, tokenizer
+from tinyfm.batches import latents
+from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
-from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.logbook import read_metrics
+from tinyfm.training import checkpoint
+from tinyfm.training.log import read_metrics
 from tinyfm.unet import UNet, UNetConfig
 
 

@@ -11,16 +11,16 @@ from torch import nn
 
 from tinyfm import adapt, heads
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
+from tinyfm.batches.labelled import TaskConfig, texts
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.features import READERS, count_places, in_places
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.heads import Classifier
-from tinyfm.logbook import Logbook
-from tinyfm.optim import OptimConfig, hidden_matrices
-from tinyfm.tasks import TaskConfig, texts
 from tinyfm.tokenizer import ByteTokenizer
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training.log import Logbook
+from tinyfm.training.optim import OptimConfig, hidden_matrices
+from tinyfm.training.trainer import TrainConfig, Trainer
 
 CLASSES = {"topic": ("a", "b", "c"), "tone": ("good", "bad")}
 TEXT = GPTConfig(257, context_length=24, n_layer=1, n_head=2, d_model=16, zero_init=False)

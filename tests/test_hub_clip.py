@@ -21,10 +21,11 @@ from transformers import CLIPImageProcessor as TheirProcessor
 from transformers import CLIPModel as TheirModel
 
 from data import pictures
-from tinyfm import hub, hub_clip, tokenizer
+from tinyfm import hub_clip, tokenizer
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
-from tinyfm.pair_files import encode_captions
+from tinyfm.common import files as hub
+from tinyfm.tokenizer import encode_captions
 
 transformers.logging.set_verbosity_error()
 TEXT = {

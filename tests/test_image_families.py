@@ -17,8 +17,8 @@ from data import captioned
 from data.report import Report
 from tinyfm import evaluate, presets, records
 from tinyfm.autoencoder import Autoencoder
+from tinyfm.batches.pairs import ImageConfig, ImageData
 from tinyfm.common import files, sheets
-from tinyfm.images import ImageConfig, ImageData
 
 STEPS = 50
 SIZES = {

@@ -8,10 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, distributed, logbook, presets
+from tinyfm import calc, presets
 from tinyfm.common import device as machine
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.optim import OptimConfig, build_optimizers
+from tinyfm.training import distributed
+from tinyfm.training import log as logbook
+from tinyfm.training.optim import OptimConfig, build_optimizers
 
 CPU = torch.device("cpu")
 

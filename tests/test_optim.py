@@ -10,8 +10,15 @@ from torch import nn
 
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.muon import NEWTON_SCHULZ, Muon, orthogonalise
-from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
+from tinyfm.training.muon import NEWTON_SCHULZ, Muon, orthogonalise
+from tinyfm.training.optim import (
+    EMA,
+    OptimConfig,
+    build_optimizers,
+    lr_factor,
+    scale_and_clip,
+    set_lr,
+)
 
 SHAPES = [(24, 24), (16, 48), (16, 48), (60, 20), (60, 20), (60, 20), (8, 1)]
 

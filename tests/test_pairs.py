@@ -20,8 +20,10 @@ from transformers import CLIPImageProcessorPil
 
 from data import captioned, glyphs, pictures
 from data.report import Report
-from tinyfm import pair_files, tokenizer
-from tinyfm.pairs import PairConfig, PairData, shuffle_runs
+from tinyfm import tokenizer
+from tinyfm.batches import pair_files
+from tinyfm.batches.order import shuffle_runs
+from tinyfm.batches.pairs import PairConfig, PairData
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data import captioned, dedupe, files, filters, prepare, tars
 from data.report import Report
-from tinyfm import presets, shards
+from tinyfm import presets
 from tinyfm import tokenizer as tokenizers
-from tinyfm.data import TextConfig, TextData
-from tinyfm.pairs import PairConfig, PairData
+from tinyfm.batches import shards
+from tinyfm.batches.pairs import PairConfig, PairData
+from tinyfm.batches.text import TextConfig, TextData
 
 WORDS = ["ocean", "lantern", "whisper", "granite", "orchard", "velvet", "compass", "harbor"]
 
@@ -362,7 +363,9 @@ def test_workers_change_nothing_and_end_with_their_parent(corpus, small, tmp_pat
     options = [str(corpus), "--index-mb", "1", "--vocab-size", "300"]
     assert call(prepare, *options, "--out", tmp_path / "one", "--workers", "1") == 0
     changes = "".join(f"{m.__name__}.{n} = {v}\n" for (m, n), v in SMALL.items())
-    script = f"import data.prepare, tinyfm.shards, sys\n{changes}sys.exit(data.prepare.main())"
+    script = (
+        f"import data.prepare, tinyfm.batches.shards, sys\n{changes}sys.exit(data.prepare.main())"
+    )
     command = [sys.executable, "-c", script, *options, "--out", str(tmp_path / "two")]
     command += ["--workers", "2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as first:

@@ -17,19 +17,21 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
-from tinyfm import checkpoint, distributed, records, sharded, systems
+from tinyfm import records, sharded, systems
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
+from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files, gpus
-from tinyfm.data import TextData
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.logbook import Logbook
-from tinyfm.muon import Muon, is_shard, local
-from tinyfm.optim import OptimConfig
 from tinyfm.report import short
 from tinyfm.text2image import TextToImage, TextToImageConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training import checkpoint, distributed
+from tinyfm.training.distributed import is_shard, local
+from tinyfm.training.log import Logbook
+from tinyfm.training.muon import Muon
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer
 
 GPT_TINY = GPTConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True,
                      zero_init=False)  # fmt: skip

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import glyphs, labelled, packages, scripts
+from data import glyphs, labelled, packages, scripts, stdlib
 from data.pictures import Record
 from data.report import Report
-from tinyfm import tasks
-from tinyfm.tasks import TaskConfig, hold_out, stratified
+from tinyfm.batches import labelled as tasks
+from tinyfm.batches.labelled import TaskConfig, hold_out, stratified
 from tinyfm.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -329,7 +329,7 @@ def test_packages_are_balanced_and_many(passages):
 
 def test_no_file_of_a_package_is_in_two_splits(passages):
     found, _ = passages
-    sources = packages.find_packages(packages.library_folder(), Report())
+    sources = packages.find_packages(stdlib.library_folder(), Report())
     split_of = {
         text: split
         for files in sources.values()

@@ -17,8 +17,9 @@ import sample
 import train
 from data import captioned, glyphs
 from data.report import Report
-from tinyfm import checkpoint, compose, evaluate, judge, picture_scores, presets, records
-from tinyfm.images import ImageData
+from tinyfm import compose, evaluate, judge, picture_scores, presets, records
+from tinyfm.batches.pairs import ImageData
+from tinyfm.training import checkpoint
 
 PARTS = {
     "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16

@@ -11,16 +11,16 @@ import torch
 from conftest import call, run_two_ranks
 
 import train
-from tinyfm import checkpoint, distributed, generate
+from tinyfm import generate
+from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
-from tinyfm.data import TextConfig, TextData
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.guard import is_spike
-from tinyfm.logbook import Logbook
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig, Trainer
+from tinyfm.training import checkpoint, distributed
+from tinyfm.training.log import Logbook
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig, Trainer, is_spike
 
 TINY = GPTConfig(257, context_length=16, n_layer=1, n_head=2, d_model=16, zero_init=False)
 OPTIM = OptimConfig(warmup_steps=2)
@@ -292,7 +292,7 @@ def test_a_spike_is_far_above_what_was_before():
 
 def test_a_spike_is_skipped_also_by_who_goes_on(tmp_path, data, capsys, monkeypatch):
     """What was before a stop is remembered: a spike right after it is one."""
-    monkeypatch.setattr("tinyfm.guard.WINDOW", 8)
+    monkeypatch.setattr("tinyfm.training.trainer.WINDOW", 8)
     config = replace(TRAIN, spike_sigmas=6, eval_every=6)
     stub = poison(data, {6}, 1e9)
     straight = make(tmp_path / "a", stub, config=config, cls=Poisoned)

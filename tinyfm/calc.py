@@ -28,16 +28,16 @@ from tinyfm.common import gpus
 from tinyfm.common.gpus import Assumptions
 from tinyfm.ledgers import Stack
 from tinyfm.memory import Layout, Module, Network, Training
-from tinyfm.optim import OptimConfig
 from tinyfm.report import Report
-from tinyfm.trainer import TrainConfig
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from tinyfm.optim import OptimConfig
-    from tinyfm.trainer import TrainConfig
+    from tinyfm.training.optim import OptimConfig
+    from tinyfm.training.trainer import TrainConfig
 
 
 # ---- a module about to be trained ---------------------------------------------------------------
@@ -168,7 +168,7 @@ def measured(
     from torch import nn
 
     from tinyfm import measure
-    from tinyfm.optim import hidden_matrices
+    from tinyfm.training.optim import hidden_matrices
 
     n, rows = sum(p.numel() for p in model.parameters()), max(2, rows)  # one has nothing to compare
     tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]

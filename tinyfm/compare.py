@@ -34,9 +34,9 @@ import torch
 import tyro
 
 from tinyfm import adapt, measure, presets, prompting, records
+from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.run import Run
-from tinyfm.tasks import TaskConfig, TaskData
-from tinyfm.trainer import Trainer
+from tinyfm.training.trainer import Trainer
 
 METHODS = ("head", "bias", "lora 1", "lora 4", "full", "from scratch")
 

@@ -19,12 +19,13 @@ from torch import nn
 
 from data import captioned
 from data.report import Report
-from tinyfm import adapt, checkpoint, presets, records
+from tinyfm import adapt, presets, records
+from tinyfm.batches.pairs import GLYPHS
 from tinyfm.common import files
-from tinyfm.pairs import GLYPHS
 from tinyfm.presets import Preset
 from tinyfm.records import OpenRun
 from tinyfm.run import Run
+from tinyfm.training import checkpoint
 
 Train = Callable[[str, Preset, Run], int]  # (name, preset, run) -> exit status, 0 if it is done
 

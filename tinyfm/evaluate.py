@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from data.pictures import save_grid
 from tinyfm import picture_scores, prompting, records, zero_shot
+from tinyfm.batches.latents import LatentData
+from tinyfm.batches.pairs import GLYPHS, PairData
 from tinyfm.common import device as machine
 from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
-from tinyfm.latents import LatentData
-from tinyfm.pairs import GLYPHS, PairData
 from tinyfm.run import Run
 
 RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse

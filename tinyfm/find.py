@@ -13,8 +13,7 @@ import torch
 from data import pictures
 from tinyfm import records, zero_shot
 from tinyfm.common import files
-from tinyfm.pair_files import encode_captions
-from tinyfm.tokenizer import Tokenizer
+from tinyfm.tokenizer import Tokenizer, encode_captions
 
 
 def read_labels(labels: str) -> list[str]:

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from data.pictures import save_grid
-from tinyfm import checkpoint, tokenizer, zero_shot
+from tinyfm import tokenizer, zero_shot
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
+from tinyfm.batches.latents import LatentConfig, LatentData
+from tinyfm.batches.pairs import ImageConfig, ImageData, PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
 from tinyfm.ddpm import Diffusion, DiffusionConfig
-from tinyfm.images import ImageConfig, ImageData
-from tinyfm.latents import LatentConfig, LatentData
-from tinyfm.pairs import PairConfig, PairData
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImage, TextToImageConfig
+from tinyfm.training import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from data.pictures import Record
 from tinyfm.clip import augment
 from tinyfm.common import device as machine
 from tinyfm.common import files
-from tinyfm.optim import EMA
+from tinyfm.training.optim import EMA
 from tinyfm.zero_shot import ROWS
 
 FORMAT = 3  # of what is kept: with another number, judges are trained anew

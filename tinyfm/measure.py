@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tinyfm.optim import OptimConfig, build_optimizers, hidden_matrices, scale_and_clip
+from tinyfm.training.optim import OptimConfig, build_optimizers, hidden_matrices, scale_and_clip
 
 CPU = torch.device("cpu")
 

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from data import glyphs
 from tinyfm import judge
+from tinyfm.batches.latents import LatentConfig, LatentData
+from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion
-from tinyfm.images import ImageData
 from tinyfm.judge import Judge, Pictures, agreement, as_pixels, places
-from tinyfm.latents import LatentConfig, LatentData
 from tinyfm.text2image import TextToImage
 from tinyfm.zero_shot import ROWS, share
 

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyfm.autoencoder import AutoencoderConfig
+from tinyfm.batches.pairs import ImageConfig, PairConfig
+from tinyfm.batches.text import TextConfig
 from tinyfm.clip import CLIPConfig
-from tinyfm.data import TextConfig
 from tinyfm.ddpm import DiffusionConfig
 from tinyfm.families import TASKS
 from tinyfm.gpt import GPTConfig
 from tinyfm.image_families import AutoencoderRun, CLIPRun, DDPMRun, TextToImageRun
-from tinyfm.images import ImageConfig
-from tinyfm.optim import OptimConfig
-from tinyfm.pairs import PairConfig
 from tinyfm.records import differences, to_record
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImageConfig
 from tinyfm.text_families import GPTRun
-from tinyfm.trainer import TrainConfig
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 
 from data.labelled import SPLITS
 from tinyfm import metrics, presets, records, scoring, zero_shot
+from tinyfm.batches.labelled import TaskData
 from tinyfm.common import files
-from tinyfm.tasks import TaskData
 
 ASKED_TEXTS = 200  # held-out texts whose class a language model is asked
 Scores = dict[str, float]

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from tinyfm import adapt, checkpoint
+from tinyfm import adapt
 from tinyfm.common import files
 from tinyfm.families import FAMILIES
 from tinyfm.run import Run
 from tinyfm.tokenizer import Tokenizer
+from tinyfm.training import checkpoint
 
 
 def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:

@@ -11,8 +11,8 @@ from tyro.conf import Suppress
 
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
-from tinyfm.optim import OptimConfig
-from tinyfm.trainer import TrainConfig
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,156 +19,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from tinyfm import memory, systems
-from tinyfm.common import files, gpus
+from tinyfm.common import gpus
 from tinyfm.memory import Layout, Memory, Training
-from tinyfm.muon import Muon, is_shard, local
-from tinyfm.optim import OptimConfig, build_optimizers, hidden_matrices
 from tinyfm.report import short
+from tinyfm.training.distributed import local
+from tinyfm.training.muon import Muon
+from tinyfm.training.optim import OptimConfig, build_optimizers, hidden_matrices
+from tinyfm.training.parallel import blocks, shard
 
 # ---- blocks -------------------------------------------------------------------------------------
 
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered, or computed twice, one at a time; none is within another."""
-    lists = (nn.ModuleList, nn.Sequential)
-    found = [
-        block
-        for parent in model.modules() if isinstance(parent, lists)
-        for block in parent.children()
-        if not isinstance(block, lists) and any(block.children())
-        and type(block).forward is not nn.Module.forward
-    ]  # fmt: skip
-    inner = {id(module) for block in found for module in block.modules() if module is not block}
-    return [block for block in found if id(block) not in inner]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Let each block keep only its input, and run again in the backward pass (Chen et al. 2016)."""
-    for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
 # ---- sharing out --------------------------------------------------------------------------------
 
-
-def make_mesh(kind: str, shard_size: int):
-    """All ranks in a row; or copies x shards, neighbours sharing one copy. ValueError if uneven."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    size = dist.get_world_size()
-    if shard_size in (0, size):
-        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    if size % shard_size:
-        fit = [n for n in range(1, size + 1) if size % n == 0]
-        raise ValueError(
-            f"shard_size {shard_size} does not divide the {size} processes; use one of {fit}"
-        )
-    return init_device_mesh(kind, (size // shard_size, shard_size),
-                            mesh_dim_names=("copies", "shard"))  # fmt: skip
-
-
-def shard(module: nn.Module, device: torch.device, dtype: torch.dtype,
-          shard_size: int = 0) -> list[nn.Parameter]:  # fmt: skip
-    """Share out a module's parameters in place, block by block onto the device; 0 = over all ranks.
-
-    Weights are kept in float32 and gathered in `dtype`; gradients are summed in float32. Parameters
-    of a single number cannot be cut: they stay, and are returned, for the caller to average their
-    gradients.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    scalars = {p for p in module.parameters() if p.ndim == 0}
-    policy = MixedPrecisionPolicy(
-        None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False
-    )
-    mesh = make_mesh(device.type, shard_size)
-    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": scalars}
-    for block in blocks(module):
-        fully_shard(block, **options)
-    fully_shard(module, **options)
-    for p in scalars:
-        p.data = p.data if p.is_meta else p.data.to(device)
-    return [p for p in module.parameters() if p in scalars and p.requires_grad]
-
-
-@contextlib.contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights of a sharded module; they are not to be changed.
-
-    FSDP2's hooks are off: they count who ran, from which all ranks must draw the same conclusions,
-    and take a state_dict for an end of this.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    hooks = [(part, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
-    hooks += [(part, "_state_dict_pre_hooks") for part in module.modules()]
-    kept = [getattr(part, name) for part, name in hooks]
-    module._get_fsdp_state()._lazy_init()  # which its first forward pass does, if there was one
-    for part in parts:
-        part.unshard()
-    for part, name in hooks:
-        setattr(part, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for (part, name), own in zip(hooks, kept):
-            setattr(part, name, own)
-        for part in parts:
-            part.reshard()
-
-
 # ---- in and out ---------------------------------------------------------------------------------
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict(), a tied weight once, by the name that comes first."""
-    once = {name for name, _ in model.named_parameters()}
-    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    return {name: t for name, t in model.state_dict().items() if name not in twice}
-
-
-def gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies in CPU memory, put together one by one where they are shared out; {} unless `keep`.
-
-    Every rank calls it, and those that do not keep them hold one tensor at a time.
-    """
-    copies = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if is_shard(tensor) else tensor
-        if keep:
-            copies[name] = tensor.detach().to("cpu", copy=True)
-    return copies
-
-
-def cut(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, shared out as those of the same name are: each rank keeps its rows."""
-    result = dict(tensors)
-    for name, tensor in tensors.items():
-        if name in like and is_shard(like[name]) and tensor.shape == like[name].shape:
-            from torch.distributed.tensor import distribute_tensor
-
-            mesh, placements = like[name].device_mesh, like[name].placements
-            there = tensor.to(like[name].device)
-            result[name] = distribute_tensor(there, mesh, placements, src_data_rank=None)
-    return result
-
-
-def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """files.load_model, also for a model that is shared out."""
-    files.load_model(model, cut(tensors, model.state_dict()))
 
 
 # ---- a job of any size, without its machines ----------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 
 from data import labelled, pictures
 from data.report import Report
-from tinyfm import chat, compiled, find, generate, records, scoring, tasks
+from tinyfm import chat, compiled, find, generate, records, scoring
+from tinyfm.batches import labelled as tasks
 from tinyfm.common import sheets
 from tinyfm.soft_prompt import prompt_ids
 

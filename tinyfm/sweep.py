@@ -33,7 +33,7 @@ def read_run(folder: str) -> Run:
     import torch
 
     from tinyfm.common import files
-    from tinyfm.logbook import read_metrics
+    from tinyfm.training.log import read_metrics
 
     path = Path(folder)
     if not (path / "config.json").is_file():

@@ -15,15 +15,16 @@ from tyro.conf import Suppress
 
 from data.labelled import SPLITS
 from data.pictures import save_grid
-from tinyfm import heads, tasks, tokenizer
+from tinyfm import heads, tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
+from tinyfm.batches import labelled
+from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.clip import CLIPConfig
 from tinyfm.ddpm import DiffusionConfig
 from tinyfm.gpt import GPTConfig
 from tinyfm.heads import Classifier
 from tinyfm.image_families import AutoencoderRun, CLIPRun, DDPMRun, ImageRun
 from tinyfm.run import Run
-from tinyfm.tasks import TaskConfig, TaskData
 from tinyfm.text_families import GPTRun
 
 SOME = {"label": ("yes", "no")}  # what a run is measured with whose data were not read yet
@@ -82,7 +83,7 @@ class GPTClassifyRun(ClassifyRun):
     def open_data(self) -> TaskData:
         m, c, saved = self.model, self.train, self.data.tokenizer
         own = tokenizer.load(saved) if saved else tokenizer.ByteTokenizer()
-        return tasks.texts(self.data, own, m.context_length, c.batch_size, c.seed)
+        return labelled.texts(self.data, own, m.context_length, c.batch_size, c.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
         """Write some held-out texts with their classes, and what was found; return the first."""
@@ -110,7 +111,7 @@ class PictureClassifyRun(ClassifyRun):
 
     def open_data(self) -> TaskData:
         size, c = self.model.image_size, self.train
-        return tasks.pictures(self.data, size, self.channels, c.batch_size, c.seed)
+        return labelled.pictures(self.data, size, self.channels, c.batch_size, c.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
         """Draw some held-out pictures with their classes, and what was found."""

@@ -90,7 +90,7 @@ class TextToImage(nn.Module):
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Tokens (B, T); a text that is too long loses its last words, not the end token."""
-        from tinyfm.pair_files import encode_captions  # which made the rows of the tower's training
+        from tinyfm.tokenizer import encode_captions  # which made the rows of the tower's training
 
         if self.tokenizer is None:
             raise ValueError("a text needs a tokenizer: set model.tokenizer, or give tokens")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from tinyfm import generate, tokenizer
-from tinyfm.chat_data import ChatConfig, ChatData
-from tinyfm.data import TextConfig, TextData
+from tinyfm.batches.chat import ChatConfig, ChatData
+from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.distill import DistilConfig, distil
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.run import Run

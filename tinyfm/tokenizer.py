@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from tinyfm import bpe
@@ -298,3 +299,26 @@ def load(folder: str | Path) -> Tokenizer:
         return from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def encode_captions(
+    tokenizer: Tokenizer, captions: list[str], context_length: int
+) -> tuple[np.ndarray, int]:
+    """The rows a text tower reads, (B, T) int64, and how many captions were cut to fit.
+
+    A row is the start token, if the tokenizer has one, as much of the caption as context_length
+    allows, then the end token as often as it takes; T is the longest row's length. Raises
+    ValueError if there is no room for any text.
+    """
+    start = [] if tokenizer.bot is None else [tokenizer.bot]
+    room = context_length - len(start) - 1
+    if room < 1:
+        least = len(start) + 2
+        raise ValueError(f"context_length {context_length} has no room for text: use >= {least}")
+    encoded = tokenizer.encode_batch(captions)
+    cut = sum(len(ids) > room for ids in encoded)
+    encoded = [start + ids[:room] for ids in encoded]
+    tokens = np.full((len(encoded), 1 + max(map(len, encoded), default=0)), tokenizer.eot)
+    for row, ids in zip(tokens, encoded):
+        row[: len(ids)] = ids
+    return tokens, cut

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyfm.pair_files import Split, encode_captions
+from tinyfm.batches.pair_files import Split
+from tinyfm.tokenizer import encode_captions
 
 ROWS = 512  # through a tower at once
 MAX_TEMPLATES = 16

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from tinyfm.pairs import PairConfig, PairData, shuffle
+from tinyfm.batches.order import shuffle
+from tinyfm.batches.pairs import PairConfig, PairData
 
 ROWS = 256  # through the encoder at once
 

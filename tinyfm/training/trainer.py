@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,15 +31,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfm import checkpoint, distributed, sharded, training_state
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.common.seeds import mix, row_generators
-from tinyfm.guard import Guard
-from tinyfm.logbook import Logbook, summary_writer
-from tinyfm.optim import EMA, OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
-from tinyfm.parallel import Parallel
-from tinyfm.saver import Saver, copy
+from tinyfm.training import checkpoint, distributed, parallel
+from tinyfm.training.checkpoint import Saver, copy_to_cpu
+from tinyfm.training.log import Logbook, summary_writer
+from tinyfm.training.optim import (
+    EMA,
+    OptimConfig,
+    build_optimizers,
+    lr_factor,
+    scale_and_clip,
+    set_lr,
+)
+from tinyfm.training.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class Trainer:
             model.rows_at_once, model.rank = train.micro_batch_size, world.rank
             model.gather = distributed.gather
         if train.activation_checkpointing:
-            sharded.checkpoint_activations(model)
+            parallel.checkpoint_activations(model)
         share = (self.dtype, train.shard_size) if train.parallel == "fsdp" else ()
         self.call = Parallel(model, world, self.device, train.compile, share)
         self.optimizers = build_optimizers(model, optim)
@@ -224,11 +231,11 @@ class Trainer:
         step, loss = self.counters["step"], self.scores.get("val_loss", math.inf)
         if loss < self.counters["best_loss"]:
             self.counters |= {"best_loss": loss, "best_step": step}
-        tensors = {"model": sharded.gather(sharded.state(self.model), self.world.first)}
+        tensors = {"model": parallel.gather(parallel.state(self.model), self.world.first)}
         if self.ema:  # and what has no average: buffers, and what is frozen
-            tensors["ema"] = tensors["model"] | sharded.gather(self.ema.average, self.world.first)
-        state = training_state.collect(self.model, self.optimizers, self.counters)
-        state, meta, best = copy(state), {**self.scores}, self.counters["best_step"]
+            tensors["ema"] = tensors["model"] | parallel.gather(self.ema.average, self.world.first)
+        state = checkpoint.collect_state(self.model, self.optimizers, self.counters)
+        state, meta, best = copy_to_cpu(state), {**self.scores}, self.counters["best_step"]
 
         def write(group) -> None:
             checkpoint.save(self.out, step, tensors, state, meta, self.write, group)
@@ -240,10 +247,10 @@ class Trainer:
     def resume(self) -> Path:
         """Go on from the newest checkpoint. Raises CheckpointError if it cannot be trusted."""
         folder = checkpoint.find(self.out)
-        sharded.load(self.model, files.load_tensors(folder))
+        parallel.load(self.model, files.load_tensors(folder))
         if self.ema:
-            self.ema.load(sharded.cut(files.load_tensors(folder, "ema"), self.ema.average))
-        training_state.restore(folder, self.model, self.optimizers, self.counters)
+            self.ema.load(parallel.cut(files.load_tensors(folder, "ema"), self.ema.average))
+        checkpoint.restore_state(folder, self.model, self.optimizers, self.counters)
         self.scores = files.read_json(folder / "meta.json")
         del self.scores["step"]
         return folder
@@ -314,3 +321,61 @@ class Trainer:
         if peak and hasattr(self.model, "flops_per_row"):
             result["mfu"] = rows * self.model.flops_per_row() / (peak * self.world.size)
         return result
+
+
+# FOLDED: merge this into the module's docstring
+# Steps that would spoil a run: skipped, and, if they do not end, the end of it.
+#
+# A step whose loss or gradient norm is not finite changes no weight; nor does a spike, far above the
+# steps before it, if one asks for that. Several in a row are no accident any more. All ranks decide
+# alike, as the numbers that they decide by are sums over ranks.
+
+
+WINDOW = 128  # steps that a new one is compared with
+
+
+def is_spike(recent: list[tuple[float, float]], new: tuple[float, float], sigmas: float) -> bool:
+    """Whether a step's loss or gradient norm is far above those of the steps before it: by more
+    than `sigmas` standard deviations (6 in OLMo 2, arXiv 2501.00656), each at least 1% of the mean.
+
+    None is, before half a window of steps was made.
+    """
+    if not sigmas or len(recent) < WINDOW // 2:
+        return False
+    limits = []
+    for values in zip(*recent):
+        mean = statistics.fmean(values)
+        limits.append(mean + sigmas * max(statistics.pstdev(values, mean), abs(mean) / 100))
+    return any(value > limit for value, limit in zip(new, limits))
+
+
+class Guard:
+    """Says which steps to make. What it has seen is in `counters`, and so in each checkpoint."""
+
+    def __init__(self, patience: int, sigmas: float, counters: dict):
+        self.patience, self.sigmas, self.counters = patience, sigmas, counters
+        self.skipped = 0  # in a row
+        if sigmas:
+            counters["recent"] = []  # (loss, gradient norm) of the last steps
+
+    def passes(self, loss: float, norm: float) -> bool:
+        """Whether to make a step of this loss and gradient norm."""
+        fine = math.isfinite(loss) and math.isfinite(norm)
+        if fine and self.sigmas:
+            recent = self.counters["recent"]
+            fine = not is_spike(recent, (loss, norm), self.sigmas)
+            # With the spikes: what stays on a new level is soon none.
+            self.counters["recent"] = [*recent, (loss, norm)][-WINDOW:]
+        self.skipped = 0 if fine else self.skipped + 1
+        return fine
+
+    def tell(
+        self, step: int, loss: float, norm: float, say: Callable[[str], None], advice: str
+    ) -> None:
+        """Say that this step was skipped. Raises FloatingPointError if patience is at its end."""
+        say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
+        if self.skipped == self.patience:
+            what = "spikes" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+            raise FloatingPointError(
+                f"{self.skipped} steps in a row were {what}, to step {step}; {advice}"
+            )

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,9 +32,10 @@ import torch
 from data import captioned, glyphs
 from data.report import Report
 from tinyfm import tokenizer as tokenizers
-from tinyfm.data import ROUNDS, check_vocabulary, fixed_tokenizer, permute
-from tinyfm.pair_files import build, open_splits, read_manifest
-from tinyfm.shards import token_dtype
+from tinyfm.batches.order import shuffle, shuffle_runs
+from tinyfm.batches.pair_files import build, open_splits, read_manifest
+from tinyfm.batches.shards import token_dtype
+from tinyfm.batches.text import check_vocabulary, fixed_tokenizer
 from tinyfm.tokenizer import Tokenizer
 
 GLYPHS = ("glyphs", "letters")  # what --data.path may name of data/glyphs.py: all, or Latin alone
@@ -132,30 +134,6 @@ def prepare_folder(
     return folder
 
 
-def shuffle(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Rows, below `size`, of samples (int64) 0, 1, ...: each epoch takes all in its own order."""
-    rows = np.empty_like(samples)
-    for epoch in np.unique(samples // size):
-        here = samples // size == epoch
-        keys = np.random.SeedSequence((seed, int(epoch))).generate_state(ROUNDS, np.uint64)
-        rows[here] = permute(samples[here] % size, size, keys)
-    return rows
-
-
-def shuffle_runs(samples: np.ndarray, size: int, seed: int, length: int) -> np.ndarray:
-    """As `shuffle`, but `length` rows that follow each other stay together.
-
-    An epoch cuts the rows, as a ring, into runs from an offset of its own; what is left over at the
-    end of the ring it leaves out.
-    """
-    runs = size // length
-    start = shuffle(samples // length, runs, seed) * length
-    for epoch in np.unique(samples // length // runs):
-        here = samples // length // runs == epoch
-        start[here] += np.random.SeedSequence((seed, int(epoch), 1)).generate_state(1)[0] % size
-    return (start + samples % length) % size
-
-
 class PairData:
     """Batches of pictures with captions, and `splits`, name -> Split, as a whole: "train", then the
     one that validates the training, then others."""
@@ -234,3 +212,75 @@ class PairData:
     def metrics(self, loss: float) -> dict[str, float]:
         """Nothing beyond the loss itself."""
         return {}
+
+
+# FOLDED: merge this into the module's docstring
+# Pictures without captions -> batches: what an autoencoder and a diffusion model read.
+#
+# They are the pictures of pairs.py, in the same files and the same order, of which only the images
+# are handed out: a folder of images is enough, and what stands beside them is not read. Each batch
+# says of which training step it is, for a loss that changes as training goes on.
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Which pictures to read. Their captions do not matter, and need not be there."""
+
+    path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    color: bool = False  # paint the glyphs in inks and on papers of their own
+    val_fraction: float = 0.1  # share of your own pictures held out; glyphs has splits of its own
+    val_images: int = 500  # of the pictures held out, how many an evaluation looks at
+    cache: str = "data/cache"  # folder for what is prepared
+
+    # What PairData asks of its config beside these: bytes need no training, and without a template
+    # no captions are read of one's own pictures.
+    tokenizer: ClassVar[str] = "bytes"
+    template: ClassVar[str] = ""
+    neighbours: ClassVar[int] = 1
+
+    def __post_init__(self):
+        if not self.path:
+            raise ValueError("--data.path must not be empty")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--data.val-fraction {self.val_fraction}: it must be between 0 and 1")
+        if self.val_images < 1:
+            raise ValueError(f"--data.val-images {self.val_images}: it must be at least 1")
+
+
+class ImageData(PairData):
+    """Batches of pictures; `splits` as PairData has them."""
+
+    val_images: int
+
+    @classmethod
+    def load(
+        cls, config: ImageConfig, image_size: int, channels: int, batch_size: int, seed: int
+    ) -> "ImageData":
+        """Open the prepared pictures of `config`, (channels, image_size, image_size) each, after
+        building them if need be. Raises ValueError as PairData.prepare does."""
+        bytes_and_end, longest_caption = 257, 256
+        sizes = (image_size, channels, bytes_and_end, longest_caption)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "all captions are")  # so they may be
+            data = cls.prepare(config, *sizes, batch_size, seed)
+        data.val_images = config.val_images
+        return data
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """`rows` of the global batch of `step`, R of them:
+
+        {"images": float32 (R, C, H, W) in [-1, 1], "step": int64 ()}
+        """
+        return {"images": super().batch(step, rows)["images"], "step": torch.tensor(step)}
+
+    def fixed_batches(self, split: str, count: int, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """{"images": ...}, `rows` at a time, of `count` pictures of a split, always the same."""
+        size = len(self.splits[split].labels)
+        order = shuffle(np.arange(size), size, seed=0)[:count]
+        for first in range(0, len(order), rows):
+            index = order[first : first + rows]
+            yield {"images": self.splits[split].batch(index)["images"]}
+
+    def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The first val_images of the validation split, mixed in an order that never changes."""
+        return self.fixed_batches(list(self.splits)[1], self.val_images, rows)

@@ -34,14 +34,14 @@ import torch
 
 from data import docs, files, shakespeare, stdlib
 from data.report import Report
-from tinyfm import checkpoint
 from tinyfm import tokenizer as tokenizers
-from tinyfm.shards import Shards, build, read_manifest, rebuild_hint
+from tinyfm.batches.order import ROUNDS, permute
+from tinyfm.batches.shards import Shards, build, read_manifest, rebuild_hint
+from tinyfm.training import checkpoint
 
 SOURCES = {"docs": docs, "stdlib": stdlib, "shakespeare": shakespeare}
 LEARNED_TOKENIZERS = ("sentencepiece", "sentencepiece-unigram", "bpe")
 FORMAT = 1  # of the prepared folders: with another number, all are built anew
-ROUNDS = 6  # of the Feistel network; four are the least, small halves mix better with a few more
 
 
 @dataclass(frozen=True)
@@ -61,33 +61,6 @@ class TextConfig:
             raise ValueError("--data.path and --data.tokenizer must not be empty")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--data.val-fraction {self.val_fraction}: it must be between 0 and 1")
-
-
-def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Images of `index` (int64, values in [0, size)) under a random permutation of [0, size).
-
-    A Feistel network, as in DES, needs O(1) memory. It writes a number as two halves (L, R); a
-    round maps them to (R, L xor F(R)), which can be undone whatever F is, hence a bijection; some
-    rounds with an F that mixes well, each with its key, make it look random (Luby and Rackoff,
-    1988). It permutes [0, 4**half), the next power of four, not [0, size): an image outside is
-    mapped again until it falls inside ("cycle walking", Black and Rogaway, 2002), which keeps the
-    bijection.
-    """
-    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)  # the multipliers of splitmix64
-            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return (left << half) | right
-
-    image = network(index.astype(np.uint64))
-    while (outside := image >= size).any():
-        image[outside] = network(image[outside])
-    return image.astype(np.int64)
 
 
 def count_windows(n_tokens: int, length: int) -> int:

@@ -7,7 +7,7 @@ name and appears by one rename, with the hash of every file in it:
     run/step-000500/       a checkpoint; then `latest`, a text file with its name, is replaced
         model.safetensors  ema.safetensors    weights: names and numbers, no code
         meta.json, config.json, tokenizer     plain files
-        state/                                optimizers, counters: see training_state.py
+        state/                                optimizers, counters: below
         manifest.json                         size and SHA-256 of every file above
 
 Share everything but state/, which holds a pickle. Under torchrun every rank calls `save`, on one
@@ -16,20 +16,24 @@ one rank's error is raised on all. saver.py does that beside the training.
 Left out: remote storage, signatures (a manifest finds damage, not lies).
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from tinyfm import distributed, training_state
 from tinyfm.common.files import (
     TEMPORARY,
     CheckpointError,
@@ -39,6 +43,7 @@ from tinyfm.common.files import (
     write_json,
     write_text,
 )
+from tinyfm.training import distributed
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
@@ -178,7 +183,7 @@ def save(
     """Write run/step-NNNNNN and point `latest` at it; return its path.
 
     tensors: {"model": model.state_dict(), "ema": ...}, each a NAME.safetensors (read on rank 0).
-    state: from `training_state.collect`. meta: plain values for meta.json, such as losses.
+    state: from `collect_state`. meta: plain values for meta.json, such as losses.
     write(folder) may add files, such as the tokenizer's. group: ranks that save; None = all.
     Raises CheckpointError after any failure; the earlier checkpoints are untouched.
     """
@@ -201,7 +206,7 @@ def save(
     try:
         distributed.on_first_rank(write_shared, group)
         if state:
-            training_state.write(temporary / "state", state, group)
+            write_state(temporary / "state", state, group)
         distributed.on_first_rank(lambda: _publish(temporary, final), group)
     except Exception as error:
         reason = f"step {step} could not be saved in {run}: {type(error).__name__}: {error}"
@@ -211,3 +216,139 @@ def save(
         if distributed.rank() == 0:
             _clear(run)
     return final
+
+
+# FOLDED: merge this into the module's docstring
+# What a run needs beside its weights to go on bit for bit: optimizers and counters.
+#
+# Kept by torch.distributed.checkpoint (DCP): every rank writes its part, and any number of ranks can
+# read it back. DCP's index is a pickle, and a pickle can run code when it is read: this is for going
+# on with runs of your own. What is shared of a run needs none of it.
+
+
+# FOLDED: merge this into the module's docstring
+# Saving beside the training, which waits for a copy in memory and not for the disk.
+
+
+def _dcp(
+    verb: str, tree: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
+    """dcp.save or dcp.load; its error, which `except Exception` would miss, becomes its cause."""
+    import torch.distributed.checkpoint as dcp  # here, as it is slow to import
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            getattr(dcp, verb)(tree, checkpoint_id=folder, process_group=group)
+        except dcp.api.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+
+
+def collect_state(
+    model: nn.Module, optimizers: Sequence[Optimizer], counters: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run needs beside the weights to go on bit for bit; every rank calls this.
+
+    counters: plain values and tensors by name, such as the step and random generators' states.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    states = {}
+    for index, optimizer in enumerate(optimizers):
+        fresh = not optimizer.state
+        states[str(index)] = get_optimizer_state_dict(model, optimizer)
+        if fresh:  # then DCP made a state, by a trial step: saving must not change the training
+            optimizer.state.clear()
+            states[str(index)]["state"] = {}
+    return {"optimizers": states, "counters": counters}
+
+
+def write_state(
+    folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> None:
+    """Write what `collect_state` returned; every rank of the group calls this, and writes its part."""
+    _dcp("save", state, folder, group)
+
+
+def restore_state(
+    folder: str | Path,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    counters: dict[str, Any],
+) -> None:
+    """Fill optimizers and counters in place from state/, which must be of a run of your own.
+
+    Call as `collect_state` was, on any number of ranks. DCP fills a template: `counters` has the
+    names that were saved, and fresh optimizers take a trial step with lr 0 and zero gradients.
+    Raises CheckpointError if the saved state is not of this model and these optimizers.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    folder = Path(folder) / "state"
+    states = {str(i): dcp.get_optimizer_state_dict(model, o) for i, o in enumerate(optimizers)}
+    try:
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        left = {name for name in saved if name.startswith("optimizers.") and ".state." in name}
+        for index, template in states.items():
+            for name, slots in list(template["state"].items()):
+                names = {f"optimizers.{index}.state.{name}.{slot}" for slot in slots}
+                if not names & left:  # this parameter never had a gradient, hence no state
+                    del template["state"][name]
+                left -= names
+        if left:
+            raise ValueError(f"{min(left)} is unexpected")
+        _dcp("load", {"optimizers": states, "counters": counters}, folder)
+        for state, optimizer in zip(states.values(), optimizers):
+            options = dcp.StateDictOptions(strict=False)
+            dcp.set_optimizer_state_dict(model, optimizer, state, options=options)
+    except Exception as error:
+        advice = "resume with the model, optimizers and counters it was saved with"
+        raise CheckpointError(f"{folder} does not fit this run: {error}; {advice}") from error
+
+
+def copy_to_cpu(tree: Any) -> Any:
+    """Nested dicts and lists with all their tensors copied to CPU memory, shards as shards."""
+    if isinstance(tree, dict):
+        return {name: copy_to_cpu(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [copy_to_cpu(value) for value in tree]
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
+
+
+class Saver:
+    """One save at a time, in a thread of its own, on all ranks.
+
+    What it writes must be copies, or it would be of several steps. Its messages between ranks have
+    a group of their own, as training sends others at the same time. A kill leaves what was there.
+    """
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.group = None
+        if dist.is_available() and dist.is_initialized():  # a slow disk is no reason to give up
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+    def start(self, work: Callable[[dist.ProcessGroup | None], None]) -> None:
+        """Begin work(group), which every rank begins, once the work before is done."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work(self.group)
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is done. Raises what went wrong in it."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if error:
+            raise error
+
+    close = wait

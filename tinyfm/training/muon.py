@@ -17,22 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinyfm.training.distributed import is_shard, local, shard_group
+
 # ---- tensors that may be shared out -------------------------------------------------------------
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each rank of a mesh holds some rows."""
-    return hasattr(tensor, "full_tensor")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part that this rank holds, in the same memory: of a plain tensor, all of it."""
-    return tensor.to_local() if is_shard(tensor) else tensor
-
-
-def shard_group(shard: Tensor) -> dist.ProcessGroup:
-    """The ranks among which it is shared out: the last dimension of its mesh."""
-    return shard.device_mesh.get_group(shard.device_mesh.ndim - 1)
 
 
 # ---- the nearest orthogonal matrix ---------------------------------------------------------------

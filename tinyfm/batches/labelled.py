@@ -35,8 +35,8 @@ from torch import Tensor
 from data import labelled, packages, scripts
 from data.labelled import SPLITS, TRAIN, Passage
 from data.report import Report
-from tinyfm.pair_files import build, open_splits, read_manifest
-from tinyfm.pairs import shuffle
+from tinyfm.batches.order import shuffle
+from tinyfm.batches.pair_files import build, open_splits, read_manifest
 from tinyfm.tokenizer import ByteTokenizer, Tokenizer
 
 TEXTS, PICTURES = ("packages",), scripts.TASKS  # what --data.path may name of data/

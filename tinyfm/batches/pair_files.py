@@ -23,36 +23,13 @@ from tqdm import tqdm
 from data.download import sha256_of
 from data.pictures import Record
 from data.report import Report
+from tinyfm.batches.shards import rebuild_hint, token_dtype
 from tinyfm.common.files import whole_or_absent
-from tinyfm.shards import rebuild_hint, token_dtype
-from tinyfm.tokenizer import Tokenizer
+from tinyfm.tokenizer import Tokenizer, encode_captions
 
 VERIFY_BYTES = 1 << 30  # files up to this size are read and checked in full when opened
 
 # ---- write ---------------------------------------------------------------------------------------
-
-
-def encode_captions(
-    tokenizer: Tokenizer, captions: list[str], context_length: int
-) -> tuple[np.ndarray, int]:
-    """The rows a text tower reads, (B, T) int64, and how many captions were cut to fit.
-
-    A row is the start token, if the tokenizer has one, as much of the caption as context_length
-    allows, then the end token as often as it takes; T is the longest row's length. Raises
-    ValueError if there is no room for any text.
-    """
-    start = [] if tokenizer.bot is None else [tokenizer.bot]
-    room = context_length - len(start) - 1
-    if room < 1:
-        least = len(start) + 2
-        raise ValueError(f"context_length {context_length} has no room for text: use >= {least}")
-    encoded = tokenizer.encode_batch(captions)
-    cut = sum(len(ids) > room for ids in encoded)
-    encoded = [start + ids[:room] for ids in encoded]
-    tokens = np.full((len(encoded), 1 + max(map(len, encoded), default=0)), tokenizer.eot)
-    for row, ids in zip(tokens, encoded):
-        row[: len(ids)] = ids
-    return tokens, cut
 
 
 def file_names(split: str) -> list[str]:

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyfm.muon import Muon, is_shard, local, shard_group
+from tinyfm.training.distributed import is_shard, local, shard_group
+from tinyfm.training.muon import Muon
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A job for Slurm: 4 machines of 8 GPUs train one model.   sbatch tinyfm/slurm.sh
+# A job for Slurm: 4 machines of 8 GPUs train one model.   sbatch tinyfm/training/slurm.sh
 #
 # One task a machine; each is a torchrun, which starts 8 ranks and meets the others at the first
 # machine. A rank that dies is started again with all others, from the last checkpoint. Two minutes

@@ -183,9 +183,7 @@ def build(
     """Make the folder. `make_tokenizer` is given the training documents to learn from, if it likes;
     `report` is filled as `documents` are read. Raises ValueError if there is no text.
     """
-    from tinyfm.common.files import (
-        whole_or_absent,  # here, as it brings torch, and others need none
-    )
+    from tinyfm.common.files import whole_or_absent
 
     begin = time.perf_counter()
     with whole_or_absent(folder) as temporary:
