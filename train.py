@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import calc, compose, presets, records
+from tinyfm import compose, presets, records
+from tinyfm.calc import estimate
 from tinyfm.common import device, files
 from tinyfm.run import Run
 from tinyfm.training import distributed
@@ -54,7 +55,7 @@ def train(
     run, others = compose.prepare(run, preset.run, train_part, say)
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
-            costs = calc.describe(records.begin(run), run.optim, run.train)
+            costs = estimate.describe(records.begin(run), run.optim, run.train)
         say(f"{json.dumps(records.to_record(name, run), indent=2)}\n{costs}")
         return 0
     device.choose_dtype(run.train.dtype, device.choose_device(run.train.device))  # or refuse now
@@ -64,7 +65,7 @@ def train(
     record = records.to_record(name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
     model = compose.build(run, others, data)
-    costs = calc.describe(model, run.optim, run.train)
+    costs = estimate.describe(model, run.optim, run.train)
     trainer = Trainer(
         model, data, run.train, run.optim, out, world=world,
         write=lambda folder: records.write_run_files(folder, record, run, data),

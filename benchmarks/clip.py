@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from generation import processor
 
+from tinyfm.calc.trace import Peak
 from tinyfm.clip import CLIP, CLIPConfig, contrast, softmax_loss
 from tinyfm.common import device
-from tinyfm.measure import Peak
 
 VIT_B_32 = CLIPConfig(
     image_size=224, channels=3, patch_size=32, stem="patch", image_layer=12, image_width=768,

@@ -65,8 +65,8 @@ def measure(name: str, gib: float) -> str:
     """One line for a preset."""
     import torch
 
-    from tinyfm import measure as calculator
     from tinyfm import presets
+    from tinyfm.calc import trace as calculator
     from tinyfm.common import device as machine
 
     run = presets.get_preset(name).run

@@ -19,7 +19,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import calc, presets
+from tinyfm import presets
+from tinyfm.calc import estimate
 from tinyfm.common import device
 from tinyfm.common.seeds import row_generators
 from tinyfm.training.optim import build_optimizers
@@ -40,7 +41,7 @@ class Step:
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
         torch.manual_seed(0)
         self.model, self.rows = run.build_model(), rows
-        self.flops = calc.training_cost(self.model, run.optim, rows).flops_per_step
+        self.flops = estimate.training_cost(self.model, run.optim, rows).flops_per_step
         self.optimizers = build_optimizers(self.model, run.optim)
         self.batch = self.model.example_batch(rows)
         self.dtype = device.choose_dtype("auto", torch.device("cpu"))

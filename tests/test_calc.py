@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, measure, memory, presets, report, systems
+from tinyfm import presets
+from tinyfm.calc import __main__ as calc
+from tinyfm.calc import estimate, memory, report, systems, trace
+from tinyfm.calc.memory import Layout, Memory, Module, Training
 from tinyfm.common import gpus
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.memory import Layout, Memory, Module, Training
 from tinyfm.training.optim import OptimConfig, build_optimizers
 from tinyfm.training.trainer import TrainConfig
 from tinyfm.unet import Upsample
@@ -319,7 +321,7 @@ def test_flops_are_counted_exactly(config):
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(2))[0].backward()
-    found = measure.count_flops(model, 2)
+    found = trace.count_flops(model, 2)
     assert found.keys() == {"blocks", "head"}
     assert sum(map(sum, found.values())) == counter.get_total_flops() == 2 * model.flops_per_row()
     assert all(backward == 2 * forward for forward, backward in found.values())
@@ -329,14 +331,14 @@ def test_flops_are_counted_exactly(config):
 def test_flops_of_every_family_are_counted_exactly(name):
     """As torch counts them on real tensors; and of each component, what is known of it."""
     model, rows = presets.get_preset(name).run.build_model(), 2
-    found = measure.count_flops(model, rows)
+    found = trace.count_flops(model, rows)
     if hasattr(model, "whole_batch"):
         model.rows_at_once, model.gather = 0, lambda rows: rows
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(rows), row_generators(0, 0, range(rows)))[0].backward()
     assert sum(map(sum, found.values())) == counter.get_total_flops()
-    assert found.keys() - {"loss"} <= measure.count_parts(model).keys()
-    frozen = measure.count_parts(model, frozen=True)
+    assert found.keys() - {"loss"} <= trace.count_parts(model).keys()
+    frozen = trace.count_parts(model, frozen=True)
     for part, (forward, backward) in found.items():
         # What reads the data itself passes no gradient on to it: half of its backward pass.
         least, most = (0, 0) if part in frozen else (forward, 2 * forward)
@@ -363,7 +365,7 @@ class Enlarge(nn.Module):
 def test_flops_of_enlarging_are_those_of_its_stamp():
     """4 x 4 numbers for each pair of channels and pixel that enters; nothing at the pixels made."""
     forward = 2 * (16 * 8 * 8) * (5 * 6)
-    assert measure.count_flops(Enlarge(), 3)["up"] == [3 * forward, 3 * 2 * forward]
+    assert trace.count_flops(Enlarge(), 3)["up"] == [3 * forward, 3 * 2 * forward]
 
 
 def real_peak(model, optim, rows, accumulate):
@@ -395,14 +397,14 @@ def real_peak(model, optim, rows, accumulate):
 @pytest.mark.parametrize("config", VARIANTS)
 def test_peak_is_what_is_allocated(config, accumulate):
     model, optim = GPT(config), OptimConfig()
-    predicted, _ = measure.step_bytes(model, optim, 8, accumulate)
+    predicted, _ = trace.step_bytes(model, optim, 8, accumulate)
     assert predicted == pytest.approx(real_peak(model, optim, 8, accumulate), abs=1000)
 
 
 def test_a_copy_without_memory_leaves_the_model_alone():
     model = GPT(replace(SMALL, tied=True)).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    measured = calc.measured("small", model, OptimConfig(ema_half_life=3.0))
+    measured = estimate.measured("small", model, OptimConfig(ema_half_life=3.0))
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert measured.parameters == sum(p.numel() for p in model.parameters())
@@ -414,10 +416,10 @@ def test_a_copy_without_memory_leaves_the_model_alone():
 @pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig("adamw", ema_half_life=9.0)])
 def test_measured_memory_goes_through_the_peaks_it_was_not_measured_at(optim):
     model, rows = GPT(SMALL), 7
-    network = calc.measured("small", model, optim, accumulate=True)
+    network = estimate.measured("small", model, optim, accumulate=True)
     training = Training(rows, "fp32", optim.optimizer)
     predicted = memory.training_memory(network, training).total
-    assert predicted == max(measure.step_bytes(model, optim, rows, accumulate=True))
+    assert predicted == max(trace.step_bytes(model, optim, rows, accumulate=True))
     assert network.average == (4 * network.parameters if optim.ema_half_life else 0)
     with pytest.raises(ValueError, match="small has no activation checkpointing"):
         memory.activations(network, Training(checkpoint="full"), Layout())
@@ -434,7 +436,7 @@ def test_average_bytes_are_those_of_the_optimizers(optimizer):
     states = [value.nbytes for each in optimizers for state in each.state.values()
               for name, value in state.items() if name != "step"]  # fmt: skip
     weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert measure.average_bytes(model, optim) == (sum(states), weights)
+    assert trace.average_bytes(model, optim) == (sum(states), weights)
 
 
 class Pairs(nn.Module):
@@ -463,25 +465,25 @@ class Pairs(nn.Module):
 
 def test_any_module_can_be_measured():
     model, train = Pairs(), TrainConfig(5, batch_size=6, micro_batch_size=2, device="cpu")
-    line = calc.describe(model, OptimConfig(), train)
+    line = estimate.describe(model, OptimConfig(), train)
     forward = 6 * 2 * (16 * 16 * 27 * 8 + 8 * 16 + 16 * 16) + 2 * 6 * 6 * 16
-    counted = measure.count_flops(model, 6)
+    counted = trace.count_flops(model, 6)
     assert sum(done for done, _ in counted.values()) == forward
     assert counted["loss"] == [2 * 6 * 6 * 16, 4 * 6 * 6 * 16]
     assert counted["frozen"] == [6 * 2 * 16 * 16] * 2  # it hands gradients on, and has none
     assert "640 parameters, 368 of them trained" in line and "for 2 rows at once" in line
-    assert calc.micro_batch(model, train) == (6, False)  # it takes the batch whole
-    assert calc.micro_batch(GPT(SMALL), train) == (2, True)
-    assert calc.micro_batch(GPT(SMALL), train, world=3) == (2, False)
-    network = calc.measured("pairs", model, OptimConfig("adamw"), 6)
+    assert estimate.micro_batch(model, train) == (6, False)  # it takes the batch whole
+    assert estimate.micro_batch(GPT(SMALL), train) == (2, True)
+    assert estimate.micro_batch(GPT(SMALL), train, world=3) == (2, False)
+    network = estimate.measured("pairs", model, OptimConfig("adamw"), 6)
     assert network.frozen == {"frozen": 16 * 17} and network.learnt == 368
     held = memory.training_memory(network, Training(6, "fp32"))
     assert (held.weights, held.gradients, held.optimizer) == (4 * 640, 4 * 368, 8 * 368)
-    whole = max(measure.step_bytes(model, OptimConfig("adamw"), 6))
+    whole = max(trace.step_bytes(model, OptimConfig("adamw"), 6))
     assert memory.training_memory(network, Training(6, "fp32")).total == whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pairs, "loss", lambda *_: 1 / 0)
-        assert "cannot be predicted (ZeroDivisionError" in calc.describe(
+        assert "cannot be predicted (ZeroDivisionError" in estimate.describe(
             model, OptimConfig(), train
         )
 
@@ -492,11 +494,11 @@ def test_any_module_can_be_measured():
 def test_description_of_a_run():
     model, optim = GPT(SMALL), OptimConfig()
     train = TrainConfig(steps=10, batch_size=32, micro_batch_size=4, device="cpu", dtype="float32")
-    line = calc.describe(model, optim, train)
-    peak = max(measure.step_bytes(model, optim, 4, accumulate=True)) / GiB
+    line = estimate.describe(model, optim, train)
+    peak = max(trace.step_bytes(model, optim, 4, accumulate=True)) / GiB
     assert f"a peak of {peak:.2f} GiB" in line and "for 4 rows at once in float32" in line
     assert f"{32 * model.flops_per_row() * 10:.3g} FLOP in all" in line and "\n" not in line
-    away = calc.describe(model, optim, replace(train, device="cuda", dtype="auto"))
+    away = estimate.describe(model, optim, replace(train, device="cuda", dtype="auto"))
     assert "peak of" in away  # a dry run for a machine that is not this one
 
 
@@ -610,10 +612,10 @@ def test_what_a_preset_takes_is_that_of_its_module(name):
     model = run.build_model()
     found = json.loads(ask(name, "--json"))
     assert found["params_total"] == sum(p.numel() for p in model.parameters())
-    cost = calc.training_cost(model, run.optim, run.train.batch_size)
+    cost = estimate.training_cost(model, run.optim, run.train.batch_size)
     assert found["train_flops"] == pytest.approx(cost.flops_per_step * run.train.steps)
-    rows, several = calc.micro_batch(model, run.train)
-    peak = measure.step_bytes(model, run.optim, rows, several, dtype=torch.bfloat16)
+    rows, several = estimate.micro_batch(model, run.train)
+    peak = trace.step_bytes(model, run.optim, rows, several, dtype=torch.bfloat16)
     assert found["train_bytes_per_gpu"] == max(peak)
 
 
@@ -685,9 +687,7 @@ def test_refused_questions(words, message, capsys):
 
 
 def test_it_answers_at_once_and_without_torch():
-    code = (
-        "import sys, tinyfm.calc as c; c.answer(['gpt3-175b']); assert 'torch' not in sys.modules"
-    )
+    code = "import sys, tinyfm.calc.__main__ as c; c.answer(['gpt3-175b']); assert 'torch' not in sys.modules"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert time.perf_counter() - began < 5

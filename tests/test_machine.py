@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import calc, presets
+from tinyfm import presets
+from tinyfm.calc import estimate
 from tinyfm.common import device as machine
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training import distributed
@@ -76,7 +77,7 @@ SMALL = GPTConfig(300, context_length=32, n_layer=2, n_head=4, n_kv_head=2, d_mo
 @pytest.mark.parametrize("half_life", [0.0, 10.0])
 def test_costs_are_those_of_a_training_step(optimizer, half_life):
     model, config = GPT(SMALL), OptimConfig(optimizer=optimizer, ema_half_life=half_life)
-    cost = calc.training_cost(model, config, batch_size=3)
+    cost = estimate.training_cost(model, config, batch_size=3)
     optimizers = build_optimizers(model, config)
     tokens = torch.randint(300, (3, SMALL.context_length + 1))
     counter = FlopCounterMode(display=False)
@@ -104,7 +105,7 @@ def test_large_presets_have_the_published_sizes(name, parameters):
     run = presets.get_preset(name).run
     with torch.device("meta"):
         model = run.build_model()
-        cost = calc.training_cost(model, run.optim, run.train.batch_size)
+        cost = estimate.training_cost(model, run.optim, run.train.batch_size)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert cost.parameters == parameters
     assert run.train.batch_size % (run.train.micro_batch_size * 8) == 0  # on one GPU, and on eight

@@ -9,9 +9,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tinyfm import calc, presets, records, scaling_laws, sweep
+from tinyfm import presets, records
+from tinyfm.calc import __main__ as calc
+from tinyfm.calc import scaling_laws, sweep
+from tinyfm.calc.scaling_laws import CHINCHILLA, LAWS, REFIT, UNROUNDED, fit_law
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.scaling_laws import CHINCHILLA, LAWS, REFIT, UNROUNDED, fit_law
 
 BUDGET = 5.76e23  # Chinchilla's
 

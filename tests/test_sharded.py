@@ -17,14 +17,15 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
-from tinyfm import records, sharded, systems
+from tinyfm import records
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
+from tinyfm.calc import cluster, systems
+from tinyfm.calc.report import short
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files, gpus
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.report import short
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint, distributed
 from tinyfm.training.distributed import is_shard, local
@@ -435,10 +436,10 @@ def test_who_finds_no_others_says_so(monkeypatch):
 
 def test_llama_1b_over_64_ranks(capsys):
     """What a rank holds is to the byte what the calculator says; copies cost their sums only."""
-    assert sharded.main(["llama-1b", "--gpus", "64"]) == 0
+    assert cluster.main(["llama-1b", "--gpus", "64"]) == 0
     said = capsys.readouterr().out
     assert "1,235,814,400 parameters, shared by 64 of 64 x h100" in said
-    job = sharded.simulate("llama-1b", 64, gpus.get("h100"), shard_size=8)
+    job = cluster.simulate("llama-1b", 64, gpus.get("h100"), shard_size=8)
     assert job.held == job.expected and job.held.weights == 4 * job.parameters / 8
     assert max(job.computing, job.sending) < job.step < job.computing + job.sending
     assert f"the calculator says {short(job.expected.total / 8)}B" in said
@@ -447,7 +448,7 @@ def test_llama_1b_over_64_ranks(capsys):
 
 def test_gpt3_over_1024_ranks():
     """50,257 rows of the vocabulary do not divide by 1,024: rank 0 has one row in 1,000 more."""
-    job = sharded.simulate("gpt3-175b", 1024, gpus.get("h100"))
+    job = cluster.simulate("gpt3-175b", 1024, gpus.get("h100"))
     assert job.parameters == systems.get("gpt3-175b").parameters
     assert 1 <= job.held.total / job.expected.total < 1.0001
     assert job.held.optimizer == 2 * job.held.gradients == 2 * job.held.weights
@@ -456,11 +457,11 @@ def test_gpt3_over_1024_ranks():
 def test_seconds_of_a_step():
     """Two blocks of 1,000 parameters and 500 beside them, 1,000 bytes a second, one copy. Nothing
     hides what the outermost unit and the first block wait for."""
-    sending, step = sharded.seconds(300, [500, 1000, 1000], 0, 1, 1e3, 1e3)
+    sending, step = cluster.seconds(300, [500, 1000, 1000], 0, 1, 1e3, 1e3)
     assert sending == 2 * 4 + 8 + 3 + 2
     assert step == 300 + 3 + 2  # all else is hidden
-    assert sharded.seconds(0, [500, 1000, 1000], 0, 1, 1e3, 1e3) == (sending, sending)
-    assert sharded.seconds(300, [500, 1000, 1000], 4000, 4, 1e3, 1e3)[1] == step + 6
+    assert cluster.seconds(0, [500, 1000, 1000], 0, 1, 1e3, 1e3) == (sending, sending)
+    assert cluster.seconds(300, [500, 1000, 1000], 4000, 4, 1e3, 1e3)[1] == step + 6
 
 
 @pytest.mark.parametrize(
@@ -469,5 +470,5 @@ def test_seconds_of_a_step():
      "shard_size 7 does not divide the 64 processes; use one of"), (["bert-base"], "is of family")],
 )  # fmt: skip
 def test_jobs_that_cannot_be(words, message):
-    assert message in sharded.main(words)
+    assert message in cluster.main(words)
     assert not dist.is_initialized()

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import presets, systems
+from tinyfm import presets
+from tinyfm.calc import systems
 
 # ---- the same system, as the reference libraries build it ---------------------------------------
 

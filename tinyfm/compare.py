@@ -33,8 +33,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import adapt, measure, presets, prompting, records
+from tinyfm import adapt, presets, prompting, records
 from tinyfm.batches.labelled import TaskConfig, TaskData
+from tinyfm.calc import trace
 from tinyfm.run import Run
 from tinyfm.training.trainer import Trainer
 
@@ -91,7 +92,7 @@ def train_one(run: Run, opened: records.OpenRun) -> Row:
     torch.manual_seed(run.train.seed)
     model = records.begin(run, opened if run.init_from else None)
     trained, _ = adapt.trained(model)
-    peak = max(measure.step_bytes(model, run.optim, run.train.batch_size))
+    peak = max(trace.step_bytes(model, run.optim, run.train.batch_size))
     brief = copy.copy(data)  # the trainer follows a loss that nobody reads here: one batch of it
     brief.val_batches = lambda rows: islice(data.val_batches(rows), 1)
     with tempfile.TemporaryDirectory() as folder:

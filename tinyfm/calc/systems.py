@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace as Shape
 
-from tinyfm import ledgers
-from tinyfm.ledgers import Stack
+from tinyfm.calc import ledgers
+from tinyfm.calc.ledgers import Stack
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tinyfm import memory, systems
+from tinyfm.calc import memory, systems
+from tinyfm.calc.memory import Layout, Memory, Training
+from tinyfm.calc.report import short
 from tinyfm.common import gpus
-from tinyfm.memory import Layout, Memory, Training
-from tinyfm.report import short
 from tinyfm.training.distributed import local
 from tinyfm.training.muon import Muon
 from tinyfm.training.optim import OptimConfig, build_optimizers, hidden_matrices
@@ -118,11 +118,11 @@ def simulate(name: str, ranks: int, gpu: gpus.GPU, shard_size: int = 0, rows: in
 
     rows: of a batch on each GPU; 0 = the preset's, or 1. Raises ValueError for what does not fit.
     """
-    from tinyfm import calc
+    from tinyfm.calc import estimate
 
     model, optim, batch = find(name)
     rows = rows or max(1, batch // ranks)
-    flops = calc.training_cost(model, optim, rows).flops_per_step
+    flops = estimate.training_cost(model, optim, rows).flops_per_step
     units = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     parameters = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass, replace
 
-from tinyfm import memory
+from tinyfm.calc import memory
+from tinyfm.calc.memory import Layout, Memory, Network, Training
 from tinyfm.common.gpus import GPU, Assumptions, Bill
-from tinyfm.memory import Layout, Memory, Network, Training
 
 
 @dataclass(frozen=True)
@@ -227,3 +228,8 @@ def plot(reports: list[Report], path: str) -> None:
             bottom = [low + size for low, size in zip(bottom, sizes)]
     axes.legend()
     figure.savefig(path, dpi=110)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyfm import calc
-from tinyfm.scaling_laws import FORMS, Fitted, fit_law
+from tinyfm.calc import __main__ as calc
+from tinyfm.calc import estimate, report
+from tinyfm.calc.scaling_laws import FORMS, Fitted, fit_law
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def read_run(folder: str) -> Run:
         )
     with torch.device("meta"):
         model = run.build_model()
-    cost = calc.training_cost(model, run.optim, run.train.batch_size)
-    units = run.train.steps * run.train.batch_size * calc.unit_of(model)[1]
+    cost = estimate.training_cost(model, run.optim, run.train.batch_size)
+    units = run.train.steps * run.train.batch_size * estimate.unit_of(model)[1]
     data = files.read_json(path / "config.json").get("data_fingerprint", "")
     return Run(path.name, cost.parameters, units, cost.flops_per_step * run.train.steps,
                rows[-1]["val_loss"], data)  # fmt: skip
@@ -96,7 +97,7 @@ def draw(runs: list[Run], laws: list[Fitted], held: list[Run], path: Path) -> No
 
 def fit_runs(argv: list[str]) -> str:
     """`python -m tinyfm.calc fit RUN...`: a scaling law of one's own runs, as text."""
-    parser = calc.Parser("python -m tinyfm.calc fit")
+    parser = report.Parser("python -m tinyfm.calc fit")
     parser.add_argument("runs", nargs="+", help="directories of finished runs on the same data")
     parser.add_argument("--held-out", metavar="RUN", help="a larger run, to compare with")
     parser.add_argument("--plot", default="", help="where to draw it (scaling.png beside the runs)")

@@ -25,9 +25,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field, replace
 
+from tinyfm.calc.ledgers import Stack
+from tinyfm.calc.systems import System
 from tinyfm.common.gpus import DTYPE_BYTES
-from tinyfm.ledgers import Stack
-from tinyfm.systems import System
 
 LOGIT_BYTES = 12  # float32: the logits, their log-softmax, and its gradient
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
