@@ -27,9 +27,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import judge, picture_scores, records
+from tinyfm import records
 from tinyfm.common import device, sheets
 from tinyfm.common.seeds import row_generators
+from tinyfm.evaluate import generated, judge
 from tinyfm.presets import get_preset
 from tinyfm.training.optim import build_optimizers
 
@@ -76,14 +77,14 @@ def open_run(path: str):
     opened = records.open_run(path)
     opened.model.tokenizer = opened.tokenizer
     critic, _ = judge.load_or_train(opened.run.data.cache)
-    asked = picture_scores.prompts_of(opened.run.open_data())["letters and digits"][::3]
+    asked = generated.prompts_of(opened.run.open_data())["letters and digits"][::3]
     return opened.model, critic, [f"{style} {name}" for style, name in asked], asked
 
 
 @torch.inference_mode()
 def samplers(path: str, guidance: float) -> None:
     model, critic, prompts, asked = open_run(path)
-    real = judge.embed(critic, picture_scores.real_drawings(asked))
+    real = judge.embed(critic, generated.real_drawings(asked))
     distances = {}
     for sampler, steps in (
         ("dpm++", 10),
@@ -95,7 +96,7 @@ def samplers(path: str, guidance: float) -> None:
         begin = time.perf_counter()
         images = sheets.illustrate(model, prompts, steps, sampler=sampler, guidance=guidance)
         seconds = time.perf_counter() - begin
-        found = picture_scores.frechet_distance(judge.embed(critic, images), real)
+        found = generated.frechet_distance(judge.embed(critic, images), real)
         distances[sampler, steps] = found
         print(f"{sampler}, {steps} steps: Frechet distance {found:.1f} of {len(images)} pictures, "
               f"{seconds:.0f} s", flush=True)  # fmt: skip

@@ -15,7 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
-from tinyfm import harness, scoring, tokenizer
+from tinyfm import tokenizer
+from tinyfm.evaluate import harness, likelihood
 from tinyfm.gpt import GPT, GPTConfig
 
 T = 32
@@ -99,7 +100,7 @@ def test_likelihoods_of_whole_texts_are_transformers(pair):
 def test_windows_of_full_stride_are_the_harness_own():
     for n in (1, 5, 6, 7, 12, 13, 30):
         ids = list(range(n))
-        ours = scoring.windows([99], ids, 6, 6)
+        ours = likelihood.windows([99], ids, 6, 6)
         theirs = get_rolling_token_windows(ids, 99, 6, 1)
         assert [([*w.inputs], [*w.targets]) for w in ours] == [*theirs]
 
@@ -146,7 +147,7 @@ def test_tasks_give_the_scores_that_transformers_gives(pair, tasks):
     for task, scores in ours.items():
         numbers = {name: v for name, v in scores.items() if isinstance(v, float)}
         assert numbers == {name: pytest.approx(theirs[task][name], rel=1e-4) for name in numbers}
-    chosen = scoring.choose(
+    chosen = likelihood.choose(
         pair[0].model, pair[0].tokenizer,
         [(q["question"], [f" {choice}" for choice in q["choices"]]) for q in QUESTIONS],
     )  # fmt: skip

@@ -15,10 +15,11 @@ import sample
 import train
 from data import captioned
 from data.report import Report
-from tinyfm import evaluate, presets, records
+from tinyfm import presets, records
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.batches.pairs import ImageConfig, ImageData
 from tinyfm.common import files, sheets
+from tinyfm.evaluate import __main__ as evaluate
 
 STEPS = 50
 SIZES = {

@@ -10,11 +10,11 @@ from torch import nn
 
 from data import glyphs
 from data.pictures import Record
-from tinyfm import judge as judging
-from tinyfm import picture_scores
 from tinyfm.common.files import CheckpointError
-from tinyfm.judge import CHARACTERS, STYLES, Judge, JudgeConfig
-from tinyfm.picture_scores import color_accuracy as colors
+from tinyfm.evaluate import generated
+from tinyfm.evaluate import judge as judging
+from tinyfm.evaluate.generated import color_accuracy as colors
+from tinyfm.evaluate.judge import CHARACTERS, STYLES, Judge, JudgeConfig
 
 TINY = JudgeConfig(width=8, features=16, steps=2, batch_size=4)
 LETTER = {name: "latin capital letter " + name for name in "abcdefgh"}
@@ -194,7 +194,7 @@ def test_the_weakest_style_is_that_of_most_mistakes():
     images = judge.write([([a], "sans"), ([b], "sans"), ([a], "mono"), ([b], "mono")])
     styles = ["sans", "sans", "mono", "mono"]
     for names, share in (([a, b, a, b], 1), ([a, a, a, b], 0.5), ([b, a, a, b], 0)):
-        assert picture_scores.weakest(judge, images, names, styles) == share
+        assert generated.weakest(judge, images, names, styles) == share
 
 
 def test_bytes_and_floats_are_the_same_pictures():
@@ -223,22 +223,22 @@ def test_frechet_distance_of_known_gaussians():
     a = cloud(torch.tensor([0.0, 1, 2]).double(), torch.diag(torch.tensor([1.0, 2, 3])).double())
     b = cloud(torch.tensor([1.0, 1, 4]).double(), torch.diag(torch.tensor([3.0, 2, 1])).double())
     expected = (1 + 0 + 4) + (4 + 0 + 4)  # means, then standard deviations, squared
-    assert picture_scores.frechet_distance(a, b) == pytest.approx(expected)
+    assert generated.frechet_distance(a, b) == pytest.approx(expected)
     generator = torch.Generator().manual_seed(1)
     m, n = (torch.randn(4, 4, generator=generator).double() for _ in range(2))
     a, b = cloud(m[0], m), cloud(n[0], n)  # covariances that do not commute
     A, B = m @ m.T, n @ n.T
     root = torch.linalg.eigvals(A @ B).sqrt().real.sum()
     expected = (m[0] - n[0]).square().sum() + A.trace() + B.trace() - 2 * root
-    assert picture_scores.frechet_distance(a, b) == pytest.approx(expected.item())
-    assert picture_scores.frechet_distance(b, a) == pytest.approx(expected.item())
+    assert generated.frechet_distance(a, b) == pytest.approx(expected.item())
+    assert generated.frechet_distance(b, a) == pytest.approx(expected.item())
 
 
 def test_frechet_distance_of_a_cloud_to_itself_is_0():
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))  # singular covariance
-    assert picture_scores.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
-    assert picture_scores.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
-    assert picture_scores.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
+    assert generated.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
+    assert generated.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
+    assert generated.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
 
 
 def test_copies_are_found():
@@ -246,19 +246,19 @@ def test_copies_are_found():
     images = train[[5, 60, 17]].float() / 127.5 - 1
     images[1] = (images[1] + 0.05).clamp(max=1)  # nearly
     images[2] = 1 - 2 * torch.rand(images[2].shape, generator=torch.Generator().manual_seed(0))
-    found, nearest = picture_scores.copies(images, train, threshold=0.06)
+    found, nearest = generated.copies(images, train, threshold=0.06)
     assert found == pytest.approx(2 / 3)
     assert nearest[:2].tolist() == [5, 60]
-    assert picture_scores.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
+    assert generated.copies(images, train, threshold=1e-4)[0] == pytest.approx(1 / 3)
     white, black = np.full((1, 1, 4, 4), 255, np.uint8), np.zeros((1, 1, 4, 4), np.uint8)
-    assert [picture_scores.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
+    assert [generated.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
 
 
 def test_samples_of_a_model_that_takes_no_prompts(monkeypatch):
     torch.manual_seed(0)
     judge = Judge(TINY, CHARACTERS)
     monkeypatch.setattr(judging, "load_or_train", lambda cache: (judge, {}))
-    monkeypatch.setattr(picture_scores, "COUNT", 24)
+    monkeypatch.setattr(generated, "COUNT", 24)
     images = judging.stack(drawn("abcdefgh"))[0]  # the first 64 are for training
     floats = images.float() / 127.5 - 1
 
@@ -269,7 +269,7 @@ def test_samples_of_a_model_that_takes_no_prompts(monkeypatch):
     def measure(samples, image_size=32):
         config = SimpleNamespace(in_channels=1, image_size=image_size)
         model = SimpleNamespace(config=config, sample=lambda n, *_, generators: samples[:n])
-        return picture_scores.measure_samples(model, data, "cache")
+        return generated.measure_samples(model, data, "cache")
 
     train = SimpleNamespace(images=images[:64].numpy())
     data = SimpleNamespace(splits={"train": 0, "held out": 1}, fixed_batches=batches, train=train)
@@ -298,7 +298,7 @@ def test_colours_of_real_drawings_are_all_read_right():
     noisy = torch.from_numpy(images) / 127.5 - 1 + 0.1 * noise
     assert colors(noisy, inks, papers) == {"ink": 1, "paper": 1, "both": 1}
     grey = judging.stack(records)[0]
-    found = picture_scores.unpaint(images)
+    found = generated.unpaint(images)
     assert found[:2] == (inks, papers)
     assert (found[2].int() - grey.int()).abs().max() <= 1
     assert found[2].shape == grey.shape
@@ -331,10 +331,10 @@ A = ["digit one"]
         (lambda j: judging.prompt_following(j, ONE, ["x"], ["sans"]), "'x' is none of the 62"),
         (lambda j: judging.prompt_following(j, ONE, A, ["light"]), "'light' is none of the 16"),
         (lambda j: judging.prompt_following(j, ONE, A, ["sans"], ["x", *A]), "'x' is none of"),
-        (lambda j: picture_scores.frechet_distance(ONE[0, 0], ONE[0, 0, :, :3]), "of one F"),
-        (lambda j: picture_scores.frechet_distance(ONE[0, 0, :1], ONE[0, 0]), "B at least 2"),
-        (lambda j: picture_scores.copies(ONE, ONE[..., :8], 0.1), "1024 and 256 pixels"),
-        (lambda j: picture_scores.copies(ONE, ONE, 0), "threshold above 0"),
+        (lambda j: generated.frechet_distance(ONE[0, 0], ONE[0, 0, :, :3]), "of one F"),
+        (lambda j: generated.frechet_distance(ONE[0, 0, :1], ONE[0, 0]), "B at least 2"),
+        (lambda j: generated.copies(ONE, ONE[..., :8], 0.1), "1024 and 256 pixels"),
+        (lambda j: generated.copies(ONE, ONE, 0), "threshold above 0"),
         (
             lambda j: colors(ONE, ["red"], ["blue"]),
             r"must be \(B, 3, H, W\)",

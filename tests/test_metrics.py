@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
-from tinyfm import metrics
+from tinyfm.evaluate import metrics
 
 
 @pytest.fixture(params=range(6))

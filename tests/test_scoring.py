@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyfm import adapt, scoring
+from tinyfm import adapt
+from tinyfm.evaluate import likelihood
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.soft_prompt import prompt_ids
@@ -60,7 +61,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 def test_windows_score_each_id_once_with_as_much_context_as_stated(before, n, sizes):
     length, stride = sizes
     whole, done = list(range(before + n)), before
-    for window in scoring.windows(whole[:before], whole[before:], length, stride):
+    for window in likelihood.windows(whole[:before], whole[before:], length, stride):
         assert len(window.inputs) <= length
         assert window.targets[0] == done
         assert window.inputs[-1] + 1 == window.targets[-1]
@@ -80,7 +81,7 @@ def test_scores_are_the_obvious_sums(options):
     pairs = [(random_ids(a, i), random_ids(b, i + 50)) for i, (a, b) in enumerate(sizes)]
     expected = [obvious(model, *pair) for pair in pairs]
     for rows in (1, 3, 32):
-        found = scoring.score_ids(model, pairs, stride=1, rows=rows)
+        found = likelihood.score_ids(model, pairs, stride=1, rows=rows)
         # The head's logits are scored in float32.
         assert [total for total, _ in found] == pytest.approx([e[0] for e in expected], rel=1e-5)
         assert [greedy for _, greedy in found] == [e[1] for e in expected]
@@ -90,19 +91,19 @@ def test_what_fits_does_not_depend_on_the_stride():
     model, pairs = loud(), [(random_ids(4), random_ids(13, 1))]
     expected = obvious(model, *pairs[0])[0]
     for stride in (0, 1, 7, T):
-        assert scoring.score_ids(model, pairs, stride)[0][0] == pytest.approx(expected, rel=1e-5)
+        assert likelihood.score_ids(model, pairs, stride)[0][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_greedy_is_what_temperature_0_writes():
     model, prompt = loud(), random_ids(5)
     (written,) = complete(model, [prompt], Sampling(max_new_tokens=6, temperature=0))
     other = [*written[:-1], (written[-1] + 1) % 257]
-    (_, yes), (_, no) = scoring.score_ids(model, [(prompt, written), (prompt, other)])
+    (_, yes), (_, no) = likelihood.score_ids(model, [(prompt, written), (prompt, other)])
     assert yes and not no
     long = random_ids(T + 8)
     (best,) = complete(model, [long[-T:]], Sampling(max_new_tokens=1, temperature=0))
     pairs = [(long[:1], long[1:] + best), (long, best)]  # wrong in early windows alone
-    assert [greedy for _, greedy in scoring.score_ids(model, pairs, stride=1)] == [False, True]
+    assert [greedy for _, greedy in likelihood.score_ids(model, pairs, stride=1)] == [False, True]
 
 
 def test_equal_inputs_go_through_the_model_once():
@@ -110,7 +111,7 @@ def test_equal_inputs_go_through_the_model_once():
     model, seen = loud(), []
     model.register_forward_pre_hook(lambda *_: pytest.fail("hidden and head are called apart"))
     model.token_embedding.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    scoring.score_ids(model, [(random_ids(5), [i]) for i in range(20)])
+    likelihood.score_ids(model, [(random_ids(5), [i]) for i in range(20)])
     assert seen == [1]
 
 
@@ -120,9 +121,9 @@ def test_a_soft_prompt_stands_before_every_window():
     with torch.no_grad():
         model.token_embedding.prompt.normal_()
     context, ids = random_ids(6), random_ids(5, 1)
-    total, _ = scoring.score_ids(model, [(context, ids)])[0]
+    total, _ = likelihood.score_ids(model, [(context, ids)])[0]
     assert total == pytest.approx(obvious(model, prompt_ids(model) + context, ids)[0], rel=1e-5)
-    long = scoring.score_ids(model, [(context, random_ids(40, 2))])[0][0]
+    long = likelihood.score_ids(model, [(context, random_ids(40, 2))])[0][0]
     assert math.isfinite(long)
 
 
@@ -134,7 +135,7 @@ def test_bits_per_byte_and_perplexity_by_hand(tmp_path):
     model = loud()
     torch.nn.init.zeros_(model.head.weight)
     text = "naïve text, longer than the context"
-    score = scoring.score_text(model, TOKENIZER, text)
+    score = likelihood.score_text(model, TOKENIZER, text)
     assert (score.tokens, score.bytes) == (36, 36)
     assert score.perplexity == pytest.approx(257)
     assert score.bits_per_byte == pytest.approx(math.log2(257))
@@ -142,7 +143,7 @@ def test_bits_per_byte_and_perplexity_by_hand(tmp_path):
     assert score.by("total") == score.log_likelihood
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    both = scoring.score_file(model, TOKENIZER, str(tmp_path))
+    both = likelihood.score_file(model, TOKENIZER, str(tmp_path))
     assert (both.tokens, both.bytes) == (72, 72)
     assert both.log_likelihood == pytest.approx(2 * score.log_likelihood)
 
@@ -150,7 +151,7 @@ def test_bits_per_byte_and_perplexity_by_hand(tmp_path):
 def test_a_text_is_scored_after_the_end_of_another():
     model = loud()
     expected = obvious(model, [TOKENIZER.eot], TOKENIZER.encode("a text"))
-    score = scoring.score_text(model, TOKENIZER, "a text")
+    score = likelihood.score_text(model, TOKENIZER, "a text")
     assert score.log_likelihood == pytest.approx(expected[0], rel=1e-5)
 
 
@@ -159,11 +160,14 @@ def test_the_space_between_belongs_to_the_continuation(kind):
     tokenizer = train(
         kind, ["in the beginning the word was the end "] * 20, 275 if kind != "bytes" else 257
     )
-    context, ids = scoring.encode_pair(tokenizer, "in the ", "word")
+    context, ids = likelihood.encode_pair(tokenizer, "in the ", "word")
     assert (tokenizer.decode(context), tokenizer.decode(ids)) == ("in the", " word")
     assert context + ids == tokenizer.encode("in the word")
-    assert scoring.encode_pair(tokenizer, "", "word") == ([tokenizer.eot], tokenizer.encode("word"))
-    assert scoring.encode_pair(tokenizer, " ", "word")[0] == [tokenizer.eot]
+    assert likelihood.encode_pair(tokenizer, "", "word") == (
+        [tokenizer.eot],
+        tokenizer.encode("word"),
+    )
+    assert likelihood.encode_pair(tokenizer, " ", "word")[0] == [tokenizer.eot]
 
 
 # ---- choices ------------------------------------------------------------------------------------
@@ -174,9 +178,9 @@ def test_choices_by_each_rule():
     questions = [("one ", ["a", "bb", "ccc"]), ("another question", [" yes", " no, not at all"])]
     questions.append(("long " * 20, ["é" * 6, "z"]))
     for rule in ("total", "token", "byte"):
-        chosen = scoring.choose(model, TOKENIZER, questions, rule)
+        chosen = likelihood.choose(model, TOKENIZER, questions, rule)
         for (context, choices), choice in zip(questions, chosen):
-            scores = scoring.score(model, TOKENIZER, [(context, c) for c in choices])
+            scores = likelihood.score(model, TOKENIZER, [(context, c) for c in choices])
             divide = {"total": [1] * 3, "token": [s.tokens for s in scores],
                       "byte": [len(c.encode()) for c in choices]}[rule]  # fmt: skip
             values = [s.log_likelihood / n for s, n in zip(scores, divide)]
@@ -187,9 +191,9 @@ def test_choices_by_each_rule():
 def test_longer_choices_win_per_token_where_they_lose_in_total():
     model = loud()
     best = complete(model, [TOKENIZER.encode("q")], Sampling(max_new_tokens=4, temperature=0))[0]
-    rare = min(range(97, 123), key=lambda i: scoring.score_ids(model, [([113], [i])])[0][0])
+    rare = min(range(97, 123), key=lambda i: likelihood.score_ids(model, [([113], [i])])[0][0])
     pair = [([113], best), ([113], [rare])]
-    (long, _), (short, _) = scoring.score_ids(model, pair)
+    (long, _), (short, _) = likelihood.score_ids(model, pair)
     assert long / len(best) > short
 
 
@@ -199,27 +203,27 @@ EXAMPLES = [("good film", "plus"), ("bad film", "minus"), ("fine", "plus")]
 
 
 def test_prompt_holds_the_examples_and_drops_the_first_ones():
-    whole, shots = scoring.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 1000)
+    whole, shots = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 1000)
     assert shots == 3
     assert whole == (
         "Text: good film\nLabel: plus\n\nText: bad film\nLabel: minus\n\n"
         "Text: fine\nLabel: plus\n\nText: a query\nLabel:"
     )
-    less, shots = scoring.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", len(whole) - 1)
+    less, shots = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", len(whole) - 1)
     assert shots == 2
     assert whole.endswith(less)
-    assert scoring.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 3) == (
+    assert likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 3) == (
         "Text: a query\nLabel:", 0
     )  # fmt: skip
 
 
 def test_classification_is_softmax_of_the_labels():
     model = loud(context_length=128)
-    guesses = scoring.classify(model, TOKENIZER, EXAMPLES, ["one", "x" * 40], ["plus", "minus"])
+    guesses = likelihood.classify(model, TOKENIZER, EXAMPLES, ["one", "x" * 40], ["plus", "minus"])
     for query, guess, shots in zip(["one", "x" * 40], guesses, (3, 2)):
         assert (guess.shots, guess.dropped) == (shots, 3 - shots)
-        prompt, _ = scoring.few_shot_prompt(TOKENIZER, EXAMPLES[3 - shots :], query, 1000)
-        scores = scoring.score(model, TOKENIZER, [(prompt, " plus"), (prompt, " minus")])
+        prompt, _ = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES[3 - shots :], query, 1000)
+        scores = likelihood.score(model, TOKENIZER, [(prompt, " plus"), (prompt, " minus")])
         p = torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).softmax(-1)
         assert list(guess.probabilities.values()) == pytest.approx(p.tolist())
         assert guess.label == max(guess.probabilities, key=guess.probabilities.get)
@@ -229,21 +233,21 @@ def test_calibration_by_hand_and_for_a_model_that_does_not_read():
     model = loud(context_length=128)
     labels = ["plus", "minus"]
     ask = {"examples": EXAMPLES, "labels": labels}
-    (plain,) = scoring.classify(model, TOKENIZER, queries=["one"], **ask)
-    empty = scoring.classify(model, TOKENIZER, queries=scoring.NO_CONTENT, **ask)
-    (calibrated,) = scoring.classify(model, TOKENIZER, queries=["one"], calibrate=True, **ask)
+    (plain,) = likelihood.classify(model, TOKENIZER, queries=["one"], **ask)
+    empty = likelihood.classify(model, TOKENIZER, queries=likelihood.NO_CONTENT, **ask)
+    (calibrated,) = likelihood.classify(model, TOKENIZER, queries=["one"], calibrate=True, **ask)
     odds = [
         plain.probabilities[name] / sum(g.probabilities[name] for g in empty) for name in labels
     ]
     expected = [value / sum(odds) for value in odds]
     assert list(calibrated.probabilities.values()) == pytest.approx(expected)
-    both = scoring.classify(model, TOKENIZER, queries=["x" * 40, "one"], calibrate=True, **ask)
+    both = likelihood.classify(model, TOKENIZER, queries=["x" * 40, "one"], calibrate=True, **ask)
     assert [guess.shots for guess in both] == [2, 3]
     assert both[1].probabilities == pytest.approx(calibrated.probabilities)
     for block in model.blocks:  # now a token is all that the next one depends on
         torch.nn.init.zeros_(block.attention.out.weight)
     plain, fair = (
-        scoring.classify(model, TOKENIZER, queries=["one", "a long one"], calibrate=c, **ask)
+        likelihood.classify(model, TOKENIZER, queries=["one", "a long one"], calibrate=c, **ask)
         for c in (False, True)
     )
     assert abs(plain[0].probabilities["plus"] - 0.5) > 0.01
@@ -255,7 +259,7 @@ def test_calibration_survives_labels_that_are_all_but_impossible():
     with torch.no_grad():
         model.head.weight.mul_(1000)
     ask = {"queries": ["one"], "labels": ["plus", "a very long label"], "calibrate": True}
-    (guess,) = scoring.classify(model, TOKENIZER, [], **ask)
+    (guess,) = likelihood.classify(model, TOKENIZER, [], **ask)
     assert sum(guess.probabilities.values()) == pytest.approx(1)
 
 
@@ -265,14 +269,14 @@ def test_calibration_survives_labels_that_are_all_but_impossible():
 def test_bad_input_is_refused():
     model = loud()
     with pytest.raises(ValueError, match="stride is 17; it must be 0 to 16"):
-        scoring.score_ids(model, [([1], [2])], stride=T + 1)
+        likelihood.score_ids(model, [([1], [2])], stride=T + 1)
     with pytest.raises(ValueError, match="begin a new text with the end-of-text token"):
-        scoring.score_ids(model, [([], [2])])
+        likelihood.score_ids(model, [([], [2])])
     with pytest.raises(ValueError, match="a continuation is empty"):
-        scoring.score(model, TOKENIZER, [("context", "")])
+        likelihood.score(model, TOKENIZER, [("context", "")])
     with pytest.raises(ValueError, match="give at least two different ones"):
-        scoring.classify(model, TOKENIZER, [], ["query"], ["plus", "plus"])
+        likelihood.classify(model, TOKENIZER, [], ["query"], ["plus", "plus"])
     with pytest.raises(ValueError, match="has the label 'maybe', none of"):
-        scoring.classify(model, TOKENIZER, [("x", "maybe")], ["query"], ["plus", "minus"])
+        likelihood.classify(model, TOKENIZER, [("x", "maybe")], ["query"], ["plus", "minus"])
     with pytest.raises(ValueError, match="no file matches"):
-        scoring.score_file(model, TOKENIZER, "nowhere.txt")
+        likelihood.score_file(model, TOKENIZER, "nowhere.txt")

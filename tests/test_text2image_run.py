@@ -17,8 +17,10 @@ import sample
 import train
 from data import captioned, glyphs
 from data.report import Report
-from tinyfm import compose, evaluate, judge, picture_scores, presets, records
+from tinyfm import compose, presets, records
 from tinyfm.batches.pairs import ImageData
+from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.evaluate import generated, judge
 from tinyfm.training import checkpoint
 
 PARTS = {
@@ -376,7 +378,7 @@ class Copier:
                 ink, _, prompt = prompt.partition(" ")
                 prompt, _, paper = prompt.rpartition(" on ")
             style = max((s for s in judge.STYLES if prompt.startswith(f"{s} ")), key=len)
-            image = picture_scores.real_drawings([(style, prompt[len(style) + 1 :])])[0, 0].numpy()
+            image = generated.real_drawings([(style, prompt[len(style) + 1 :])])[0, 0].numpy()
             rows.append(glyphs.paint(image[:, :, None], ink, paper).transpose(2, 0, 1))
         images = torch.from_numpy(np.stack(rows)) / 127.5 - 1
         return images if ink != "black" or paper != "white" else images[:, :1]
@@ -398,7 +400,7 @@ def asked(monkeypatch):
     for split, characters in shown.items():
         asked = [(style, name) for name in characters for style in styles]
         captions = [[f"{style} {name}"] for style, name in asked]
-        images = picture_scores.real_drawings(asked).numpy()
+        images = generated.real_drawings(asked).numpy()
         splits[split] = SimpleNamespace(labels=[name for _, name in asked], captions=captions,
                                         images=images)  # fmt: skip
     return SimpleNamespace(train=splits["train"], splits=splits)
@@ -406,14 +408,14 @@ def asked(monkeypatch):
 
 def test_perfect_drawings_are_as_the_real_ones(asked):
     config = SimpleNamespace(color=False, cache="")
-    scores = picture_scores.measure(Copier(), asked, config, guidance=2.0)
+    scores = generated.measure(Copier(), asked, config, guidance=2.0)
     assert scores["the judge on real drawings: character"] == 0.5
     assert scores["letters and digits: Frechet distance"] == pytest.approx(0, abs=1e-3)
-    copies = {what: scores[f"{what}: copies of training pictures"] for what in picture_scores.ASKED}
+    copies = {what: scores[f"{what}: copies of training pictures"] for what in generated.ASKED}
     assert copies == {"letters and digits": 1, "held-out pairs": 0, "held-out characters": 0}
-    prompts = picture_scores.prompts_of(asked)
-    assert [len(prompts[what]) for what in picture_scores.ASKED] == [12, 12, 3]
-    for what in picture_scores.ASKED:
+    prompts = generated.prompts_of(asked)
+    assert [len(prompts[what]) for what in generated.ASKED] == [12, 12, 3]
+    for what in generated.ASKED:
         assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
     least = [scores[f"letters and digits: character{key}"] for key in (", weakest style", "")]
     assert least == sorted(least)
@@ -426,11 +428,11 @@ def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, m
         "generate",
         lambda self, prompts, **how: drawn.append(prompts) or generate(self, prompts),
     )
-    evaluate.draw_held_out(Copier(), asked, False, 2.0, str(tmp_path / "x.png"))
-    expected = [f"{s} {n}" for s, n in picture_scores.prompts_of(asked)["held-out characters"]]
+    generated.draw_held_out(Copier(), asked, False, 2.0, str(tmp_path / "x.png"))
+    expected = [f"{s} {n}" for s, n in generated.prompts_of(asked)["held-out characters"]]
     assert drawn == [expected]
     assert open_image(tmp_path / "x.png").width > 3 * 32
-    evaluate.draw_held_out(Copier(), asked, True, 2.0, str(tmp_path / "y.png"))
+    generated.draw_held_out(Copier(), asked, True, 2.0, str(tmp_path / "y.png"))
     assert all(" on " in prompt for prompt in drawn[1])
     message = "use a CLIP with texts, or text-to-image on letters"
     assert message in refusal(capsys, evaluate, run, "--picture", tmp_path / "z.png")
@@ -438,6 +440,6 @@ def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, m
 
 def test_colours_that_are_drawn_as_asked_are_all_found(asked):
     config = SimpleNamespace(color=True, cache="")
-    scores = picture_scores.measure(Copier(), asked, config, guidance=2.0)
-    for what in picture_scores.ASKED:
+    scores = generated.measure(Copier(), asked, config, guidance=2.0)
+    for what in generated.ASKED:
         assert scores[f"{what}: both"] == 1

@@ -13,9 +13,11 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from tinyfm import evaluate, families, records, zero_shot
+from tinyfm import families, records
 from tinyfm.batches.pair_files import Split
 from tinyfm.common import files
+from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.evaluate import zero_shot
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink"]
 SIZES = """clip --model.image-size 8 --model.channels 3 --model.patch-size 4 --model.image-layer 1

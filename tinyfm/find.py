@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from data import pictures
-from tinyfm import records, zero_shot
+from tinyfm import records
 from tinyfm.common import files
+from tinyfm.evaluate import zero_shot
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyfm import metrics
+from tinyfm.evaluate import metrics
 from tinyfm.features import Batch, find_reader
 
 WIDTH = 256  # features of which one learning rate is the measure

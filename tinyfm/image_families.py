@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data.pictures import save_grid
-from tinyfm import tokenizer, zero_shot
+from tinyfm import tokenizer
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
 from tinyfm.batches.latents import LatentConfig, LatentData
 from tinyfm.batches.pairs import ImageConfig, ImageData, PairConfig, PairData
@@ -23,6 +23,7 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
 from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.evaluate import zero_shot
 from tinyfm.run import Run
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint

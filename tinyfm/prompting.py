@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from data.labelled import SPLITS
-from tinyfm import metrics, presets, records, scoring, zero_shot
+from tinyfm import presets, records
 from tinyfm.batches.labelled import TaskData
 from tinyfm.common import files
+from tinyfm.evaluate import likelihood, metrics, zero_shot
 
 ASKED_TEXTS = 200  # held-out texts whose class a language model is asked
 Scores = dict[str, float]
@@ -26,7 +27,7 @@ Scores = dict[str, float]
 
 def score_text(opened: records.OpenRun, path: str, shots: int) -> Scores:
     """Of a file, a folder or a "glob", each text from its beginning."""
-    found = scoring.score_file(opened.model, opened.tokenizer, path)
+    found = likelihood.score_file(opened.model, opened.tokenizer, path)
     return {"perplexity": found.perplexity, "bits per byte": found.bits_per_byte}
 
 
@@ -55,7 +56,7 @@ def answer_choices(opened: records.OpenRun, path: str, shots: int) -> Scores:
     """Share of questions whose likeliest choice is the answer: in total, by token, by byte."""
     questions = read_choices(path)
     asked = [(question["context"], question["choices"]) for question in questions]
-    found = scoring.choose(opened.model, opened.tokenizer, asked)
+    found = likelihood.choose(opened.model, opened.tokenizer, asked)
     scores = {"by chance": sum(1 / len(choices) for _, choices in asked) / len(asked)}
     for rule in ("total", "token", "byte"):
         best = [max(range(len(c.scores)), key=lambda i: c.scores[i].by(rule)) for c in found]
@@ -80,7 +81,7 @@ def tell_classes(opened: records.OpenRun, data: TaskData, shots: int = 0) -> Sco
         first = data.chosen[:shots]
         shown = [(read(train, i), names[data.labels[train][i, 0]]) for i in first]
         queries = [read(held_out, i) for i in rows]
-        found = scoring.classify(model, tokenizer, shown, queries, names, calibrate=True)
+        found = likelihood.classify(model, tokenizer, shown, queries, names, calibrate=True)
         guesses, truth = np.array([names.index(guess.label) for guess in found]), truth[rows]
     confusion = metrics.confusion_matrix(guesses, truth, len(names))
     return {"accuracy": float((guesses == truth).mean()), "macro_f1": metrics.macro_f1(confusion)}

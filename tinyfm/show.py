@@ -12,9 +12,10 @@ import torch
 
 from data import labelled, pictures
 from data.report import Report
-from tinyfm import chat, compiled, find, generate, records, scoring
+from tinyfm import chat, compiled, find, generate, records
 from tinyfm.batches import labelled as tasks
 from tinyfm.common import sheets
+from tinyfm.evaluate import likelihood
 from tinyfm.soft_prompt import prompt_ids
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
@@ -62,7 +63,7 @@ def guess(opened: records.OpenRun, options) -> None:
     order = np.random.default_rng(options.sampling.seed).permutation(len(rows))
     chosen = tasks.stratified(names, order)[: options.shots]
     shown, labels = [(rows[i].source, rows[i].labels[0]) for i in chosen], sorted(set(names[:, 0]))
-    (found,) = scoring.classify(
+    (found,) = likelihood.classify(
         opened.model, opened.tokenizer, shown, [options.prompt], labels, calibrate=True
     )
     if found.dropped:

@@ -27,8 +27,9 @@ from typing import Any
 
 import tyro
 
-from tinyfm import generate, records, scoring
+from tinyfm import generate, records
 from tinyfm.common import device as machine
+from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
 from tinyfm.soft_prompt import prompt_ids
 
@@ -65,7 +66,7 @@ class TinyFM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple]:
         pairs = [request.args for request in requests]
-        scores = scoring.score(self.model, self.tokenizer, pairs, rows=self.rows)
+        scores = likelihood.score(self.model, self.tokenizer, pairs, rows=self.rows)
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(
@@ -73,7 +74,7 @@ class TinyFM(LM):
     ) -> list[float]:
         whole = self.model.config.context_length - len(prompt_ids(self.model))
         texts = [("", request.args[0]) for request in requests]
-        scores = scoring.score(self.model, self.tokenizer, texts, whole, self.rows)
+        scores = likelihood.score(self.model, self.tokenizer, texts, whole, self.rows)
         return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -119,3 +119,7 @@ def bootstrap_interval(
     rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values[rows].mean(1), ((1 - share) / 2, (1 + share) / 2))
     return float(low), float(high)
+
+
+SHOWN = 48  # confusions in the picture
+Scores = dict[str, float]

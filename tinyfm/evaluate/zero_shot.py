@@ -26,9 +26,12 @@ from functools import wraps
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.pictures import save_grid
 from tinyfm.batches.pair_files import Split
+from tinyfm.batches.pairs import PairData
+from tinyfm.evaluate.metrics import SHOWN, Scores
 from tinyfm.tokenizer import encode_captions
 
 ROWS = 512  # through a tower at once
@@ -161,3 +164,82 @@ def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-
     gram = X.T @ X + ridge * len(X) * torch.eye(X.size(1), dtype=X.dtype, device=X.device)
     weights = torch.linalg.solve(gram, products.T)
     return torch.cat([(part @ weights).argmax(1) for part in with_one(x).split(ROWS)])
+
+
+RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
+PROBED_IMAGES = 2000  # of which the class is told from features
+
+
+def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Scores, dict]:
+    """Top-1 among all names of each held-out split, and what was found in each.
+
+    The templates are those of the split's own captions: that a text says "bold italic" is known
+    beforehand of such pictures, as "a satellite photo" would be. Beside it, with the mean vector of
+    a name's captions (zero_shot.py).
+    """
+    scores, found = {}, {}
+    for split in list(data.splits)[1:]:
+        templates = find_templates(data.splits[split])
+        names, labels = numbered(data.splits[split].labels)
+        classes = class_vectors(model, tokenizer, names, templates)
+        means = nn.functional.normalize(classes.mean(0, keepdim=True), dim=-1)
+        guesses = classify(x[split], classes, model.scale()).cpu()
+        by_mean = classify(x[split], means, model.scale()).cpu()
+        scores[f"zero-shot, {split}, {len(names):,} names"] = share(guesses == labels)
+        scores[f"zero-shot, {split}, mean vectors"] = share(by_mean == labels)
+        found[split] = [names[i] for i in guesses.tolist()]
+    return scores, found
+
+
+def by_caption(model, tokenizer, data: PairData, x: Tensor) -> Scores:
+    """Recall at 1, 5 and 10 in the validation split, both ways, with all captions of an image."""
+    rows = np.random.default_rng(0).permutation(len(data.val.labels))[:RETRIEVAL_IMAGES]
+    own = [data.val.captions[i] for i in rows]
+    owner = torch.tensor([i for i, captions in enumerate(own) for _ in captions], device=x.device)
+    captions = [caption for captions in own for caption in captions]
+    y = embed_texts(model, tokenizer, captions)
+    found = recall(x[torch.from_numpy(rows).to(x.device)], y, owner, (1, 5, 10))
+    return {f"{name.replace('_', ' ')} of {len(rows):,}": value for name, value in found.items()}
+
+
+def by_features(data: PairData, x: dict[str, Tensor], what: str) -> Scores:
+    """Classes of validation images that training shows, from frozen features."""
+    train, val = list(data.splits)[:2]
+    names, labels = numbered(data.train.labels)
+    place = {name: i for i, name in enumerate(names)}
+    order = np.random.default_rng(0).permutation(len(data.val.labels))
+    rows = [i for i in order.tolist() if data.val.labels[i] in place][:PROBED_IMAGES]
+    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=x[val].device)
+    inputs = (x[val][rows], x[train], labels.to(x[val].device))
+    probes = {"nearest neighbour": nearest_neighbours, "linear": linear_probe}
+    return {
+        f"{name} on {what}, {len(names):,} classes": share(probe(*inputs) == truth)
+        for name, probe in probes.items()
+    }
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """Images (B, C, H, W) as unit vectors, the mean taken away."""
+    x = torch.tensor(images).flatten(1).float()
+    return nn.functional.normalize(x - x.mean(1, keepdim=True) + 1e-6, dim=-1)
+
+
+def clip_scores(run, model, tokenizer, data: PairData) -> tuple[Scores, dict]:
+    splits, scores, found = data.splits, {}, {}
+    if run.model.loss != "simclr":
+        x = {name: embed_images(model, split.images) for name, split in splits.items()}
+        scores, found = by_name(model, tokenizer, data, x)
+        scores |= by_caption(model, tokenizer, data, x[list(splits)[1]])
+    probed = {name: image_features(model, splits[name].images) for name in [*splits][:2]}
+    return scores | by_features(data, probed, "features"), found
+
+
+def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:
+    """A grid of images of the last split that were taken for something else: truth, then guess."""
+    split, guesses = data.splits[list(found)[-1]], found[list(found)[-1]]
+    wrong = [i for i, label in enumerate(split.labels) if guesses[i] != label]
+    rows = np.random.default_rng(0).permutation(wrong)[:SHOWN]
+    if not len(rows):
+        raise ValueError("there is no confusion to draw: every name was found")
+    titles = [f"{split.labels[i]} → {guesses[i]}" for i in rows]
+    save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)

@@ -24,24 +24,19 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from data.pictures import save_grid
-from tinyfm import picture_scores, prompting, records, zero_shot
-from tinyfm.batches.latents import LatentData
-from tinyfm.batches.pairs import GLYPHS, PairData
+from tinyfm import prompting, records
+from tinyfm.batches.pairs import GLYPHS
 from tinyfm.common import device as machine
-from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
+from tinyfm.evaluate import generated
+from tinyfm.evaluate.generated import draw_held_out
+from tinyfm.evaluate.metrics import Scores
+from tinyfm.evaluate.zero_shot import by_features, clip_scores, draw_confusions, pixels
 from tinyfm.run import Run
-
-RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
-PROBED_IMAGES = 2000  # of which the class is told from features
-SHOWN = 48  # confusions in the picture
-Scores = dict[str, float]
 
 
 def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
@@ -60,94 +55,10 @@ def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> S
 # ---- CLIP ---------------------------------------------------------------------------------------
 
 
-def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Scores, dict]:
-    """Top-1 among all names of each held-out split, and what was found in each.
-
-    The templates are those of the split's own captions: that a text says "bold italic" is known
-    beforehand of such pictures, as "a satellite photo" would be. Beside it, with the mean vector of
-    a name's captions (zero_shot.py).
-    """
-    scores, found = {}, {}
-    for split in list(data.splits)[1:]:
-        templates = zero_shot.find_templates(data.splits[split])
-        names, labels = zero_shot.numbered(data.splits[split].labels)
-        classes = zero_shot.class_vectors(model, tokenizer, names, templates)
-        means = nn.functional.normalize(classes.mean(0, keepdim=True), dim=-1)
-        guesses = zero_shot.classify(x[split], classes, model.scale()).cpu()
-        by_mean = zero_shot.classify(x[split], means, model.scale()).cpu()
-        scores[f"zero-shot, {split}, {len(names):,} names"] = zero_shot.share(guesses == labels)
-        scores[f"zero-shot, {split}, mean vectors"] = zero_shot.share(by_mean == labels)
-        found[split] = [names[i] for i in guesses.tolist()]
-    return scores, found
-
-
-def by_caption(model, tokenizer, data: PairData, x: Tensor) -> Scores:
-    """Recall at 1, 5 and 10 in the validation split, both ways, with all captions of an image."""
-    rows = np.random.default_rng(0).permutation(len(data.val.labels))[:RETRIEVAL_IMAGES]
-    own = [data.val.captions[i] for i in rows]
-    owner = torch.tensor([i for i, captions in enumerate(own) for _ in captions], device=x.device)
-    captions = [caption for captions in own for caption in captions]
-    y = zero_shot.embed_texts(model, tokenizer, captions)
-    found = zero_shot.recall(x[torch.from_numpy(rows).to(x.device)], y, owner, (1, 5, 10))
-    return {f"{name.replace('_', ' ')} of {len(rows):,}": value for name, value in found.items()}
-
-
-def by_features(data: PairData, x: dict[str, Tensor], what: str) -> Scores:
-    """Classes of validation images that training shows, from frozen features."""
-    train, val = list(data.splits)[:2]
-    names, labels = zero_shot.numbered(data.train.labels)
-    place = {name: i for i, name in enumerate(names)}
-    order = np.random.default_rng(0).permutation(len(data.val.labels))
-    rows = [i for i in order.tolist() if data.val.labels[i] in place][:PROBED_IMAGES]
-    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=x[val].device)
-    inputs = (x[val][rows], x[train], labels.to(x[val].device))
-    probes = {"nearest neighbour": zero_shot.nearest_neighbours, "linear": zero_shot.linear_probe}
-    return {
-        f"{name} on {what}, {len(names):,} classes": zero_shot.share(probe(*inputs) == truth)
-        for name, probe in probes.items()
-    }
-
-
-def pixels(images: np.ndarray) -> Tensor:
-    """Images (B, C, H, W) as unit vectors, the mean taken away."""
-    x = torch.tensor(images).flatten(1).float()
-    return nn.functional.normalize(x - x.mean(1, keepdim=True) + 1e-6, dim=-1)
-
-
-def clip_scores(run, model, tokenizer, data: PairData) -> tuple[Scores, dict]:
-    splits, scores, found = data.splits, {}, {}
-    if run.model.loss != "simclr":
-        x = {name: zero_shot.embed_images(model, split.images) for name, split in splits.items()}
-        scores, found = by_name(model, tokenizer, data, x)
-        scores |= by_caption(model, tokenizer, data, x[list(splits)[1]])
-    probed = {name: zero_shot.image_features(model, splits[name].images) for name in [*splits][:2]}
-    return scores | by_features(data, probed, "features"), found
-
-
-def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:
-    """A grid of images of the last split that were taken for something else: truth, then guess."""
-    split, guesses = data.splits[list(found)[-1]], found[list(found)[-1]]
-    wrong = [i for i, label in enumerate(split.labels) if guesses[i] != label]
-    rows = np.random.default_rng(0).permutation(wrong)[:SHOWN]
-    if not len(rows):
-        raise ValueError("there is no confusion to draw: every name was found")
-    titles = [f"{split.labels[i]} → {guesses[i]}" for i in rows]
-    save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)
-
-
 def can_draw(run: Run) -> bool:
     if run.family == "text2image":
         return run.data.path in GLYPHS
     return run.family == "clip" and run.model.loss != "simclr"
-
-
-def draw_held_out(model, data: LatentData, color: bool, guidance: float, path: str) -> None:
-    """A grid of characters that training had in no style, drawn by their names."""
-    asked = picture_scores.prompts_of(data)[picture_scores.ASKED[-1]]
-    rows = np.sort(np.random.default_rng(0).permutation(len(asked))[:SHOWN])
-    prompts, _, _ = picture_scores.captions_of([asked[i] for i in rows], color)
-    how = {"sampler": picture_scores.SAMPLER, "guidance": guidance}
-    sheets.prompted(model, prompts, picture_scores.STEPS, **how).save(path)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -195,9 +106,9 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
             if "classes" in run.facts:
                 scores |= run.score(model, data)
             if run.family == "text2image" and run.data.path in GLYPHS:
-                scores |= picture_scores.measure(model, data, run.data, options.guidance)
+                scores |= generated.measure(model, data, run.data, options.guidance)
             if run.family == "ddpm" and run.data.path in GLYPHS:
-                scores |= picture_scores.measure_samples(model, data, run.data.cache)
+                scores |= generated.measure_samples(model, data, run.data.cache)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
     if run.family == "clip":

@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 
 from data import glyphs
-from tinyfm import judge
 from tinyfm.batches.latents import LatentConfig, LatentData
 from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion
-from tinyfm.judge import Judge, Pictures, agreement, as_pixels, places
+from tinyfm.evaluate import judge
+from tinyfm.evaluate.judge import Judge, Pictures, agreement, as_pixels, places
+from tinyfm.evaluate.metrics import SHOWN
+from tinyfm.evaluate.zero_shot import ROWS, share
 from tinyfm.text2image import TextToImage
-from tinyfm.zero_shot import ROWS, share
 
 STEPS, SAMPLER = 20, "dpm++"
 COUNT = 400  # samples of a model that takes no prompts
@@ -181,3 +182,12 @@ def measure_samples(model: Diffusion, data: ImageData, cache: str) -> dict[str, 
         "other real pictures: Frechet distance": frechet_distance(second, first),
         "samples: copies of training pictures": share_copied,
     }
+
+
+def draw_held_out(model, data: LatentData, color: bool, guidance: float, path: str) -> None:
+    """A grid of characters that training had in no style, drawn by their names."""
+    asked = prompts_of(data)[ASKED[-1]]
+    rows = np.sort(np.random.default_rng(0).permutation(len(asked))[:SHOWN])
+    prompts, _, _ = captions_of([asked[i] for i in rows], color)
+    how = {"sampler": SAMPLER, "guidance": guidance}
+    sheets.prompted(model, prompts, STEPS, **how).save(path)

@@ -34,8 +34,8 @@ from data.pictures import Record
 from tinyfm.clip import augment
 from tinyfm.common import device as machine
 from tinyfm.common import files
+from tinyfm.evaluate.zero_shot import ROWS
 from tinyfm.training.optim import EMA
-from tinyfm.zero_shot import ROWS
 
 FORMAT = 3  # of what is kept: with another number, judges are trained anew
 STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
