@@ -12,11 +12,12 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, compare, hub, presets, records
+from tinyfm import adapt, compare, presets, records
 from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.hub import __main__ as hub
 
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
 REVIEWS = "text,label,tone\n" + "".join(

@@ -10,8 +10,8 @@ from conftest import random_weights
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from tinyfm import hub_diffusion
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence, reparameterise
+from tinyfm.hub import diffusion, layout
 
 diffusers.logging.set_verbosity_error()
 SIZES = {
@@ -111,13 +111,13 @@ def test_published_size_and_config():
         "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }  # fmt: skip
-    config = hub_diffusion.read_autoencoder("AutoencoderKL", raw, AutoencoderConfig)
+    config = diffusion.read_autoencoder("AutoencoderKL", raw, AutoencoderConfig)
     with torch.device("meta"):
         ours, theirs = Autoencoder(config), AutoencoderKL.from_config(raw)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863 == theirs.num_parameters()
     assert config.latent_scale == 0.18215
-    names = hub_diffusion.autoencoder_names()
-    found = {hub_diffusion.translate(n, names): p.shape for n, p in ours.named_parameters()}
+    names = diffusion.autoencoder_names()
+    found = {layout.translate(n, names): p.shape for n, p in ours.named_parameters()}
     assert found == {name: p.shape for name, p in theirs.named_parameters()}
 
 
@@ -127,7 +127,7 @@ def test_files_from_before_2023(tmp_path):
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    for old, new in hub_diffusion.OLD.items():
+    for old, new in diffusion.OLD.items():
         tensors = {name.replace(f".{new}.", f".{old}."): t for name, t in tensors.items()}
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
     save_file(tensors, path)

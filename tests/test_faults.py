@@ -23,12 +23,14 @@ import sample
 import train
 from data import captioned, pictures
 from data.report import Report
-from tinyfm import hub, hub_clip, hub_diffusion, hub_gpt, presets, records, tokenizer
+from tinyfm import presets, records, tokenizer
 from tinyfm.batches import latents
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.hub import __main__ as hub
+from tinyfm.hub import clip, diffusion, gpt
 from tinyfm.training import checkpoint
 from tinyfm.training.log import read_metrics
 from tinyfm.unet import UNet, UNetConfig
@@ -333,15 +335,15 @@ def test_a_thousand_altered_configs_of_runs():
 
 TINY_UNET = UNetConfig(image_size=8, channels=(8, 16), groups=4, n_head=2, attend=(False, True))
 READERS = {  # a model to publish, and who reads its config
-    "gpt": (lambda: GPT(SMALL), lambda folder: hub_gpt.read_config(GPTConfig, folder)),
+    "gpt": (lambda: GPT(SMALL), lambda folder: gpt.read_config(GPTConfig, folder)),
     "clip": (
         lambda: CLIP(CLIPConfig(stem="patch", image_size=8, patch_size=4, vocab_size=280)),
-        lambda folder: hub_clip.read_config(CLIPConfig, folder),
+        lambda folder: clip.read_config(CLIPConfig, folder),
     ),
     "unet": (
         lambda: UNet(TINY_UNET),
-        lambda folder: hub_diffusion.read(
-            folder / "config.json", hub_diffusion.UNETS, hub_diffusion.read_unet, UNetConfig
+        lambda folder: diffusion.read(
+            folder / "config.json", diffusion.UNETS, diffusion.read_unet, UNetConfig
         ),
     ),
 }

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import logits_process
 
-from tinyfm import generate, hub_gpt, tokenizer
+from tinyfm import generate, tokenizer
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.hub import gpt
 
 transformers.logging.set_verbosity_error()
 SIZES = {
@@ -110,7 +111,7 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(exported.state_dict()[name], tensor), name
     again = GPT.from_pretrained(tmp_path)
-    assert hub_gpt.resolve(again.config) == hub_gpt.resolve(ours.config)
+    assert gpt.resolve(again.config) == gpt.resolve(ours.config)
     assert again.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(again.state_dict()[n], t) for n, t in ours.state_dict().items())
     assert not list(tmp_path.glob(".tmp-*"))
@@ -194,12 +195,12 @@ PUBLISHED = {  # the fields of the published config.json that matter here
 def test_published_sizes(name, tmp_path):
     parameters, raw = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    _, config = hub_gpt.read_config(GPTConfig, tmp_path)
+    _, config = gpt.read_config(GPTConfig, tmp_path)
     with torch.device("meta"):
         ours = GPT(config)
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
-    _, tensors = hub_gpt.their_tensors(ours, raw["model_type"])
+    _, tensors = gpt.their_tensors(ours, raw["model_type"])
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     if config.tied:
         del shapes["lm_head.weight"]
@@ -209,7 +210,7 @@ def test_published_sizes(name, tmp_path):
 def test_fields_that_only_the_numbers_show(tmp_path):
     def read(name):
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][1]), encoding="utf-8")
-        return hub_gpt.read_config(GPTConfig, tmp_path)[1]
+        return gpt.read_config(GPTConfig, tmp_path)[1]
 
     assert read("mistral-7b-v0.1").window == 4096
     assert read("qwen3-0.6b").rope_theta == 1e6

@@ -21,10 +21,11 @@ from transformers import CLIPImageProcessor as TheirProcessor
 from transformers import CLIPModel as TheirModel
 
 from data import pictures
-from tinyfm import hub_clip, tokenizer
+from tinyfm import tokenizer
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
 from tinyfm.common import files as hub
+from tinyfm.hub import clip
 from tinyfm.tokenizer import encode_captions
 
 transformers.logging.set_verbosity_error()
@@ -215,12 +216,12 @@ def test_published_sizes(name, tmp_path):
     parameters, raw = PUBLISHED[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "clip"} | raw), encoding="utf-8")
-    config = hub_clip.read_config(CLIPConfig, tmp_path)
+    config = clip.read_config(CLIPConfig, tmp_path)
     with torch.device("meta"):
         ours, theirs = CLIP(config), TheirModel(TheirConfig.from_pretrained(tmp_path))
     assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    expected = {name: tensor.shape for name, tensor in hub_clip.their_tensors(ours).items()}
+    expected = {name: tensor.shape for name, tensor in clip.their_tensors(ours).items()}
     assert expected == shapes
     assert (config.activation, config.norm_eps, config.end_token) == ("quick_gelu", 1e-5, 49407)
 
@@ -405,7 +406,7 @@ def test_refused_config(folder, part, fields, message):
 
 
 def test_refused_activation(folder):
-    for part in hub_clip.PARTS:
+    for part in clip.PARTS:
         edit(folder, part, hidden_act="relu")
     with pytest.raises(ValueError, match="activation is 'relu'"):
         CLIP.from_pretrained(folder)

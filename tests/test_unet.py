@@ -12,7 +12,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import hub_diffusion
+from tinyfm.hub import diffusion, layout
 from tinyfm.unet import UNet, UNetConfig, Upsample, time_features
 
 diffusers.logging.set_verbosity_error()
@@ -110,7 +110,7 @@ def test_files_from_before_2023(tmp_path):
     theirs = reference(*VARIANTS["ddpm"])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    for old, new in hub_diffusion.OLD.items():
+    for old, new in diffusion.OLD.items():
         tensors = {name.replace(f".{new}.", f".{old}."): t for name, t in tensors.items()}
     assert any(".proj_attn." in name for name in tensors)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
@@ -155,10 +155,10 @@ def test_published_sizes(name):
         theirs = cls(**fields)
         raw = {key: value for key, value in theirs.config.items() if not key.startswith("_")}
         raw = json.loads(json.dumps(raw))
-        ours = UNet(hub_diffusion.read_unet(cls.__name__, raw, UNetConfig))
+        ours = UNet(diffusion.read_unet(cls.__name__, raw, UNetConfig))
     assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
-    names = hub_diffusion.unet_names(ours.config)
-    found = {hub_diffusion.translate(n, names): p.numel() for n, p in ours.named_parameters()}
+    names = diffusion.unet_names(ours.config)
+    found = {layout.translate(n, names): p.numel() for n, p in ours.named_parameters()}
     assert found == {name: p.numel() for name, p in theirs.named_parameters()}
 
 

@@ -292,12 +292,12 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """Read an AutoencoderKL folder of diffusers (hub_diffusion.py)."""
-        from tinyfm import hub_diffusion
+        from tinyfm.hub import diffusion
 
-        return hub_diffusion.load_autoencoder(cls, AutoencoderConfig, folder, dtype)
+        return diffusion.load_autoencoder(cls, AutoencoderConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, overwrite: bool = False) -> None:
         """Write weights and config in the layout of diffusers (hub_diffusion.py)."""
-        from tinyfm import hub_diffusion
+        from tinyfm.hub import diffusion
 
-        hub_diffusion.save_autoencoder(self, folder, overwrite)
+        diffusion.save_autoencoder(self, folder, overwrite)

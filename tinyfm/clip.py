@@ -307,15 +307,15 @@ class CLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> CLIP:
         """Read a CLIPModel folder in the Hugging Face layout (hub_clip.py)."""
-        from tinyfm import hub_clip
+        from tinyfm.hub import clip
 
-        return hub_clip.load(cls, CLIPConfig, folder, dtype)
+        return clip.load(cls, CLIPConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
         """Write weights, config and tokenizer in the Hugging Face layout (hub_clip.py)."""
-        from tinyfm import hub_clip
+        from tinyfm.hub import clip
 
-        hub_clip.save(self, folder, tokenizer, overwrite)
+        clip.save(self, folder, tokenizer, overwrite)
 
 
 # FOLDED: merge this into the module's docstring

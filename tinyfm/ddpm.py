@@ -388,12 +388,12 @@ class Diffusion(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> Diffusion:
         """Read a folder of diffusers: a U-Net and a scheduler (hub_pipeline.py)."""
-        from tinyfm import hub_pipeline
+        from tinyfm.hub import scheduler
 
-        return hub_pipeline.load(cls, DiffusionConfig, folder, dtype)
+        return scheduler.load(cls, DiffusionConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, overwrite: bool = False) -> None:
         """Write a folder of diffusers: a U-Net and a scheduler (hub_pipeline.py)."""
-        from tinyfm import hub_pipeline
+        from tinyfm.hub import scheduler
 
-        hub_pipeline.save(self, folder, overwrite)
+        scheduler.save(self, folder, overwrite)

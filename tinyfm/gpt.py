@@ -333,15 +333,15 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
         """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub_gpt.py)."""
-        from tinyfm import hub_gpt
+        from tinyfm.hub import gpt
 
-        return hub_gpt.load(cls, GPTConfig, folder, dtype)
+        return gpt.load(cls, GPTConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
         """Write weights, config and tokenizer in the Hugging Face layout (hub_gpt.py)."""
-        from tinyfm import hub_gpt
+        from tinyfm.hub import gpt
 
-        hub_gpt.save(self, folder, tokenizer, overwrite)
+        gpt.save(self, folder, tokenizer, overwrite)
 
     def generate(self, prompts: list[list[int]], sampling=None) -> list[list[int]]:
         """Continue each prompt of token ids; return each row's new tokens (generate.py)."""

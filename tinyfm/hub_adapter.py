@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinyfm import hub_clip, hub_gpt
 from tinyfm.adapt import AdapterConfig, select, train_only
 from tinyfm.clip import CLIP
 from tinyfm.common.files import load_tensors, save_tensors, write_json
 from tinyfm.gpt import GPT
-from tinyfm.hub import pairs, translate
+from tinyfm.hub import clip, gpt
+from tinyfm.hub.layout import pairs, translate
 from tinyfm.lora import LoRA, adapted_layers, attach, find_layers
 from tinyfm.peft_config import CONFIG, by_pattern, read_config, target_modules
 
@@ -49,10 +49,10 @@ def their_layers(model: nn.Module) -> dict[str, str]:
     Raises ValueError for a model that transformers cannot express.
     """
     if isinstance(model, GPT):
-        kind = hub_gpt.choose_architecture(hub_gpt.resolve(model.config))
-        table = dict(pairs(hub_gpt.GPT_NAMES, hub_gpt.ARCHITECTURES[kind].column))
+        kind = gpt.choose_architecture(gpt.resolve(model.config))
+        table = dict(pairs(gpt.GPT_NAMES, gpt.ARCHITECTURES[kind].column))
     elif isinstance(model, CLIP) and model.config.stem == "patch":
-        table = hub_clip.NAMES
+        table = clip.NAMES
     else:
         raise ValueError(
             f"this {type(model).__name__} has no layout in peft; a GPT has, and a CLIP whose stem "
@@ -83,7 +83,7 @@ def their_loras(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, 
             lora, theirs = layer.lora[name], names[ours]
             A, B = lora.A.weight.detach(), lora.B.weight.detach()
             A = A.T.contiguous() if isinstance(layer, nn.Embedding) else A
-            if f"{theirs}.weight" == hub_clip.PATCHES:
+            if f"{theirs}.weight" == clip.PATCHES:
                 c = model.config
                 A, B = A.unflatten(1, (c.channels, c.patch_size, c.patch_size)), B[..., None, None]
             if part := PART.search(theirs):

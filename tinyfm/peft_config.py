@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfm.common.files import read_json
-from tinyfm.hub import refuse
+from tinyfm.hub.layout import refuse
 
 CONFIG = "adapter_config.json"
 

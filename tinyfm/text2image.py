@@ -195,15 +195,15 @@ class TextToImage(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> TextToImage:
         """Read a StableDiffusionPipeline folder of diffusers (hub_text2image.py)."""
-        from tinyfm import hub_text2image
+        from tinyfm.hub import stable_diffusion
 
-        return hub_text2image.load(cls, TextToImageConfig, folder, dtype)
+        return stable_diffusion.load(cls, TextToImageConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
         """Write weights, configs and tokenizer in the layout of diffusers (hub_text2image.py)."""
-        from tinyfm import hub_text2image
+        from tinyfm.hub import stable_diffusion
 
-        hub_text2image.save(self, folder, tokenizer, overwrite)
+        stable_diffusion.save(self, folder, tokenizer, overwrite)
 
 
 # FOLDED: merge this into the module's docstring

@@ -338,12 +338,12 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> UNet:
         """Read a UNet2DModel or UNet2DConditionModel folder of diffusers (hub_diffusion.py)."""
-        from tinyfm import hub_diffusion
+        from tinyfm.hub import diffusion
 
-        return hub_diffusion.load_unet(cls, UNetConfig, folder, dtype)
+        return diffusion.load_unet(cls, UNetConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, overwrite: bool = False) -> None:
         """Write weights and config in the layout of diffusers (hub_diffusion.py)."""
-        from tinyfm import hub_diffusion
+        from tinyfm.hub import diffusion
 
-        hub_diffusion.save_unet(self, folder, overwrite)
+        diffusion.save_unet(self, folder, overwrite)

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfm import hub
 from tinyfm.common.files import MALFORMED, read_json
-from tinyfm.hub import pairs, refuse, translate
+from tinyfm.hub import layout
+from tinyfm.hub.layout import pairs, refuse, translate
 
 # ---- tables -------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ def read_config(config_cls: type, folder: Path) -> Any:
             if raw.get(field) != value:
                 refuse(field, raw.get(field), repr(value))
         raw = flatten(raw)
-        values = FIXED | hub.take(raw, FIELDS, config_cls)
+        values = FIXED | layout.take(raw, FIELDS, config_cls)
         for part in PARTS:
             inside, width = raw[f"{part}.intermediate_size"], raw[f"{part}.hidden_size"]
             if inside != 4 * width:
@@ -225,10 +225,10 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     config = read_config(config_cls, folder)
     with torch.device("meta"):  # shapes only: the weights take memory once, when they are read
         model = cls(config)
-    stored = {n: t for n, t in hub.read_tensors(folder).items() if not n.endswith(EXTRAS)}
-    hub.check_tensors(folder, stored, their_tensors(model))
+    stored = {n: t for n, t in layout.read_tensors(folder).items() if not n.endswith(EXTRAS)}
+    layout.check_tensors(folder, stored, their_tensors(model))
     own = model.state_dict().items()
-    hub.fill(model, {n: stored[translate(n, NAMES)].reshape(t.shape) for n, t in own}, dtype)
+    layout.fill(model, {n: stored[translate(n, NAMES)].reshape(t.shape) for n, t in own}, dtype)
     largest = max(config.max_scale, model.logit_scale.double().exp().item())
     model.config = replace(config, max_scale=largest)
     return model
@@ -243,8 +243,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     has = {name: getattr(config, name) for name in FIXED}
     if wrong := [f"{n} {FIXED[n]!r}, not {has[n]!r}" for n in FIXED if FIXED[n] != has[n]]:
         raise ValueError(f"transformers has no such model; its CLIPModel needs {'; '.join(wrong)}")
-    hub.check_tokenizer(tokenizer, config.vocab_size)
+    layout.check_tokenizer(tokenizer, config.vocab_size)
     raw, tensors = write_config(config, tokenizer), their_tensors(model)
     tensors["logit_scale"] = tensors["logit_scale"].clamp(max=math.log(config.max_scale))
     others = {PROCESSOR: write_processor(config)}
-    hub.publish(Path(folder), raw, tensors, tokenizer, overwrite, others)
+    layout.publish(Path(folder), raw, tensors, tokenizer, overwrite, others)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tinyfm.common.files import MALFORMED, load_tensors, save_tensors, write_json
-from tinyfm.hub import check_tensors, fill, pairs, refuse, take, translate
+from tinyfm.hub.layout import check_tensors, fill, pairs, refuse, take, translate
 
 WEIGHTS = "diffusion_pytorch_model"
 

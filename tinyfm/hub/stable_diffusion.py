@@ -24,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfm import hub, hub_clip, hub_diffusion, hub_pipeline
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIPConfig
 from tinyfm.clip_tokenizer import ClipTokenizer
 from tinyfm.common.files import MALFORMED, read_json, write_json
 from tinyfm.ddpm import Diffusion
+from tinyfm.hub import clip as hub_clip
+from tinyfm.hub import diffusion as hub_diffusion
+from tinyfm.hub import layout
+from tinyfm.hub import scheduler as hub_pipeline
 from tinyfm.tokenizer import EOT
 from tinyfm.tokenizer import load as load_tokenizer
 
@@ -53,15 +56,15 @@ def read_text_config(folder: Path) -> CLIPConfig:
     try:
         for field, value in (("model_type", "clip_text_model"), ("quantization_config", None)):
             if raw.get(field) != value:
-                hub.refuse(field, raw.get(field), repr(value))
+                layout.refuse(field, raw.get(field), repr(value))
         flat = hub_clip.flatten(raw | {"text_config": raw})
-        values = hub_clip.FIXED | hub.take(flat, FIELDS, CLIPConfig)
+        values = hub_clip.FIXED | layout.take(flat, FIELDS, CLIPConfig)
         inside, width = flat["text_config.intermediate_size"], flat["text_config.hidden_size"]
         if inside != 4 * width:
-            hub.refuse("intermediate_size", inside, f"{4 * width}, 4 times the width")
+            layout.refuse("intermediate_size", inside, f"{4 * width}, 4 times the width")
         end = flat["text_config.eos_token_id"]
         if type(end) is not int or end < 0:
-            hub.refuse("eos_token_id", end, "one id")
+            layout.refuse("eos_token_id", end, "one id")
         end = hub_clip.HIGHEST if end == hub_clip.HIGHEST_THERE else end
         return CLIPConfig(**values, end_token=end)
     except MALFORMED as error:
@@ -71,15 +74,17 @@ def read_text_config(folder: Path) -> CLIPConfig:
 def tower_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Their name in a CLIP -> ours, and the tensor."""
     named = ((f"text_tower.{name}", p) for name, p in model.text_tower.named_parameters())
-    return {hub.translate(name, hub_clip.NAMES): (name, p) for name, p in named}
+    return {layout.translate(name, hub_clip.NAMES): (name, p) for name, p in named}
 
 
 def fill_tower(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    stored = {INSIDE + name.removeprefix(INSIDE): t for name, t in hub.read_tensors(folder).items()}
+    stored = {
+        INSIDE + name.removeprefix(INSIDE): t for name, t in layout.read_tensors(folder).items()
+    }
     stored = {name: t for name, t in stored.items() if not name.endswith(hub_clip.EXTRAS)}
     tower = tower_tensors(model)
-    hub.check_tensors(folder, stored, {name: p for name, (_, p) in tower.items()})
-    hub.fill(model, {ours: stored[name] for name, (ours, _) in tower.items()}, dtype)
+    layout.check_tensors(folder, stored, {name: p for name, (_, p) in tower.items()})
+    layout.fill(model, {ours: stored[name] for name, (ours, _) in tower.items()}, dtype)
 
 
 def check_padding(folder: Path, length: int) -> None:
@@ -119,7 +124,7 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     if (folder / "tokenizer").is_dir():
         check_padding(folder / "tokenizer", clip.context_length)
         model.tokenizer = load_tokenizer(folder / "tokenizer")
-        hub.check_tokenizer(model.tokenizer, clip.vocab_size)
+        layout.check_tokenizer(model.tokenizer, clip.vocab_size)
     return model
 
 
@@ -140,14 +145,14 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     Raises ValueError for what diffusers' parts cannot express, or for a folder with a model.
     """
     folder, c, tokenizer = Path(folder), model.config, tokenizer or model.tokenizer
-    hub.check_tokenizer(tokenizer, c.clip.vocab_size)
+    layout.check_tokenizer(tokenizer, c.clip.vocab_size)
     raw = hub_clip.write_config(c.clip, tokenizer)["text_config"]
     raw |= {"architectures": ["CLIPTextModel"]}
     hub_diffusion.write_unet(c.diffusion)  # raises what it has to before anything is written
     hub_diffusion.save_autoencoder(model.autoencoder, folder / "vae", overwrite)
     hub_pipeline.save(model.diffusion, folder, overwrite)
     tensors = {name: p for name, (_, p) in tower_tensors(model).items()}
-    hub.publish(folder / "text_encoder", raw, tensors, None, overwrite)
+    layout.publish(folder / "text_encoder", raw, tensors, None, overwrite)
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a model overwritten, as the index
     (folder / "model_index.json").unlink(missing_ok=True)
     if tokenizer:

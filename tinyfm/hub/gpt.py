@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm.common.files import MALFORMED, read_json
-from tinyfm.hub import (
+from tinyfm.hub.layout import (
     check_tensors,
     check_tokenizer,
     fill,

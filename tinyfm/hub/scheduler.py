@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfm import hub_diffusion as hub
 from tinyfm.common.files import load_tensors, save_tensors, write_json
+from tinyfm.hub import diffusion as hub
 
 FIELDS = """
 diffusion_steps  num_train_timesteps

@@ -18,10 +18,8 @@ Left out: downloading, quantised weights.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinyfm.common.files import TEMPORARY, load_tensors, read_json, write_json
+from tinyfm.hub.__main__ import main
 
 # ---- names --------------------------------------------------------------------------------------
 
@@ -167,30 +166,6 @@ def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], to
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tinyfm.hub", description="Export a run.")
-    parser.add_argument("run", help="a run directory, such as runs/gpt")
-    parser.add_argument("folder", help="where to write the Hugging Face layout")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
-    parser.add_argument("--adapter", action="store_true", help="a LoRA alone, in peft's layout")
-    options = parser.parse_args(arguments)
-    from tinyfm import adapt, hub_adapter
-    from tinyfm.records import open_run  # which imports every family
-
-    try:
-        run = open_run(options.run)
-        if options.adapter:
-            hub_adapter.save_adapter(run.model, options.folder, run.run.init_from)
-            print(f"{options.folder} holds what {run.folder} changes in {run.run.init_from}")
-            return
-        adapt.merge(run.model)
-        tokenizer = {"tokenizer": run.tokenizer} if run.tokenizer else {}
-        run.model.save_pretrained(options.folder, **tokenizer, overwrite=options.overwrite)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"{options.folder} holds the {run.weights} weights of {run.folder}")
 
 
 if __name__ == "__main__":
