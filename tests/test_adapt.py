@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import random_weights
 from torch import nn
 
-from tinyfm import adapt, lora, soft_prompt
-from tinyfm.adapt import AdapterConfig
+from tinyfm import adapt
+from tinyfm.adapt import AdapterConfig, lora, soft_prompt
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files

@@ -12,7 +12,8 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, compare, presets, records
+from tinyfm import adapt, presets, records
+from tinyfm.adapt import __main__ as compare
 from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files

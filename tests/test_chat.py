@@ -18,8 +18,8 @@ from data import chats
 from data.report import Report
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
+from tinyfm.adapt.chat import ROLES, chat, encode_message, fit_history, render, reply
 from tinyfm.batches.chat import ChatConfig, ChatData, make_rows
-from tinyfm.chat import ROLES, chat, encode_message, fit_history, render, reply
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.optim import OptimConfig

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
-from tinyfm.distill import check_tokenizers, distil, distillation_loss, divergence
+from tinyfm.adapt.distill import check_tokenizers, distil, distillation_loss, divergence
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer

@@ -9,14 +9,14 @@ import torch
 from conftest import random_weights
 from torch import nn
 
-from tinyfm import adapt, heads
+from tinyfm import adapt
+from tinyfm.adapt import heads
+from tinyfm.adapt.heads import READERS, Classifier, count_places, in_places
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.labelled import TaskConfig, texts
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
-from tinyfm.features import READERS, count_places, in_places
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.heads import Classifier
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices

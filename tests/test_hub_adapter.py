@@ -10,8 +10,9 @@ from conftest import random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel
 
-from tinyfm import adapt, hub_adapter, lora
-from tinyfm.adapt import AdapterConfig
+from tinyfm import adapt
+from tinyfm.adapt import AdapterConfig, lora
+from tinyfm.adapt import peft as hub_adapter
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.gpt import GPT, GPTConfig

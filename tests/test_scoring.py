@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyfm import adapt
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.evaluate import likelihood
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.soft_prompt import prompt_ids
 from tinyfm.tokenizer import ByteTokenizer, train
 
 VARIANTS = {

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinyfm.adapt.lora import NEW, adapted_layers, attach, below, detach, find_layers
+from tinyfm.adapt.soft_prompt import add_prompt, drop_prompt, prompt_ids
 from tinyfm.common import files
-from tinyfm.lora import NEW, adapted_layers, attach, below, detach, find_layers
-from tinyfm.soft_prompt import add_prompt, drop_prompt, prompt_ids
 
 METHODS = ("full", "lora", "bias", "head", "prompt")
 
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int | str | None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] != ["compare"]:
         return "usage: python -m tinyfm.adapt compare ..."
-    from tinyfm import compare
+    from tinyfm.adapt import __main__ as compare
 
     return compare.main(arguments[1:])
 

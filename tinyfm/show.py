@@ -12,11 +12,12 @@ import torch
 
 from data import labelled, pictures
 from data.report import Report
-from tinyfm import chat, compiled, find, generate, records
+from tinyfm import compiled, find, generate, records
+from tinyfm.adapt import chat
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.batches import labelled as tasks
 from tinyfm.common import sheets
 from tinyfm.evaluate import likelihood
-from tinyfm.soft_prompt import prompt_ids
 
 # ---- GPT: continue a text -----------------------------------------------------------------------
 

@@ -15,14 +15,15 @@ from tyro.conf import Suppress
 
 from data.labelled import SPLITS
 from data.pictures import save_grid
-from tinyfm import heads, tokenizer
+from tinyfm import tokenizer
+from tinyfm.adapt import heads
+from tinyfm.adapt.heads import Classifier
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.clip import CLIPConfig
 from tinyfm.ddpm import DiffusionConfig
 from tinyfm.gpt import GPTConfig
-from tinyfm.heads import Classifier
 from tinyfm.image_families import AutoencoderRun, CLIPRun, DDPMRun, ImageRun
 from tinyfm.run import Run
 from tinyfm.text_families import GPTRun

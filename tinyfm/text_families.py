@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from tinyfm import generate, tokenizer
+from tinyfm.adapt.distill import DistilConfig, distil
+from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches.chat import ChatConfig, ChatData
 from tinyfm.batches.text import TextConfig, TextData
-from tinyfm.distill import DistilConfig, distil
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.run import Run
-from tinyfm.soft_prompt import PromptedData
 
 
 @dataclass(frozen=True, kw_only=True)

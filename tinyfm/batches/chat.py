@@ -23,8 +23,8 @@ import torch
 
 from data import chats, files
 from data.report import Report
+from tinyfm.adapt.chat import Message, check_messages, encode_message, split_exchanges
 from tinyfm.batches.order import shuffle
-from tinyfm.chat import Message, check_messages, encode_message, split_exchanges
 from tinyfm.tokenizer import Tokenizer
 
 SOURCES = {"chats": chats}

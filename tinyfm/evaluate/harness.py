@@ -28,10 +28,10 @@ from typing import Any
 import tyro
 
 from tinyfm import generate, records
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.common import device as machine
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
-from tinyfm.soft_prompt import prompt_ids
 
 try:
     from lm_eval import simple_evaluate

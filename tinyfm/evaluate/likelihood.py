@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data import files
-from tinyfm.soft_prompt import prompt_ids
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.tokenizer import Tokenizer
 
 Rule = Literal["total", "token", "byte"]

@@ -12,13 +12,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     parser.add_argument("--adapter", action="store_true", help="a LoRA alone, in peft's layout")
     options = parser.parse_args(arguments)
-    from tinyfm import adapt, hub_adapter
+    from tinyfm import adapt
+    from tinyfm.adapt import peft
     from tinyfm.records import open_run  # which imports every family
 
     try:
         run = open_run(options.run)
         if options.adapter:
-            hub_adapter.save_adapter(run.model, options.folder, run.run.init_from)
+            peft.save_adapter(run.model, options.folder, run.run.init_from)
             print(f"{options.folder} holds what {run.folder} changes in {run.run.init_from}")
             return
         adapt.merge(run.model)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyfm.soft_prompt import prompt_ids
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.tokenizer import Tokenizer
 
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinyfm import generate
-from tinyfm.soft_prompt import prompt_ids
+from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
