@@ -1,0 +1,41 @@
+"""Adapt a trained model: the ways to train a part of it. See methods.py."""
+
+from tinyfm.adapt.methods import (
+    METHODS,
+    Adapted,
+    AdapterConfig,
+    apply,
+    base_hash,
+    base_values,
+    find_frozen,
+    freeze,
+    load_adapter,
+    make_plain,
+    merge,
+    remove,
+    save_adapter_only,
+    select,
+    summary,
+    train_only,
+    trained,
+)
+
+__all__ = [
+    "METHODS",
+    "Adapted",
+    "AdapterConfig",
+    "apply",
+    "base_hash",
+    "base_values",
+    "find_frozen",
+    "freeze",
+    "load_adapter",
+    "make_plain",
+    "merge",
+    "remove",
+    "save_adapter_only",
+    "select",
+    "summary",
+    "train_only",
+    "trained",
+]

@@ -199,7 +199,11 @@ def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> No
     FigureCanvasAgg(figure).print_png(path)
 
 
-def main(arguments: list[str]) -> int | str:
+def main(arguments: Sequence[str] | None = None) -> int | str:
+    """python -m tinyfm.adapt compare ...: the exit status, or the message of an error."""
+    command, *arguments = sys.argv[1:] if arguments is None else arguments or [""]
+    if command != "compare":
+        return "usage: python -m tinyfm.adapt compare RUN ..."
     try:
         options = tyro.cli(Options, args=arguments, description=__doc__)
         if len(options.steps) != len(options.labels):
@@ -219,3 +223,7 @@ def main(arguments: list[str]) -> int | str:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,15 @@
-"""TODO."""
+"""Export a run to the layout of the library that loads its family:  python -m tinyfm.hub RUN FOLDER
+
+The models know how (`save_pretrained`); each family's tables of names are in this folder.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+from tinyfm import adapt
+from tinyfm.adapt import peft
+from tinyfm.records import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -12,10 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     parser.add_argument("--adapter", action="store_true", help="a LoRA alone, in peft's layout")
     options = parser.parse_args(arguments)
-    from tinyfm import adapt
-    from tinyfm.adapt import peft
-    from tinyfm.records import open_run  # which imports every family
-
     try:
         run = open_run(options.run)
         if options.adapter:
@@ -28,3 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{options.folder} holds the {run.weights} weights of {run.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinyfm.common.files import TEMPORARY, load_tensors, read_json, write_json
-from tinyfm.hub.__main__ import main
 
 # ---- names --------------------------------------------------------------------------------------
 
@@ -163,10 +162,3 @@ def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], to
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
-if __name__ == "__main__":
-    main()

@@ -20,8 +20,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -260,20 +258,3 @@ def load_adapter(
     own_name = re.compile(r"\.lora\.\w+\.")
     tensors = {own_name.sub(f".lora.{name}.", n): tensor for n, tensor in tensors.items()}
     files.load_model(model, tensors)
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int | str | None:
-    """python -m tinyfm.adapt compare ...: what each method reaches, side by side (compare.py)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] != ["compare"]:
-        return "usage: python -m tinyfm.adapt compare ..."
-    from tinyfm.adapt import __main__ as compare
-
-    return compare.main(arguments[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
