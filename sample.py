@@ -25,8 +25,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tinyfm import adapt, generate, records, show
+from tinyfm import adapt, generate
 from tinyfm.common import device as machine
+from tinyfm.recipes import registry, run_dir
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def main() -> int | str:
             raise ValueError(f"-n is {options.n}; ask for at least 1")
         if not (folder := Path(options.out).parent).is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {folder}; make it first")
-        opened = records.open_run(options.run, options.raw)
+        opened = run_dir.open_run(options.run, options.raw)
         check(options, opened.run.family)
-        records.add_adapters(opened, options.adapter)
+        run_dir.add_adapters(opened, options.adapter)
         with contextlib.suppress(ValueError):  # a soft prompt, which stays what it is
             adapt.merge(opened.model)
         device = machine.choose_device(options.device)
@@ -117,7 +118,7 @@ def main() -> int | str:
             f"{device}, {str(dtype)[6:]}",
             file=sys.stderr,
         )
-        show.FAMILIES[opened.run.family](opened, options)
+        registry.FAMILIES[opened.run.family](opened, options)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: who reads has enough, and Python shall not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import compose, presets, records
 from tinyfm.calc import estimate
 from tinyfm.common import device, files
-from tinyfm.run import Run
+from tinyfm.recipes import base, launch, registry, run_dir
+from tinyfm.recipes.base import Run
 from tinyfm.training import distributed
 from tinyfm.training.log import read_metrics
 from tinyfm.training.trainer import Trainer
 
 
-def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:
+def read_arguments(argv: list[str]) -> tuple[str, base.Preset, Run]:
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt", argv)
     kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # which options there are
     for option, usual in (("--task", ""), ("--adapt", "full"), ("--init-from", "")):
         kind.add_argument(option, default=usual)
-    preset = presets.get_preset(name, **vars(kind.parse_known_args(argv)[0]))
-    listed = "\n".join(f"  {key}: {value.about}" for key, value in presets.PRESETS.items())
+    preset = registry.get_preset(name, **vars(kind.parse_known_args(argv)[0]))
+    listed = "\n".join(f"  {key}: {value.about}" for key, value in registry.PRESETS.items())
     description = f"{__doc__}\nPresets:\n{listed}\n\nBelow: {name}"
     run = tyro.cli(type(preset.run), default=preset.run, args=argv, description=description)
     how = [word for word in (run.task, run.adapt) if word not in ("", "full")]
@@ -43,37 +43,37 @@ def read_arguments(argv: list[str]) -> tuple[str, presets.Preset, Run]:
 
 
 def train(
-    name: str, preset: presets.Preset, run: Run, world: distributed.World, again: str = "--resume"
+    name: str, preset: base.Preset, run: Run, world: distributed.World, again: str = "--resume"
 ) -> int:
     """Run it; returns the exit status: 0, or 128 + the signal that stopped it, then to be gone on
     with by `again`."""
     out, begun = Path(run.out), time.perf_counter()
     say = print if world.first else lambda line: None
     if not run.dry_run:
-        run = dataclasses.replace(run, resume=records.check_directory(out, run.resume))
+        run = dataclasses.replace(run, resume=run_dir.check_directory(out, run.resume))
     train_part = lambda *part: train(*part, world, "the same command")  # noqa: E731
-    run, others = compose.prepare(run, preset.run, train_part, say)
+    run, others = launch.prepare(run, preset.run, train_part, say)
     if run.dry_run:
         with torch.device("meta"):  # shapes without memory: any size fits
-            costs = estimate.describe(records.begin(run), run.optim, run.train)
-        say(f"{json.dumps(records.to_record(name, run), indent=2)}\n{costs}")
+            costs = estimate.describe(run_dir.begin(run), run.optim, run.train)
+        say(f"{json.dumps(run_dir.to_record(name, run), indent=2)}\n{costs}")
         return 0
     device.choose_dtype(run.train.dtype, device.choose_device(run.train.device))  # or refuse now
     with distributed.first_rank_first(world):
         data = run.open_data()
     run = run.fit(data)
-    record = records.to_record(name, run, data.fingerprint)
+    record = run_dir.to_record(name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
-    model = compose.build(run, others, data)
+    model = launch.build(run, others, data)
     costs = estimate.describe(model, run.optim, run.train)
     trainer = Trainer(
         model, data, run.train, run.optim, out, world=world,
-        write=lambda folder: records.write_run_files(folder, record, run, data),
+        write=lambda folder: run_dir.write_run_files(folder, record, run, data),
         score=lambda model: run.score(model, data),
         show=lambda model, folder, step: run.show(model, data, folder, step),
     )  # fmt: skip
     if run.resume:
-        records.check_same(files.read_json(out / "config.json"), record, out)
+        run_dir.check_same(files.read_json(out / "config.json"), record, out)
         folder, done = trainer.resume(), trainer.counters["step"] == run.train.steps
         say(f"{'the run is complete:' if done else 'going on from'} {folder}")
     elif world.first:
@@ -87,7 +87,7 @@ def train(
         say(f"stopped at step {trainer.counters['step']} and saved; go on with {again}")
         return 128 + trainer.signals.agreed
     baseline = next((row for row in read_metrics(out / "metrics.jsonl") if not row["step"]), {})
-    say(presets.verdict(preset, run, baseline, scores))
+    say(run_dir.verdict(preset, run, baseline, scores))
     gib = device.peak_memory_bytes(trainer.device) / 2**30
     say(f"{time.perf_counter() - begun:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
     return 0

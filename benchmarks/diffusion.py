@@ -48,7 +48,7 @@ from generation import by_turns, processor
 
 from tinyfm.common import device
 from tinyfm.ddpm import Diffusion, DiffusionConfig
-from tinyfm.presets import get_preset
+from tinyfm.recipes.registry import get_preset
 
 OF_ITS_TRAINER = (
     "accelerate", "ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception",

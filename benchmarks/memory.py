@@ -65,11 +65,11 @@ def measure(name: str, gib: float) -> str:
     """One line for a preset."""
     import torch
 
-    from tinyfm import presets
     from tinyfm.calc import trace as calculator
     from tinyfm.common import device as machine
+    from tinyfm.recipes import registry
 
-    run = presets.get_preset(name).run
+    run = registry.get_preset(name).run
     device = machine.choose_device("auto")
     dtype = machine.choose_dtype("auto", device)
     with torch.device("meta"):
@@ -99,9 +99,9 @@ def measure(name: str, gib: float) -> str:
 
 
 def main(names: list[str], gib: float) -> None:
-    from tinyfm import presets
+    from tinyfm.recipes import registry
 
-    for name in names or presets.PRESETS:
+    for name in names or registry.PRESETS:
         command = [sys.executable, __file__, name, "--gib", str(gib), "--here"]
         subprocess.run(command, cwd=ROOT, check=True)
 

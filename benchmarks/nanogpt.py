@@ -119,7 +119,7 @@ def throughput(clone: Path, steps: int) -> None:
     """GPT-2 124M, 4 rows of 256 tokens, forward, backward and AdamW; steps alternate."""
     from tinyfm.common.device import bfloat16_is_fast, keep_freed_memory
     from tinyfm.gpt import GPT
-    from tinyfm.presets import PRESETS
+    from tinyfm.recipes.registry import PRESETS
     from tinyfm.training.optim import OptimConfig, build_optimizers
 
     spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")

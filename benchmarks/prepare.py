@@ -149,11 +149,11 @@ def loader_share(folder: Path) -> tuple[float, float]:
     """Milliseconds a batch, and its share of a training step of the default GPT."""
     import torch
 
-    from tinyfm import presets
     from tinyfm.batches.text import TextConfig, TextData
     from tinyfm.gpt import GPT
+    from tinyfm.recipes import registry
 
-    run = presets.get_preset("gpt").run
+    run = registry.get_preset("gpt").run
     config = TextConfig(path=str(folder / "out"))
     sizes = (run.model.vocab_size, run.model.context_length, run.train.batch_size)
     data, model = TextData.prepare(config, *sizes, seed=0), GPT(run.model)

@@ -19,10 +19,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import presets
 from tinyfm.calc import estimate
 from tinyfm.common import device
 from tinyfm.common.seeds import row_generators
+from tinyfm.recipes import registry
 from tinyfm.training.optim import build_optimizers
 
 CASES = {  # preset -> rows, and what is changed in the others; the first one is measured
@@ -37,7 +37,7 @@ class Step:
     """A model of a preset, with changes, and what a step of it takes."""
 
     def __init__(self, name: str, rows: int, changes: dict):
-        run = presets.get_preset(name).run
+        run = registry.get_preset(name).run
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
         torch.manual_seed(0)
         self.model, self.rows = run.build_model(), rows

@@ -27,11 +27,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinyfm import records
 from tinyfm.common import device, sheets
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate import generated, judge
-from tinyfm.presets import get_preset
+from tinyfm.recipes import run_dir
+from tinyfm.recipes.registry import get_preset
 from tinyfm.training.optim import build_optimizers
 
 
@@ -74,7 +74,7 @@ def larger(run):
 
 def open_run(path: str):
     """(model, judge, prompts, asked for)."""
-    opened = records.open_run(path)
+    opened = run_dir.open_run(path)
     opened.model.tokenizer = opened.tokenizer
     critic, _ = judge.load_or_train(opened.run.data.cache)
     asked = generated.prompts_of(opened.run.open_data())["letters and digits"][::3]

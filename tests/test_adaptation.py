@@ -12,13 +12,14 @@ from PIL import Image
 
 import sample
 import train
-from tinyfm import adapt, presets, records
+from tinyfm import adapt
 from tinyfm.adapt import __main__ as compare
 from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.hub import __main__ as hub
+from tinyfm.recipes import registry, run_dir
 
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
 REVIEWS = "text,label,tone\n" + "".join(
@@ -36,7 +37,7 @@ def same_sizes(options: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(tiny_run):
-    return records.open_run(str(tiny_run))
+    return run_dir.open_run(str(tiny_run))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_run_goes_on_where_its_base_was(tiny_run, base, options, tmp_path, cap
     first = lines_of(out / "metrics.jsonl")[0]
     assert first["val_bpb"] == pytest.approx(base.meta["val_bpb"], rel=1e-4)
     assert "before" in capsys.readouterr().out
-    whole = records.open_run(str(out))  # all of it is there, without its base
+    whole = run_dir.open_run(str(out))  # all of it is there, without its base
     assert whole.run.base_hash == adapt.base_hash(base.model)
     assert whole.model.state_dict().keys() == base.model.state_dict().keys()
 
@@ -79,15 +80,15 @@ def test_a_run_lends_its_tokenizer(tiny_run, base):
 
 
 def test_an_adapter_is_small_and_opens_on_its_base(lora, base, tiny_run):
-    opened = records.open_run(str(lora))
+    opened = run_dir.open_run(str(lora))
     tensors = files.load_tensors(opened.folder)
     assert all(".lora." in name for name in tensors)
     assert sum(t.numel() for t in tensors.values()) < 0.2 * adapt.trained(opened.model)[1]
     x = torch.arange(20)[None]
     reached = opened.model(x)
     assert not torch.equal(reached, base.model(x))
-    own = records.open_run(str(tiny_run))
-    records.add_adapters(own, [str(lora)])
+    own = run_dir.open_run(str(tiny_run))
+    run_dir.add_adapters(own, [str(lora)])
     assert torch.equal(own.model(x), reached)
 
 
@@ -280,14 +281,14 @@ def test_labels_and_questions_that_are_none(tiny_run, tmp_path, capsys):
 def test_presets_of_tasks_keep_the_model():
     for name, families in (("gpt", {"classify", "chat"}), ("clip", {"classify"})):
         for task in families:
-            run = presets.get_preset(name, task, "lora").run
-            assert run.model == presets.PRESETS[name].run.model and run.task == task
+            run = registry.get_preset(name, task, "lora").run
+            assert run.model == registry.PRESETS[name].run.model and run.task == task
             assert run.optim.optimizer == "adamw"
-    assert presets.get_preset("gpt") is presets.PRESETS["gpt"]
+    assert registry.get_preset("gpt") is registry.PRESETS["gpt"]
 
 
 def test_what_begins_from_a_run_goes_at_half_the_rate():
-    usual = presets.PRESETS["gpt"].run.optim
-    optim = presets.get_preset("gpt", init_from="runs/gpt").run.optim
+    usual = registry.PRESETS["gpt"].run.optim
+    optim = registry.get_preset("gpt", init_from="runs/gpt").run.optim
     assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)
-    assert presets.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.005
+    assert registry.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.005

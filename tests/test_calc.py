@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import presets
 from tinyfm.calc import __main__ as calc
 from tinyfm.calc import estimate, memory, report, systems, trace
 from tinyfm.calc.memory import Layout, Memory, Module, Training
 from tinyfm.common import gpus
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import registry
 from tinyfm.training.optim import OptimConfig, build_optimizers
 from tinyfm.training.trainer import TrainConfig
 from tinyfm.unet import Upsample
@@ -330,7 +330,7 @@ def test_flops_are_counted_exactly(config):
 @pytest.mark.parametrize("name", ["clip", "autoencoder", "ddpm", "text2image"])
 def test_flops_of_every_family_are_counted_exactly(name):
     """As torch counts them on real tensors; and of each component, what is known of it."""
-    model, rows = presets.get_preset(name).run.build_model(), 2
+    model, rows = registry.get_preset(name).run.build_model(), 2
     found = trace.count_flops(model, rows)
     if hasattr(model, "whole_batch"):
         model.rows_at_once, model.gather = 0, lambda rows: rows
@@ -608,7 +608,7 @@ def test_presets_are_names_too():
 
 @pytest.mark.parametrize("name", ["text2image-clip", "sweep-1"])
 def test_what_a_preset_takes_is_that_of_its_module(name):
-    run = presets.get_preset(name).run
+    run = registry.get_preset(name).run
     model = run.build_model()
     found = json.loads(ask(name, "--json"))
     assert found["params_total"] == sum(p.numel() for p in model.parameters())
@@ -621,7 +621,7 @@ def test_what_a_preset_takes_is_that_of_its_module(name):
 
 def test_what_is_frozen_has_no_gradients_and_no_averages():
     """Of text-to-image only the denoiser is trained."""
-    run = presets.get_preset("text2image").run
+    run = registry.get_preset("text2image").run
     network, training = calc.own("text2image", run)
     model = run.build_model()
     sizes = {part: sum(p.numel() for p in getattr(model, part).parameters())

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import generate, presets, records, show, text_families
+from tinyfm import generate
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.gpt import GPT
+from tinyfm.recipes import gpt, registry, run_dir
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import Trainer
 
@@ -75,20 +76,20 @@ def test_a_run_reports_itself(tmp_path, options, capsys):
 
 
 def test_the_verdict_knows_a_preset_as_it_stands():
-    preset = dataclasses.replace(presets.PRESETS["gpt"], usual="1.5")
+    preset = dataclasses.replace(registry.PRESETS["gpt"], usual="1.5")
     run = dataclasses.replace(preset.run, out="elsewhere", resume=True)
     free = dataclasses.replace(run, train=dataclasses.replace(run.train, device="cpu"))
     other = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=7))
     for each, end in ((run, "usual for this preset: 1.5"), (free, "preset: 1.5"),
                       (other, "this is not a preset as it stands")):  # fmt: skip
-        line = presets.verdict(preset, each, {"val_bpb": 8.0}, {"val_loss": 2.0, "val_bpb": 3.0})
+        line = run_dir.verdict(preset, each, {"val_bpb": 8.0}, {"val_loss": 2.0, "val_bpb": 3.0})
         assert line.startswith("val_bpb: 8.000 untrained, 3.000 reached; ") and line.endswith(end)
 
 
 PUBLISHED = {"gpt2-124m": "124,439,808", "gpt2-1.5b": "1,557,611,200", "llama-1b": "1,235,814,400"}
 
 
-@pytest.mark.parametrize("name", [*presets.PRESETS])
+@pytest.mark.parametrize("name", [*registry.PRESETS])
 def test_dry_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(train, name, "--dry-run", "--train.steps", "7") == 0
@@ -151,15 +152,15 @@ def test_a_folder_in_which_no_step_was_made_is_free(tmp_path):
     """As one that failed in its first step leaves behind."""
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "metrics.jsonl").touch()
-    records.check_directory(tmp_path, resume=False)
+    run_dir.check_directory(tmp_path, resume=False)
     (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="exists: go on with --resume"):
-        records.check_directory(tmp_path, resume=False)
+        run_dir.check_directory(tmp_path, resume=False)
 
 
 def test_an_unknown_preset(fails):
     assert fails(train, "gtp") == (
-        f"error: there is no preset 'gtp'; did you mean gpt? presets: {', '.join(presets.PRESETS)} "
+        f"error: there is no preset 'gtp'; did you mean gpt? presets: {', '.join(registry.PRESETS)} "
     )
     assert "mean" not in fails(train, "zzz")
 
@@ -225,7 +226,7 @@ def test_nothing_but_nan(tmp_path, options, monkeypatch, fails):
 
 def test_interrupted_before_the_training(options, monkeypatch, capsys):
     interrupt = lambda run: signal.raise_signal(signal.SIGINT)  # noqa: E731
-    monkeypatch.setattr(text_families.GPTRun, "open_data", interrupt)
+    monkeypatch.setattr(gpt.GPTRun, "open_data", interrupt)
     assert call(train, *options, "--out", "nowhere") == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -298,7 +299,7 @@ def test_a_damaged_checkpoint_names_the_one_before(run, options, fails):
 
 
 def expected(run: Path, prompt: str, n: int, stops=(), **settings) -> list[str]:
-    opened = records.open_run(str(run))
+    opened = run_dir.open_run(str(run))
     texts = [prompt] * n
     sampling = generate.Sampling(**settings)
     for parts in generate.stream_text(opened.model, opened.tokenizer, texts[:], sampling, stops):
@@ -318,7 +319,7 @@ def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):
     assert re.search(r"step-000004: step 4, val_loss .*, val_bpb .*; model weights, cpu, float32",
                      said.err)  # fmt: skip
 
-    opened = records.open_run(str(tiny_run))  # and the text is that of the tokens, no less
+    opened = run_dir.open_run(str(tiny_run))  # and the text is that of the tokens, no less
     rows = opened.model.generate(
         [opened.tokenizer.encode("The with")],
         generate.Sampling(max_new_tokens=20, seed=7, stop_tokens=(opened.tokenizer.eot,)),
@@ -327,7 +328,7 @@ def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):
 
 
 def test_the_first_text_is_shown_as_it_is_written(tiny_run, monkeypatch):
-    opened = records.open_run(str(tiny_run))
+    opened = run_dir.open_run(str(tiny_run))
     plain, shown = generate.stream_text, []
 
     def steps(*arguments):
@@ -338,7 +339,7 @@ def test_the_first_text_is_shown_as_it_is_written(tiny_run, monkeypatch):
     monkeypatch.setattr(generate, "stream_text", steps)
     monkeypatch.setattr("builtins.print", lambda *text, **more: shown.append("print"))
     sampling = generate.Sampling(max_new_tokens=4, temperature=1.0)
-    show.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
+    gpt.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
     assert shown == ["print", *["step", "print"] * 5, "print"]
 
 
@@ -380,7 +381,7 @@ def test_raw_weights(tmp_path, options, capsys):
         assert call(sample, tmp_path / "run", *more, "--temperature", 0) == 0
         said = capsys.readouterr()
         assert f"; {kind} weights" in said.err
-        outputs.append(records.open_run(str(tmp_path / "run"), bool(more)).model.state_dict())
+        outputs.append(run_dir.open_run(str(tmp_path / "run"), bool(more)).model.state_dict())
     assert not torch.equal(outputs[0]["head.weight"], outputs[1]["head.weight"])
 
 

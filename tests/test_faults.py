@@ -23,7 +23,7 @@ import sample
 import train
 from data import captioned, pictures
 from data.report import Report
-from tinyfm import presets, records, tokenizer
+from tinyfm import tokenizer
 from tinyfm.batches import latents
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.clip import CLIP, CLIPConfig
@@ -31,6 +31,7 @@ from tinyfm.common import files
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
 from tinyfm.hub import clip, diffusion, gpt
+from tinyfm.recipes import registry, run_dir
 from tinyfm.training import checkpoint
 from tinyfm.training.log import read_metrics
 from tinyfm.unet import UNet, UNetConfig
@@ -322,12 +323,12 @@ def altered(record: dict, rng: random.Random) -> dict:
 def test_a_thousand_altered_configs_of_runs():
     """What is no run of ours is refused in the ways that records.open_run makes a sentence of."""
     rng, refused = random.Random(0), 0
-    plain = {name: records.to_record(name, presets.PRESETS[name].run)
+    plain = {name: run_dir.to_record(name, registry.PRESETS[name].run)
              for name in ("gpt", "clip", "autoencoder", "ddpm", "text2image")}  # fmt: skip
     for i in range(1000):
         record = altered(plain[list(plain)[i % 5]], rng)
         try:
-            records.read_run(record)
+            run_dir.read_run(record)
         except files.MALFORMED:
             refused += 1
     assert 200 < refused < 1000

@@ -17,6 +17,7 @@ from tinyfm.batches.labelled import TaskConfig, texts
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import classify
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices
@@ -168,7 +169,7 @@ def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
     found = heads.predictions(model, halves)
     assert np.allclose(found["tone"][0], p["tone"].detach().numpy(), atol=1e-6)
     assert np.array_equal(found["tone"][1], batch["labels"][:, 1].numpy())
-    scores = heads.score(model, halves)
+    scores = classify.score(model, halves)
     assert scores["accuracy topic"] == pytest.approx(float(metrics["accuracy topic"]))
     assert {"macro_f1 tone", "calibration_error tone"} <= scores.keys()
 
@@ -208,7 +209,7 @@ def test_twenty_passages_are_learnt_by_heart(tmp_path):
     train = TrainConfig(steps=40, batch_size=20, eval_every=0, device="cpu", dtype="float32")
     optim = OptimConfig(optimizer="adamw", lr=0.01, warmup_steps=5)
     Trainer(model, data, train, optim, tmp_path / "run").fit()
-    scores = heads.score(model.eval(), [data.read("train", data.chosen)])
+    scores = classify.score(model.eval(), [data.read("train", data.chosen)])
     assert scores["accuracy topic"] == scores["accuracy tone"] == 1
 
 

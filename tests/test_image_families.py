@@ -15,11 +15,11 @@ import sample
 import train
 from data import captioned
 from data.report import Report
-from tinyfm import presets, records
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.batches.pairs import ImageConfig, ImageData
 from tinyfm.common import files, sheets
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.recipes import registry, run_dir
 
 STEPS = 50
 SIZES = {
@@ -75,7 +75,7 @@ def evaluations(run):
 
 
 def test_an_autoencoder_learns_in_fifty_steps(runs):
-    config = records.open_run(str(runs["autoencoder"])).run.model
+    config = run_dir.open_run(str(runs["autoencoder"])).run.model
     first, *_, last = evaluations(runs["autoencoder"])
     assert last["val_reconstruction"] < 0.4 * first["val_reconstruction"]
     for row in (first, last):
@@ -97,15 +97,15 @@ def test_diffusion_learns_in_fifty_steps(runs):
 
 def test_the_verdict_is_of_the_reconstruction_or_the_loss():
     scores = {"val_loss": 3.0, "val_loss_t0": 9.0}
-    preset = presets.PRESETS["ddpm"]
-    line = presets.verdict(preset, preset.run, {"val_loss": 4.0}, scores)
+    preset = registry.PRESETS["ddpm"]
+    line = run_dir.verdict(preset, preset.run, {"val_loss": 4.0}, scores)
     assert line.startswith("val_loss: 4.000 untrained, 3.000 reached; ")
-    line = presets.verdict(preset, preset.run, {}, scores | {"val_reconstruction": 2.0})
+    line = run_dir.verdict(preset, preset.run, {}, scores | {"val_reconstruction": 2.0})
     assert line.startswith("val_reconstruction: unknown untrained, 2.000 reached; ")
 
 
 def test_the_latents_are_measured_on_the_training_pictures(runs):
-    opened = records.open_run(str(runs["autoencoder"]))
+    opened = run_dir.open_run(str(runs["autoencoder"]))
     model, split = opened.model, opened.run.open_data().train
     kept = [float(model.latent_mean), float(model.latent_scale)]
     images = split.batch(np.arange(len(split.labels)))["images"]
@@ -117,7 +117,7 @@ def test_the_latents_are_measured_on_the_training_pictures(runs):
     model.measure_latents([images])
     assert kept == pytest.approx([float(model.latent_mean), float(model.latent_scale)], rel=1e-4)
     assert kept[1] == pytest.approx(evaluations(runs["autoencoder"])[-1]["latent_scale"])
-    earlier = records.open_run(str(runs["autoencoder"] / "step-000025")).model
+    earlier = run_dir.open_run(str(runs["autoencoder"] / "step-000025")).model
     assert kept[1] != float(earlier.latent_scale)  # each checkpoint has its own
 
 
@@ -151,10 +151,10 @@ def test_micro_batches_change_nothing(family, runs, arguments, tmp_path):
 def test_a_record_gives_the_run_again(family, runs):
     """Lists, which JSON has, become tuples again."""
     record = files.read_json(runs[family] / "config.json")
-    run = records.open_run(str(runs[family])).run
+    run = run_dir.open_run(str(runs[family])).run
     assert type(record["model"]["channels"]) is list and run.model.channels == (8, 16)
     record.pop("data_fingerprint")
-    assert records.to_record(family, run) == record
+    assert run_dir.to_record(family, run) == record
 
 
 @pytest.mark.parametrize("change", ["--model.no-variational", "--model.prediction flow"])
@@ -224,7 +224,7 @@ def test_an_autoencoder_is_drawn(runs, tmp_path, capsys):
     assert "model weights" in printed.err
     with open_image(out) as grid:
         assert grid.size[0] == 3 * (8 * 12 + 4) + 4
-    opened = records.open_run(str(runs["autoencoder"]))
+    opened = run_dir.open_run(str(runs["autoencoder"]))
     model, images = opened.model, opened.run.open_data().val.batch(np.arange(3))["images"]
     rows = sheets.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
     fewer = sheets.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
@@ -237,7 +237,7 @@ def test_an_autoencoder_is_drawn(runs, tmp_path, capsys):
 
 
 def test_reconstructions_stand_below_their_originals(runs):
-    model = records.open_run(str(runs["autoencoder"])).model
+    model = run_dir.open_run(str(runs["autoencoder"])).model
     images = torch.rand(19, 3, 8, 8)
     sheet = sheets.reconstructions(model, images)
     rows = sheet.images.unflatten(0, (4, 8))  # what does not fill a third row is left out
@@ -256,7 +256,7 @@ def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"3 samples by {sampler} in 4 steps\n{out}\n"
     assert "ema weights" in printed.err
-    model = records.open_run(run).model
+    model = run_dir.open_run(run).model
     sheet = sheets.samples(model, 3, sampler, 4, seed=3)
     with open_image(out) as grid:
         pixels = np.array(grid)[1:9, 1:9].transpose(2, 0, 1) / 127.5 - 1
@@ -268,7 +268,7 @@ def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
 
 
 def test_many_samples_are_drawn_in_parts(runs, monkeypatch):
-    model = records.open_run(str(runs["ddpm"])).model
+    model = run_dir.open_run(str(runs["ddpm"])).model
     whole = sheets.samples(model, 5, "ddpm", 3, seed=0).images
     monkeypatch.setattr(sheets, "AT_ONCE", 2)
     assert torch.allclose(sheets.samples(model, 5, "ddpm", 3, seed=0).images, whole, atol=1e-4)
@@ -279,7 +279,7 @@ def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
     assert call(sample, runs["ddpm"], "--film", "-n", 2, "--steps", 3, "--out", out) == 0
     said = f"2 samples, a row each, after 0, 1, 2, 3 of 3 steps\n{out}\n"
     assert capsys.readouterr().out == said
-    model = records.open_run(str(runs["ddpm"])).model
+    model = run_dir.open_run(str(runs["ddpm"])).model
     sheet, last = (
         sheets.film(model, 2, "ddim", 30, 0),
         sheets.samples(model, 2, "ddim", 30, 0).images,
@@ -368,7 +368,7 @@ def test_a_gpt_takes_no_sampler(tiny_run, capsys):
 def test_a_checkpoint_carries_its_latents_alone(runs):
     """The weights file is enough: a model built from the config reads them."""
     folder = runs["autoencoder"] / "step-000050"
-    model = Autoencoder(records.open_run(str(folder)).run.model)
+    model = Autoencoder(run_dir.open_run(str(folder)).run.model)
     assert float(model.latent_scale) == 1
     files.load_model(model, files.load_tensors(folder))
     assert float(model.latent_scale) != 1

@@ -8,10 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import presets
 from tinyfm.calc import estimate
 from tinyfm.common import device as machine
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import registry
 from tinyfm.training import distributed
 from tinyfm.training import log as logbook
 from tinyfm.training.optim import OptimConfig, build_optimizers
@@ -102,7 +102,7 @@ def test_costs_are_those_of_a_training_step(optimizer, half_life):
 )
 def test_large_presets_have_the_published_sizes(name, parameters):
     """What a dry run says of them is in test_cli.py."""
-    run = presets.get_preset(name).run
+    run = registry.get_preset(name).run
     with torch.device("meta"):
         model = run.build_model()
         cost = estimate.training_cost(model, run.optim, run.train.batch_size)

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data import captioned, dedupe, files, filters, prepare, tars
 from data.report import Report
-from tinyfm import presets
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.recipes import registry
 
 WORDS = ["ocean", "lantern", "whisper", "granite", "orchard", "velvet", "compass", "harbor"]
 
@@ -478,7 +478,7 @@ def test_a_prepared_folder_is_trained_on_as_it_is(corpus, tmp_path):
 
 def test_the_default_vocabulary_is_that_of_the_default_model():
     config = prepare.PrepareConfig(("x",), "y")
-    assert config.vocab_size == presets.get_preset("gpt").run.model.vocab_size
+    assert config.vocab_size == registry.get_preset("gpt").run.model.vocab_size
 
 
 def test_a_run_lends_its_tokenizer(tiny_run):

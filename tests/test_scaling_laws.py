@@ -9,11 +9,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tinyfm import presets, records
 from tinyfm.calc import __main__ as calc
 from tinyfm.calc import scaling_laws, sweep
 from tinyfm.calc.scaling_laws import CHINCHILLA, LAWS, REFIT, UNROUNDED, fit_law
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import registry, run_dir
 
 BUDGET = 5.76e23  # Chinchilla's
 
@@ -169,9 +169,9 @@ def runs(tmp_path):
         folder = tmp_path / f"sweep-{i}"
         folder.mkdir()
         config = GPTConfig(n_layer=1 + i, d_model=64)
-        preset = presets.get_preset("gpt").run
+        preset = registry.get_preset("gpt").run
         run = replace(preset, model=config, train=replace(preset.train, steps=steps, batch_size=4))
-        record = records.to_record("gpt", run, "same")
+        record = run_dir.to_record("gpt", run, "same")
         (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
         flops = 4 * steps * GPT(config).flops_per_row()
         rows = [{"step": 0, "val_loss": 8.0}, {"step": steps, "loss": 1.0},

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
-from tinyfm import records
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
 from tinyfm.calc import cluster, systems
@@ -26,6 +25,7 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files, gpus
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import run_dir
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint, distributed
 from tinyfm.training.distributed import is_shard, local
@@ -412,12 +412,12 @@ def test_a_job_whose_rank_dies_comes_back(tmp_path, options):
 def test_a_run_that_is_started_again_goes_on_or_begins_anew(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="go on with --resume"):
-        records.check_directory(tmp_path, resume=False)
+        run_dir.check_directory(tmp_path, resume=False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not records.check_directory(tmp_path, resume=False)
+    assert not run_dir.check_directory(tmp_path, resume=False)
     assert not (tmp_path / "metrics.jsonl").exists()
     checkpoint.save(tmp_path, 1, {"model": {}})
-    assert records.check_directory(tmp_path, resume=False)
+    assert run_dir.check_directory(tmp_path, resume=False)
 
 
 def test_who_finds_no_others_says_so(monkeypatch):

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm import presets
 from tinyfm.calc import systems
+from tinyfm.recipes import registry
 
 # ---- the same system, as the reference libraries build it ---------------------------------------
 
@@ -267,7 +267,7 @@ def test_forward_flops_are_those_that_torch_counts(name):
     [("gpt2-124m", "gpt2"), ("gpt2-1.5b", "gpt2-xl"), ("llama-1b", "llama3.2-1b")],
 )
 def test_our_own_presets_are_the_published_shapes(preset, system):
-    run = presets.get_preset(preset).run
+    run = registry.get_preset(preset).run
     with torch.device("meta"):
         model = run.build_model()
     published = systems.get(system, run.model.context_length)

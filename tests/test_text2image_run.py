@@ -17,10 +17,10 @@ import sample
 import train
 from data import captioned, glyphs
 from data.report import Report
-from tinyfm import compose, presets, records
 from tinyfm.batches.pairs import ImageData
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import generated, judge
+from tinyfm.recipes import launch, registry, run_dir, text2image
 from tinyfm.training import checkpoint
 
 PARTS = {
@@ -105,9 +105,9 @@ def test_it_learns_and_draws_as_it_does(run):
 
 
 def test_what_is_frozen_is_that_of_its_parts(run, parts):
-    model = records.open_run(str(run)).model
+    model = run_dir.open_run(str(run)).model
     for name in PARTS:
-        own = records.open_run(str(parts[name])).model
+        own = run_dir.open_run(str(parts[name])).model
         own, taken = (
             (own.text_tower, model.text_tower) if name == "clip" else (own, model.autoencoder)
         )
@@ -132,12 +132,12 @@ def test_a_run_does_not_need_its_parts_again(run, arguments, parts, tmp_path):
     elsewhere = ["--autoencoder", tmp_path / "gone", "--clip", tmp_path / "gone"]
     assert call(train, *shorter, *elsewhere, "--resume") == 0
     assert losses(half)[-1] == losses(run)[-1]
-    table = evaluate.evaluate(records.open_run(str(half)), evaluate.Options(str(half)))
+    table = evaluate.evaluate(run_dir.open_run(str(half)), evaluate.Options(str(half)))
     assert table["val_loss"]["reached"] == pytest.approx(losses(run)[-1], rel=1e-4)
 
 
 def test_latents_are_encoded_once_and_again_for_other_weights(run, tmp_path):
-    opened = records.open_run(str(run))
+    opened = run_dir.open_run(str(run))
     config = dataclasses.replace(opened.run.data, cache=str(tmp_path))
     data = opened.run.open_data()
     plain = data.batch(3)
@@ -169,10 +169,10 @@ def tiny_presets(monkeypatch):
         own = ["--train.steps", "4", "--train.eval-every", "0", "--train.batch-size", "8"]
         words = [name, *sizes.split(), *own]
         tiny[f"text2image-{name}"] = dataclasses.replace(
-            presets.PRESETS[name], run=train.read_arguments(words)[2]
+            registry.PRESETS[name], run=train.read_arguments(words)[2]
         )
-    monkeypatch.setattr(presets, "PRESETS", presets.PRESETS | tiny)
-    whole = presets.PRESETS["text2image"]
+    monkeypatch.setattr(registry, "PRESETS", registry.PRESETS | tiny)
+    whole = registry.PRESETS["text2image"]
     sized = dataclasses.replace(tiny["text2image-autoencoder"].run.model)
     model = dataclasses.replace(
         whole.run.model, autoencoder=sized, clip=tiny["text2image-clip"].run.model,
@@ -181,7 +181,7 @@ def tiny_presets(monkeypatch):
         ),
     )  # fmt: skip
     changed = dataclasses.replace(whole, run=dataclasses.replace(whole.run, model=model))
-    monkeypatch.setitem(presets.PRESETS, "text2image", changed)
+    monkeypatch.setitem(registry.PRESETS, "text2image", changed)
 
 
 def test_parts_that_are_not_given_are_trained_first(common, tiny_presets, tmp_path, capsys):
@@ -242,9 +242,9 @@ def test_other_channels_than_the_pictures_have_are_named(arguments, tmp_path, ca
 
 
 def test_a_coloured_autoencoder_has_a_recipe_of_its_own():
-    grey = presets.get_preset("text2image").run
+    grey = registry.get_preset("text2image").run
     painted = dataclasses.replace(grey, data=dataclasses.replace(grey.data, color=True))
-    grey, painted = (compose.part_run(run, "autoencoder") for run in (grey, painted))
+    grey, painted = (text2image.part_run(run, "autoencoder") for run in (grey, painted))
     assert painted.model == dataclasses.replace(grey.model, in_channels=3, groups=1)
     assert painted.optim.kernels and not grey.optim.kernels
     assert painted.train == dataclasses.replace(grey.train, steps=500)
@@ -254,13 +254,13 @@ def test_parts_are_made_for_what_is_given(arguments, parts, pictures, tmp_path):
     """Few pictures make small batches; a given part says how the other one sees them."""
     words = [*arguments[:-2], "--clip", "", "--out", tmp_path / "x"]
     run = train.read_arguments([str(word) for word in [*words, "--data.template", "my {}"]])[2]
-    part = compose.part_run(run, "clip")
+    part = text2image.part_run(run, "clip")
     assert part.data.template == "my {}" and part.train.batch_size == 256
-    assert compose.fit_batch(part).train.batch_size == 16  # 60 pictures, of which 36 train
+    assert text2image.fit_batch(part).train.batch_size == 16  # 60 pictures, of which 36 train
     letters = dataclasses.replace(part, data=dataclasses.replace(part.data, path="letters"))
-    assert compose.fit_batch(letters) == letters
-    fitted, _ = compose.prepare(dataclasses.replace(run, dry_run=True), run, None, None)
-    assert fitted.model.autoencoder == records.open_run(str(parts["autoencoder"])).run.model
+    assert text2image.fit_batch(letters) == letters
+    fitted, _ = launch.prepare(dataclasses.replace(run, dry_run=True), run, None, None)
+    assert fitted.model.autoencoder == run_dir.open_run(str(parts["autoencoder"])).run.model
     assert (fitted.model.clip.image_size, fitted.model.clip.channels) == (8, 3)
 
 

@@ -13,11 +13,11 @@ from PIL.Image import open as open_image
 
 import sample
 import train
-from tinyfm import families, records
 from tinyfm.batches.pair_files import Split
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import zero_shot
+from tinyfm.recipes import registry, run_dir
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink"]
 SIZES = """clip --model.image-size 8 --model.channels 3 --model.patch-size 4 --model.image-layer 1
@@ -193,7 +193,7 @@ def test_a_class_is_as_probable_as_its_captions_together():
 
 
 def test_a_run_tells_its_model_how_many_pairs_there_are(run):
-    opened = records.open_run(str(run))
+    opened = run_dir.open_run(str(run))
     opened.run.get_ready(opened.model, opened.run.open_data())
     assert opened.model.config.rivals == "all" and opened.model.n_pairs == 86
 
@@ -220,7 +220,7 @@ def test_a_model_that_says_the_same_of_everything_recalls_nothing():
 
 
 def test_features_are_what_the_tower_gives_before_the_projection(run):
-    model = records.open_run(str(run)).model
+    model = run_dir.open_run(str(run)).model
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), np.uint8)
     x = zero_shot.image_features(model, images)
     assert x.shape == (5, 32) and torch.allclose(x.norm(dim=1), torch.ones(5))
@@ -252,6 +252,6 @@ def test_templates_are_read_off_the_captions():
 
 
 def test_families_are_known_by_name():
-    assert {name: run.family for name, run in families.FAMILIES.items()} == {
-        name: name for name in families.FAMILIES
+    assert {name: run.family for name, run in registry.FAMILIES.items()} == {
+        name: name for name in registry.FAMILIES
     }

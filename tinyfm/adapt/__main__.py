@@ -33,10 +33,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from tinyfm import adapt, presets, prompting, records
+from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
-from tinyfm.run import Run
+from tinyfm.recipes import base as records
+from tinyfm.recipes import classify, registry, run_dir
+from tinyfm.recipes.base import Run
 from tinyfm.training.trainer import Trainer
 
 METHODS = ("head", "bias", "lora 1", "lora 4", "full", "from scratch")
@@ -67,7 +69,7 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
         raise ValueError(f"there is no method {method!r}: use {', '.join(METHODS)}, or a rank")
     how = "full" if method == "from scratch" else name
     family = opened.run.base_family
-    run = presets.get_preset(family, "classify", how).run
+    run = registry.get_preset(family, "classify", how).run
     steps = options.steps[options.labels.index(labels)]
     given = options.data.path != TaskConfig.path
     data = replace(options.data, labels=labels, path=(options if given else run).data.path)
@@ -77,7 +79,7 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
     begun = {} if method == "from scratch" else {"init_from": options.run}
     width = {"rank": int(rank), "alpha": float(rank)} if how == "lora" else {}
     if method == "from scratch":  # as the preset pretrains
-        run = replace(run, optim=presets.get_preset(family).run.optim)
+        run = replace(run, optim=registry.get_preset(family).run.optim)
     adapter = replace(run.adapter, **width)
     return replace(
         run, model=opened.run.model, data=data, train=train, adapt=how, adapter=adapter, **begun
@@ -90,7 +92,7 @@ def train_one(run: Run, opened: records.OpenRun) -> Row:
     data = run.open_data()
     run = run.fit(data)
     torch.manual_seed(run.train.seed)
-    model = records.begin(run, opened if run.init_from else None)
+    model = run_dir.begin(run, opened if run.init_from else None)
     trained, _ = adapt.trained(model)
     peak = max(trace.step_bytes(model, run.optim, run.train.batch_size))
     brief = copy.copy(data)  # the trainer follows a loss that nobody reads here: one batch of it
@@ -111,7 +113,7 @@ def train_one(run: Run, opened: records.OpenRun) -> Row:
 def ask(opened: records.OpenRun, data: TaskData, shots: int) -> Row:
     """Zero-shot or few-shot: nothing is trained."""
     begun = time.process_time()
-    accuracy = prompting.tell_classes(opened, data, shots)["accuracy"]
+    accuracy = classify.tell_classes(opened, data, shots)["accuracy"]
     seconds = time.process_time() - begun
     return {"accuracy": accuracy, "trained": 0, "peak_bytes": 0, "stored_bytes": 0,
             "seconds": seconds}  # fmt: skip
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int | str:
         if len(options.steps) != len(options.labels):
             counts = f"{len(options.steps)} --steps, {len(options.labels)} --labels"
             raise ValueError(f"{counts}: give as many of the one as of the other")
-        opened = records.open_base(options.run)
+        opened = run_dir.open_base(options.run)
         for method in options.methods:  # an unknown one is told now
             run_of(options, opened, method, options.labels[0], 0)
         out = Path(options.out or f"runs/compare-{opened.run.family}")

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIP
 from tinyfm.ddpm import Diffusion, level
-from tinyfm.evaluate import metrics
 from tinyfm.gpt import GPT
 
 WIDTH = 256  # features of which one learning rate is the measure
@@ -139,16 +138,6 @@ def predictions(
     return {
         question: (torch.cat([p[question] for p in found]).float().cpu().numpy(), truth[:, q])
         for q, question in enumerate(model.classes)
-    }
-
-
-def score(model: Classifier, batches: Iterable[Batch]) -> dict[str, float]:
-    """metrics.classification of each question; where there are several, its name stands behind."""
-    found = predictions(model, batches)
-    return {
-        name + f" {question}" * (len(found) > 1): value
-        for question, (probabilities, labels) in found.items()
-        for name, value in metrics.classification(probabilities, labels).items()
     }
 
 

@@ -31,25 +31,13 @@ from tinyfm.calc.memory import Layout, Network, Training
 from tinyfm.calc.report import Parser, Report
 from tinyfm.common import gpus
 from tinyfm.common.gpus import Assumptions
+from tinyfm.recipes.run_dir import rebuild
 
 if TYPE_CHECKING:
     pass
 
 # ---- a module about to be trained ---------------------------------------------------------------
-
-
 # ---- what the command line asks about -----------------------------------------------------------
-
-
-def rebuild(path: Path):
-    """The run that a config.json describes, as a value of its run type."""
-    from tinyfm import records
-    from tinyfm.common import files
-
-    try:
-        return records.read_run(files.read_json(path))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not of this version: {error}") from error
 
 
 def own(name: str, run) -> tuple[Network, Training]:
@@ -77,11 +65,11 @@ def find(name: str, context: int = 0) -> tuple[Network, Training | None]:
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} is not a run directory: it has no config.json")
         return own(name, rebuild(path / "config.json"))
-    from tinyfm import presets
+    from tinyfm.recipes import registry
 
-    if name in presets.PRESETS:
-        return own(name, presets.get_preset(name).run)
-    hint = systems.nearest(name, [*systems.rows(), *presets.PRESETS])
+    if name in registry.PRESETS:
+        return own(name, registry.get_preset(name).run)
+    hint = systems.nearest(name, [*systems.rows(), *registry.PRESETS])
     if path.parent.name:
         hint = "a run is there once train.py has begun it"
     raise ValueError(f"there is no system, preset or run directory {name!r}; {hint}")

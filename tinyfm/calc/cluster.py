@@ -77,14 +77,14 @@ def pretend(ranks: int) -> Iterator[None]:
 def find(name: str) -> tuple[nn.Module, OptimConfig, int]:
     """(model without memory, optimizers, rows of a batch) of a preset, or of a published GPT or
     Llama with a batch of one row a GPU: 0. Raises ValueError for another name."""
-    from tinyfm import presets
     from tinyfm.gpt import GPT, GPTConfig
+    from tinyfm.recipes import gpt, registry
 
-    forms = {"gpt": presets.GPT2, "llama": presets.LLAMA}
+    forms = {"gpt": gpt.GPT2, "llama": gpt.LLAMA}
     system = systems.get(name) if name in systems.rows() else None
     with torch.device("meta"):
         if system is None:
-            run = presets.get_preset(name).run
+            run = registry.get_preset(name).run
             return run.build_model(), run.optim, run.train.batch_size
         if system.family not in forms:
             raise ValueError(f"{name} is of family {system.family}; use one of {', '.join(forms)}")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyfm.calc import __main__ as calc
 from tinyfm.calc import estimate, report
 from tinyfm.calc.scaling_laws import FORMS, Fitted, fit_law
+from tinyfm.recipes import run_dir as calc
 
 
 @dataclass(frozen=True)

@@ -114,37 +114,6 @@ def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet
 # ---- text to image ------------------------------------------------------------------------------
 
 
-def to_images(pixels: np.ndarray) -> Tensor:
-    """uint8 (H, W, C) -> (1, C, H, W) in [-1, 1]."""
-    return torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def read_given(config, init_image: str, mask: str, upscale: str) -> dict[str, Tensor]:
-    """Files as TextToImage.generate takes them: init_images in the model's size, what a mask has
-    white as 1, a small picture as it is. Raises ValueError for files that do not go together."""
-    size, channels = config.autoencoder.image_size, config.autoencoder.in_channels
-    given = {}
-    if init_image:
-        given["init_images"] = to_images(pictures.read(init_image, size, channels))
-    if mask:
-        if not init_image:
-            raise ValueError(f"--mask {mask} says what to draw anew of --init-image, which lacks")
-        sides = [pictures.size_of(path) for path in (mask, init_image)]
-        if sides[0] != sides[1]:
-            (w, h), (W, H) = sides
-            raise ValueError(f"--mask is {w} x {h} pixels, --init-image {W} x {H}; make them equal")
-        given["mask"] = (to_images(pictures.read(mask, size, 1)) > 0).float()
-    if upscale:
-        if init_image:
-            raise ValueError(f"--upscale {upscale} goes without --init-image; leave one out")
-        width, height = pictures.size_of(upscale)
-        if width != height or size % width:
-            sizes = " or ".join(f"{size // k} x {size // k}" for k in (4, 2))
-            raise ValueError(f"--upscale is {width} x {height} pixels; give {sizes}")
-        given["upscale"] = to_images(pictures.read(upscale, width, channels))
-    return given
-
-
 def illustrate(
     model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how
 ) -> Tensor:

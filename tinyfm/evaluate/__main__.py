@@ -21,22 +21,25 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from torch import nn
 
-from tinyfm import prompting, records
 from tinyfm.batches.pairs import GLYPHS
 from tinyfm.common import device as machine
 from tinyfm.common.seeds import row_generators
-from tinyfm.evaluate import generated
+from tinyfm.evaluate import generated, likelihood
 from tinyfm.evaluate.generated import draw_held_out
 from tinyfm.evaluate.metrics import Scores
 from tinyfm.evaluate.zero_shot import by_features, clip_scores, draw_confusions, pixels
-from tinyfm.run import Run
+from tinyfm.recipes import base, registry, run_dir
+from tinyfm.recipes import base as records
+from tinyfm.recipes.base import Run
+from tinyfm.recipes.classify import tell_classes
 
 
 def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
@@ -90,8 +93,8 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
     base = None
     if run.init_from:
         with contextlib.suppress(ValueError):  # it may be gone by now: this run needs it no more
-            base = records.open_same_base(run)
-    first = records.begin(run, base).eval()
+            base = run_dir.open_same_base(run)
+    first = run_dir.begin(run, base).eval()
     learnt = {name for name, p in opened.model.named_parameters() if p.requires_grad}
     given = {k: v for k, v in opened.model.state_dict().items() if k not in learnt}
     first.load_state_dict(given, strict=False)  # what was frozen was not trained by this run
@@ -125,14 +128,14 @@ def evaluate(opened: records.OpenRun, options: Options) -> dict[str, dict[str, f
 def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
-        opened = records.open_run(options.run, options.raw)
+        opened = run_dir.open_run(options.run, options.raw)
         if options.picture and not can_draw(opened.run):
             needed = "a CLIP with texts, or text-to-image on letters"
             raise ValueError(f"--picture shows names that were confused, or drawn: use {needed}")
-        asked = {name: getattr(options, name) for name in prompting.QUESTIONS}
+        asked = {name: getattr(options, name) for name in QUESTIONS}
         if any(asked.values()):
             opened.model.to(machine.choose_device(options.device))
-            table = prompting.answer(opened, asked, options.shots)
+            table = answer(opened, asked, options.shots)
         else:
             table = evaluate(opened, options)
     except (ValueError, OSError) as error:
@@ -152,3 +155,86 @@ def main() -> int | str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# FOLDED: merge this into the module's docstring
+# Prompting: what a trained model answers as it is, with no weight changed.
+#
+# A language model gives any text a likelihood (scoring.py). So it can be asked how well it foretells
+# a text, which of several continuations is likelier, and, with some labelled examples in front, which
+# label belongs to one more: few-shot learning in context (Brown et al. 2020). A CLIP compares an
+# image with the names of classes. `python -m tinyfm.evaluate RUN --text | --choices | --task` prints
+# what comes of it.
+
+Scores = dict[str, float]
+
+
+def score_text(opened: base.OpenRun, path: str, shots: int) -> Scores:
+    """Of a file, a folder or a "glob", each text from its beginning."""
+    found = likelihood.score_file(opened.model, opened.tokenizer, path)
+    return {"perplexity": found.perplexity, "bits per byte": found.bits_per_byte}
+
+
+def read_choices(path: str) -> list[dict]:
+    """Questions of a jsonl. Raises ValueError with the line that is none."""
+    questions = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            choices = question["choices"]
+            texts = all(isinstance(text, str) for text in (question["context"], *choices))
+            if not texts or not 0 <= question["answer"] < len(choices) or len(choices) < 2:
+                raise ValueError("context and choices are texts, answer a place among two or more")
+        except (ValueError, KeyError, TypeError) as error:
+            form = '{"context": "2+2=", "choices": ["4", "5"], "answer": 0}'
+            raise ValueError(f"{path}:{number} is no question as {form}: {error!r}") from error
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} has no question")
+    return questions
+
+
+def answer_choices(opened: base.OpenRun, path: str, shots: int) -> Scores:
+    """Share of questions whose likeliest choice is the answer: in total, by token, by byte."""
+    questions = read_choices(path)
+    asked = [(question["context"], question["choices"]) for question in questions]
+    found = likelihood.choose(opened.model, opened.tokenizer, asked)
+    scores = {"by chance": sum(1 / len(choices) for _, choices in asked) / len(asked)}
+    for rule in ("total", "token", "byte"):
+        best = [max(range(len(c.scores)), key=lambda i: c.scores[i].by(rule)) for c in found]
+        right = [place == question["answer"] for place, question in zip(best, questions)]
+        scores[f"right, likelihood by {rule}"] = sum(right) / len(right)
+    return scores
+
+
+def answer_task(opened: base.OpenRun, path: str, shots: int) -> Scores:
+    """`tell_classes` of the task that a path names."""
+    run = registry.get_preset(opened.run.base_family, "classify").run
+    saved = str(opened.folder) if opened.tokenizer else ""
+    config = replace(run.data, path=path, tokenizer=saved, labels=0)
+    data = replace(run, model=opened.run.model, data=config).open_data()
+    lines = data.baselines()[next(iter(data.classes))]
+    return {"by chance": lines["chance"], **tell_classes(opened, data, shots)}
+
+
+QUESTIONS = {"text": score_text, "choices": answer_choices, "task": answer_task}
+
+
+def answer(opened: base.OpenRun, asked: dict[str, str], shots: int) -> dict[str, Scores]:
+    """{measure: {"reached": ...}} of what is asked: {name of a question: a path, or ""}.
+
+    Raises ValueError for what the family cannot be asked.
+    """
+    table, family = {}, opened.run.family
+    if shots and (family == "clip" or not asked["task"]):
+        raise ValueError("--shots shows a GPT labelled examples of a --task: it needs both")
+    for name, path in asked.items():
+        if not path:
+            continue
+        if family not in ("gpt", "chat") and (family, name) != ("clip", "task"):
+            raise ValueError(f"--{name} is not for a run of family {family}")
+        found = QUESTIONS[name](opened, path, shots)
+        table |= {f"{name} {path}: {key}": {"reached": value} for key, value in found.items()}
+    return table

@@ -27,11 +27,12 @@ from typing import Any
 
 import tyro
 
-from tinyfm import generate, records
+from tinyfm import generate
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.common import device as machine
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
+from tinyfm.recipes import run_dir
 
 try:
     from lm_eval import simple_evaluate
@@ -57,7 +58,7 @@ class TinyFM(LM):
         """Raises ValueError if the run holds no language model."""
         super().__init__()
         if model is None:
-            opened = records.open_run(run)
+            opened = run_dir.open_run(run)
             if not isinstance(opened.model, GPT):
                 raise ValueError(f"{run} is of family {opened.run.family}: no language model")
             model, tokenizer = opened.model, opened.tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tinyfm import adapt
 from tinyfm.adapt import peft
-from tinyfm.records import open_run
+from tinyfm.recipes.run_dir import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

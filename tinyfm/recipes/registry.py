@@ -7,73 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
-from typing import Any
 
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.batches.pairs import ImageConfig, PairConfig
 from tinyfm.batches.text import TextConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.families import TASKS
 from tinyfm.gpt import GPTConfig
-from tinyfm.image_families import AutoencoderRun, CLIPRun, DDPMRun, TextToImageRun
-from tinyfm.records import differences, to_record
-from tinyfm.run import Run
+from tinyfm.recipes.autoencoder import AutoencoderClassifyRun, AutoencoderRun, walk
+from tinyfm.recipes.base import Preset
+from tinyfm.recipes.classify import classify
+from tinyfm.recipes.clip import CLIPClassifyRun, CLIPRun, sample_clip
+from tinyfm.recipes.ddpm import DDPMClassifyRun, DDPMRun, denoise
+from tinyfm.recipes.gpt import (
+    GPT2,
+    LLAMA,
+    SWEEP,
+    ChatRun,
+    GPTClassifyRun,
+    GPTRun,
+    gpt_run,
+    sweep_run,
+    talk,
+    write_texts,
+)
+from tinyfm.recipes.text2image import LETTERS, TextToImageRun, illustrate
 from tinyfm.text2image import TextToImageConfig
-from tinyfm.text_families import GPTRun
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    about: str
-    run: Run
-    usual: str = ""  # what a run of it reaches, as recorded in the README
-
-
-def gpt_run(steps: int, batch_size: int, micro: int = 0, optim: dict | None = None, data=None,
-            **model: Any) -> GPTRun:  # fmt: skip
-    """A GPU-size run: a batch of batch_size rows, micro of them at a time."""
-    every = max(1, steps // 20)
-    train = TrainConfig(steps, batch_size, micro, eval_every=every, compile=True)
-    optim_config = OptimConfig(**{"lr": 6e-4, "warmup_steps": steps // 50, **(optim or {})})
-    text = data or TextConfig(tokenizer="bpe")
-    return GPTRun(model=GPTConfig(**model), data=text, optim=optim_config, train=train)
-
-
-SWEEP = "one of six runs for a scaling law, and a larger one to foretell"
-
-
-def sweep_run(d_model: int, steps: int) -> GPTRun:
-    """A small GPT on the standard library's code; 0.45 tokens a parameter, whatever the size."""
-    model = GPTConfig(
-        vocab_size=4096, context_length=256, n_layer=2, n_head=d_model // 32, d_model=d_model
-    )
-    return GPTRun(
-        model=model,
-        data=TextConfig(path="stdlib", val_fraction=0.03),
-        optim=OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
-        train=TrainConfig(steps=steps, batch_size=16, micro_batch_size=8, eval_every=0),
-    )
-
-
-GPT2 = {
-    "vocab_size": 50257, "context_length": 1024, "position": "learned", "norm": "layernorm",
-    "norm_eps": 1e-5, "mlp": "gelu", "bias": True, "tied": True, "qk_norm": False,
-    "zero_init": False,
-}  # fmt: skip
-LETTERS = {  # the parts of text2image, smaller than the runs on all glyphs
-    "autoencoder": AutoencoderConfig(beta_warmup_steps=50),
-    "clip": CLIPConfig(context_length=24, rivals="all", memory=2048, memory_after=360),
-}
-COLOR = {  # text2image-autoencoder's, for letters in colour: what differs most is the paper, and
-    # AdamW learns little else; Muon, which evens the directions out, learns the ink as well
-    "optim": OptimConfig(lr=1e-3, kernels=True, warmup_steps=20, decay_fraction=0.6),
-    "train": TrainConfig(steps=500, batch_size=32, eval_every=125),
-}
-LLAMA = {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False}
 
 PRESETS = {
     "gpt": Preset(
@@ -217,15 +178,33 @@ def get_preset(name: str, task: str = "", adapt: str = "full", init_from: str = 
     raise ValueError(f"--task {task} is not for a run of family {preset.run.family}: {known}")
 
 
-def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
-    """One line: untrained, reached, usual."""
-    name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
-    reached = scores[name]
-    train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is as usual
-    run = dataclasses.replace(run, train=train)
-    same = not differences(to_record("", preset.run), to_record("", run))
-    usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
-    usual = usual or "no usual value: this is not a preset as it stands"
-    untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
-    before = "before" if run.init_from else "untrained"
-    return f"{name}: {untrained} {before}, {reached:.3f} reached; {usual}"
+# ---- GPT: continue a text -----------------------------------------------------------------------
+
+# ---- CLIP, autoencoder, diffusion: find.py and draw.py do the work ------------------------------
+
+
+# FOLDED: merge this into the module's docstring
+# Run types: what binds a family to the trainer.
+#
+# A run type is a dataclass of configs, each an option on the command line, that knows how to build
+# its model, open its data, and what to measure and show as it learns. The trainer knows none of them.
+# What all have is in run.py. To add a family: its module, a data set, and its run type, in RUNS;
+# presets.py names runs.
+
+
+# FOLDED: merge this into the module's docstring
+# What sample.py does with a run, one function a family: text, names, pictures.
+#
+# `options` are sample.py's. All errors of a user are ValueErrors.
+
+
+PRETRAINING = (GPTRun, CLIPRun, AutoencoderRun, DDPMRun, TextToImageRun)
+TASKS = (ChatRun, GPTClassifyRun, CLIPClassifyRun, AutoencoderClassifyRun, DDPMClassifyRun)
+FAMILIES = {run.family: run for run in PRETRAINING + TASKS}
+
+
+FAMILIES = {
+    "gpt": write_texts, "chat": talk, "clip": sample_clip, "autoencoder": walk, "ddpm": denoise,
+    "text2image": illustrate,
+    **{f"{trunk}-classify": classify for trunk in ("gpt", "clip", "autoencoder", "ddpm")},
+}  # fmt: skip

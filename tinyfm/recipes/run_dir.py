@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from torch import nn
 
 from tinyfm import adapt
 from tinyfm.common import files
-from tinyfm.families import FAMILIES
-from tinyfm.run import Run
-from tinyfm.tokenizer import Tokenizer
+from tinyfm.recipes.base import OpenRun, Preset, Run
+from tinyfm.recipes.registry import FAMILIES
 from tinyfm.training import checkpoint
 
 
@@ -90,16 +88,6 @@ def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
 
 
 # ---- opening a trained run ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    run: Run  # its configs
-    model: nn.Module
-    tokenizer: Tokenizer | None  # of a family that reads text
-    folder: Path  # the checkpoint that was read
-    meta: dict[str, Any]  # its step and scores
-    weights: str  # "ema" or "model"
 
 
 def read_run(record: dict[str, Any]) -> Run:
@@ -190,3 +178,27 @@ def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
             adapt.load_adapter(opened.model, tensors, run.adapt, run.adapter, own, run.base_hash)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
+    """One line: untrained, reached, usual."""
+    name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
+    reached = scores[name]
+    train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is as usual
+    run = dataclasses.replace(run, train=train)
+    same = not differences(to_record("", preset.run), to_record("", run))
+    usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
+    usual = usual or "no usual value: this is not a preset as it stands"
+    untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
+    before = "before" if run.init_from else "untrained"
+    return f"{name}: {untrained} {before}, {reached:.3f} reached; {usual}"
+
+
+def rebuild(path: Path):
+    """The run that a config.json describes, as a value of its run type."""
+    from tinyfm.common import files
+
+    try:
+        return read_run(files.read_json(path))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not of this version: {error}") from error

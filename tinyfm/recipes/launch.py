@@ -12,73 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from data import captioned
-from data.report import Report
-from tinyfm import adapt, presets, records
-from tinyfm.batches.pairs import GLYPHS
+from tinyfm import adapt
 from tinyfm.common import files
-from tinyfm.presets import Preset
-from tinyfm.records import OpenRun
-from tinyfm.run import Run
+from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes.base import OpenRun, Preset, Run
+from tinyfm.recipes.text2image import check_batch, fit, fit_batch, part_run
 from tinyfm.training import checkpoint
 
 Train = Callable[[str, Preset, Run], int]  # (name, preset, run) -> exit status, 0 if it is done
 
 
-def part_run(run: Run, option: str) -> Run:
-    """The run of a part, on the same pictures, device and seed. Its `out` is a new one, or goes
-    on."""
-    part, out = presets.get_preset(run.needs[option]).run, f"{run.out}-{option}"
-    same = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
-    same |= {"template": run.data.template} if option == "clip" else {}
-    where = {name: getattr(run.train, name) for name in ("seed", "device", "dtype")}
-    channels = "channels" if option == "clip" else "in_channels"
-    sizes = {"image_size": run.model.autoencoder.image_size,
-             channels: 3 if run.data.color else run.model.autoencoder.in_channels}  # fmt: skip
-    if run.data.color and option == "autoencoder":
-        part = replace(part, **presets.COLOR)
-        sizes["groups"] = 1  # normalised in small groups, a plain paper loses its colour
-    return replace(
-        part, model=replace(part.model, **sizes), data=replace(part.data, **same),
-        train=replace(part.train, **where), out=out, resume=Path(out).exists(),
-    )  # fmt: skip
-
-
-def training_rows(run: Run) -> int:
-    """How many of one's own pictures a run will train on, if all are good. Raises ValueError if
-    there are none, or none with the captions it needs."""
-    found = len(captioned.pairs(run.data.path, Report(), run.data.template))
-    return found - max(2, round(run.data.val_fraction * found))
-
-
-def fit_batch(part: Run) -> Run:
-    """The run of a part, on few pictures of one's own in batches that are halved until two of them
-    are there. Raises ValueError as `training_rows` does."""
-    if part.data.path in GLYPHS:
-        return part
-    rows, batch_size = training_rows(part), part.train.batch_size
-    while batch_size > max(2, rows // 2):
-        batch_size //= 2
-    return replace(part, train=replace(part.train, batch_size=batch_size))
-
-
-def check_batch(run: Run) -> None:
-    """Raise ValueError if one's own pictures do not fill a batch: before any part is trained."""
-    if run.data.path in GLYPHS:
-        return
-    if 2 <= (rows := training_rows(run)) < run.train.batch_size:
-        advice = f"use --train.batch-size <= {rows}, or add pairs"
-        raise ValueError(f"{rows} training pictures, {run.train.batch_size} in a batch: {advice}")
-
-
 def open_part(option: str, folder: str) -> OpenRun:
     """A trained part. Raises ValueError for a folder without one."""
-    part = records.open_run(folder)
+    part = run_dir.open_run(folder)
     if (found := part.run.family) != option:
         raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
     return part
@@ -116,26 +66,18 @@ def open_others(run: Run, usual: Run) -> tuple[Run, dict[str, OpenRun]]:
     """The run as it begins from its base, if any; base and teacher, opened."""
     others = {}
     if run.init_from:
-        others["base"] = records.open_base(run.init_from)
+        others["base"] = run_dir.open_base(run.init_from)
         run = as_base(run, usual, others["base"])
     elif run.adapt != "full":
         raise ValueError(f"--adapt {run.adapt} changes a trained model: say which, --init-from RUN")
     if getattr(run, "teacher", ""):
-        teacher = others["teacher"] = records.open_run(run.teacher)
+        teacher = others["teacher"] = run_dir.open_run(run.teacher)
         if (found := teacher.run.base_family) != run.base_family:
             raise ValueError(f"--teacher {run.teacher} is a run of family {found}, no GPT")
         if run.data.tokenizer == usual.data.tokenizer:  # both must read alike
             data = replace(run.data, tokenizer=str(teacher.folder))
             run = replace(run, data=data)
     return run, others
-
-
-def fit(run: Run, autoencoder, clip) -> Run:
-    """The run with the configs of its parts, the denoiser's sizes following from theirs."""
-    sizes = {"image_size": autoencoder.image_size // autoencoder.factor,
-             "in_channels": autoencoder.latent_channels, "d_context": clip.text_width}  # fmt: skip
-    diffusion = replace(run.model.diffusion, **sizes)
-    return replace(run, model=type(run.model)(diffusion, autoencoder, clip))
 
 
 def prepare(
@@ -151,7 +93,7 @@ def prepare(
         return run, others
     if run.resume or "base" in others:
         folder = checkpoint.find(run.out if run.resume else run.init_from)
-        record = records.read_run(files.read_json(folder / "config.json"))
+        record = run_dir.read_run(files.read_json(folder / "config.json"))
         own = dict.fromkeys(run.needs, str(folder))
         return replace(fit(run, record.model.autoencoder, record.model.clip), **own), others
     given = {option: getattr(run, option) for option in run.needs if getattr(run, option)}
@@ -167,7 +109,7 @@ def prepare(
     for option, part in {option: fit_batch(part) for option, part in new.items()}.items():
         preset = run.needs[option]
         say(f"--- the {option}, in {part.out}")
-        if status := train(preset, presets.get_preset(preset), part):
+        if status := train(preset, registry.get_preset(preset), part):
             raise SystemExit(status)
         parts[option] = open_part(option, part.out)
     own = {option: str(part.folder) for option, part in parts.items()}
@@ -176,7 +118,7 @@ def prepare(
 
 def build(run: Run, others: dict[str, OpenRun], data: Any) -> nn.Module:
     """The model as its training begins, with the weights of the runs it takes."""
-    model = records.begin(run, others.get("base"))
+    model = run_dir.begin(run, others.get("base"))
     if "clip" in others:
         model.autoencoder.load_state_dict(others["autoencoder"].model.state_dict())
         model.text_tower.load_state_dict(others["clip"].model.text_tower.state_dict())
