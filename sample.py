@@ -118,7 +118,7 @@ def main() -> int | str:
             f"{device}, {str(dtype)[6:]}",
             file=sys.stderr,
         )
-        registry.FAMILIES[opened.run.family](opened, options)
+        registry.SAMPLERS[opened.run.family](opened, options)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: who reads has enough, and Python shall not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -166,8 +166,6 @@ if __name__ == "__main__":
 # image with the names of classes. `python -m tinyfm.evaluate RUN --text | --choices | --task` prints
 # what comes of it.
 
-Scores = dict[str, float]
-
 
 def score_text(opened: base.OpenRun, path: str, shots: int) -> Scores:
     """Of a file, a folder or a "glob", each text from its beginning."""

@@ -16,21 +16,6 @@ from tinyfm.recipes.classify import PictureClassifyRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderClassifyRun(PictureClassifyRun):
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-
-    family: ClassVar[str] = "autoencoder-classify"
-    trunk_run: ClassVar[type[Run]] = AutoencoderRun
-
-
-def walk(opened: base.OpenRun, options) -> None:
-    """n held-out pictures, what the model makes of them, and what lies between their codes."""
-    val, seed = opened.run.open_data().val, options.sampling.seed
-    chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
-    write_png(sheets.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
-
-
-@dataclass(frozen=True, kw_only=True)
 class AutoencoderRun(ImageRun):
     """Squeeze pictures into few numbers, and rebuild them."""
 
@@ -64,3 +49,18 @@ class AutoencoderRun(ImageRun):
         """Draw validation pictures and their reconstructions."""
         images = next(data.val_batches(self.SHOWN))["images"]
         return self.save(sheets.reconstructions(model, images), folder, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderClassifyRun(PictureClassifyRun):
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    family: ClassVar[str] = "autoencoder-classify"
+    trunk_run: ClassVar[type[Run]] = AutoencoderRun
+
+
+def walk(opened: base.OpenRun, options) -> None:
+    """n held-out pictures, what the model makes of them, and what lies between their codes."""
+    val, seed = opened.run.open_data().val, options.sampling.seed
+    chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
+    write_png(sheets.latent_space(opened.model, val.batch(chosen)["images"], seed), options)

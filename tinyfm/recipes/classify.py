@@ -24,7 +24,7 @@ from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.common import files
 from tinyfm.evaluate import likelihood, metrics, zero_shot
-from tinyfm.evaluate.__main__ import Scores
+from tinyfm.evaluate.metrics import Scores
 from tinyfm.recipes import base
 from tinyfm.recipes.base import ImageRun, Run, print_shares
 

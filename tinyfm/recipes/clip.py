@@ -89,20 +89,6 @@ def match(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPClassifyRun(PictureClassifyRun):
-    model: CLIPConfig = field(default_factory=CLIPConfig)
-
-    family: ClassVar[str] = "clip-classify"
-    trunk_run: ClassVar[type[Run]] = CLIPRun
-
-
-def sample_clip(opened: base.OpenRun, options) -> None:
-    """Name an image, or find images for a prompt."""
-    out = options.out or "found.png"
-    match(opened, options.image, options.labels, options.prompt, options.n or 1, out)
-
-
-@dataclass(frozen=True, kw_only=True)
 class CLIPRun(Run):
     """Align images with text, or images with themselves."""
 
@@ -175,3 +161,17 @@ class CLIPRun(Run):
         save_grid(images, folder / f"step-{step:06d}.png", 8, found)
         pairs = [f"{split.labels[rows[i]]} -> {found[i]}" for i in range(0, n, max(1, n // 3))]
         return f"--- step {step} names: " + "; ".join(pairs[:3])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPClassifyRun(PictureClassifyRun):
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+
+    family: ClassVar[str] = "clip-classify"
+    trunk_run: ClassVar[type[Run]] = CLIPRun
+
+
+def sample_clip(opened: base.OpenRun, options) -> None:
+    """Name an image, or find images for a prompt."""
+    out = options.out or "found.png"
+    match(opened, options.image, options.labels, options.prompt, options.n or 1, out)

@@ -13,20 +13,6 @@ from tinyfm.recipes.classify import PictureClassifyRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPMClassifyRun(PictureClassifyRun):
-    model: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-    family: ClassVar[str] = "ddpm-classify"
-    trunk_run: ClassVar[type[Run]] = DDPMRun
-
-
-def denoise(opened: base.OpenRun, options) -> None:
-    """n pictures, or the film of how the first of them came about."""
-    make, seed = sheets.film if options.film else sheets.samples, options.sampling.seed
-    write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DDPMRun(ImageRun):
     """Make pictures from noise."""
 
@@ -54,3 +40,17 @@ class DDPMRun(ImageRun):
         """Draw samples."""
         steps = min(20, self.model.diffusion_steps)
         return self.save(sheets.samples(model, self.SHOWN, "dpm++", steps, seed=0), folder, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMClassifyRun(PictureClassifyRun):
+    model: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    family: ClassVar[str] = "ddpm-classify"
+    trunk_run: ClassVar[type[Run]] = DDPMRun
+
+
+def denoise(opened: base.OpenRun, options) -> None:
+    """n pictures, or the film of how the first of them came about."""
+    make, seed = sheets.film if options.film else sheets.samples, options.sampling.seed
+    write_png(make(opened.model, options.n or 16, options.sampler, options.steps, seed), options)

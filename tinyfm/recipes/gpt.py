@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data import labelled
+from data import labelled as label_files
 from data.labelled import SPLITS
 from data.report import Report
 from tinyfm import compiled, generate, tokenizer
@@ -197,7 +197,7 @@ def guess(opened: base.OpenRun, options) -> None:
     if not options.examples or not options.prompt:
         lacks = "--examples FILE" if not options.examples else "--prompt TEXT"
         raise ValueError(f"to guess a label of --prompt, as in --examples: {lacks} is not given")
-    rows = labelled.text_rows(options.examples, Report(), "", labelled.LABEL_COLUMNS)
+    rows = label_files.text_rows(options.examples, Report(), "", label_files.LABEL_COLUMNS)
     names = np.array([row.labels for row in rows])
     order = np.random.default_rng(options.sampling.seed).permutation(len(rows))
     chosen = tasks.stratified(names, order)[: options.shots]

@@ -203,7 +203,7 @@ TASKS = (ChatRun, GPTClassifyRun, CLIPClassifyRun, AutoencoderClassifyRun, DDPMC
 FAMILIES = {run.family: run for run in PRETRAINING + TASKS}
 
 
-FAMILIES = {
+SAMPLERS = {
     "gpt": write_texts, "chat": talk, "clip": sample_clip, "autoencoder": walk, "ddpm": denoise,
     "text2image": illustrate,
     **{f"{trunk}-classify": classify for trunk in ("gpt", "clip", "autoencoder", "ddpm")},

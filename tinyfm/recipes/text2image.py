@@ -19,7 +19,7 @@ from tinyfm.batches.latents import LatentConfig, LatentData
 from tinyfm.batches.pairs import GLYPHS
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import sheets
-from tinyfm.recipes import base, registry
+from tinyfm.recipes import base
 from tinyfm.recipes.base import ImageRun, Run, write_png
 from tinyfm.recipes.ddpm import DDPMRun
 from tinyfm.text2image import TextToImage, TextToImageConfig
@@ -86,6 +86,8 @@ COLOR = {  # text2image-autoencoder's, for letters in colour: what differs most 
 def part_run(run: Run, option: str) -> Run:
     """The run of a part, on the same pictures, device and seed. Its `out` is a new one, or goes
     on."""
+    from tinyfm.recipes import registry
+
     part, out = registry.get_preset(run.needs[option]).run, f"{run.out}-{option}"
     same = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
     same |= {"template": run.data.template} if option == "clip" else {}
