@@ -57,7 +57,7 @@ def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/training"))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # fmt: skip
     with TemporaryDirectory() as folder:

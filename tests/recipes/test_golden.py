@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_sharded import FAMILIES, make
+from test_parallel import FAMILIES, make
 
 STEPS = 40
 RECORDED = Path(__file__).parent / "golden.json"

@@ -209,7 +209,7 @@ def two(tmp_path_factory) -> Path:
     """The folder in which one rank trained GPT ("one"), and two did all of `ranks`."""
     base = tmp_path_factory.mktemp("ranks")
     make("gpt", base / "one").fit()
-    script = "import sys; from test_sharded import ranks; ranks(sys.argv[1])"
+    script = "import sys; from test_parallel import ranks; ranks(sys.argv[1])"
     said = run_two_ranks(script, base)
     for out, _ in said:
         assert out.endswith("done\n") and "nothing to show" not in out, said
@@ -337,7 +337,7 @@ def test_a_signal_waits_for_the_last_save(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from test_sharded import Logbook, make
+from test_parallel import Logbook, make
 Logbook.draw = lambda self: None
 trainer = make("gpt", Path(sys.argv[1]))
 def write(folder):
@@ -369,7 +369,7 @@ def test_a_save_killed_half_way_leaves_the_one_before(tmp_path):
 JOB = """
 import sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from test_sharded import dying_rank
+from test_parallel import dying_rank
 
 config = LaunchConfig(1, 1, 2, run_id="job", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                       max_restarts=1, monitor_interval=0.05, start_method="fork")

@@ -16,7 +16,7 @@ from PIL.Image import open as open_image
 from data import glyphs
 from data.report import Report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

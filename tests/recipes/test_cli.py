@@ -29,7 +29,7 @@ from tinyfm.recipes import gpt, registry, run_dir
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict:

@@ -496,7 +496,7 @@ fake = [text for text in found if "fakepackage" in text[:20]]
 once = "".join(found).count("Compute the qr factorization")
 print(json.dumps([fake, heavy, size, report.skipped, once]))
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     path = "import sys; sys.path += " + repr([str(root), str(tmp_path)])
     done = subprocess.run(
         [sys.executable, "-c", path + code], capture_output=True, encoding="utf-8", check=True

@@ -25,7 +25,7 @@ from tinyfm.batches import pair_files
 from tinyfm.batches.order import shuffle_runs
 from tinyfm.batches.pairs import PairConfig, PairData
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def noise(height, width, channels=3, seed=0) -> np.ndarray:

@@ -24,7 +24,7 @@ from tinyfm.common import files
 from tinyfm.common.files import CheckpointError
 from tinyfm.training import checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = {"model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}}
 
 
