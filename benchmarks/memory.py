@@ -101,7 +101,7 @@ def measure(name: str, gib: float) -> str:
 def main(names: list[str], gib: float) -> None:
     from tinyfm.recipes import registry
 
-    for name in names or registry.PRESETS:
+    for name in names or registry.all_presets():
         command = [sys.executable, __file__, name, "--gib", str(gib), "--here"]
         subprocess.run(command, cwd=ROOT, check=True)
 

@@ -37,9 +37,9 @@ import tyro
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
-from tinyfm.recipes import base as records
-from tinyfm.recipes import classify, registry, run_dir
-from tinyfm.recipes.base import Run
+from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes.base import OpenRun, Run
+from tinyfm.recipes.classify import score_untrained
 from tinyfm.training.trainer import Trainer
 
 METHODS = ("head", "bias", "lora 1", "lora 4", "full", "from scratch")
@@ -63,7 +63,7 @@ Row = dict[str, float | int | str]
 # ---- one way ------------------------------------------------------------------------------------
 
 
-def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, seed: int) -> Run:
+def run_of(options: Options, opened: OpenRun, method: str, labels: int, seed: int) -> Run:
     """The run of a method. Raises ValueError for a method or a family that there is not."""
     name, _, rank = method.partition(" ")
     if method not in METHODS and not (name == "lora" and rank.isdigit()):
@@ -87,13 +87,13 @@ def run_of(options: Options, opened: records.OpenRun, method: str, labels: int, 
     )
 
 
-def train_one(run: Run, opened: records.OpenRun) -> Row:
+def train_one(run: Run, opened: OpenRun) -> Row:
     """Train as `run` says; what it reaches on what is held out, and what it costs."""
     begun = time.process_time()
     data = run.open_data()
-    run = run.fit(data)
+    run = replace(run, **run.facts_of(data))
     torch.manual_seed(run.train.seed)
-    model = run_dir.begin(run, opened if run.init_from else None)
+    model = run_dir.build_start(run, opened if run.init_from else None)
     trained, _ = adapt.trained(model)
     peak = max(trace.step_bytes(model, run.optim, run.train.batch_size))
     brief = copy.copy(data)  # the trainer follows a loss that nobody reads here: one batch of it
@@ -111,10 +111,10 @@ def train_one(run: Run, opened: records.OpenRun) -> Row:
             "seconds": seconds}  # fmt: skip
 
 
-def ask(opened: records.OpenRun, data: TaskData, shots: int) -> Row:
+def ask(opened: OpenRun, data: TaskData, shots: int) -> Row:
     """Zero-shot or few-shot: nothing is trained."""
     begun = time.process_time()
-    accuracy = classify.tell_classes(opened, data, shots)["accuracy"]
+    accuracy = score_untrained(opened, data, shots)["accuracy"]
     seconds = time.process_time() - begun
     return {"accuracy": accuracy, "trained": 0, "peak_bytes": 0, "stored_bytes": 0,
             "seconds": seconds}  # fmt: skip
@@ -123,13 +123,13 @@ def ask(opened: records.OpenRun, data: TaskData, shots: int) -> Row:
 # ---- all of them --------------------------------------------------------------------------------
 
 
-def measure_all(options: Options, opened: records.OpenRun, out: Path) -> Iterator[Row]:
+def measure_all(options: Options, opened: OpenRun, out: Path) -> Iterator[Row]:
     """A row of each method, number of labels and seed, as it is there."""
     path = out / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     known = {json.dumps(row["what"]): row for row in map(json.loads, lines)}
     base = adapt.base_hash(opened.model)
-    asked = {"gpt": ("zero-shot", "few-shot"), "clip": ("zero-shot",)}.get(opened.run.family, ())
+    asked = opened.run.UNTRAINED
     for seed in range(options.seeds):
         for labels in options.labels:
             for method in (*asked, *options.methods):

@@ -1,22 +1,26 @@
-"""A body and its heads: what a pretrained model knows, asked by labels.
+"""Heads: classification on top of a model that was pretrained for something else.
 
-A classifier reads an example as one vector of features x (D,) of its body (features.py), brought to
-mean 0 and variance 1 over its D numbers, and then divided by D / 256. So one learning rate suits
-all bodies: AdamW moves every weight as far, whatever D is, and D of them add up. For each question
-that is asked of it, it has a head:
+Pretraining names no classes, yet the states of a pretrained model (the body) distinguish many
+things. A `Reader`, which the recipe of each family supplies, turns an example into one vector of
+features. They are normalised over their D numbers to mean 0 and standard deviation 256 / D, which
+gives x (D,). So one learning rate suits all bodies: AdamW moves every weight equally far, whatever D
+is, and D of these steps add up in a logit. Each question has a linear head:
 
-    p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(the label)
+    p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(label)
 
-In training the label counts for 0.9, and all classes share the rest (label smoothing, Szegedy et
-al. 2016): few examples are soon fitted, and without it W then grows to be sure of them, not to be
-right about others.
+In training the label has the target probability 0.9, and all classes share the rest (label
+smoothing, Szegedy et al. 2016). Without it, W grows on a few examples that are soon fitted: the
+classifier becomes confident about them, and no better on others.
 
-Trained with the body frozen it is a linear probe (Alain & Bengio 2017): what it reaches the body
-knew, as a linear map can find. Trained with the body it is fine-tuning. W and b begin at 0, so that
-all classes are equally likely at first, and the first steps are the data's.
+With a frozen body this is a linear probe (Alain & Bengio 2017): it measures what the frozen
+features encode. If the body is trained too, it is fine-tuning. W and b start at zero: all classes
+are equally likely at first, and the data determine the first steps.
+
+The features of a picture are means over the places of a coarse grid, because position matters: R
+differs from P in one place.
 
 Letters: B batch, T tokens, D width of the features, M heads, C channels, H W rows and columns.
-Left out: regression, several labels to one question.
+Left out: regression, several labels for one question, features of several layers.
 """
 
 from __future__ import annotations
@@ -27,27 +31,49 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from tinyfm.autoencoder import Autoencoder
-from tinyfm.clip import CLIP
-from tinyfm.ddpm import Diffusion, level
-from tinyfm.gpt import GPT
+WIDTH = 256  # with this many features, they have a standard deviation of 1
+SMOOTHING = 0.1  # probability that the label shares with all classes, in training
 
-WIDTH = 256  # features of which one learning rate is the measure
-SMOOTHING = 0.1  # share of a label that all classes get, in training
+Batch = dict[str, Tensor]
+
+
+# ---- features -----------------------------------------------------------------------------------
+
+
+class Reader(NamedTuple):
+    """How to read features from the body of a family."""
+
+    read: Callable[[nn.Module, Batch], Tensor]  # (body, batch) -> (B, D)
+    inputs: tuple[str, ...]  # the fields of a batch that it needs
+    width: Callable[[Any], int]  # D, from the body's config
+    unread: tuple[str, ...]  # modules and parameters of the body that features do not depend on
+
+
+def in_places(x: Tensor, grid: int) -> Tensor:
+    """Means over a grid of places: (B, C, H, W) -> (B, C * places); at most grid x grid places."""
+    size = (min(grid, x.size(2)), min(grid, x.size(3)))
+    return F.adaptive_avg_pool2d(x, size).flatten(1)
+
+
+def count_places(rows: int, grid: int) -> int:
+    """The number of places that `in_places` makes of a square of `rows` rows."""
+    return min(grid, rows) ** 2
+
+
+# ---- the model ----------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
     """A body, and a linear head for each question.
 
     classes: {question: its classes}, in the order of the heads and of the columns of the labels.
-    Parts of the body that the features do not read are frozen. Raises ValueError for a body without
-    features, and a question with fewer than two classes.
+    reader: how to read features from the body; parts that it does not use are frozen. Raises
+    ValueError for a question with fewer than two classes, or a class that is named twice.
     """
 
-    def __init__(self, body: nn.Module, classes: dict[str, Sequence[str]]):
+    def __init__(self, body: nn.Module, classes: dict[str, Sequence[str]], reader: Reader):
         super().__init__()
         if not classes:
             raise ValueError("classes is empty: there is no question to answer")
@@ -55,38 +81,46 @@ class Classifier(nn.Module):
             if len(set(names)) < max(2, len(names)):
                 shown = ", ".join(names) or "none"
                 raise ValueError(f"the classes of {question!r} are {shown}: give two, each once")
-        self.body, self.reader, self.config = body, find_reader(body), body.config
+        self.body, self.reader, self.config = body, reader, body.config
         self.classes = {question: tuple(names) for question, names in classes.items()}
-        self.outer = (*body.outer, "heads")  # AdamW's, not Muon's
-        unread = tuple(f"{part}." for part in self.reader.unread)
-        for name, parameter in body.named_parameters():  # a tied weight has the name that is read
+        self.outer = (*body.outer, "heads")  # trained by AdamW, not by Muon
+        # Freeze what the features do not depend on. A tied weight has the name that is read.
+        unread = tuple(f"{part}." for part in reader.unread)
+        for name, parameter in body.named_parameters():
             if f"{name}.".startswith(unread):
                 parameter.requires_grad_(False)
-        width = self.reader.width(body.config)
+        width = reader.width(body.config)
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())
         self.reset_parameters()
 
+    @property
+    def unit(self) -> str:
+        """What its data are counted in: pictures, or as its body's."""
+        return "image" if "images" in self.reader.inputs else self.body.unit
+
     def reset_parameters(self):
-        """The heads alone: the body keeps what it has learnt."""
+        """Initialise the heads; the body keeps its weights."""
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
     def reset_buffers(self):
-        """What is not saved, to be made anew where the model was built on "meta"."""
+        """Compute the buffers that are not saved, after the model was built on "meta"."""
         self.body.reset_buffers()
 
     def check(self, batch: Batch) -> None:
         """Raise ValueError for a batch that the body cannot read."""
         kind, example = type(self.body).__name__, self.example_batch(1)
-        if lacking := [name for name in self.reader.inputs if name not in batch]:
+        missing = [name for name in self.reader.inputs if name not in batch]
+        if missing:
             needs, has = ", ".join(self.reader.inputs), ", ".join(batch)
-            raise ValueError(f"a {kind} reads {needs}; the batch has {has}, and no {lacking[0]}")
-        if "images" in example and batch["images"].shape[1:] != example["images"].shape[1:]:
-            sizes = [tuple(b["images"].shape[1:]) for b in (batch, example)]
-            raise ValueError(f"images are {sizes[0]}, this {kind} takes {sizes[1]}")
+            raise ValueError(f"a {kind} reads {needs}; the batch has {has}, and no {missing[0]}")
+        if "images" in example:
+            found, expected = (tuple(b["images"].shape[1:]) for b in (batch, example))
+            if found != expected:
+                raise ValueError(f"images are {found}, this {kind} takes {expected}")
 
     def features(self, batch: Batch) -> Tensor:
-        """A batch as tasks.py gives it -> (B, D), float32, of mean 0 and deviation WIDTH / D."""
+        """A batch of batches/labelled.py -> (B, D), float32: mean 0, deviation WIDTH / D."""
         self.check(batch)
         x = self.reader.read(self.body, batch).float()
         return F.layer_norm(x, x.shape[1:]) * WIDTH / x.size(1)
@@ -102,7 +136,8 @@ class Classifier(nn.Module):
         metrics: the share of rows that each head gets right, as "accuracy QUESTION". Nothing is
         drawn from generators.
         """
-        losses, shares, smoothing = [], {}, SMOOTHING * self.training
+        smoothing = SMOOTHING if self.training else 0.0
+        losses, shares = [], {}
         for question, z, label in zip(self.classes, self(batch), batch["labels"].unbind(1)):
             losses.append(F.cross_entropy(z, label, label_smoothing=smoothing))
             shares[f"accuracy {question}"] = (z.detach().argmax(1) == label).float().mean()
@@ -113,16 +148,13 @@ class Classifier(nn.Module):
         return {question: z.softmax(1) for question, z in zip(self.classes, self(batch))}
 
     def example_batch(self, rows: int) -> Batch:
-        """Rows as data could give them: of zeros, texts of full length."""
+        """A batch of zeros in the form of the data; texts have the full length."""
         labels = torch.zeros(rows, len(self.classes), dtype=torch.long)
         if "images" in self.reader.inputs:
             return {"images": self.body.example_batch(rows)["images"], "labels": labels}
         tokens = torch.zeros(rows, self.config.context_length, dtype=torch.long)
         real = torch.ones_like(tokens, dtype=torch.bool)
         return {"tokens": tokens, "mask": real, "labels": labels}
-
-
-# ---- what a model is worth on it ----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -139,108 +171,3 @@ def predictions(
         question: (torch.cat([p[question] for p in found]).float().cpu().numpy(), truth[:, q])
         for q, question in enumerate(model.classes)
     }
-
-
-# FOLDED: merge this into the module's docstring
-# Features: what a body trained for something else makes of an example, as one vector.
-#
-# Pretraining names no classes, yet its states tell many things apart. Where to read them depends on
-# the family; the table READERS has an entry for each:
-#
-#     GPT           states of the last layer, the mean over a text's tokens; padding does not count
-#     CLIP          the image tower's states before the projection: of the class token, and of patches
-#     Autoencoder   the latents' means
-#     Diffusion     the U-Net's middle, looking for noise (Baranchuk et al. 2022; Xiang et al. 2023):
-#                   to remove it, one must know what is drawn; none is added, so nothing is random
-#
-# A picture's features keep where things are, a mean for each place of a coarse grid: R differs from P
-# in one place.
-#
-# Letters: B batch, T tokens, D width of the features, C channels, H W rows and columns, P patches.
-# Left out: features of text towers, of several layers at once, of diffusion with a context.
-
-
-PATCH_GRID, LATENT_GRID, MIDDLE_GRID = 4, 8, 4  # rows and columns of places, at most
-NOISE = 0.3  # share of the way to pure noise that the U-Net is told
-
-Batch = dict[str, Tensor]
-
-
-def in_places(x: Tensor, grid: int) -> Tensor:
-    """Channels (B, C, H, W) -> (B, C places), means over grid x grid places, or H x W if fewer."""
-    return F.adaptive_avg_pool2d(x, (min(grid, x.size(2)), min(grid, x.size(3)))).flatten(1)
-
-
-def count_places(rows: int, grid: int) -> int:
-    """How many places `in_places` makes of so many rows and columns."""
-    return min(grid, rows) ** 2
-
-
-def read_tokens(gpt: GPT, batch: Batch) -> Tensor:
-    """tokens (B, T), of which those count where mask (B, T) is True -> (B, D)."""
-    states, real = gpt.hidden(batch["tokens"]).float(), batch["mask"][..., None]
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def read_patches(clip: CLIP, batch: Batch) -> Tensor:
-    """images (B, C, H, W) -> (B, D): the class token's state, then those of the patches."""
-    x = clip.image_tower.states(batch["images"])  # (B, P + 1, D of the tower)
-    rows = clip.config.image_size // clip.config.patch_size
-    patches = rearrange(x[:, 1:], "B (h w) D -> B D h w", h=rows)
-    return torch.cat((x[:, 0], in_places(patches, PATCH_GRID)), dim=1)
-
-
-def read_latents(autoencoder: Autoencoder, batch: Batch) -> Tensor:
-    """images (B, C, H, W) -> (B, D): the means of the latents."""
-    return in_places(autoencoder.encode(batch["images"])[0], LATENT_GRID)
-
-
-def read_middle(diffusion: Diffusion, batch: Batch) -> Tensor:
-    """images (B, C, H, W) -> (B, D): the way down of the U-Net, without the way up."""
-    images = batch["images"]
-    share = torch.full((len(images),), NOISE, dtype=torch.double)
-    t, alpha, _ = (n.float().to(images.device) for n in level(diffusion.config, share))
-    middle, _, _ = diffusion.unet.way_down(alpha[:, None, None, None] * images, t)
-    return in_places(middle, MIDDLE_GRID)
-
-
-class Reader(NamedTuple):
-    """How a family gives features."""
-
-    read: Callable[[nn.Module, Batch], Tensor]
-    inputs: tuple[str, ...]  # what it needs of a batch
-    width: Callable[[Any], int]  # D, from the body's config
-    unread: tuple[str, ...]  # modules and parameters of the body on which they do not depend
-
-
-READERS: dict[type, Reader] = {
-    GPT: Reader(read_tokens, ("tokens", "mask"), lambda c: c.d_model, ("head",)),
-    CLIP: Reader(
-        read_patches, ("images",),
-        lambda c: c.image_width * (1 + count_places(c.image_size // c.patch_size, PATCH_GRID)),
-        ("image_projection", "text_tower", "text_projection", "logit_scale", "logit_bias"),
-    ),
-    Autoencoder: Reader(
-        read_latents, ("images",),
-        lambda c: c.latent_channels * count_places(c.image_size // c.factor, LATENT_GRID),
-        ("decoder",),
-    ),
-    Diffusion: Reader(
-        read_middle, ("images",),
-        lambda c: c.channels[-1] * count_places(c.image_size // c.factor, MIDDLE_GRID),
-        ("unet.up", "unet.norm", "unet.conv_out"),
-    ),
-}  # fmt: skip
-
-
-def find_reader(body: nn.Module) -> Reader:
-    """Raises ValueError for a body that has none, or that reads a context beside images."""
-    if type(body) not in READERS:
-        known = ", ".join(kind.__name__ for kind in READERS)
-        raise ValueError(f"a {type(body).__name__} gives no features: use one of {known}")
-    if width := getattr(body.config, "d_context", 0):
-        raise ValueError(
-            f"this diffusion model reads a context of width {width} beside images: classify with "
-            "one trained on images alone"
-        )
-    return READERS[type(body)]

@@ -1,66 +1,114 @@
-"""TODO."""
+"""The recipe of autoencoders: compress pictures, and classify them by their latents."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
 from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
-from tinyfm.recipes import base
-from tinyfm.recipes.base import ImageRun, Run, write_png
-from tinyfm.recipes.classify import PictureClassifyRun
+from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
+from tinyfm.recipes.pictures import (
+    ImageRun,
+    PictureClassifyRun,
+    mean_metrics,
+    save_sheet,
+    save_step_sheet,
+)
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRun(ImageRun):
-    """Squeeze pictures into few numbers, and rebuild them."""
+    """Compress pictures into few numbers, and rebuild them."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
     family: ClassVar[str] = "autoencoder"
-    MEASURED: ClassVar[int] = 1000  # training pictures whose latents give their mean and scale
+    SAMPLE_OPTIONS = frozenset({"seed"})
+    MEASURED: ClassVar[int] = 1000  # training pictures for the latents' mean and scale
     SHOWN: ClassVar[int] = 32
 
     def build_model(self) -> Autoencoder:
         return Autoencoder(self.model)
 
-    def score(self, model: Autoencoder, data: ImageData) -> dict[str, float]:
-        """The terms of the loss apart, in nats a picture, and how many latents are in use.
+    def score(self, model: Autoencoder, data: ImageData) -> Scores:
+        """The terms of the loss, in nats a picture, and the number of latents in use.
 
-        The mean and scale of the latents are measured here as well, as a checkpoint follows: the
-        model carries them into it, with its weights of this moment.
+        Also measures the mean and scale of the latents: a checkpoint follows, and the model carries
+        them into it together with its weights of this moment.
         """
-        device, rows = next(model.parameters()).device, self.rows_at_once
+        device = next(model.parameters()).device
+        rows = self.train.micro_batch_size or self.train.batch_size
         train = data.fixed_batches("train", self.MEASURED, rows)
         model.measure_latents(batch["images"].to(device) for batch in train)
-        terms = self.parts_of_loss(model, data)
-        means = torch.cat([
-            model.encode(batch["images"].to(device))[0].float() for batch in data.val_batches(rows)
-        ])  # fmt: skip
-        active = (means.var(dim=0, correction=0) > ACTIVE).sum()
-        scores = {f"val_{name}": terms[name] for name in ("reconstruction", "kl")}
-        return scores | {"val_active": int(active), "latent_scale": float(model.latent_scale)}
+        terms = mean_metrics(self, model, data)
+        means = [model.encode(b["images"].to(device))[0].float() for b in data.val_batches(rows)]
+        active = (torch.cat(means).var(dim=0, correction=0) > ACTIVE).sum()
+        return {
+            "val_reconstruction": terms["reconstruction"],
+            "val_kl": terms["kl"],
+            "val_active": int(active),
+            "latent_scale": float(model.latent_scale),
+        }
 
     def show(self, model: Autoencoder, data: ImageData, folder: Path, step: int) -> str:
-        """Draw validation pictures and their reconstructions."""
+        """Draw validation pictures above their reconstructions."""
         images = next(data.val_batches(self.SHOWN))["images"]
-        return self.save(sheets.reconstructions(model, images), folder, step)
+        return save_step_sheet(sheets.reconstructions(model, images), folder, step)
+
+    def sample(self, opened: OpenRun, options: Any) -> None:
+        """Draw n held-out pictures, their reconstructions, samples from the prior, and a walk
+        between two latents."""
+        val, seed = self.open_data().val, options.sampling.seed
+        rows = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
+        save_sheet(sheets.latent_space(opened.model, val.batch(rows)["images"], seed), options)
+
+
+# ---- classification -----------------------------------------------------------------------------
+
+GRID = 8  # rows and columns of places, at most
+
+
+def latent_means(autoencoder: Autoencoder, batch: Batch) -> Tensor:
+    """The means of the latents, over a coarse grid. images (B, C, H, W) -> (B, D)."""
+    return in_places(autoencoder.encode(batch["images"])[0], GRID)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderClassifyRun(PictureClassifyRun):
+    """Classify pictures by an autoencoder's latents."""
+
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
     family: ClassVar[str] = "autoencoder-classify"
     trunk_run: ClassVar[type[Run]] = AutoencoderRun
+    reader: ClassVar[Reader] = Reader(
+        read=latent_means,
+        inputs=("images",),
+        width=lambda c: c.latent_channels * count_places(c.image_size // c.factor, GRID),
+        unread=("decoder",),
+    )
 
 
-def walk(opened: base.OpenRun, options) -> None:
-    """n held-out pictures, what the model makes of them, and what lies between their codes."""
-    val, seed = opened.run.open_data().val, options.sampling.seed
-    chosen = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
-    write_png(sheets.latent_space(opened.model, val.batch(chosen)["images"], seed), options)
+RUNS = (AutoencoderRun, AutoencoderClassifyRun)
+
+PRESETS = {
+    "autoencoder": Preset(
+        "pictures into a quarter as many numbers and back, on letters and symbols: three minutes",
+        AutoencoderRun(
+            model=AutoencoderConfig(beta_warmup_steps=100),
+            optim=OptimConfig(lr=2e-3, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=500, batch_size=32, eval_every=125),
+        ),
+        usual="4.0, as one seed gave",
+    ),
+}

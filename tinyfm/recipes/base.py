@@ -1,10 +1,20 @@
-"""What all run types have; families.py lists them, and says how to add one."""
+"""A recipe binds one family of models to the commands. This file holds what all recipes share.
+
+A recipe is one file of this folder. It defines
+
+    a run type   a dataclass derived from `Run`: its fields are the options of train.py, its methods
+                 say how to build the model, open the data, and report, sample and measure
+    RUNS         its run types: pretraining first, then the tasks it can be fine-tuned for
+    PRESETS      named values of those types: what `python train.py NAME` trains
+
+registry.py lists the recipes, launch.py trains a run, run_dir.py reads and writes its folder. The
+trainer and the lessons know nothing of recipes. To add a family, write its lesson, its batches and
+its recipe, and add the recipe to registry.RECIPES.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,136 +24,163 @@ from tyro.conf import Suppress
 
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
-from tinyfm.batches.pairs import ImageConfig, ImageData
-from tinyfm.common import sheets
-from tinyfm.common.seeds import row_generators
-from tinyfm.tokenizer import Tokenizer, encode_captions
+from tinyfm.common.config import may_change
+from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
+
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run type adds `model` and `data` configs, build_model, open_data and show."""
+    """The settings of one run. A subclass adds the fields `model` and `data`, configs too."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    out: str = ""  # run directory; runs/PRESET if not given
-    resume: bool = False  # go on from the last checkpoint in it
-    dry_run: bool = False  # print the config and what it costs, and stop
-    task: str = ""  # classify, or chat: rather than pretrain, learn this
-    init_from: str = ""  # a run to begin from: its base, of which it has weights, sizes, tokenizer
-    # what to train of it: all, low-rank changes, biases and norms, the head, or soft prompts
+    out: str = ""  # folder of the run; default: runs/PRESET
+    resume: bool = False  # continue from the last checkpoint in that folder
+    dry_run: bool = False  # print the settings and what they cost, then stop
+    task: str = ""  # fine-tune for a task instead of pretraining: classify or chat
+    # start from this run: it supplies the weights, the sizes and the tokenizer
+    init_from: str = may_change("")
+    # which weights to train: all, LoRA, biases and norms, the head, or a soft prompt
     adapt: Literal["full", "lora", "bias", "head", "prompt"] = "full"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    base_hash: Suppress[str] = ""  # of the weights it began from
+    base_hash: Suppress[str] = ""  # hash of the weights that the run started from
 
     family: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
-    facts: ClassVar[tuple[str, ...]] = ("init_from", "base_hash", "adapt", "adapter")  # if given
-    needs: ClassVar[dict[str, str]] = {}  # runs its model is made of: option -> preset
+    # The fields that config.json records: always, and where they differ from their default.
+    CONFIGS: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
+    FACTS: ClassVar[tuple[str, ...]] = ("init_from", "base_hash", "adapt", "adapter")
+    # Runs whose models become parts of this model: option -> preset that trains the part.
+    PARTS: ClassVar[dict[str, str]] = {}
+    # Options of sample.py that apply to this family, and of evaluate (--text, --choices, --task).
+    SAMPLE_OPTIONS: ClassVar[frozenset[str]] = frozenset()
+    QUESTIONS: ClassVar[tuple[str, ...]] = ()
+    # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
+    UNTRAINED: ClassVar[tuple[str, ...]] = ()
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        """The model with its initial weights."""
+        raise NotImplementedError
+
+    def open_data(self) -> Any:
+        """The data, as the trainer reads them; prepared and cached the first time."""
+        raise NotImplementedError
 
     @property
     def base_family(self) -> str:
-        """Of the run it may begin from."""
+        """Family of the runs that this one can start from."""
         return self.family
 
     def trunk(self, model: nn.Module) -> nn.Module:
-        """The part of the model that its base is."""
+        """The part of the model that gets the weights of the run it starts from."""
         return model
 
-    def fit(self, data: Any) -> Run:
-        """The run with what only the data can tell of the model, such as classes."""
-        return self
-
-    def write_files(self, folder: Path, data: Any) -> None:
-        """Add to a checkpoint what its model needs beside weights, here the tokenizer."""
-        data.tokenizer.save(folder)
-
-    def read_tokenizer(self, folder: Path) -> tokenizer.Tokenizer | None:
-        """That of a checkpoint; None for a family that reads no text."""
-        return tokenizer.load(folder)
-
-    def score(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Numbers beside the validation loss, at each evaluation; the first sums up the run, unless
-        it is a part of that loss, named val_loss_..."""
+    def facts_of(self, data: Any) -> dict[str, Any]:
+        """Fields of the run that follow from its data, such as the classes of a task."""
         return {}
 
     def get_ready(self, model: nn.Module, data: Any) -> None:
-        """Once the model has its weights, before training or evaluation: what data need of it."""
+        """Prepare model and data for each other, once the model has its weights."""
+
+    def score(self, model: nn.Module, data: Any) -> Scores:
+        """Scores reported with the validation loss at each evaluation.
+
+        The first one sums up the run, unless it is a term of the loss, named val_loss_...
+        """
+        return {}
+
+    def show(self, model: nn.Module, data: Any, folder: Path, step: int) -> str:
+        """Write samples to folder/step-NNNNNN.*; return one line about them."""
+        raise NotImplementedError
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def write_files(self, folder: Path, data: Any) -> None:
+        """Add to a checkpoint what sampling needs besides the weights; here the tokenizer."""
+        data.tokenizer.save(folder)
+
+    def read_tokenizer(self, folder: Path) -> Tokenizer | None:
+        """The tokenizer of a checkpoint; None for a family that reads no text."""
+        return tokenizer.load(folder)
+
+    # ---- the trained model ----------------------------------------------------------------------
+
+    def sample(self, opened: OpenRun, options: Any) -> None:
+        """Carry out sample.py's `options`. Raises ValueError for options that make no sense."""
+        raise NotImplementedError
+
+    def measure(self, opened: OpenRun, model: nn.Module, data: Any, options: Any) -> Scores:
+        """Scores that `python -m tinyfm.evaluate` prints after the validation loss.
+
+        model: the trained model of `opened`, or the same model before training. options: the
+        command's; draw its --picture only for the trained model.
+        """
+        return {}
+
+    def baselines(self, data: Any) -> dict[str, Scores]:
+        """Scores that need no model: {column: {measure: score}}."""
+        return {}
+
+    def can_draw(self) -> bool:
+        """Whether `measure` can draw evaluate's --picture."""
+        return False
+
+    def classify_untrained(
+        self, opened: OpenRun, data: Any, shots: int
+    ) -> tuple[list[int], list[int]]:
+        """Classify held-out examples of a task without training: (guesses, true classes).
+
+        shots: number of labelled examples in the prompt, for a family that reads a prompt.
+        """
+        raise ValueError(f"a run of family {self.family} cannot classify without training")
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    run: Run  # its configs
+    """A trained run, loaded from a checkpoint."""
+
+    run: Run
     model: nn.Module
-    tokenizer: Tokenizer | None  # of a family that reads text
-    folder: Path  # the checkpoint that was read
+    tokenizer: Tokenizer | None  # None for a family that reads no text
+    folder: Path  # the checkpoint
     meta: dict[str, Any]  # its step and scores
-    weights: str  # "ema" or "model"
+    weights: str  # "ema" (averaged) or "model"
 
 
 @dataclass(frozen=True)
 class Preset:
-    about: str
+    """A named run."""
+
+    about: str  # one line for --help
     run: Run
-    usual: str = ""  # what a run of it reaches, as recorded in the README
+    usual: str = ""  # the score that a run of it ends with, as recorded in the README
 
 
-def tell_cut(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> None:
-    """Say, on stderr, of how many texts a tower of that length does not read the end."""
-    _, cut = encode_captions(tokenizer, list(texts), context_length)
-    if cut:
-        of = f"{cut} of {len(texts)} texts" if len(texts) > 1 else "the text"
-        print(f"{of} cut to {context_length} tokens; shorten what matters", file=sys.stderr)
+# ---- helpers of several recipes -----------------------------------------------------------------
 
 
 def print_shares(shares: dict[str, float]) -> None:
-    """Names and their probabilities, the likeliest first."""
+    """Print names and their probabilities, the most likely first."""
     for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
         print(f"{share:.4f}  {name}")
 
 
-def write_png(sheet: sheets.Sheet, options) -> None:
-    out = options.out or "sample.png"
-    sheet.save(out)
-    print(sheet.about, out, sep="\n")
+def write_step_file(folder: Path, step: int, suffix: str, write: Callable[[Path], None]) -> Path:
+    """Make folder/step-NNNNNN.SUFFIX with `write`; return its path."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:06d}.{suffix}"
+    write(path)
+    return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageRun(Run):
-    """What all have: pictures in the size of the model; and no text, but for the last."""
-
-    data: ImageConfig = field(default_factory=ImageConfig)
-
-    def open_data(self) -> ImageData:
-        m, c = self.model, self.train
-        return ImageData.load(self.data, m.image_size, m.in_channels, c.batch_size, c.seed)
-
-    def write_files(self, folder: Path, data: ImageData) -> None:
-        """Nothing: config and weights are enough."""
-
-    def read_tokenizer(self, folder: Path) -> None:
-        return None
-
-    @property
-    def rows_at_once(self) -> int:
-        return self.train.micro_batch_size or self.train.batch_size
-
-    def parts_of_loss(self, model: nn.Module, data: ImageData) -> dict[str, float]:
-        """Mean of what model.loss measures, over the same pictures and noise as val_loss."""
-        device, sums, count = next(model.parameters()).device, Counter(), 0
-        for batch in data.val_batches(self.rows_at_once):
-            n = len(next(iter(batch.values())))
-            generators = row_generators(self.train.seed, -1, range(count, count + n))
-            _, metrics = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
-            sums.update({name: n * float(value) for name, value in metrics.items()})
-            count += n
-        return {name: total / count for name, total in sums.items()}
-
-    def save(self, sheet: sheets.Sheet, folder: Path, step: int) -> str:
-        """Write folder/step-NNNNNN.png; return a line on it."""
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step:06d}.png"
-        sheet.save(path)
-        return f"--- step {step}: {sheet.about}: {path}"
+def write_texts_file(folder: Path, step: int, texts: list[str]) -> Path:
+    """Write texts to folder/step-NNNNNN.txt, with a line ---- between them."""
+    content = "\n----\n".join(texts) + "\n"
+    return write_step_file(
+        folder, step, "txt", lambda path: path.write_text(content, encoding="utf-8")
+    )

@@ -1,127 +1,293 @@
-"""Runs whose model is made of other runs' models: find those, or train them first.
+"""Launch: from the options of train.py to a trained run.
 
-Which ones a run needs stands in its type: `needs`, option -> preset. An option that is not given
-means OUT-OPTION, as in runs/text2image-clip, which is begun, gone on with, or taken as it is. What
-was taken is in the run's own checkpoints: resumed or opened, it needs the others no more.
+`resolve` turns a preset and options into a plan, in one pass: is the run new or resumed, which run
+does it start from, which one teaches it, which parts must be trained first, what do the data add.
+Nothing is trained and no model built before the plan stands. `describe` puts it into words for
+--dry-run; `train` carries it out.
 
-Any run may begin from another of its family, its base (`init_from`), and a GPT may learn from the
-predictions of another, its teacher: those are never trained by the way.
+A run may start from another of its family, its base (--init-from): it takes the base's weights,
+sizes and tokenizer. A GPT may learn from another's predictions, its teacher's. Some models have
+parts that are runs of their own: text2image takes an autoencoder and a CLIP. Parts that are not
+given are trained first, in OUT-OPTION, such as runs/text2image-clip. Bases and teachers are never
+trained automatically. A run's checkpoints hold all weights it took: to resume or to open it, the
+other runs are not needed.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinyfm import adapt
+from tinyfm.calc import estimate
+from tinyfm.common import device as devices
 from tinyfm.common import files
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Preset, Run
-from tinyfm.recipes.text2image import check_batch, fit, fit_batch, part_run
-from tinyfm.training import checkpoint
+from tinyfm.training import checkpoint, distributed
+from tinyfm.training.log import read_metrics
+from tinyfm.training.trainer import Trainer
 
-Train = Callable[[str, Preset, Run], int]  # (name, preset, run) -> exit status, 0 if it is done
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it will be trained."""
+
+    name: str  # of the preset
+    preset: Preset
+    run: Run  # final: nothing replaces it later
+    base: OpenRun | None = None
+    teacher: OpenRun | None = None
+    given: dict[str, OpenRun] | None = None  # option -> trained run that supplies this part
+    first: dict[str, Plan] | None = None  # option -> plan of a part to train first
+    data: Any = (
+        None  # opened; None in a dry run, or if they need a part that is still to be trained
+    )
+    resume_with: str = "--resume"  # what the user adds to continue a run that was stopped
+
+
+def resolve(
+    name: str, preset: Preset, run: Run, world: distributed.World, resume_with: str = "--resume"
+) -> Plan:
+    """The plan for a run with these options. preset: the run's, before the user's options.
+
+    Raises ValueError for options that do not fit together, or runs that do not fit, before anything
+    is trained.
+    """
+    changes = {}
+    if not run.dry_run:
+        changes["resume"] = run_dir.check_directory(Path(run.out), run.resume)
+        device = devices.choose_device(run.train.device)
+        devices.choose_dtype(run.train.dtype, device)  # refuses what this machine does not have
+    base = teacher = None
+    if run.init_from:
+        base = run_dir.open_base(run.init_from)
+        changes |= from_base(run, preset.run, base)
+    elif run.adapt != "full":
+        raise ValueError(f"--adapt {run.adapt} changes a trained model: add --init-from RUN")
+    if getattr(run, "teacher", ""):
+        teacher = run_dir.open_run(run.teacher)
+        changes |= from_teacher(run, preset.run, teacher, changes)
+    given, first = {}, {}
+    if run.PARTS:
+        source = run.out if changes.get("resume") else run.init_from
+        if source:
+            changes |= own_parts(run, changes, source)
+        else:
+            given, first = plan_parts(run, world)
+            changes |= from_parts(run, given, first)
+    run = replace(run, **changes)
+    data = None
+    if not run.dry_run and not first:
+        data = open_data(run, world)
+        run = replace(run, **run.facts_of(data))
+    return Plan(name, preset, run, base, teacher, given, first, data, resume_with)
+
+
+def open_data(run: Run, world: distributed.World) -> Any:
+    with distributed.first_rank_first(world):  # the first rank prepares and caches them
+        return run.open_data()
+
+
+def from_base(run: Run, usual: Run, base: OpenRun) -> dict[str, Any]:
+    """What a run takes from its base: the sizes, the tokenizer, and a hash of the weights.
+
+    usual: the preset's run. Raises ValueError if the base is of another family, or an option asks
+    for another size or tokenizer than the base has.
+    """
+    if base.run.base_family != run.base_family or "classes" in base.run.FACTS:
+        raise ValueError(
+            f"--init-from {run.init_from} is a run of family {base.run.family}, "
+            f"not {run.base_family}"
+        )
+    model = base.run.model
+    for name, value in vars(run.model).items():
+        inherited = getattr(base.run.model, name)
+        if value in (getattr(usual.model, name), inherited):
+            continue
+        if name != "dropout":
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} {value}: sizes come from {run.init_from}, "
+                f"which has {inherited}; remove this option"
+            )
+        model = replace(model, dropout=value)
+    changes = {"model": model, "base_hash": adapt.base_hash(base.model)}
+    if hasattr(run.data, "tokenizer"):
+        if run.data.tokenizer not in (usual.data.tokenizer, str(base.folder)):
+            raise ValueError(
+                f"--data.tokenizer {run.data.tokenizer}: the tokenizer comes from "
+                f"{run.init_from}; remove this option"
+            )
+        changes["data"] = replace(run.data, tokenizer=str(base.folder))
+    return changes
+
+
+def from_teacher(run: Run, usual: Run, teacher: OpenRun, changes: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's tokenizer, unless the run has one already: both must read alike."""
+    if teacher.run.base_family != run.base_family:
+        raise ValueError(
+            f"--teacher {run.teacher} is a run of family {teacher.run.base_family}, no GPT"
+        )
+    data = changes.get("data", run.data)
+    if data.tokenizer != usual.data.tokenizer:
+        return {}
+    return {"data": replace(data, tokenizer=str(teacher.folder))}
+
+
+# ---- runs with parts ----------------------------------------------------------------------------
+
+
+def own_parts(run: Run, changes: dict[str, Any], source: str) -> dict[str, Any]:
+    """The parts of a run that is resumed or starts from a base: they are in its checkpoint."""
+    folder = checkpoint.find(source)
+    saved = run_dir.read_run(folder / "config.json")
+    run = replace(run, model=changes.get("model", run.model))
+    model = run.with_parts(**{option: getattr(saved.model, option) for option in run.PARTS})
+    return {"model": model, **dict.fromkeys(run.PARTS, str(folder))}
 
 
 def open_part(option: str, folder: str) -> OpenRun:
     """A trained part. Raises ValueError for a folder without one."""
     part = run_dir.open_run(folder)
-    if (found := part.run.family) != option:
-        raise ValueError(f"--{option} {folder} is a run of family {found}, not {option}")
+    if part.run.family != option:
+        raise ValueError(f"--{option} {folder} is a run of family {part.run.family}, not {option}")
     return part
 
 
-def as_base(run: Run, usual: Run, base: OpenRun) -> Run:
-    """The run with the sizes and the tokenizer of its base.
-
-    Raises ValueError if the base is of another family, or an option that differs from `usual`, the
-    preset's, asks for another size or tokenizer than the base has.
-    """
-    if base.run.base_family != run.base_family or "classes" in base.run.facts:
-        family = f"a run of family {base.run.family}, not {run.base_family}"
-        raise ValueError(f"--init-from {run.init_from} is {family}")
-    model = base.run.model
-    for name, value in vars(run.model).items():
-        if value == getattr(usual.model, name) or value == getattr(model, name):
-            continue
-        if name != "dropout":
-            raise ValueError(
-                f"--model.{name.replace('_', '-')} {value}: {run.init_from} has "
-                f"{getattr(model, name)}, and what begins from it has its sizes; leave that out"
-            )
-        model = replace(model, dropout=value)
-    data = run.data
-    if hasattr(data, "tokenizer"):
-        if data.tokenizer not in (usual.data.tokenizer, str(base.folder)):
-            advice = f"it is that of {run.init_from}; leave that out"
-            raise ValueError(f"--data.tokenizer {data.tokenizer}: {advice}")
-        data = replace(data, tokenizer=str(base.folder))
-    return replace(run, model=model, data=data, base_hash=adapt.base_hash(base.model))
+def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], dict[str, Plan]]:
+    """The parts that are given, opened, and plans for the others."""
+    given, first = {}, {}
+    for option in run.PARTS:
+        if getattr(run, option):
+            given[option] = open_part(option, getattr(run, option))
+    # Other parts are trained on pictures of the size that the autoencoder takes.
+    autoencoder = run.model.autoencoder
+    if "autoencoder" in given:
+        autoencoder = given["autoencoder"].run.model
+    if len(given) < len(run.PARTS) and not run.dry_run:
+        run.check_parts()
+    for option, name in run.PARTS.items():
+        if option not in given:
+            preset = registry.find_preset(name)
+            part = replace(run.part_run(option, preset.run, autoencoder), dry_run=run.dry_run)
+            first[option] = resolve(name, preset, part, world, resume_with="the same command")
+    return given, first
 
 
-def open_others(run: Run, usual: Run) -> tuple[Run, dict[str, OpenRun]]:
-    """The run as it begins from its base, if any; base and teacher, opened."""
-    others = {}
-    if run.init_from:
-        others["base"] = run_dir.open_base(run.init_from)
-        run = as_base(run, usual, others["base"])
-    elif run.adapt != "full":
-        raise ValueError(f"--adapt {run.adapt} changes a trained model: say which, --init-from RUN")
-    if getattr(run, "teacher", ""):
-        teacher = others["teacher"] = run_dir.open_run(run.teacher)
-        if (found := teacher.run.base_family) != run.base_family:
-            raise ValueError(f"--teacher {run.teacher} is a run of family {found}, no GPT")
-        if run.data.tokenizer == usual.data.tokenizer:  # both must read alike
-            data = replace(run.data, tokenizer=str(teacher.folder))
-            run = replace(run, data=data)
-    return run, others
+def from_parts(run: Run, given: dict[str, OpenRun], first: dict[str, Plan]) -> dict[str, Any]:
+    """The sizes that follow from the parts, and the folders to find them in."""
+    configs = {option: part.run.model for option, part in given.items()}
+    folders = {option: str(part.folder) for option, part in given.items()}
+    for option, plan in first.items():
+        configs[option] = plan.run.model
+        folders[option] = plan.run.out
+    return {"model": run.with_parts(**configs), **folders}
 
 
-def prepare(
-    run: Run, usual: Run, train: Train, say: Callable[[str], None]
-) -> tuple[Run, dict[str, OpenRun]]:
-    """The run as it can begin, and the runs it takes, by option, base or teacher.
-
-    Raises ValueError for a part that is no such run, or cannot be trained, before any is trained;
-    SystemExit with the status of a part's training that was stopped.
-    """
-    run, others = open_others(run, usual)
-    if not run.needs:
-        return run, others
-    if run.resume or "base" in others:
-        folder = checkpoint.find(run.out if run.resume else run.init_from)
-        record = run_dir.read_run(files.read_json(folder / "config.json"))
-        own = dict.fromkeys(run.needs, str(folder))
-        return replace(fit(run, record.model.autoencoder, record.model.clip), **own), others
-    given = {option: getattr(run, option) for option in run.needs if getattr(run, option)}
-    parts = {option: open_part(option, folder) for option, folder in given.items()}
-    if "autoencoder" in parts:  # what is trained beside it is on pictures as it takes them
-        run = fit(run, parts["autoencoder"].run.model, run.model.clip)
-    new = {option: part_run(run, option) for option in run.needs if option not in parts}
-    if run.dry_run:
-        models = {option: part.run.model for option, part in parts.items()}
-        return fit(run, **models, **{option: part.model for option, part in new.items()}), {}
-    if new:
-        check_batch(run)
-    for option, part in {option: fit_batch(part) for option, part in new.items()}.items():
-        preset = run.needs[option]
-        say(f"--- the {option}, in {part.out}")
-        if status := train(preset, registry.get_preset(preset), part):
-            raise SystemExit(status)
-        parts[option] = open_part(option, part.out)
-    own = {option: str(part.folder) for option, part in parts.items()}
-    return replace(fit(run, **{name: part.run.model for name, part in parts.items()}), **own), parts
+# ---- carrying it out ----------------------------------------------------------------------------
 
 
-def build(run: Run, others: dict[str, OpenRun], data: Any) -> nn.Module:
-    """The model as its training begins, with the weights of the runs it takes."""
-    model = run_dir.begin(run, others.get("base"))
-    if "clip" in others:
-        model.autoencoder.load_state_dict(others["autoencoder"].model.state_dict())
-        model.text_tower.load_state_dict(others["clip"].model.text_tower.state_dict())
-    if "teacher" in others:
-        run.learn_from(model, data, others["teacher"])
+def describe(plan: Plan) -> str:
+    """The plan in words: the settings as JSON, then what training them costs."""
+    run = plan.run
+    with torch.device("meta"):  # shapes without memory: any size fits
+        costs = estimate.describe(run_dir.build_start(run), run.optim, run.train)
+    lines = [json.dumps(run_dir.to_record(plan.name, run), indent=2), costs]
+    if plan.base:
+        lines.append(f"starts from {plan.base.folder}")
+    if plan.teacher:
+        lines.append(f"learns from {plan.teacher.folder}")
+    for option, part in (plan.given or {}).items():
+        lines.append(f"takes the {option} from {part.folder}")
+    for option, part in (plan.first or {}).items():
+        lines.append(f"first trains the {option}, in {part.run.out}")
+    return "\n".join(lines)
+
+
+def build_model(plan: Plan, data: Any) -> nn.Module:
+    """The model as training starts, with the weights of the runs that the plan takes."""
+    run = plan.run
+    model = run_dir.build_start(run, plan.base)
+    if plan.given or plan.first:
+        trained = {option: open_part(option, part.run.out) for option, part in plan.first.items()}
+        run.take_parts(model, **plan.given, **trained)
+    if plan.teacher:
+        run.learn_from(model, data, plan.teacher)
     return model
+
+
+def make_trainer(
+    plan: Plan, model: nn.Module, data: Any, record: dict[str, Any], world: distributed.World
+) -> Trainer:
+    run = plan.run
+
+    def write(folder: Path) -> None:
+        """Add to a checkpoint what its folder alone needs for sampling."""
+        files.write_json(folder / "config.json", record)
+        run.write_files(folder, data)
+
+    return Trainer(
+        model,
+        data,
+        run.train,
+        run.optim,
+        Path(run.out),
+        write=write,
+        score=lambda model: run.score(model, data),
+        show=lambda model, folder, step: run.show(model, data, folder, step),
+        world=world,
+    )
+
+
+def train(plan: Plan, world: distributed.World) -> int:
+    """Carry a plan out. Returns the exit status: 0, or 128 + the signal that stopped training."""
+    started = time.perf_counter()
+    run, out = plan.run, Path(plan.run.out)
+    say: Callable[[str], None] = print if world.first else lambda line: None
+    for option, part in (plan.first or {}).items():
+        say(f"--- the {option}, in {part.run.out}")
+        status = train(part, world)
+        if status:
+            return status
+    data = plan.data or open_data(run, world)
+    record = run_dir.to_record(plan.name, run, data.fingerprint)
+    torch.manual_seed(run.train.seed)
+    model = build_model(plan, data)
+    costs = estimate.describe(model, run.optim, run.train)
+    trainer = make_trainer(plan, model, data, record, world)
+    # Resume, or note the settings in the new folder.
+    if run.resume:
+        run_dir.check_same(files.read_json(out / "config.json"), record, run)
+        folder = trainer.resume()
+        complete = trainer.counters["step"] == run.train.steps
+        say(f"the run is complete: {folder}" if complete else f"resumed from {folder}")
+    elif world.first:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / "config.json", record)
+    with trainer.call.whole():
+        run.get_ready(trainer.model, data)
+    device = devices.describe_device(trainer.device)
+    say(f"{data.description}\n{costs}\n{device}, {trainer.dtype}")
+    # Train.
+    scores = trainer.fit()
+    if trainer.signals.agreed:
+        step = trainer.counters["step"]
+        say(f"stopped at step {step} and saved; continue with {plan.resume_with}")
+        return 128 + trainer.signals.agreed
+    # Report.
+    rows = read_metrics(out / "metrics.jsonl")
+    untrained = next((row for row in rows if not row["step"]), {})
+    say(run_dir.verdict(plan.preset, run, untrained, scores))
+    seconds = time.perf_counter() - started
+    gib = devices.peak_memory_bytes(trainer.device) / 2**30
+    say(f"{seconds:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
+    return 0

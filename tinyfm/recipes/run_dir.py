@@ -1,11 +1,18 @@
-"""Runs on disk: what a run was is in its config.json, to compare as it goes on, and to open it."""
+"""The folder of a run: its config.json, which records the settings, and its checkpoints.
+
+    runs/gpt/config.json          the settings, as plain values
+    runs/gpt/metrics.jsonl        losses and scores by step
+    runs/gpt/step-000300/         a checkpoint: weights, and all that is needed to sample from them
+
+Here a run is compared with the one that its folder holds, and a trained run is opened.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +20,145 @@ from torch import nn
 
 from tinyfm import adapt
 from tinyfm.common import files
+from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
-from tinyfm.recipes.registry import FAMILIES
 from tinyfm.training import checkpoint
+
+# ---- the record of a run ------------------------------------------------------------------------
 
 
 def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
-    """All that is needed to rebuild a run, as plain values for config.json."""
-    default, whole = type(run)(), dataclasses.asdict(run)
-    facts = [name for name in run.facts if getattr(run, name) != getattr(default, name)]
+    """All that is needed to rebuild a run, as plain values for config.json.
+
+    fingerprint: a hash of the data, once they are prepared.
+    """
+    default = type(run)()
+    values = dataclasses.asdict(run)
+    facts = [name for name in run.FACTS if getattr(run, name) != getattr(default, name)]
     record = {"preset": preset, "family": run.family}
-    record |= {name: whole[name] for name in (*run.parts, *facts)}
-    if fingerprint:  # of the tokens; not known before the data are prepared
+    for name in (*run.CONFIGS, *facts):
+        record[name] = values[name]
+    if fingerprint:
         record["data_fingerprint"] = fingerprint[:16]
     return json.loads(json.dumps(record))
 
 
-def write_run_files(folder: Path, record: dict[str, Any], run: Run, data: Any) -> None:
-    """What a checkpoint holds beside weights, so that its folder alone is enough to sample."""
-    files.write_json(folder / "config.json", record)
-    run.write_files(folder, data)
+def from_record(record: dict[str, Any]) -> Run:
+    """The run that a config.json records.
+
+    Raises TypeError or KeyError for fields that do not fit, ValueError for an unknown family.
+    """
+    run_type = registry.find_run_type(record["family"])
+    default = run_type()
+    values = {}
+    for name in (*run_type.CONFIGS, *run_type.FACTS):
+        if name not in record:
+            continue
+        config = getattr(default, name)
+        values[name] = record[name]
+        if dataclasses.is_dataclass(config):
+            values[name] = type(config)(**record[name])
+    return run_type(**values)
+
+
+def read_run(path: Path) -> Run:
+    """The run that a config.json file records. Raises ValueError if it does not fit this version."""
+    record = files.read_json(path)
+    try:
+        return from_record(record)
+    except files.MALFORMED as error:
+        problem = f"{path} is not of this version: {error}"
+        raise ValueError(f"{problem}; use the code that wrote it") from error
+
+
+# ---- starting and resuming ----------------------------------------------------------------------
 
 
 def check_directory(out: Path, resume: bool) -> bool:
-    """Whether a run goes on there or begins. Raises ValueError if it can do neither.
+    """Whether to resume the run in `out`. Raises ValueError if it can be neither started nor resumed.
 
-    Started again by torchrun --max-restarts, nobody is asked: it goes on from a checkpoint, if any.
+    After a restart by torchrun --max-restarts, it is resumed if there is a checkpoint.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        if not (saved := any(out.glob("step-*/manifest.json"))):
-            (out / "metrics.jsonl").unlink(missing_ok=True)  # it begins anew
+        saved = any(out.glob("step-*/manifest.json"))
+        if not saved:
+            (out / "metrics.jsonl").unlink(missing_ok=True)  # written by the attempt that failed
         return saved
     if resume and not out.exists():
-        raise ValueError(f"there is no run {out} to resume; leave out --resume to begin it")
-    begun = out.exists() and {p.name for p in out.iterdir() if p.stat().st_size} - {"config.json"}
-    if begun and not resume:
-        raise ValueError(f"{out} exists: go on with --resume, choose another --out, or remove it")
+        raise ValueError(f"there is no run {out} to resume; leave out --resume to start it")
+    if out.exists() and not resume:
+        found = {path.name for path in out.iterdir() if path.stat().st_size} - {"config.json"}
+        if found:
+            raise ValueError(
+                f"{out} exists: continue it with --resume, choose another --out, or remove it"
+            )
     return resume
 
 
-# What may differ when a run goes on: it changes where and how fast, not what is computed.
-FREE = {"train.device", "train.dtype", "train.compile", "train.micro_batch_size", "train.keep",
-        "train.log_every", "train.eval_every", "train.tensorboard", "train.patience",
-        "train.parallel", "train.shard_size", "train.activation_checkpointing", "data.cache",
-        "init_from"}  # fmt: skip
+def find_changeable(config: Any, prefix: str = "") -> Iterator[str]:
+    """Names, such as train.device, of the fields that are marked `may_change` (common/config.py)."""
+    for field in dataclasses.fields(config):
+        name = prefix + field.name
+        value = getattr(config, field.name)
+        if field.metadata.get("may_change"):
+            yield name
+        elif dataclasses.is_dataclass(value):
+            yield from find_changeable(value, name + ".")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """In which options two records make different runs, in words."""
+def differences(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]:
+    """The options in which two records differ, in words; those that may change do not count.
+
+    run: the run that `new` records.
+    """
     old, new = flatten(old), flatten(new)
+    compared = (old.keys() | new.keys()) - set(find_changeable(run))
     return [
         f"{key} was {old.get(key)} and is {new.get(key)}"
-        for key in sorted((old.keys() | new.keys()) - FREE)
+        for key in sorted(compared)
         if old.get(key) != new.get(key)
     ]
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    """Raise ValueError with the differences, if a run is not the one that its folder began."""
-    if different := differences(old, new):
+def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
+    """Raise ValueError with the differences, if a run is not the one that its folder holds."""
+    different = differences(old, new, run)
+    if different:
         raise ValueError(
-            f"{out} is another run: {'; '.join(different[:5])}. "
-            "Give the options it began with, or another --out without --resume"
+            f"{run.out} is another run: {'; '.join(different[:5])}. "
+            "Give the options it was started with, or another --out without --resume"
         )
+
+
+def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
+    """One line: the score before training, after it, and the usual one."""
+    name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
+    train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is usual
+    run = dataclasses.replace(run, train=train)
+    usual = "no usual value: the settings are not those of a preset"
+    if preset.usual and not differences(to_record("", preset.run), to_record("", run), run):
+        usual = f"usual for this preset: {preset.usual}"
+    start = f"{baseline[name]:.3f}" if name in baseline else "unknown"
+    before = "before" if run.init_from else "untrained"
+    return f"{name}: {start} {before}, {scores[name]:.3f} reached; {usual}"
 
 
 # ---- opening a trained run ----------------------------------------------------------------------
 
 
-def read_run(record: dict[str, Any]) -> Run:
-    """The run that a config.json describes. Raises TypeError or KeyError if it does not fit, and
-    ValueError for an unknown family."""
-    if record["family"] not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"the run is of family {record['family']!r}, none of {known}")
-    kind = FAMILIES[record["family"]]
-    defaults = kind()
-    values = {name: record[name] for name in (*kind.parts, *kind.facts) if name in record}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(default := getattr(defaults, name)):
-            values[name] = type(default)(**value)
-    return kind(**values)
-
-
-def open_base(path: str) -> OpenRun:
-    """A run to begin from; what adapted it, if it was, becomes part of its weights."""
-    base = open_run(path)
-    adapt.merge(base.model)
-    return base
-
-
-def begin(run: Run, base: OpenRun | None = None) -> nn.Module:
-    """The model as its training begins: new, or as its base is, made ready for what adapts it."""
+def build_start(run: Run, base: OpenRun | None = None) -> nn.Module:
+    """The model as training starts: new or with its base's weights, and with its adapter."""
     model = run.build_model()
     if base:
         files.load_model(run.trunk(model), base.model.state_dict())
@@ -122,83 +167,66 @@ def begin(run: Run, base: OpenRun | None = None) -> nn.Module:
     return model
 
 
-def open_same_base(run: Run) -> OpenRun:
-    """What a run began from. Raises ValueError if it is gone, or has other weights by now."""
-    base = open_base(run.init_from)
-    if (own := adapt.base_hash(base.model)) != run.base_hash:
-        raise ValueError(f"its weights are of hash {own[:16]} now, not {run.base_hash[:16]}")
+def open_base(path: str) -> OpenRun:
+    """A run to start from; its adapter, if it has one, is merged into its weights."""
+    base = open_run(path)
+    adapt.merge(base.model)
     return base
 
 
-def find_base(run: Run, folder: Path) -> OpenRun | None:
-    """That of a run which is kept as a change to it; None for one that is whole by itself."""
+def open_same_base(run: Run) -> OpenRun:
+    """The run that a run started from. Raises ValueError if it is gone, or its weights changed."""
+    base = open_base(run.init_from)
+    found = adapt.base_hash(base.model)
+    if found != run.base_hash:
+        raise ValueError(f"its weights now have the hash {found[:16]}, not {run.base_hash[:16]}")
+    return base
+
+
+def open_adapted_base(run: Run, folder: Path) -> OpenRun | None:
+    """The base of a checkpoint that holds only an adapter; None for one that holds all weights."""
     if run.adapt == "full":
         return None
     try:
         return open_same_base(run)
     except ValueError as error:
-        advice = "put back what it was trained from, or give that to sample.py with --adapter"
-        raise ValueError(f"{folder} adapts {run.init_from}: {error}; {advice} {folder}") from error
+        advice = f"restore that run, or open the right one with sample.py --adapter {folder}"
+        raise ValueError(f"{folder} adapts {run.init_from}: {error}; {advice}") from error
 
 
 def open_run(path: str, raw: bool = False) -> OpenRun:
     """Load the newest checkpoint of a run directory, or a checkpoint folder, on the CPU.
 
-    The averaged weights if there are any, unless raw. Raises ValueError if it is not whole.
+    With the averaged weights if there are any, unless raw. Raises ValueError if it is incomplete.
     """
     folder = checkpoint.find(path)
-    record = files.read_json(folder / "config.json")
-    try:
-        run = read_run(record)
-    except files.MALFORMED as error:
-        problem = f"{folder}/config.json is not of this version: {error}"
-        raise ValueError(f"{problem}; use the code that wrote it") from error
-    run = dataclasses.replace(run, **dict.fromkeys(run.needs, str(folder)))  # all is in there
-    if run.init_from and hasattr(run.data, "tokenizer"):  # so is that of its base
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
-    model = begin(run, find_base(run, folder))
-    weights = "ema" if (folder / "ema.safetensors").exists() and not raw else "model"
+    run = read_run(folder / "config.json")
+    # The checkpoint itself holds its parts and its tokenizer.
+    changes = dict.fromkeys(run.PARTS, str(folder))
+    if run.init_from and hasattr(run.data, "tokenizer"):
+        changes["data"] = dataclasses.replace(run.data, tokenizer=str(folder))
+    run = dataclasses.replace(run, **changes)
+    model = build_start(run, open_adapted_base(run, folder))
+    averaged = (folder / "ema.safetensors").exists() and not raw
+    weights = "ema" if averaged else "model"
     files.load_model(model, files.load_tensors(folder, weights))
     meta = files.read_json(folder / "meta.json")
     return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)
 
 
 def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
-    """Adapt an open run by what other runs have trained from it; several LoRAs add up.
+    """Add the adapters of other runs to an open run; several LoRAs add up.
 
-    Raises ValueError for a run that is no adapter, or one of another base.
+    Raises ValueError for a run that is no adapter, or that was trained from another base.
     """
     for i, path in enumerate(paths):
         folder = checkpoint.find(path)
-        run = read_run(files.read_json(folder / "config.json"))
-        if run.adapt == "full" or run.base_family != opened.run.family or "classes" in run.facts:
+        run = read_run(folder / "config.json")
+        if run.adapt == "full" or run.base_family != opened.run.family or "classes" in run.FACTS:
             raise ValueError(f"{path} is no adapter for a run of family {opened.run.family}")
-        tensors, own = files.load_tensors(folder), f"adapter{i}"
+        tensors = files.load_tensors(folder)
+        name = f"adapter{i}"
         try:
-            adapt.load_adapter(opened.model, tensors, run.adapt, run.adapter, own, run.base_hash)
+            adapt.load_adapter(opened.model, tensors, run.adapt, run.adapter, name, run.base_hash)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
-    """One line: untrained, reached, usual."""
-    name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
-    reached = scores[name]
-    train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is as usual
-    run = dataclasses.replace(run, train=train)
-    same = not differences(to_record("", preset.run), to_record("", run))
-    usual = f"usual for this preset: {preset.usual}" if same and preset.usual else ""
-    usual = usual or "no usual value: this is not a preset as it stands"
-    untrained = f"{baseline[name]:.3f}" if name in baseline else "unknown"
-    before = "before" if run.init_from else "untrained"
-    return f"{name}: {untrained} {before}, {reached:.3f} reached; {usual}"
-
-
-def rebuild(path: Path):
-    """The run that a config.json describes, as a value of its run type."""
-    from tinyfm.common import files
-
-    try:
-        return read_run(files.read_json(path))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not of this version: {error}") from error

@@ -1,11 +1,13 @@
-"""Run types of models of pictures: what binds CLIP, autoencoder, diffusion, and the three together,
-to the trainer."""
+"""The recipe of text-to-image: a denoiser between a CLIP's text tower and an autoencoder.
+
+The two parts are runs of their own families, trained first if they are not given.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,12 +18,16 @@ from data.report import Report
 from tinyfm import tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.batches.latents import LatentConfig, LatentData
-from tinyfm.batches.pairs import GLYPHS
+from tinyfm.batches.pairs import GLYPHS, ImageConfig, PairConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import sheets
-from tinyfm.recipes import base
-from tinyfm.recipes.base import ImageRun, Run, write_png
-from tinyfm.recipes.ddpm import DDPMRun
+from tinyfm.ddpm import DiffusionConfig
+from tinyfm.evaluate import generated
+from tinyfm.recipes.autoencoder import AutoencoderRun
+from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
+from tinyfm.recipes.clip import CLIPRun
+from tinyfm.recipes.ddpm import loss_by_level
+from tinyfm.recipes.pictures import save_sheet, save_step_sheet, spread_rows, warn_if_cut
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint
 from tinyfm.training.optim import OptimConfig
@@ -29,19 +35,19 @@ from tinyfm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImageRun(ImageRun):
+class TextToImageRun(Run):
     """Draw what a text says: diffusion between the text tower of a CLIP and an autoencoder."""
 
     model: TextToImageConfig = field(default_factory=TextToImageConfig)
     data: LatentConfig = field(default_factory=LatentConfig)
-    autoencoder: str = ""  # run it takes the autoencoder from; trained first if not given
-    clip: str = ""  # run it takes the text tower and the tokenizer from; trained first if not given
+    autoencoder: str = ""  # run that supplies the autoencoder; default: train one first
+    clip: str = ""  # run that supplies the text tower and tokenizer; default: train one first
 
     family: ClassVar[str] = "text2image"
-    needs: ClassVar[dict[str, str]] = {
-        "autoencoder": "text2image-autoencoder",
-        "clip": "text2image-clip",
-    }
+    PARTS = {"autoencoder": "text2image-autoencoder", "clip": "text2image-clip"}
+    SAMPLE_OPTIONS = frozenset(
+        "prompt seed sampler steps guidance init_image strength mask upscale".split()
+    )
     SHOWN: ClassVar[int] = 32
     GUIDANCE: ClassVar[float] = 3.0
 
@@ -56,64 +62,139 @@ class TextToImageRun(ImageRun):
         data.val_images = self.data.val_images
         return data
 
-    write_files, read_tokenizer = Run.write_files, Run.read_tokenizer  # it reads text again
-    score = DDPMRun.score  # by quarters of the noise level
-
     def get_ready(self, model: TextToImage, data: LatentData) -> None:
         model.tokenizer = data.tokenizer
         if self.data.cache_latents:
             data.encode_all(model, self.data)
 
+    def score(self, model: TextToImage, data: LatentData) -> Scores:
+        return loss_by_level(self, model, data)
+
     def show(self, model: TextToImage, data: LatentData, folder: Path, step: int) -> str:
         """Draw captions of the validation split."""
-        rows = np.linspace(0, len(data.val.labels) - 1, self.SHOWN).astype(int)
+        rows = spread_rows(len(data.val.labels), self.SHOWN)
         prompts = [data.val.captions[i][0] for i in rows]
         sheet = sheets.prompted(model, prompts, 20, guidance=self.GUIDANCE)
-        return self.save(sheet, folder, step)
+        return save_step_sheet(sheet, folder, step)
 
+    # ---- the parts ------------------------------------------------------------------------------
 
-LETTERS = {  # the parts of text2image, smaller than the runs on all glyphs
-    "autoencoder": AutoencoderConfig(beta_warmup_steps=50),
-    "clip": CLIPConfig(context_length=24, rivals="all", memory=2048, memory_after=360),
-}
-COLOR = {  # text2image-autoencoder's, for letters in colour: what differs most is the paper, and
-    # AdamW learns little else; Muon, which evens the directions out, learns the ink as well
-    "optim": OptimConfig(lr=1e-3, kernels=True, warmup_steps=20, decay_fraction=0.6),
-    "train": TrainConfig(steps=500, batch_size=32, eval_every=125),
-}
+    def with_parts(self, autoencoder: AutoencoderConfig, clip: CLIPConfig) -> TextToImageConfig:
+        """The model's config for these parts: they determine the sizes of the denoiser."""
+        diffusion = replace(
+            self.model.diffusion,
+            image_size=autoencoder.image_size // autoencoder.factor,
+            in_channels=autoencoder.latent_channels,
+            d_context=clip.text_width,
+        )
+        return TextToImageConfig(diffusion, autoencoder, clip)
 
+    def part_run(self, option: str, usual: Run, autoencoder: AutoencoderConfig) -> Run:
+        """The run that trains a part, on the same pictures, device and seed, in OUT-OPTION.
 
-def part_run(run: Run, option: str) -> Run:
-    """The run of a part, on the same pictures, device and seed. Its `out` is a new one, or goes
-    on."""
-    from tinyfm.recipes import registry
+        usual: the preset of the part. autoencoder: the config that the pictures have to suit. A
+        run that is in that folder already is resumed, or used as it is if it is complete.
+        """
+        data, model = {"cache": self.data.cache}, {"image_size": autoencoder.image_size}
+        for name in ("path", "color", "val_fraction"):
+            data[name] = getattr(self.data, name)
+        channels = 3 if self.data.color else autoencoder.in_channels
+        if option == "clip":
+            data["template"] = self.data.template
+            model["channels"] = channels
+        else:
+            model["in_channels"] = channels
+            if self.data.color:
+                usual = replace(usual, **COLOR)
+                model["groups"] = (
+                    1  # in small groups, normalisation would lose a plain paper's colour
+                )
+        train = {name: getattr(self.train, name) for name in ("seed", "device", "dtype")}
+        out = f"{self.out}-{option}"
+        part = replace(
+            usual,
+            model=replace(usual.model, **model),
+            data=replace(usual.data, **data),
+            train=replace(usual.train, **train),
+            out=out,
+            resume=Path(out).exists(),
+        )
+        return part if self.dry_run else halve_batch(part)
 
-    part, out = registry.get_preset(run.needs[option]).run, f"{run.out}-{option}"
-    same = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
-    same |= {"template": run.data.template} if option == "clip" else {}
-    where = {name: getattr(run.train, name) for name in ("seed", "device", "dtype")}
-    channels = "channels" if option == "clip" else "in_channels"
-    sizes = {"image_size": run.model.autoencoder.image_size,
-             channels: 3 if run.data.color else run.model.autoencoder.in_channels}  # fmt: skip
-    if run.data.color and option == "autoencoder":
-        part = replace(part, **COLOR)
-        sizes["groups"] = 1  # normalised in small groups, a plain paper loses its colour
-    return replace(
-        part, model=replace(part.model, **sizes), data=replace(part.data, **same),
-        train=replace(part.train, **where), out=out, resume=Path(out).exists(),
-    )  # fmt: skip
+    def check_parts(self) -> None:
+        """Raise ValueError if your own pictures do not fill a batch: before any part is trained."""
+        if self.data.path in GLYPHS:
+            return
+        rows = training_rows(self)
+        if 2 <= rows < self.train.batch_size:
+            advice = f"use --train.batch-size <= {rows}, or add pairs"
+            raise ValueError(
+                f"{rows} training pictures, {self.train.batch_size} in a batch: {advice}"
+            )
+
+    def take_parts(self, model: TextToImage, autoencoder: OpenRun, clip: OpenRun) -> None:
+        """Copy the weights of trained parts into the model."""
+        model.autoencoder.load_state_dict(autoencoder.model.state_dict())
+        model.text_tower.load_state_dict(clip.model.text_tower.state_dict())
+
+    # ---- the trained model ----------------------------------------------------------------------
+
+    def sample(self, opened: OpenRun, options: Any) -> None:
+        """Draw n pictures of --prompt, or change the picture that is given."""
+        if not (options.prompt or "").strip():
+            raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
+        given = read_given(self.model, options.init_image, options.mask, options.upscale)
+        if options.init_image:
+            usual = 1.0 if options.mask else 0.6  # a masked part may be redrawn entirely
+            given["strength"] = usual if options.strength is None else options.strength
+        elif options.strength is not None:
+            raise ValueError("--strength needs --init-image")
+        opened.model.tokenizer = opened.tokenizer
+        warn_if_cut(opened.tokenizer, [options.prompt], self.model.clip.context_length)
+        prompts = [options.prompt] * (options.n or 8)
+        sheet = sheets.prompted(
+            opened.model,
+            prompts,
+            options.steps,
+            options.sampling.seed,
+            sampler=options.sampler,
+            guidance=options.guidance,
+            **given,
+        )
+        save_sheet(sheet._replace(titles=()), options)  # all have the same prompt
+
+    def can_draw(self) -> bool:
+        return self.data.path in GLYPHS
+
+    def measure(
+        self, opened: OpenRun, model: TextToImage, data: LatentData, options: Any
+    ) -> Scores:
+        """Share of drawings that a judge reads as their prompt, for data that it can read.
+
+        --picture shows characters that were held out, drawn by the trained model.
+        """
+        if self.data.path not in GLYPHS:
+            return {}
+        scores = generated.measure(model, data, self.data, options.guidance)
+        if options.picture and model is opened.model:
+            generated.draw_held_out(model, data, self.data.color, options.guidance, options.picture)
+        return scores
 
 
 def training_rows(run: Run) -> int:
-    """How many of one's own pictures a run will train on, if all are good. Raises ValueError if
-    there are none, or none with the captions it needs."""
+    """Number of your own pictures that a run will train on, if all can be read.
+
+    Raises ValueError if there are none, or none with the captions it needs.
+    """
     found = len(captioned.pairs(run.data.path, Report(), run.data.template))
     return found - max(2, round(run.data.val_fraction * found))
 
 
-def fit_batch(part: Run) -> Run:
-    """The run of a part, on few pictures of one's own in batches that are halved until two of them
-    are there. Raises ValueError as `training_rows` does."""
+def halve_batch(part: Run) -> Run:
+    """A part's run with its batch halved until your own pictures fill two of them.
+
+    Raises ValueError as `training_rows` does.
+    """
     if part.data.path in GLYPHS:
         return part
     rows, batch_size = training_rows(part), part.train.batch_size
@@ -122,39 +203,7 @@ def fit_batch(part: Run) -> Run:
     return replace(part, train=replace(part.train, batch_size=batch_size))
 
 
-def check_batch(run: Run) -> None:
-    """Raise ValueError if one's own pictures do not fill a batch: before any part is trained."""
-    if run.data.path in GLYPHS:
-        return
-    if 2 <= (rows := training_rows(run)) < run.train.batch_size:
-        advice = f"use --train.batch-size <= {rows}, or add pairs"
-        raise ValueError(f"{rows} training pictures, {run.train.batch_size} in a batch: {advice}")
-
-
-def fit(run: Run, autoencoder, clip) -> Run:
-    """The run with the configs of its parts, the denoiser's sizes following from theirs."""
-    sizes = {"image_size": autoencoder.image_size // autoencoder.factor,
-             "in_channels": autoencoder.latent_channels, "d_context": clip.text_width}  # fmt: skip
-    diffusion = replace(run.model.diffusion, **sizes)
-    return replace(run, model=type(run.model)(diffusion, autoencoder, clip))
-
-
-def illustrate(opened: base.OpenRun, options) -> None:
-    """n pictures of what the prompt says, made of a picture if one is given."""
-    if not (options.prompt or "").strip():
-        raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
-    given = read_given(opened.run.model, options.init_image, options.mask, options.upscale)
-    if options.init_image:
-        whole = 1.0 if options.mask else 0.6  # of a masked part nothing need be left
-        given["strength"] = whole if options.strength is None else options.strength
-    elif options.strength is not None:
-        raise ValueError("--strength says how much to change of --init-image, which lacks")
-    opened.model.tokenizer = opened.tokenizer
-    base.tell_cut(opened.tokenizer, [options.prompt], opened.run.model.clip.context_length)
-    prompts = [options.prompt] * (options.n or 8)
-    how = {"sampler": options.sampler, "guidance": options.guidance, **given}
-    sheet = sheets.prompted(opened.model, prompts, options.steps, options.sampling.seed, **how)
-    write_png(sheet._replace(titles=()), options)  # the prompt of all
+# ---- pictures given to sample.py ----------------------------------------------------------------
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
@@ -162,19 +211,24 @@ def to_images(pixels: np.ndarray) -> Tensor:
     return torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def read_given(config, init_image: str, mask: str, upscale: str) -> dict[str, Tensor]:
-    """Files as TextToImage.generate takes them: init_images in the model's size, what a mask has
-    white as 1, a small picture as it is. Raises ValueError for files that do not go together."""
+def read_given(
+    config: TextToImageConfig, init_image: str, mask: str, upscale: str
+) -> dict[str, Tensor]:
+    """Picture files as arguments of TextToImage.generate.
+
+    init_images in the model's size; mask with 1 where the file is white; upscale, a small picture,
+    in its own size. Raises ValueError for files that do not go together.
+    """
     size, channels = config.autoencoder.image_size, config.autoencoder.in_channels
     given = {}
     if init_image:
         given["init_images"] = to_images(pictures.read(init_image, size, channels))
     if mask:
         if not init_image:
-            raise ValueError(f"--mask {mask} says what to draw anew of --init-image, which lacks")
-        sides = [pictures.size_of(path) for path in (mask, init_image)]
-        if sides[0] != sides[1]:
-            (w, h), (W, H) = sides
+            raise ValueError(f"--mask {mask} needs --init-image, the picture to redraw in part")
+        w, h = pictures.size_of(mask)
+        W, H = pictures.size_of(init_image)
+        if (w, h) != (W, H):
             raise ValueError(f"--mask is {w} x {h} pixels, --init-image {W} x {H}; make them equal")
         given["mask"] = (to_images(pictures.read(mask, size, 1)) > 0).float()
     if upscale:
@@ -186,3 +240,58 @@ def read_given(config, init_image: str, mask: str, upscale: str) -> dict[str, Te
             raise ValueError(f"--upscale is {width} x {height} pixels; give {sizes}")
         given["upscale"] = to_images(pictures.read(upscale, width, channels))
     return given
+
+
+RUNS = (TextToImageRun,)
+
+# ---- presets ------------------------------------------------------------------------------------
+
+# The parts, smaller than the presets for all glyphs.
+AUTOENCODER = AutoencoderConfig(beta_warmup_steps=50)
+CLIP = CLIPConfig(context_length=24, rivals="all", memory=2048, memory_after=360)
+# Changes to the autoencoder's run for letters in colour. Pictures differ most in their paper, and
+# AdamW learns little else; Muon, which evens out the directions, learns the ink as well.
+COLOR = {
+    "optim": OptimConfig(lr=1e-3, kernels=True, warmup_steps=20, decay_fraction=0.6),
+    "train": TrainConfig(steps=500, batch_size=32, eval_every=125),
+}
+DENOISER = DiffusionConfig(
+    image_size=8,
+    in_channels=4,
+    channels=(64, 128),
+    attend=(False, True),
+    n_block=1,
+    d_context=128,
+    prediction="flow",
+    clip=False,
+)
+
+PRESETS = {
+    "text2image": Preset(
+        "letters as a text says, with its text tower and autoencoder: thirteen minutes in all",
+        TextToImageRun(
+            model=TextToImageConfig(DENOISER, AUTOENCODER, CLIP),
+            optim=OptimConfig(lr=2e-3, warmup_steps=50, ema_half_life=100, decay_fraction=0.5),
+            train=TrainConfig(steps=2400, batch_size=64, eval_every=800),
+        ),
+        usual="0.19 to 0.22, as three seeds gave",
+    ),
+    "text2image-autoencoder": Preset(
+        "the first part of it: as autoencoder, on fewer pictures for fewer steps",
+        AutoencoderRun(
+            model=AUTOENCODER,
+            data=ImageConfig(path="letters"),
+            optim=OptimConfig(lr=2e-3, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=250, batch_size=32, eval_every=125),
+        ),
+    ),
+    "text2image-clip": Preset(
+        "the second part: as clip, on fewer pictures for fewer steps",
+        CLIPRun(
+            model=CLIP,
+            data=PairConfig(path="letters", neighbours=16),
+            optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=600, batch_size=256, eval_every=300),
+        ),
+    ),
+}

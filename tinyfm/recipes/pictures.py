@@ -1,0 +1,126 @@
+"""What the recipes of picture models share: pictures as data, sheets of pictures as output."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import pictures
+from data.labelled import SPLITS
+from tinyfm.adapt.heads import Classifier
+from tinyfm.batches import labelled
+from tinyfm.batches.labelled import TaskConfig, TaskData
+from tinyfm.batches.pairs import ImageConfig, ImageData
+from tinyfm.common.seeds import row_generators
+from tinyfm.common.sheets import Sheet
+from tinyfm.recipes.base import Run, Scores, write_step_file
+from tinyfm.recipes.classify import ClassifyRun
+from tinyfm.tokenizer import Tokenizer, encode_captions
+
+
+class NoTokenizer:
+    """For run types without text: a checkpoint needs its config and weights alone."""
+
+    def write_files(self, folder: Path, data: Any) -> None:
+        """Add nothing."""
+
+    def read_tokenizer(self, folder: Path) -> None:
+        return None
+
+
+def mean_metrics(run: Run, model: nn.Module, data: Any) -> Scores:
+    """Mean of the metrics of model.loss, over the pictures and the noise that val_loss is from."""
+    device = next(model.parameters()).device
+    rows = run.train.micro_batch_size or run.train.batch_size
+    sums, count = Counter(), 0
+    for batch in data.val_batches(rows):
+        n = len(next(iter(batch.values())))
+        generators = row_generators(run.train.seed, -1, range(count, count + n))
+        _, metrics = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
+        sums.update({name: n * float(value) for name, value in metrics.items()})
+        count += n
+    return {name: total / count for name, total in sums.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRun(NoTokenizer, Run):
+    """Pretraining on pictures alone."""
+
+    data: ImageConfig = field(default_factory=ImageConfig)
+
+    def open_data(self) -> ImageData:
+        m, c = self.model, self.train
+        return ImageData.load(self.data, m.image_size, m.in_channels, c.batch_size, c.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureClassifyRun(NoTokenizer, ClassifyRun):
+    """Classification of pictures."""
+
+    data: TaskConfig = field(default_factory=lambda: TaskConfig(path="scripts"))
+
+    SAMPLE_OPTIONS = frozenset({"image"})
+
+    @property
+    def channels(self) -> int:
+        """Channels of a picture: 1 is grey, 3 is colour."""
+        return getattr(self.model, "in_channels", 0) or self.model.channels
+
+    def open_data(self) -> TaskData:
+        size, c = self.model.image_size, self.train
+        return labelled.pictures(self.data, size, self.channels, c.batch_size, c.seed)
+
+    def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
+        """Draw held-out pictures, each with its class and the predicted one."""
+        rows, titles = self.guesses(model, data)
+        images = data.inputs[SPLITS[1]][rows].transpose(0, 2, 3, 1)
+        write_step_file(
+            folder, step, "png", lambda path: pictures.save_grid(images, path, 8, titles)
+        )
+        return f"--- step {step} finds: " + "; ".join(titles[:3])
+
+    def read_example(self, opened, options) -> dict[str, Tensor]:
+        """The picture of --image as a batch of one."""
+        if not options.image.strip():
+            raise ValueError("give the picture to classify: --image FILE")
+        pixels = pictures.read(options.image, self.model.image_size, self.channels)
+        images = torch.tensor(pixels.transpose(2, 0, 1)[None])
+        return {"images": images / 127.5 - 1}
+
+
+# ---- output -------------------------------------------------------------------------------------
+
+
+def save_step_sheet(sheet: Sheet, folder: Path, step: int) -> str:
+    """Write folder/step-NNNNNN.png; return a line about it."""
+    path = write_step_file(folder, step, "png", sheet.save)
+    return f"--- step {step}: {sheet.about}: {path}"
+
+
+def save_sheet(sheet: Sheet, options: Any) -> None:
+    """Write the sheet to sample.py's --out, and print what it shows."""
+    out = options.out or "sample.png"
+    sheet.save(out)
+    print(sheet.about, out, sep="\n")
+
+
+def spread_rows(count: int, n: int) -> np.ndarray:
+    """n row numbers, evenly spread over 0 ... count - 1."""
+    return np.linspace(0, count - 1, n).astype(int)
+
+
+def warn_if_cut(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> None:
+    """Say on stderr how many texts are longer than the text tower can read."""
+    _, cut = encode_captions(tokenizer, list(texts), context_length)
+    if not cut:
+        return
+    which = f"{cut} of {len(texts)} texts" if len(texts) > 1 else "the text"
+    print(f"{which} cut to {context_length} tokens; shorten what matters", file=sys.stderr)
