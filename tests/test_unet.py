@@ -6,14 +6,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm.hub import diffusion, layout
-from tinyfm.unet import UNet, UNetConfig, Upsample, time_features
+from tinyfm.unet import UNet, UNetConfig, Upsample, repeat_and_convolve, time_features
 
 diffusers.logging.set_verbosity_error()
 PLAIN = {
@@ -53,7 +52,7 @@ def reference(cls, fields):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def published(request, tmp_path_factory):
-    """A model of diffusers, and the folder that it saved itself to."""
+    """A model of diffusers, and the folder that it was saved to."""
     model = reference(*VARIANTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -65,13 +64,18 @@ def inputs(config, B=3, H=16, W=8):
     x = torch.randn(B, config["in_channels"], H, W, generator=g)
     t = torch.tensor([0, 500, 999])[:B]
     width = config.get("cross_attention_dim")
-    return x, t, torch.randn(B, 5, width, generator=g) if width else None
+    if width is None:
+        return x, t, None
+    return x, t, torch.randn(B, 5, width, generator=g)
 
 
 @torch.no_grad()
 def assert_same(ours, theirs, tolerance=1e-4):
     x, t, context = inputs(theirs.config)
-    expected = theirs(x, t, *([] if context is None else [context])).sample
+    if context is None:
+        expected = theirs(x, t).sample
+    else:
+        expected = theirs(x, t, context).sample
     assert expected.std() > 0.1
     torch.testing.assert_close(ours(x, t, context), expected, atol=tolerance, rtol=tolerance)
 
@@ -106,7 +110,7 @@ def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
 
 
 def test_files_from_before_2023(tmp_path):
-    """Attention had other names, and config.json said less."""
+    """The attention weights had other names, and config.json had fewer fields."""
     theirs = reference(*VARIANTS["ddpm"])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -134,7 +138,7 @@ def test_half_precision(tmp_path):
 
 
 HALF = {"atol": 0.1, "rtol": 0.1}
-PUBLISHED = {  # of google, CompVis and stabilityai; what their config.json says
+PUBLISHED = {  # by google, CompVis and stabilityai: parameters, class, fields of config.json
     "ddpm-cifar10-32": (35_746_307, UNet2DModel, DDPM | {
         "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
         "block_out_channels": (128, 256, 256, 256),
@@ -165,19 +169,19 @@ def test_published_sizes(name):
 # ---- properties ----------------------------------------------------------------------------------
 
 
-def test_untrained_it_predicts_zero_and_every_weight_is_soon_trained():
+def test_an_untrained_model_predicts_zero_and_every_weight_learns():
     torch.manual_seed(0)
     model = UNet(TINY)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     assert model(x, t).abs().max() == 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     start = {name: p.clone() for name, p in model.named_parameters()}
-    for _ in range(4):  # one for each of the zeros in a row
+    for _ in range(4):  # zeros that follow each other pass on gradients one after the other
         (model(x, t) - x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    still = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
-    assert not still
+    unchanged = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
+    assert not unchanged
 
 
 @torch.no_grad()
@@ -193,8 +197,7 @@ def test_rows_do_not_depend_on_each_other_and_one_time_serves_all():
 
 
 def test_training_in_bfloat16_stays_close_to_float32():
-    config = UNetConfig(image_size=8, channels=(16, 32), attend=(True, True), n_block=1, groups=8,
-                        d_context=12)  # fmt: skip
+    config = replace(TINY, attend=(True, True), d_context=12)
     torch.manual_seed(0)
     model = UNet(config)
     for p in model.parameters():
@@ -209,23 +212,25 @@ def test_training_in_bfloat16_stays_close_to_float32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_upsampling_is_repeating_and_blending_for_4_of_9_products():
+def test_upsampling_equals_the_obvious_way_with_4_of_9_products():
     torch.manual_seed(0)
     layer = Upsample(6)
-    x, g = torch.randn(2, 6, 5, 3, requires_grad=True), torch.randn(2, 6, 10, 6)
-    inputs = (x, layer.weight, layer.bias)
-    results, products = [], []
-    for up in (layer, lambda x: torch.nn.Conv2d.forward(layer, F.interpolate(x, scale_factor=2))):
+    x = torch.randn(2, 6, 5, 3, requires_grad=True)
+    g = torch.randn(2, 6, 10, 6)
+    results = []
+    products = []
+    for upsample in (layer, lambda x: repeat_and_convolve(x, layer.weight, layer.bias)):
         with FlopCounterMode(display=False) as counter:
-            y = up(x)
-        results.append((y, *torch.autograd.grad(y, inputs, g)))
+            y = upsample(x)
+        gradients = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
+        results.append((y, *gradients))
         products.append(counter.get_total_flops())
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
     assert products[0] * 9 == products[1] * 4
 
 
 def test_a_patch_is_a_pixel_of_many_channels():
-    """The same network on pictures whose patches were made pixels by hand."""
+    """Compare with the same network on images whose patches the test turns into pixels."""
     torch.manual_seed(0)
     inside = UNet(replace(TINY, in_channels=4))
     patched = UNet(replace(TINY, image_size=16, patch_size=2))
@@ -242,7 +247,7 @@ def test_a_patch_is_a_pixel_of_many_channels():
         patched(x[..., :6], t)
 
 
-def test_features_tell_all_times_apart():
+def test_time_features_differ_for_all_times():
     waves = time_features(torch.arange(1000), 32, 0, cos_first=True).double()
     distance = torch.cdist(waves, waves) + 10 * torch.eye(1000, dtype=torch.float64)
     assert distance.min() > 0.1
@@ -275,8 +280,7 @@ def test_features_tell_all_times_apart():
 )
 def test_configs_that_cannot_be_built(fields, message):
     with pytest.raises(ValueError, match=message):
-        UNetConfig(**{"image_size": 8, "channels": (16, 32), "attend": (False, True), "groups": 8,
-                      "n_head": 16, **fields})  # fmt: skip
+        replace(TINY, **{"n_block": 2, "n_head": 16, **fields})
 
 
 def test_inputs_that_do_not_fit():
@@ -311,7 +315,7 @@ def test_inputs_that_do_not_fit():
         ({"block_out_channels": [16, 32, 64]}, "tensors do not fit config.json"),
     ],
 )
-def test_folders_that_ours_cannot_express(fields, message, tmp_path):
+def test_folders_that_this_model_cannot_express(fields, message, tmp_path):
     reference(*VARIANTS["ddpm"]).save_pretrained(tmp_path)
     edit(tmp_path, **fields)
     with pytest.raises(ValueError, match=message) as error:
@@ -321,8 +325,7 @@ def test_folders_that_ours_cannot_express(fields, message, tmp_path):
 
 def test_heads_that_diffusers_cannot_express(tmp_path):
     with pytest.raises(ValueError, match=r"heads of one width, not \[4, 8\]; set d_head"):
-        UNet(UNetConfig(image_size=8, channels=(16, 32), attend=(True, True), groups=8)
-             ).save_pretrained(tmp_path)  # fmt: skip
+        UNet(replace(TINY, attend=(True, True))).save_pretrained(tmp_path)
     uneven = reference(UNet2DConditionModel, CONTEXT | {"attention_head_dim": (2, 8, 8)})
     uneven.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"attention_head_dim is .*heads of one width"):
@@ -335,7 +338,7 @@ def test_diffusers_has_no_patches(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_not_written_over(tmp_path):
+def test_a_folder_is_not_overwritten_by_accident(tmp_path):
     UNet(TINY).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model already"):
         UNet(TINY).save_pretrained(tmp_path)

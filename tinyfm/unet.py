@@ -1,28 +1,33 @@
-"""The U-Net: a network from an image, and a time, to an image of the same size.
+"""The U-Net: a network that maps an image and a time to an image of the same size.
 
-Diffusion (ddpm.py) asks a network to look at a noisy picture x_t and its noise level t, and to name
-the noise. It must see details, to place every edge, and the whole, to know what is drawn. The U-Net
-(Ronneberger et al. 2015; for diffusion Ho et al. 2020, appendix B) does both:
+A diffusion model (ddpm.py) gives a network a noisy image x_t and its noise level t, and the network
+predicts the noise. For this it needs details, to place every edge, and the whole image, to know
+what it shows. The U-Net (Ronneberger et al. 2015; for diffusion Ho et al. 2020, appendix B) sees
+both:
 
-    down   residual blocks, then half the rows and columns and more channels, level by level
-    middle attention: every place of the coarse picture looks at every other
-    up     the same back; each block also reads what the way down left at its level
+    down    residual blocks; then half the rows and columns and more channels, level by level
+    middle  attention: every position of the coarse image attends to every other
+    up      the same levels in reverse order, each with twice the rows and columns of the last;
+            each block also reads an output of the same level on the way down
 
-The way across, the skip connection, keeps the details; the way through the bottom sees the whole.
-The time enters each residual block as one number a channel, added between its two convolutions:
+These skip connections carry the details across; the path through the middle sees the whole image.
+The time enters each residual block as one number per channel, added between its two convolutions:
 
     h = x + conv(silu(norm(conv(silu(norm(x))) + W silu(emb(t)))))
 
-Most of the work is at full size, most of the weights below. Patches of p x p pixels, made one pixel
-of p^2 as many channels, leave 1 / p^2 of the work to the same weights (Luhman & Luhman 2022).
+Most of the computation is at the full size, most of the weights are at the small sizes. With
+patches, each p x p pixels become one pixel with p^2 times the channels: the computation falls to
+1 / p^2, with almost the same weights (Luhman & Luhman 2022).
 
-A text enters by cross-attention (Rombach et al. 2022): queries from the places of the picture, keys
-and values from the rows of `context`, which is whatever a text encoder gives.
+A text enters by cross-attention (Rombach et al. 2022): the queries come from the positions of the
+image, the keys and values from the rows of `context`, the output of any text encoder.
 
-One config expresses DDPM's network (UNet2DModel of diffusers) and Stable Diffusion 1's and 2's
-(UNet2DConditionModel); hub_diffusion.py reads and writes their weights.
-Letters: B batch, C channels, H W rows and columns, T rows of context or places of an image,
-N heads, K head width. Left out: class labels, several Transformer layers at a level, SDXL's extras.
+One config describes both DDPM's network (UNet2DModel in diffusers) and those of Stable Diffusion 1
+and 2 (UNet2DConditionModel); hub/diffusion.py reads and writes their weights.
+
+Letters: B batch, C channels, H W rows and columns, T rows of a context or positions of an image,
+E width of a context, N heads, K head width. Left out: class labels, several Transformer layers at
+one level, the additions of SDXL.
 """
 
 from __future__ import annotations
@@ -37,112 +42,166 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+def check_images(shape: Sequence[int], channels: int, factor: int) -> None:
+    """Check that images (B, C, H, W) have `channels` and that `factor` divides H and W.
+
+    `factor` is a power of two. Raises ValueError if they do not fit.
+    """
+    _, C, H, W = shape
+    if channels != C:
+        names = {1: "1 channel (grey)", 3: "3 channels (colour)"}
+        found = names.get(C, f"{C} channels")
+        needed = names.get(channels, f"{channels} channels")
+        raise ValueError(f"the images have {found}, the model takes {needed}; convert the images")
+    if H % factor or W % factor:
+        halvings = factor.bit_length() - 1
+        near_H = factor * max(1, round(H / factor))
+        near_W = factor * max(1, round(W / factor))
+        advice = f"the nearest size that can is {near_H} x {near_W}"
+        raise ValueError(f"images of {H} x {W} cannot be halved {halvings} times; {advice}")
+
+
 @dataclass(frozen=True)
 class UNetConfig:
-    image_size: int = 32  # rows and columns of a training image; others work too
-    in_channels: int = 1  # of an image: 1 grey, 3 colour, or those of a latent
-    out_channels: int = 0  # of the prediction; 0 = in_channels
+    image_size: int = 32  # rows and columns of a training image; other sizes work too
+    in_channels: int = 1  # channels of an image: 1 grey, 3 colour, or those of a latent
+    out_channels: int = 0  # channels of the prediction; 0 = in_channels
     patch_size: int = 1  # rows and columns of a patch, which becomes one pixel of many channels
-    channels: tuple[int, ...] = (32, 64, 128)  # at each level; each has half the rows of the last
-    attend: tuple[bool, ...] = (False, False, True)  # levels with attention; the middle has it
-    n_block: int = 2  # residual blocks a level on the way down; one more on the way up
+    channels: tuple[int, ...] = (32, 64, 128)  # width of each level; sizes halve in between
+    attend: tuple[bool, ...] = (False, False, True)  # attention per level; the middle always has it
+    n_block: int = 2  # residual blocks per level on the way down; the way up has one more
     n_head: int = 4  # attention heads
-    d_head: int = 0  # width of a head, which gives their number; 0 = channels / n_head
-    d_context: int = 0  # width of the context's rows; 0 = no context
-    groups: int = 16  # of channels that are normalised together
-    norm_eps: float = 1e-5  # added to the variance
-    dropout: float = 0.0  # share of activations zeroed in training
-    cos_first: bool = True  # order of the time features; False in DDPM
-    time_shift: int = 0  # 1 in DDPM: its slowest wave is exactly 1/10,000
-    pad_end: bool = False  # halving pads below and right only, as DDPM does; False: all around
+    d_head: int = 0  # width of a head, from which the number of heads follows; 0 = use n_head
+    d_context: int = 0  # width of a row of the context; 0 = no context
+    groups: int = 16  # groups of channels that are normalised together
+    norm_eps: float = 1e-5  # constant added to the variance in a normalisation
+    dropout: float = 0.0  # share of activations set to zero in training
+    cos_first: bool = True  # cosines before sines in the time features; DDPM has False
+    time_shift: int = 0  # shift of the time frequencies; with DDPM's 1 the slowest is 1/10,000
+    pad_end: bool = False  # pad only below and right when halving, as DDPM does, not on all sides
 
     def __post_init__(self):
         for name in ("channels", "attend"):  # a config read from JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        ones = ("image_size", "in_channels", "patch_size", "n_block", "n_head", "groups")
-        for name in (*ones, "out_channels", "d_head", "d_context", "time_shift"):
-            if (value := getattr(self, name)) < (least := int(name in ones)):
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+        for name in ("image_size", "in_channels", "patch_size", "n_block", "n_head", "groups"):
+            self.check_least(name, 1)
+        for name in ("out_channels", "d_head", "d_context", "time_shift"):
+            self.check_least(name, 0)
+
+        # Levels: every width must split into groups, and into heads where there is attention.
         if not self.channels or len(self.channels) != len(self.attend):
-            raise ValueError(f"channels {self.channels}, attend {self.attend}: one value a level")
-        for width, attend in zip(self.channels, (*self.attend[:-1], True)):  # the middle attends
-            head = ("d_head", self.d_head) if self.d_head else ("n_head", self.n_head)
-            for name, part in [("groups", self.groups), head][: 1 + attend]:
-                if width < 1 or width % part:
-                    raise ValueError(f"{width} channels cannot be divided by {name} {part}")
-        if self.channels[0] % 2 or self.channels[0] // 2 <= self.time_shift:
-            raise ValueError(f"the first level has {self.channels[0]} channels; use an even number")
+            values = f"channels {self.channels}, attend {self.attend}"
+            raise ValueError(f"{values}: give each one value a level")
+        attends = (*self.attend[:-1], True)  # the middle has the last width and always attends
+        for width, attend in zip(self.channels, attends):
+            self.check_divisible(width, "groups")
+            if attend:
+                self.check_divisible(width, "d_head" if self.d_head else "n_head")
+        half = self.channels[0] // 2
+        if self.channels[0] % 2 or half <= self.time_shift:
+            problem = f"the first level has {self.channels[0]} channels"
+            raise ValueError(f"{problem}; use an even number above {2 * self.time_shift}")
+
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; it must be a power of two")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        size = (1, self.in_channels, self.image_size, self.image_size)
-        check_images(size, self.in_channels, self.factor)
+        shape = (1, self.in_channels, self.image_size, self.image_size)
+        check_images(shape, self.in_channels, self.factor)
+
+    def check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+    def check_divisible(self, width: int, name: str) -> None:
+        value = getattr(self, name)
+        if width < 1 or width % value:
+            raise ValueError(f"{width} channels cannot be divided by {name} {value}")
 
     @property
     def factor(self) -> int:
-        """By how much rows and columns shrink to the middle."""
+        """Ratio of the rows (and columns) of an image to those of the middle."""
         return self.patch_size * 2 ** (len(self.channels) - 1)
 
     def heads(self, width: int) -> int:
-        """Attention heads at a level of so many channels."""
+        """Number of attention heads at a level of `width` channels."""
         return width // self.d_head if self.d_head else self.n_head
 
 
-def check_images(shape: Sequence[int], channels: int, factor: int) -> None:
-    """Raise ValueError unless images (B, C, H, W) have `channels`, and `factor` divides H and W."""
-    _, C, H, W = shape
-    if channels != C:
-        names = {1: "1 channel (grey)", 3: "3 channels (colour)"}
-        found, taken = (names.get(n, f"{n} channels") for n in (C, channels))
-        raise ValueError(f"the images have {found}, the model takes {taken}; convert the images")
-    if H % factor or W % factor:
-        times, near = factor.bit_length() - 1, [factor * max(1, round(n / factor)) for n in (H, W)]
-        nearest = f"the nearest size that can is {near[0]} x {near[1]}"
-        raise ValueError(f"images of {H} x {W} cannot be halved {times} times; {nearest}")
+# ---- pure functions -----------------------------------------------------------------------------
+
+
+def time_features(t: Tensor, width: int, shift: int, cos_first: bool) -> Tensor:
+    """Encode times t (B,) as waves (B, width), float32.
+
+    Half of them are sines and half are cosines, with frequencies from 1 down to about 1/10,000, as
+    the positions of Vaswani et al. (2017, section 3.5).
+    """
+    half = width // 2
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(exponent / (half - shift))  # (B, width / 2)
+    if cos_first:
+        waves = (angle.cos(), angle.sin())
+    else:
+        waves = (angle.sin(), angle.cos())
+    return torch.cat(waves, dim=-1)
+
+
+def repeat_and_convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Repeat every pixel 2 x 2 times, then convolve: (B, C, H, W) -> (B, C, 2 H, 2 W).
+
+    This is the obvious way to enlarge an image; the weight is (C, C, 3, 3).
+    """
+    return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
+
+
+def enlarge(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute repeat_and_convolve(x, weight, bias) with 4/9 of the products.
+
+    Seen from the input, each pixel adds a stamp of 4 x 4 pixels to the result, at every second row
+    and column: the sum of the four 3 x 3 stamps of its four copies. So the weights are added first,
+    and one transposed convolution of stride 2 does the rest.
+    """
+    stamp = F.pad(weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C, 5, 5)
+    stamp = stamp[:, :, 1:] + stamp[:, :, :-1]  # both copies in a column: (C, C, 4, 5)
+    stamp = stamp[..., 1:] + stamp[..., :-1]  # both copies in a row: (C, C, 4, 4)
+    return F.conv_transpose2d(x, stamp, bias, stride=2, padding=1)
 
 
 # ---- layers -------------------------------------------------------------------------------------
 
 
-def time_features(t: Tensor, width: int, shift: int, cos_first: bool) -> Tensor:
-    """Times t (B,) as waves (B, width) of frequencies from 1 down to about 1/10,000, in float32.
-
-    Half of them sines and half cosines, as the positions of Vaswani et al. 2017.
-    """
-    half = width // 2
-    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(exponent / (half - shift))
-    waves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
-    return torch.cat(waves, dim=-1)
-
-
 class Downsample(nn.Conv2d):
-    """(B, C, H, W) -> (B, C, H/2, W/2): a convolution that moves by two."""
+    """(B, C, H, W) -> (B, C, H/2, W/2): a convolution of stride 2."""
 
     def __init__(self, width: int, pad_end: bool):
         super().__init__(width, width, 3, stride=2, padding=0 if pad_end else 1)
         self.pad_end = pad_end
 
     def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
+        if self.pad_end:
+            x = F.pad(x, (0, 1, 0, 1))
+        return super().forward(x)
 
 
 class Upsample(nn.Conv2d):
-    """(B, C, H, W) -> (B, C, 2 H, 2 W): each pixel four times, then a convolution to blend them."""
+    """(B, C, H, W) -> (B, C, 2 H, 2 W): repeat every pixel 2 x 2 times, then convolve."""
 
     def __init__(self, width: int):
         super().__init__(width, width, 3, padding=1)
 
-    def forward(self, x):  # both at once, for 4/9 of the products: a pixel is a stamp of 4 x 4
-        stamp = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C, 5, 5)
-        stamp = stamp[:, :, 1:] + stamp[:, :, :-1]  # each pixel twice in a column
-        stamp = stamp[..., 1:] + stamp[..., :-1]  # and in a row: (C, C, 4, 4)
-        return F.conv_transpose2d(x, stamp, self.bias, stride=2, padding=1)
+    def forward(self, x):
+        return enlarge(x, self.weight, self.bias)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the time, beside a path that changes the channels at most."""
+    """x (B, c_in, H, W), emb (B, 4 channels[0]) -> (B, c_out, H, W).
+
+    Two convolutions, with the time added between them, and a skip connection around both. The skip
+    is a 1 x 1 convolution if the number of channels changes.
+    """
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int):
         super().__init__()
@@ -165,7 +224,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(K)) v over rows: x (B, T, C) looks at itself, or at a context."""
+    """softmax(q k' / sqrt(K)) v: rows x (B, T, C) attend to the rows of a context (B, T', E).
+
+    In self-attention the context is x.
+    """
 
     def __init__(self, width: int, d_context: int, n_head: int, bias: bool):
         super().__init__()
@@ -176,17 +238,24 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, context):
-        project = (self.q(x), self.k(context), self.v(context))
-        q, k, v = (rearrange(h, "B T (N K) -> B N T K", N=self.n_head) for h in project)
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # slow in bfloat16
-            q, k, v = q.float(), k.float(), v.float()
+        q = rearrange(self.q(x), "B T (N K) -> B N T K", N=self.n_head)
+        k = rearrange(self.k(context), "B T (N K) -> B N T K", N=self.n_head)
+        v = rearrange(self.v(context), "B T (N K) -> B N T K", N=self.n_head)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Attention in bfloat16 is slow on a CPU.
+            q = q.float()
+            k = k.float()
+            v = v.float()
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v)  # (B, N, T, K)
         return self.out(rearrange(y, "B N T K -> B T (N K)"))
 
 
 class SelfAttention(Attention):
-    """DDPM's attention: every place of the image looks at every other."""
+    """DDPM's attention, (B, C, H, W) -> the same shape: every position attends to every other.
+
+    The context is ignored.
+    """
 
     def __init__(self, config: UNetConfig, width: int):
         super().__init__(width, width, config.heads(width), bias=True)
@@ -199,7 +268,11 @@ class SelfAttention(Attention):
 
 
 class Transformer(nn.Module):
-    """Stable Diffusion's: places look at each other, then at the context, then an MLP (GEGLU)."""
+    """Stable Diffusion's attention, (B, C, H, W) -> the same shape.
+
+    The positions attend to each other, then to the context (B, T, E); then an MLP follows, gated by
+    GELU (GEGLU, Shazeer 2020).
+    """
 
     def __init__(self, config: UNetConfig, width: int):
         super().__init__()
@@ -217,11 +290,18 @@ class Transformer(nn.Module):
 
     def forward(self, x, context):
         h = rearrange(self.enter(self.norm(x)), "B C H W -> B (H W) C")
+
+        # Self-attention.
         rows = self.norm1(h)
         h = h + self.look_around(rows, rows)
+
+        # Cross-attention.
         h = h + self.look_up(self.norm2(h), context)
-        value, gate = self.up(self.norm3(h)).chunk(2, dim=-1)
-        h = h + self.down(value * F.gelu(gate))  # Shazeer 2020
+
+        # MLP.
+        value, gate = self.up(self.norm3(h)).chunk(2, dim=-1)  # each (B, H W, 4 C)
+        h = h + self.down(value * F.gelu(gate))
+
         return x + self.leave(rearrange(h, "B (H W) C -> B C H W", H=x.size(2)))
 
 
@@ -229,72 +309,97 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block and, where the level attends, attention after it."""
+    """A residual block, followed by attention if the level attends."""
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, attend: bool):
         super().__init__()
-        kind = Transformer if config.d_context else SelfAttention
         self.res = ResBlock(config, c_in, c_out)
-        self.attention = kind(config, c_out) if attend else None
+        self.attention = None
+        if attend:
+            kind = Transformer if config.d_context else SelfAttention
+            self.attention = kind(config, c_out)
 
     def forward(self, x, emb, context):
         x = self.res(x, emb)
-        return x if self.attention is None else self.attention(x, context)
+        if self.attention is not None:
+            x = self.attention(x, context)
+        return x
 
 
 class Level(nn.Module):
-    """The blocks that work at one size, and what leads to the next size, if there is one."""
+    """The blocks of one size; `resample` leads to the next size, if there is one."""
 
     def __init__(self, blocks: list[Block], resample: nn.Module | None):
         super().__init__()
-        self.blocks, self.resample = nn.ModuleList(blocks), resample
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
 
 
 class UNet(nn.Module):
-    """x_t (B, C, H, W), t (B,) steps, context (B, T, E) -> prediction (B, C, H, W).
+    """x_t (B, C, H, W), times t (B,) or (), context (B, T, E) -> prediction (B, C, H, W).
 
-    H and W must be divisible by config.factor.
+    config.factor must divide H and W.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        first, last, d_time = config.channels[0], config.channels[-1], 4 * config.channels[0]
-        area, c_out = config.patch_size**2, config.out_channels or config.in_channels
-        self.time_in, self.time_out = nn.Linear(first, d_time), nn.Linear(d_time, d_time)
+        first = config.channels[0]
+        last = config.channels[-1]
+        d_time = 4 * first
+        area = config.patch_size**2
+        self.time_in = nn.Linear(first, d_time)
+        self.time_out = nn.Linear(d_time, d_time)
         self.conv_in = nn.Conv2d(area * config.in_channels, first, 3, padding=1)
-        levels = list(zip(config.channels, config.attend))
-        c, kept, down, up = first, [first], [], []  # kept: channels of what the way up will read
-        for i, (width, attend) in enumerate(levels):
+        levels = list(enumerate(zip(config.channels, config.attend)))
+
+        # The way down. `skips` lists the channels of each output that the way up will read.
+        c = first
+        skips = [c]
+        down = []
+        for i, (width, attend) in levels:
             blocks = []
             for _ in range(config.n_block):
                 blocks.append(Block(config, c, width, attend))
                 c = width
-                kept.append(c)
-            halve = Downsample(c, config.pad_end) if i < len(levels) - 1 else None
-            kept += [c] if halve else []
+                skips.append(c)
+            halve = None
+            if i < len(levels) - 1:
+                halve = Downsample(c, config.pad_end)
+                skips.append(c)
             down.append(Level(blocks, halve))
         self.down = nn.ModuleList(down)
-        self.middle, self.middle_out = Block(config, last, last, True), ResBlock(config, last, last)
-        for i, (width, attend) in reversed(list(enumerate(levels))):
+
+        # The middle.
+        self.middle = Block(config, last, last, True)
+        self.middle_out = ResBlock(config, last, last)
+
+        # The way up.
+        up = []
+        for i, (width, attend) in reversed(levels):
             blocks = []
             for _ in range(config.n_block + 1):
-                blocks.append(Block(config, c + kept.pop(), width, attend))
+                blocks.append(Block(config, c + skips.pop(), width, attend))
                 c = width
-            up.append(Level(blocks, Upsample(c) if i else None))
+            up.append(Level(blocks, Upsample(c) if i > 0 else None))
         self.up = nn.ModuleList(up)
+
         self.norm = nn.GroupNorm(config.groups, first, eps=config.norm_eps)
+        c_out = config.out_channels or config.in_channels
         self.conv_out = nn.Conv2d(first, area * c_out, 3, padding=1)
         self.reset_parameters()
 
     def reset_buffers(self):
-        """There are none: the waves of the time are computed from t, in float32 in any model."""
+        """Do nothing: there are no buffers. time_features computes its waves from t."""
 
     def reset_parameters(self):
-        """torch's weights, but biases, all residual paths and the output start at 0 (Ho et al.)."""
-        silent = ("bias", "conv2.weight", "attention.out.weight", "leave.weight", "conv_out.weight")
+        """Set all biases, the end of each residual path and the output to 0 (Ho et al. 2020).
+
+        The other weights keep the initial values that their PyTorch layers gave them.
+        """
+        zeros = ("bias", "conv2.weight", "attention.out.weight", "leave.weight", "conv_out.weight")
         for name, p in self.named_parameters():
-            if name.endswith(silent):
+            if name.endswith(zeros):
                 nn.init.zeros_(p)
 
     def check(self, x_t: Tensor, context: Tensor | None) -> None:
@@ -302,48 +407,65 @@ class UNet(nn.Module):
         check_images(x_t.shape, self.config.in_channels, self.config.factor)
         width = self.config.d_context
         if width and context is None:
-            raise ValueError("this model needs a context (B, T, d_context): none was given")
+            raise ValueError("this model needs a context (B, T, d_context), but none was given")
         if context is not None and (context.ndim != 3 or context.size(-1) != width):
             taken = f"(B, T, {width})" if width else "none"
             raise ValueError(f"the context is {tuple(context.shape)}; this model takes {taken}")
 
-    def way_down(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> tuple:
-        """(the middle (B, C, h, w), what the way up will read, the time (B, 4 C))."""
-        c, dtype = self.config, self.conv_in.weight.dtype
-        waves = time_features(t.expand(len(x_t)), c.channels[0], c.time_shift, c.cos_first)
+    def way_down(
+        self, x_t: Tensor, t: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Run the way down and the middle.
+
+        Returns the output of the middle (B, channels[-1], h, w), the skip connections in the order
+        in which they were made, and the embedded time (B, 4 channels[0]).
+        """
+        config = self.config
+        dtype = self.conv_in.weight.dtype
+
+        # Time. One t serves all images.
+        waves = time_features(
+            t.expand(len(x_t)), config.channels[0], config.time_shift, config.cos_first
+        )
         emb = F.silu(self.time_out(F.silu(self.time_in(waves.to(dtype)))))
-        h = self.conv_in(F.pixel_unshuffle(x_t.to(dtype), c.patch_size))
-        kept = [h]
+
+        # Patches -> pixels of many channels.
+        h = self.conv_in(F.pixel_unshuffle(x_t.to(dtype), config.patch_size))
+
+        skips = [h]
         for level in self.down:
             for block in level.blocks:
                 h = block(h, emb, context)
-                kept.append(h)
+                skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
-                kept.append(h)
-        return self.middle_out(self.middle(h, emb, context), emb), kept, emb
+                skips.append(h)
+        h = self.middle_out(self.middle(h, emb, context), emb)
+        return h, skips, emb
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Raises ValueError for sizes, channels or a context that the model does not take."""
+        """Raises ValueError for a size, channels or a context that the model does not take."""
         self.check(x_t, context)
-        context = None if context is None else context.to(self.conv_in.weight.dtype)
-        h, kept, emb = self.way_down(x_t, t, context)
+        if context is not None:
+            context = context.to(self.conv_in.weight.dtype)
+        h, skips, emb = self.way_down(x_t, t, context)
         for level in self.up:
             for block in level.blocks:
-                h = block(torch.cat((h, kept.pop()), dim=1), emb, context)
-            h = h if level.resample is None else level.resample(h)
+                h = block(torch.cat((h, skips.pop()), dim=1), emb, context)
+            if level.resample is not None:
+                h = level.resample(h)
         y = self.conv_out(F.silu(self.norm(h)))
         return F.pixel_shuffle(y, self.config.patch_size)  # (B, C, H, W)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> UNet:
-        """Read a UNet2DModel or UNet2DConditionModel folder of diffusers (hub_diffusion.py)."""
+        """Read a UNet2DModel or UNet2DConditionModel folder of diffusers; see hub/diffusion.py."""
         from tinyfm.hub import diffusion
 
         return diffusion.load_unet(cls, UNetConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, overwrite: bool = False) -> None:
-        """Write weights and config in the layout of diffusers (hub_diffusion.py)."""
+        """Write weights and config in the layout of diffusers; see hub/diffusion.py."""
         from tinyfm.hub import diffusion
 
         diffusion.save_unet(self, folder, overwrite)
