@@ -27,10 +27,11 @@ from tinyfm import text2image, tokenizer
 from tinyfm import text2image as editing
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.hub import stable_diffusion
+from tinyfm.hub.tokenizers import clip_spec
 from tinyfm.text2image import TextToImage, TextToImageConfig
+from tinyfm.tokenizer import ClipTokenizer
 
 diffusers.logging.set_verbosity_error()
 
@@ -215,7 +216,7 @@ def test_files_of_older_versions(published, tmp_path):
     """The text encoder's names began with text_model, and its end was said to be 2."""
     model = TextToImage.from_pretrained(published[1])
     model.save_pretrained(tmp_path)
-    names = stable_diffusion.hub.read_tensors(tmp_path / "text_encoder")
+    names = stable_diffusion.layout.read_tensors(tmp_path / "text_encoder")
     assert all(name.startswith("text_model.") for name in names)
     path = tmp_path / "text_encoder" / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": 2}
@@ -246,7 +247,7 @@ def test_published_sizes(tmp_path):
     found = {name: p.shape for name, (_, p) in stable_diffusion.tower_tensors(model).items()}
     assert found == {f"text_model.{name}": p.shape for name, p in theirs.named_parameters()}
     theirs.config.save_pretrained(tmp_path)
-    config = stable_diffusion.read_text_config(tmp_path)
+    config = stable_diffusion.read_text_config(CLIPConfig, tmp_path)
     text = {name: value for name, value in asdict(config).items() if name.startswith("text")}
     assert text.items() <= asdict(STABLE_DIFFUSION.clip).items()
     assert (config.activation, config.end_token) == ("quick_gelu", 49407)

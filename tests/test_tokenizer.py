@@ -1,11 +1,14 @@
 """Tokenizers: lossless on any text, the ids of the reference libraries, near-linear time."""
 
+import hashlib
 import json
+import multiprocessing
 import pickle
 import random
 import re
 import time
 import unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -146,8 +149,20 @@ def test_reloaded_is_the_same(tokenizer, reloaded):
         assert getattr(reloaded, name) == getattr(tokenizer, name)
     assert reloaded.fingerprint() == tokenizer.fingerprint()
     assert type(reloaded) is type(tokenizer)
-    copy = pickle.loads(pickle.dumps(tokenizer))  # to a worker process
-    assert copy.encode(TEXT[:500]) == tokenizer.encode(TEXT[:500])
+
+
+def test_a_worker_process_gets_the_same_tokenizer(tokenizer):
+    """As data/prepare.py sends it; the words that it has cached are not sent."""
+    size = len(pickle.dumps(tokenizer))
+    expected = tokenizer.encode_batch(HARD)
+    pickled = pickle.dumps(tokenizer)
+    assert len(pickled) == size
+    copy = pickle.loads(pickled)
+    assert type(copy) is type(tokenizer)
+    assert copy.fingerprint() == tokenizer.fingerprint()
+    assert copy.specials == tokenizer.specials
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(tokenizer.encode_batch, HARD).result() == expected
 
 
 def test_training_is_deterministic_and_fingerprints_differ():
@@ -160,6 +175,20 @@ def test_training_is_deterministic_and_fingerprints_differ():
     prints.append(T.train("bpe", [TEXT[:20000]], 401).fingerprint())
     assert len(set(prints)) == len(prints)
     assert all(re.fullmatch("[0-9a-f]{64}", p) for p in prints)
+
+
+def test_fingerprints_are_as_recorded(tmp_path):
+    """Prepared data and runs name their tokenizer by it. That of SentencePiece is the hash of its
+    model, whose bytes depend on the library's version."""
+    bpe_print = "f1d9c7c9085a0997925d70ccf17783d3753f73def1367910210b68397b2a056e"
+    bytes_print = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    tokenizer = T.train("bpe", [TEXT[:20000]], 400)
+    assert tokenizer.fingerprint() == bpe_print
+    assert T.train("bytes", [], 257).fingerprint() == bytes_print
+    pieces = T.train("sentencepiece", [TEXT[:20000]], 400)
+    pieces.save(tmp_path)
+    model = (tmp_path / "tokenizer.model").read_bytes()
+    assert pieces.fingerprint() == hashlib.sha256(model).hexdigest()
 
 
 def test_exported_tokenizer_json_gives_the_same_ids(tokenizer, tmp_path):
@@ -193,53 +222,85 @@ def test_exported_tokenizer_json_gives_the_same_ids(tokenizer, tmp_path):
 # ---- BPE -----------------------------------------------------------------------------------------
 
 
-def test_worked_example_of_wikipedia():
+LEARN = (bpe.learn_merges_slowly, bpe.learn_merges)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_worked_example_of_wikipedia(learn):
     """The string of the article "Byte-pair encoding" becomes XdXac there and here; where two pairs
     are equally frequent the article takes ab, we take the first in the text."""
     x, y, z = 256, 257, 258
-    assert bpe.learn_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (x, 97), (y, 98)]
-    assert literal_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (x, 97), (y, 98)]
+    merges = learn({b"aaabdaaabac": 1}, 3)
+    assert merges == [(97, 97), (x, 97), (y, 98)]
+    assert bpe.encode("aaabdaaabac", merges) == [z, ord("d"), z, ord("a"), ord("c")]
+    assert bpe.decode([z], merges) == "aaab"
+    assert bpe.train(["aaabdaaabac"], 256 + 3 + 1) == merges
     tokenizer = T.train("bpe", ["aaabdaaabac"], 256 + 3 + 1)
     assert tokenizer.encode("aaabdaaabac") == [z, ord("d"), z, ord("a"), ord("c")]
     assert tokenizer.token_bytes(z) == b"aaab"
 
 
-def literal_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[int, int]]:
-    """The definition, one pass over all words per merge."""
-    rows = [(list(word), count) for word, count in words.items()]
-    merges = []
-    while len(merges) < n_merges:
-        counts = {}
-        for row, count in rows:
-            for pair in pairwise(row):
-                counts[pair] = counts.get(pair, 0) + count
-        if not counts:
-            break
-        best = max(counts, key=counts.get)  # the first of equals: dicts keep their order
-        for row, _ in rows:
-            for i in range(len(row) - 1):
-                if i < len(row) - 1 and (row[i], row[i + 1]) == best:
-                    row[i : i + 2] = [256 + len(merges)]
-        merges.append(best)
-    return merges
+def count_chunks(text: str) -> dict[bytes, int]:
+    counts = {}
+    for chunk in regex.findall(bpe.GPT2_PATTERN, text):
+        counts[chunk.encode()] = counts.get(chunk.encode(), 0) + 1
+    return counts
+
+
+CHUNKS = st.dictionaries(
+    st.text("abc", min_size=1, max_size=14).map(str.encode), st.integers(1, 4), max_size=8
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    words=st.dictionaries(
-        st.text("abc", min_size=1, max_size=14).map(str.encode), st.integers(1, 4), max_size=8
-    ),
-    n_merges=st.integers(0, 30),
-)
-def test_fast_training_learns_the_merges_of_the_definition(words, n_merges):
-    assert bpe.learn_merges(words, n_merges) == literal_merges(words, n_merges)
+@given(chunks=CHUNKS, n_merges=st.integers(0, 30))
+def test_fast_training_learns_the_merges_of_the_definition(chunks, n_merges):
+    merges = bpe.learn_merges(chunks, n_merges)
+    assert merges == bpe.learn_merges_slowly(chunks, n_merges)
+    assert len(merges) <= n_merges
 
 
 def test_fast_training_equals_the_definition_on_prose():
-    words = {}
-    for word in regex.findall(bpe.GPT2_PATTERN, TEXT[:20000]):
-        words[word.encode()] = words.get(word.encode(), 0) + 1
-    assert bpe.learn_merges(words, 150) == literal_merges(words, 150)
+    chunks = count_chunks(TEXT[:20000])
+    merges = bpe.learn_merges(chunks, 150)
+    assert merges == bpe.learn_merges_slowly(chunks, 150)
+    assert len(merges) == 150
+
+
+@settings(max_examples=200, deadline=None)
+@given(chunks=CHUNKS, n_merges=st.integers(0, 30), text=st.text("abcd", max_size=40))
+def test_fast_encoding_equals_the_definition(chunks, n_merges, text):
+    """Applying rules by rank, fast or slowly, is replaying the merges in the order learned."""
+    merges = bpe.learn_merges(chunks, n_merges)
+    rules = bpe.make_rules(merges)
+    ids = list(text.encode())
+    replayed = ids
+    for rank, pair in enumerate(merges):
+        replayed = bpe.merge(replayed, pair, 256 + rank)
+    assert bpe.apply_merges(ids, rules) == bpe.apply_merges_slowly(ids, rules) == replayed
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 5), max_size=40),
+    pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), unique=True, max_size=20),
+    new=st.lists(st.integers(0, 9), min_size=20, max_size=20),
+)
+def test_fast_encoding_equals_the_definition_for_rules_in_any_order(ids, pairs, new):
+    """A published vocabulary may rank a merge before the one that makes its tokens."""
+    rules = {pair: (rank, token) for rank, (pair, token) in enumerate(zip(pairs, new))}
+    assert bpe.apply_merges(ids, rules) == bpe.apply_merges_slowly(ids, rules)
+
+
+def test_the_tokenizer_gives_the_ids_of_the_lesson():
+    merges = bpe.train([TEXT], 600)
+    assert len(merges) == 600 - 257
+    tokenizer = T.train("bpe", [TEXT], 600)
+    for text in [*HARD, TEXT]:
+        ids = bpe.encode(text, merges)
+        assert ids == tokenizer.encode(text)
+        assert bpe.decode(ids, merges) == text
+    assert bpe.decode([0xE4], merges) == "\ufffd"  # the first of three bytes
 
 
 def reference_tokenizer(style: str) -> Tokenizer:
@@ -465,20 +526,20 @@ def test_sentencepiece_models_that_change_the_text_are_refused(tmp_path):
 
 def test_sample_is_even_bounded_and_whole_when_it_fits():
     documents = [f"{k:05d} " * 1000 for k in range(400)]
-    assert T.sample(documents, 10**7) == documents
-    some = T.sample(iter(documents), 300_000)
+    assert T.sample_documents(documents, 10**7) == documents
+    some = T.sample_documents(iter(documents), 300_000)
     assert 100_000 < sum(map(len, some)) <= 300_000
     picked = [int(re.search(r"\d{5}", text)[0]) for text in some]
     gaps = [b - a for a, b in pairwise(picked)]
     assert picked[0] == 0 and picked[-1] >= 390 and max(gaps) - min(gaps) <= 1
-    assert T.sample(["", "x", ""], 100) == ["x"]
-    assert T.sample(["\ud800"], 100) == ["?"]
-    assert T.sample(["xyz"], 1) == ["x"]
+    assert T.sample_documents(["", "x", ""], 100) == ["x"]
+    assert T.sample_documents(["\ud800"], 100) == ["?"]
+    assert T.sample_documents(["xyz"], 1) == ["x"]
 
 
 def test_sample_of_one_large_document_reaches_its_end():
     document = "".join(f"{k:07d}\n" for k in range(100_000))
-    (text,) = T.sample([document], 100_000)
+    (text,) = T.sample_documents([document], 100_000)
     assert len(text) <= 100_000
     assert int(re.findall(r"\d{7}", text)[-1]) > 90_000
 

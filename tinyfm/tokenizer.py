@@ -1,39 +1,59 @@
-"""Tokenizers: text to integers and back, in three steps behind one interface.
+"""Tokenizers turn text into integers and back: three kinds behind one interface.
 
 1. Bytes. UTF-8 writes any text with 256 symbols: nothing is unknown, but the rows of ids are long.
-2. Byte-level BPE (Radford et al. 2019, GPT-2). The most frequent pair of tokens becomes a token of
-   its own, again and again: see bpe.py, and for CLIP's, which changes the text, clip_tokenizer.py.
+2. Byte-level BPE (Radford et al. 2019, GPT-2). The most frequent pair of neighbouring tokens
+   becomes a new token, again and again; bpe.py has the algorithm. CLIP's variant changes the text
+   and marks the ends of words.
 3. SentencePiece (Kudo and Richardson 2018), the default. A library that builds pieces from
-   characters, with a space written as U+2581, and spells in bytes what it has no piece for. The
-   pieces come from BPE, or from a unigram model (Kudo 2018), whose encoding is the most probable
-   way to cut the text into pieces s_1 ... s_n:  argmax sum_i log p(s_i).
+   characters, writes a space as U+2581, and spells a character that has no piece in bytes. The
+   pieces come from BPE or from a unigram model (Kudo 2018), whose encoding is the most probable way
+   to cut the text into pieces s_1 ... s_n:  argmax sum_i log p(s_i).
 
-A token stands for fixed bytes in all three: to decode is to look up. decode(encode(text)) == text.
+In all three a token stands for fixed bytes, so that decoding is a table look-up. For all but CLIP's
+decode(encode(text)) == text.
+
+The formats of published tokenizers are read and written by hub/tokenizers.py.
 Left out: WordPiece, subword sampling, and SentencePiece models that normalise the text, as T5's do.
 """
 
 import hashlib
 import io
-import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
+import regex
 import sentencepiece
 
 from tinyfm import bpe
+from tinyfm.hub.tokenizers import (
+    CLIP_PATTERN,
+    END_NAMES,
+    END_OF_WORD,
+    EOT,
+    START,
+    Vocabulary,
+    clip_files,
+    hugging_face_files,
+    learned_spec,
+    marks_word_ends,
+    published_spec,
+    read_clip_spec,
+    read_spec,
+    sentencepiece_spec,
+    vocab_and_merges_files,
+    write_files,
+)
 
-EOT = "<|endoftext|>"  # stands between documents
-END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what published vocabularies call it
-FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "bytes.json")
+# ---- the interface -------------------------------------------------------------------------------
 
 
 def replace_surrogates(text: str) -> str:
-    """Half a UTF-16 pair is no character, and UTF-8 cannot hold it: it becomes U+FFFD."""
+    """Replace lone UTF-16 surrogates, which are no characters and not valid in UTF-8, by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -42,26 +62,38 @@ def replace_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """What all have in common: ids 0 ... vocab_size - 1, `eot` to end a text, `bot` to start one.
+    """The interface: ids are 0 ... vocab_size - 1, and the special token `eot` ends a text.
 
-    A subclass passes on the bytes of each id and the specials, text -> id. Its `_encode` turns text
-    into ids, `_files` is what it saves, `_spec` its tokenizer.json. `bot` is None, save in CLIP's.
+    `bot` starts a text; it is None for all but CLIP's. A subclass gives the bytes of each id and
+    the special tokens, text -> id, to this constructor, and defines four methods:
+
+        _encode(text)   the ids of a text without special tokens
+        _files()        name -> content of the files that `save` writes, which determine the ids
+        _spec()         its tokenizer.json
+        __reduce__()    its class and the arguments of its constructor, to pickle it for a process
     """
 
     def __init__(self, table: Sequence[bytes], specials: dict[str, int]):
         ends = [name for name in END_NAMES if name in specials]
         if not ends:
             raise ValueError(f"none of the special tokens {[*specials]} ends a text; add {EOT}")
-        self.vocab_size, self.specials, self.eot = len(table), specials, specials[ends[0]]
-        self._table, self._end, self.bot = list(table), ends[0], None
+        self.vocab_size = len(table)
+        self.specials = specials
+        self.eot = specials[ends[0]]
+        self.bot = None
+        self._end = ends[0]
+        self._table = list(table)
         for text, i in specials.items():
             self._table[i] = text.encode("utf-8")
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
-        """Ids of a text. Special tokens in it are read as such only if specials is True, so that
-        nobody can end a document from within. A lone surrogate is encoded as U+FFFD."""
+        """The ids of a text. A lone surrogate is encoded as U+FFFD.
+
+        Special tokens in the text are encoded as such only if specials is True. By default they
+        are ordinary characters, so that a text from outside cannot end a document.
+        """
         if not specials:
             return self._encode(replace_surrogates(text))
         parts = self._special.split(text)  # text, special, text, ..., text
@@ -71,37 +103,34 @@ class Tokenizer:
         return list(chain.from_iterable(rows))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """The ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; bytes that are not UTF-8 become U+FFFD, specials their own text."""
+        """The text of the ids. Bytes that are not UTF-8 become U+FFFD, a special token its name."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the ids. Raises ValueError for one that is not in the vocabulary."""
+        """The bytes of the ids. Raises ValueError for an id that is not in the vocabulary."""
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, i: int) -> bytes:
-        """Bytes of one token, perhaps only a part of a character."""
+        """The bytes of one token, perhaps only a part of a character."""
         if not 0 <= i < self.vocab_size:
             raise ValueError(f"token id {i} is not in the vocabulary, 0 ... {self.vocab_size - 1}")
         return self._table[i]
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load` reads."""
-        bpe.write_files(folder, self._files)
+        write_files(folder, self._files())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Also write a tokenizer.json, for the tokenizers and transformers libraries."""
-        bpe.write_files(folder, self._files | bpe.hugging_face_files(self._spec(), self._end))
+        """Also write a tokenizer.json, for the libraries tokenizers and transformers."""
+        write_files(folder, self._files() | hugging_face_files(self._spec(), self._end))
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what determines the ids."""
-        return hashlib.sha256(b"".join(self._files.values())).hexdigest()
-
-    def __reduce__(self):  # sent to worker processes as its files
-        return from_files, (self._files,)
+        """SHA-256, in hexadecimal, of the files that determine the ids."""
+        return hashlib.sha256(b"".join(self._files().values())).hexdigest()
 
 
 # ---- 1. bytes ------------------------------------------------------------------------------------
@@ -112,65 +141,217 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self):
         super().__init__([bytes([b]) for b in range(256)] + [b""], {EOT: 256})
-        self._files = {"bytes.json": b"{}"}  # nothing to say
+
+    def __reduce__(self):
+        return type(self), ()
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
+    def _files(self) -> dict[str, bytes]:
+        return {"bytes.json": b"{}"}  # its name says all
+
     def _spec(self) -> dict:
-        return bpe.learned_spec([], EOT)  # BPE that has learned nothing yet
+        return learned_spec([])  # BPE without merges
 
 
 # ---- 2. byte-level BPE ---------------------------------------------------------------------------
+
+
+class ChunkCache(dict):
+    """chunk -> ids, computed when a chunk is first looked up.
+
+    Words recur. Long chunks rarely do, and would fill the memory, so they are not kept.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]]):
+        self.encode = encode
+
+    def __missing__(self, chunk: str) -> list[int]:
+        ids = self.encode(chunk)
+        if len(chunk) < 64:
+            if len(self) >= 1 << 16:
+                self.clear()
+            self[chunk] = ids
+        return ids
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE as a parsed tokenizer.json describes it: ours, GPT-2's, Llama 3's, Qwen's."""
 
     def __init__(self, spec: dict):
-        self._spec = lambda: spec
-        self._vocabulary = vocabulary = bpe.read_spec(spec)
-        ids, specials = vocabulary.ids, vocabulary.specials
-        table = {i: token for token, i in ids.items()}
+        """Raises ValueError for what is not supported: see read_spec."""
+        self._tokenizer_json = spec
+        self._vocabulary = self._read(spec)
+        ids = self._vocabulary.ids
+        specials = self._vocabulary.specials
         size = 1 + max(*ids.values(), *specials.values())
-        super().__init__([table.get(i, b"") for i in range(size)], specials)
-        self._files = bpe.hugging_face_files(spec, self._end)
-        self._memory = bpe.Memory(self._encode_chunk)
+        table = [b""] * size
+        for token, i in ids.items():
+            table[i] = token
+        super().__init__(table, specials)
+        self._byte_ids = [ids[bytes([b])] for b in range(256)]
+        self._ids_of_chunk = ChunkCache(self._encode_chunk)
+
+    def __reduce__(self):
+        return type(self), (self._tokenizer_json,)
+
+    def _read(self, spec: dict) -> Vocabulary:
+        return read_spec(spec)
 
     def _encode_chunk(self, chunk: str) -> list[int]:
-        ids, word = self._vocabulary.ids, chunk.encode("utf-8")
-        if self._vocabulary.ignore_merges and word in ids:
-            return [ids[word]]
-        singles = [ids[word[i : i + 1]] for i in range(len(word))]
-        return bpe.apply_merges(singles, self._vocabulary.rules)
+        content = chunk.encode("utf-8")
+        if self._vocabulary.ignore_merges and content in self._vocabulary.ids:
+            return [self._vocabulary.ids[content]]
+        return bpe.apply_merges([self._byte_ids[b] for b in content], self._vocabulary.rules)
 
     def _encode(self, text: str) -> list[int]:
-        form = self._vocabulary.normalizer
-        chunks = iter([unicodedata.normalize(form, text) if form else text])
-        for pattern in self._vocabulary.patterns:  # split also gives what lies between matches
+        if self._vocabulary.normalizer:
+            text = unicodedata.normalize(self._vocabulary.normalizer, text)
+        chunks = [text]
+        for pattern in self._vocabulary.patterns:  # split also returns the text between matches
             chunks = filter(None, chain.from_iterable(map(pattern.split, chunks)))
-        return list(chain.from_iterable(map(self._memory.__getitem__, chunks)))
+        return list(chain.from_iterable(map(self._ids_of_chunk.__getitem__, chunks)))
+
+    def _files(self) -> dict[str, bytes]:
+        return hugging_face_files(self._tokenizer_json, self._end)
+
+    def _spec(self) -> dict:
+        return self._tokenizer_json
+
+
+# ---- CLIP's variant of byte-level BPE ------------------------------------------------------------
+
+# Radford et al. 2021, section 2.4. Four things differ from GPT-2's BPE:
+#
+# 1. The text is cleaned: Unicode's composed form (NFC), and lower case. This cannot be undone:
+#    decode gives lower-case words with one space after each.
+# 2. White space only separates. A word is a run of letters, one digit, a run of other characters,
+#    or an English ending such as 's; no space belongs to it.
+# 3. The last byte of a word carries "</w>", so that "cat" and the start of "catch" differ:
+#
+#        "The CAT's"  ->  the cat 's  ->  t h e</w>  c a t</w>  ' s</w>  ->  the</w> cat</w> 's</w>
+#
+#    The alphabet is thus 256 bytes inside a word and 256 bytes that end one; the merges follow.
+# 4. The text tower reads  start token, ids, end token, and its summary of the text is its output at
+#    the end token. A text that is too long therefore loses its last words, not the end token.
+#
+# The ids are those of transformers' CLIPTokenizer. Left out, as there: the repair of broken Unicode
+# and of HTML entities with which OpenAI's code starts. Left out here: the padding token that
+# published files name, which is the end token for OpenAI's models and Stable Diffusion 1; and
+# special tokens in other letters: transformers reads <|STARTOFTEXT|> as the start token.
+
+
+def clean(text: str) -> str:
+    """Composed and lower-case. White space need not be collapsed: the split drops all of it."""
+    # str.lower gives the sigma at the end of a word another form; CLIPTokenizer does not.
+    return unicodedata.normalize("NFC", text).replace("Σ", "σ").lower()
+
+
+class ClipTokenizer(BPETokenizer):
+    """CLIP's byte-level BPE as a parsed tokenizer.json describes it.
+
+    `bot` starts a row of ids, `eot` ends it. The bytes of a token that ends a word end in a space.
+    """
+
+    def __init__(self, spec: dict):
+        """Raises ValueError for BPE with ends of words that is not CLIP's."""
+        super().__init__(spec)
+        self.bot = self.specials[START]
+        mark = END_OF_WORD.encode("utf-8")
+        self._end_ids = [self._vocabulary.ids[bytes([b]) + mark] for b in range(256)]
+        for token, i in self._vocabulary.ids.items():
+            if token.endswith(mark):
+                self._table[i] = token.removesuffix(mark) + b" "
+
+    def _read(self, spec: dict) -> Vocabulary:
+        return read_clip_spec(spec)
+
+    def _encode_chunk(self, chunk: str) -> list[int]:
+        ids = []
+        # A chunk is one word, but for the name of a special token, which is split further.
+        for word in self._vocabulary.patterns[0].findall(chunk):
+            *inside, last = word.encode("utf-8")
+            symbols = [self._byte_ids[b] for b in inside]
+            symbols.append(self._end_ids[last])
+            ids += bpe.apply_merges(symbols, self._vocabulary.rules)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        words = regex.findall(CLIP_PATTERN, clean(text))
+        return list(chain.from_iterable(map(self._ids_of_chunk.__getitem__, words)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The cleaned words of the ids with a space between; special tokens become their name."""
+        return super().decode(ids).strip()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write both published layouts, for the libraries tokenizers and transformers."""
+        write_files(folder, self._files() | vocab_and_merges_files(self._spec()))
+
+    def _files(self) -> dict[str, bytes]:
+        return clip_files(self._spec())
+
+
+def encode_captions(
+    tokenizer: Tokenizer, captions: list[str], context_length: int
+) -> tuple[np.ndarray, int]:
+    """The rows that a text tower reads, (B, T) int64, and the number of captions that were cut.
+
+    A row is the start token, if the tokenizer has one; the caption, cut to fit into context_length;
+    and the end token, repeated up to T, the length of the longest row. Raises ValueError if
+    context_length leaves no room for text.
+    """
+    start = [] if tokenizer.bot is None else [tokenizer.bot]
+    room = context_length - len(start) - 1
+    if room < 1:
+        least = len(start) + 2
+        raise ValueError(f"context_length {context_length} has no room for text: use >= {least}")
+    encoded = tokenizer.encode_batch(captions)
+    n_cut = sum(len(ids) > room for ids in encoded)
+    rows = [start + ids[:room] for ids in encoded]
+    longest = max(map(len, rows), default=0)
+    tokens = np.full((len(rows), longest + 1), tokenizer.eot, dtype=np.int64)  # (B, T)
+    for token_row, row in zip(tokens, rows):
+        token_row[: len(row)] = row
+    return tokens, n_cut
 
 
 # ---- 3. SentencePiece ----------------------------------------------------------------------------
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-# The library is several times faster on short texts. We may cut before a space that follows another
-# character, as no piece of ours goes on there, and cut a literal U+2581 out, to spell it in bytes.
+# The library is several times faster on short texts, so we cut a text into sections. A cut before a
+# space that follows another character is safe, because no piece of ours continues there. A literal
+# U+2581 is a section by itself, and is spelled in bytes.
 SECTION = re.compile(f"{SPACE}|(?s:[^{SPACE}]{{0,1000}}[^ {SPACE}]+)| +[^ {SPACE}]*")
 OPTIONS = {
-    "normalization_rule_name": "identity", "remove_extra_whitespaces": False,  # keep the text
-    "add_dummy_prefix": False, "allow_whitespace_only_pieces": True, "byte_fallback": True,
-    "required_chars": SPACE,  # also where the text has none
-    "unk_id": 0, "eos_id": 1, "eos_piece": EOT, "bos_id": -1, "split_digits": True,
-    "num_threads": 1, "minloglevel": 2, "character_coverage": 1.0,  # 1 thread: one order of sums
-}  # fmt: skip
+    # Do not change the text.
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    # Have a piece for every text: the bytes, and the space, also if the training text has none.
+    "byte_fallback": True,
+    "character_coverage": 1.0,
+    "required_chars": SPACE,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    # Special tokens: unknown, never used, and the end of a text.
+    "unk_id": 0,
+    "eos_id": 1,
+    "eos_piece": EOT,
+    "bos_id": -1,
+    # One thread, so that sums are added in one order and the result is always the same.
+    "num_threads": 1,
+    "minloglevel": 2,
+}
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, given as the content of its tokenizer.model."""
 
     def __init__(self, model: bytes):
+        """Raises ValueError for a model that would change the text."""
+        self._model = model
         self._library = library = sentencepiece.SentencePieceProcessor(model_proto=model)
         names = [library.id_to_piece(i) for i in range(library.get_piece_size())]
         table = [name.replace(SPACE, " ").encode("utf-8") for name in names]
@@ -178,115 +359,157 @@ class SentencePieceTokenizer(Tokenizer):
             table[library.piece_to_id(f"<0x{b:02X}>")] = bytes([b])
         specials = {name: i for i, name in enumerate(names) if library.is_control(i)}
         super().__init__(table, specials)
-        self._files = {"tokenizer.model": model}
-        self._space_bytes = [library.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode("utf-8")]
-        probe = " a  \u00bd"  # spaces to lose, a character to normalise or not to know
-        phrases = any(SPACE in name.lstrip(SPACE) for name in names)
-        if phrases or self.decode(library.encode(probe)) != probe:
+        self._space_ids = [library.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode("utf-8")]
+
+        # Spaces that the model may drop, and a character that it may normalise or not know.
+        probe = " a  \u00bd"
+        has_phrases = any(SPACE in name.lstrip(SPACE) for name in names)
+        if has_phrases or self.decode(library.encode(probe)) != probe:
             reasons = "normalises, puts a space in front, or lacks bytes or has phrases as pieces"
             raise ValueError(f"tokenizer.model would change the text, as it {reasons}; train one")
 
+    def __reduce__(self):
+        return type(self), (self._model,)
+
     def _encode(self, text: str) -> list[int]:
         sections = SECTION.findall(text)
-        rows = zip(sections, self._library.encode(sections))
-        spelled = (self._space_bytes if section == SPACE else row for section, row in rows)
-        return list(chain.from_iterable(spelled))
+        ids = []
+        for section, section_ids in zip(sections, self._library.encode(sections)):
+            ids += self._space_ids if section == SPACE else section_ids
+        return ids
+
+    def _files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
 
     def _spec(self) -> dict:
-        return bpe.sentencepiece_spec(self._library, self.specials)
+        return sentencepiece_spec(self._library, self.specials)
 
 
-# ---- train and load ------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
 
 
-def sample(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """At most sample_bytes of UTF-8, evenly spread over the documents, in one pass and that memory.
+def cut_into_pieces(documents: Iterable[str], length: int) -> Iterator[tuple[int, str]]:
+    """Pairs of a document's number and a piece of it of at most `length` characters."""
+    for number, document in enumerate(documents):
+        for start in range(0, len(document), length):
+            yield number, document[start : start + length]
 
-    Of their pieces every stride-th is kept. When those grow too many, every second is dropped and
-    the stride doubles. Pieces of one document are joined again.
+
+def sample_documents(documents: Iterable[str], sample_bytes: int) -> list[str]:
+    """At most sample_bytes of UTF-8, evenly spread over the documents.
+
+    It takes one pass and the memory of the sample. Every stride-th piece of the documents is kept.
+    When the kept pieces grow too many, every second one is dropped and the stride doubles. Pieces
+    of one document are joined again.
     """
-    kept, size, stride, length = [], 0, 1, min(4096, 1 + sample_bytes // 256)
-    pieces = (
-        (number, document[start : start + length].encode("utf-8", "replace"))
-        for number, document in enumerate(documents)
-        for start in range(0, len(document), length)
-    )
-    for seen, (number, piece) in enumerate(pieces):
+    length = min(4096, 1 + sample_bytes // 256)
+    kept = []  # (number of the document, piece in UTF-8)
+    size = 0
+    stride = 1
+    for seen, (number, piece) in enumerate(cut_into_pieces(documents, length)):
         if seen % stride == 0:
-            kept.append((number, piece))
-            size += len(piece)
+            content = piece.encode("utf-8", "replace")
+            kept.append((number, content))
+            size += len(content)
         while size > sample_bytes and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(len(piece) for _, piece in kept)
+            kept = kept[::2]
+            stride *= 2
+            size = sum(len(content) for _, content in kept)
     groups = groupby(kept, key=lambda numbered: numbered[0])
-    return [b"".join(piece for _, piece in group).decode("utf-8") for _, group in groups]
+    return [b"".join(content for _, content in group).decode("utf-8") for _, group in groups]
 
 
-def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) -> Tokenizer:
-    """model_type: "bpe" or "unigram". The rarest characters, without which 99.95 % of the text can
-    be written, are left to the bytes, and more of them where they would crowd the vocabulary."""
+def choose_alphabet(texts: Sequence[str], vocab_size: int) -> list[str]:
+    """The characters that SentencePiece gets to see; the bytes spell all others.
+
+    These are the most frequent characters that make up 99.95 % of the text, fewer where they would
+    crowd the vocabulary, and always the space.
+    """
     counts = Counter(chain.from_iterable(texts))
     for reserved in ("\0", "\t", SPACE, "\u2585"):  # the trainer skips any text with one of these
         del counts[reserved]
-    total, covered, alphabet, room = counts.total(), 0, " ", vocab_size - 258
-    room -= " " not in counts  # it is a piece all the same
-    for char, count in counts.most_common(max(1, min(room, max(128, room // 2)))):
-        if covered < 0.9995 * total:
-            alphabet, covered = alphabet + re.escape(char), covered + count
-    known = re.compile(f"[{alphabet}]{{1,1000}}")  # short enough for the trainer's limit on a line
+    total = counts.total()
+    room = vocab_size - 258  # without the bytes and two special tokens
+    if " " not in counts:
+        room -= 1  # it becomes a piece all the same
+    most = max(1, min(room, max(128, room // 2)))
+    alphabet = [" "]
+    covered = 0
+    for char, count in counts.most_common(most):
+        if covered >= 0.9995 * total:
+            break
+        alphabet.append(char)
+        covered += count
+    return alphabet
+
+
+def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) -> Tokenizer:
+    """Train a SentencePiece model. model_type: "bpe" or "unigram"."""
+    known = "".join(map(re.escape, choose_alphabet(texts, vocab_size)))
+    lines = re.compile(f"[{known}]{{1,1000}}")  # shorter than the longest that the trainer takes
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain.from_iterable(map(known.findall, texts)), model_writer=model,
-            model_type=model_type, vocab_size=vocab_size,
-            seed_sentencepiece_size=4 * vocab_size,  # unigram: the default, a million, is slow
+            sentence_iterator=chain.from_iterable(map(lines.findall, texts)),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            seed_sentencepiece_size=4 * vocab_size,  # of unigram; the default, a million, is slow
             **OPTIONS,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
-        limit = re.search(r"(<=|vs) (\d+)", str(error))
-        hint = f"use at {'most' if limit[1] == '<=' else 'least'} {limit[2]}" if limit else error
+        hint = str(error)
+        if limit := re.search(r"(<=|vs) (\d+)", hint):
+            bound = "most" if limit[1] == "<=" else "least"
+            hint = f"use at {bound} {limit[2]}"
         raise ValueError(f"vocab_size {vocab_size} does not suit the text: {hint}") from error
     return SentencePieceTokenizer(model.getvalue())
+
+
+# Kind -> its smallest vocabulary: the bytes, the end of a text and, of SentencePiece, unknown.
+SMALLEST = {"sentencepiece": 258, "sentencepiece-unigram": 258, "bpe": 257, "bytes": 257}
 
 
 def train(
     kind: str, documents: Iterable[str], vocab_size: int, sample_bytes: int = 2_000_000
 ) -> Tokenizer:
-    """A tokenizer with vocab_size ids, learned from a sample of the documents; always the same one.
+    """Learn a tokenizer with vocab_size ids from a sample of the documents; always the same one.
 
     kind: "sentencepiece" (its BPE), "sentencepiece-unigram", "bpe" or "bytes". Raises ValueError
-    when the vocabulary is too small for bytes and specials, or larger than the text allows.
+    when the vocabulary is too small for bytes and special tokens, or larger than the text allows.
     """
-    least = {"sentencepiece": 258, "sentencepiece-unigram": 258, "bpe": 257, "bytes": 257}
-    if kind not in least:
-        raise ValueError(f"no tokenizer is called {kind!r}; choose one of {', '.join(least)}")
-    if vocab_size < least[kind] or (kind == "bytes" and vocab_size > 257):
-        bound = "exactly" if kind == "bytes" else "at least"
-        raise ValueError(f"vocab_size {vocab_size}: {kind} needs {bound} {least[kind]} ids")
+    if kind not in SMALLEST:
+        raise ValueError(f"no tokenizer is called {kind!r}; choose one of {', '.join(SMALLEST)}")
+    least = SMALLEST[kind]
+    if kind == "bytes" and vocab_size != least:
+        raise ValueError(f"vocab_size {vocab_size}: {kind} needs exactly {least} ids")
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size}: {kind} needs at least {least} ids")
     if kind == "bytes":
         return ByteTokenizer()
     if isinstance(documents, str):
         raise ValueError("documents is a single string; pass a list of texts, such as [text]")
-    texts = sample(documents, sample_bytes)
+    texts = sample_documents(documents, sample_bytes)
     if not texts:
         raise ValueError("there is no text to learn a tokenizer from: the documents are empty")
     if kind == "bpe":
-        return BPETokenizer(bpe.train(texts, vocab_size, EOT))
-    return train_sentencepiece(texts, vocab_size, "unigram" if "unigram" in kind else "bpe")
+        return BPETokenizer(learned_spec(bpe.train(texts, vocab_size)))
+    model_type = "unigram" if kind == "sentencepiece-unigram" else "bpe"
+    return train_sentencepiece(texts, vocab_size, model_type)
+
+
+# ---- load ----------------------------------------------------------------------------------------
+
+FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "bytes.json")
 
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer that files, name -> content, hold: the first of FILES decides."""
-    from tinyfm import clip_tokenizer  # here, as it builds on this module
-
+    """The tokenizer in files, name -> content: the first of FILES decides on its kind."""
     if "tokenizer.model" in files:
         return SentencePieceTokenizer(files["tokenizer.model"])
-    if clip := clip_tokenizer.from_files(files):
-        return clip
-    if "tokenizer.json" in files:
-        return BPETokenizer(json.loads(files["tokenizer.json"]))
-    if "vocab.json" in files and "merges.txt" in files:
-        return BPETokenizer(bpe.gpt2_spec(files["vocab.json"], files["merges.txt"], END_NAMES))
+    spec = published_spec(files)
+    if spec is not None:
+        return ClipTokenizer(spec) if marks_word_ends(spec) else BPETokenizer(spec)
     if "bytes.json" in files:
         return ByteTokenizer()
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")
@@ -299,26 +522,3 @@ def load(folder: str | Path) -> Tokenizer:
         return from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from error
-
-
-def encode_captions(
-    tokenizer: Tokenizer, captions: list[str], context_length: int
-) -> tuple[np.ndarray, int]:
-    """The rows a text tower reads, (B, T) int64, and how many captions were cut to fit.
-
-    A row is the start token, if the tokenizer has one, as much of the caption as context_length
-    allows, then the end token as often as it takes; T is the longest row's length. Raises
-    ValueError if there is no room for any text.
-    """
-    start = [] if tokenizer.bot is None else [tokenizer.bot]
-    room = context_length - len(start) - 1
-    if room < 1:
-        least = len(start) + 2
-        raise ValueError(f"context_length {context_length} has no room for text: use >= {least}")
-    encoded = tokenizer.encode_batch(captions)
-    cut = sum(len(ids) > room for ids in encoded)
-    encoded = [start + ids[:room] for ids in encoded]
-    tokens = np.full((len(encoded), 1 + max(map(len, encoded), default=0)), tokenizer.eot)
-    for row, ids in zip(tokens, encoded):
-        row[: len(ids)] = ids
-    return tokens, cut

@@ -23,10 +23,10 @@ from transformers import CLIPModel as TheirModel
 from data import pictures
 from tinyfm import tokenizer
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.clip_tokenizer import ClipTokenizer, clip_spec
 from tinyfm.common import files as hub
 from tinyfm.hub import clip
-from tinyfm.tokenizer import encode_captions
+from tinyfm.hub.tokenizers import clip_spec
+from tinyfm.tokenizer import ClipTokenizer, encode_captions
 
 transformers.logging.set_verbosity_error()
 TEXT = {

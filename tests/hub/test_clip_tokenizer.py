@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from tinyfm import bpe
 from tinyfm import tokenizer as T
-from tinyfm.clip_tokenizer import CONTEXT_LENGTH, START, WORDS, ClipTokenizer, clip_spec
-from tinyfm.tokenizer import encode_captions
+from tinyfm.hub import tokenizers as formats
+from tinyfm.hub.tokenizers import CLIP_CONTEXT_LENGTH, CLIP_WORDS, START, clip_spec
+from tinyfm.tokenizer import ClipTokenizer, encode_captions
 
 LEARNED = (
     "the cat cats catch photo of naïve ангел 中文 中 日本 🙂 's 't 're 've 'm 'll 'd 've !! ... é "
@@ -52,14 +52,14 @@ def make_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Tokens in CLIP's order: bytes, bytes that end a word, merges, specials. The merges spell the
     words of LEARNED from the left, after some that are random, so that ranks compete."""
     r = random.Random(0)
-    order = [*sorted(bpe.VISIBLE), *bpe.HIDDEN]
-    base = [bpe.CHAR_OF[b] for b in order]
+    order = [*sorted(formats.VISIBLE), *formats.HIDDEN]
+    base = [formats.CHAR_OF[b] for b in order]
     tokens, merges = [*base, *(char + "</w>" for char in base)], {}
-    letters = [bpe.CHAR_OF[b] for b in b"acehost"]
+    letters = [formats.CHAR_OF[b] for b in b"acehost"]
     for _ in range(60):
         merges[r.choice(letters), r.choice(letters) + r.choice(["", "</w>"])] = None
     for word in LEARNED.split():
-        chars = [bpe.CHAR_OF[b] for b in word.encode()]
+        chars = [formats.CHAR_OF[b] for b in word.encode()]
         chars[-1] += "</w>"
         for i in range(1, len(chars)):
             merges["".join(chars[:i]), chars[i]] = None
@@ -212,6 +212,12 @@ def test_reloaded_is_the_same(ours, save, tmp_path):
         assert again.encode_batch(HARD) == ours.encode_batch(HARD)
 
 
+def test_the_fingerprint_is_as_recorded(ours):
+    """Prepared captions name their tokenizer by it."""
+    recorded = "726ebffcbd6d1ffed66d40d1dc32cb08e59f4dc4b916e8e900a9b64c50b512a4"
+    assert ours.fingerprint() == recorded
+
+
 def test_transformers_reads_what_we_save_in_either_layout(ours, reference, tmp_path):
     ours.save_pretrained(tmp_path / "both")
     config = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -226,7 +232,7 @@ def test_transformers_reads_what_we_save_in_either_layout(ours, reference, tmp_p
         for kind in (CLIPTokenizer, AutoTokenizer):
             again = kind.from_pretrained(tmp_path / name)
             assert type(again) is CLIPTokenizer
-            assert again.model_max_length == CONTEXT_LENGTH == 77
+            assert again.model_max_length == CLIP_CONTEXT_LENGTH == 77
             assert again.pad_token_id == again.eos_token_id == ours.eot
             for text in HARD:
                 text = T.replace_surrogates(text)
@@ -251,7 +257,7 @@ def test_a_tokenizer_json_of_transformers_loads(ours, reference, tmp_path):
     spec = json.loads(path.read_text(encoding="utf-8"))
     for older in (False, True):
         if older:
-            spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = WORDS
+            spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = CLIP_WORDS
             spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
             path.write_text(json.dumps(spec), encoding="utf-8")
         loaded = T.load(tmp_path)
@@ -290,9 +296,10 @@ def test_others_with_ends_of_words_are_refused(tmp_path):
         ("splits differently", spec | {"pre_tokenizer": {"pretokenizers": split[1:]}}),
         ("not byte-level", spec | {"model": model | {"type": "WordPiece"}}),
     ]
-    for name, verb in ((START, "lacks"), (T.EOT, "add")):
-        others = {token: i for token, i in VOCAB.items() if token != name}
-        cases.append((f"{verb} {re.escape(name)}", clip_spec(others, MERGES_TXT)))
+    others = {token: i for token, i in VOCAB.items() if token != START}
+    cases.append((f"lack {re.escape(START)}; add it", clip_spec(others, MERGES_TXT)))
+    others = {token: i for token, i in VOCAB.items() if token != T.EOT}
+    cases.append((f"lack {re.escape(T.EOT)}; add it", clip_spec(others, MERGES_TXT)))
     for message, case in cases:
         (tmp_path / "tokenizer.json").write_text(json.dumps(case), encoding="utf-8")
         with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: .*{message}"):
@@ -300,8 +307,8 @@ def test_others_with_ends_of_words_are_refused(tmp_path):
 
 
 def test_a_vocabulary_that_only_contains_the_mark_is_not_clips(tmp_path):
-    marked = T.BPETokenizer(bpe.learned_spec([], T.EOT) | {"added_tokens": [
-        {"id": 256, "content": T.EOT}, {"id": 257, "content": "</w>"}]})  # fmt: skip
+    added = [{"id": 256, "content": T.EOT}, {"id": 257, "content": "</w>"}]
+    marked = T.BPETokenizer(formats.learned_spec([]) | {"added_tokens": added})
     marked.save(tmp_path)
     again = T.load(tmp_path)
     assert type(again) is T.BPETokenizer
