@@ -1,4 +1,4 @@
-"""Compiled decoding: the same sums in another order, so the same tokens."""
+"""Compiled decoding computes the same sums in another order, so it generates the same tokens."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from tinyfm.gpt import GPT, GPTConfig
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def fresh_compiler():
+    """Forget what earlier tests compiled."""
     torch.compiler.reset()
 
 
@@ -19,36 +20,43 @@ def forget():
 @pytest.mark.parametrize(
     "dtype, bias, tolerance", [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.02)]
 )
-def test_few_rows_give_what_a_linear_layer_gives(dtype, bias, tolerance):
+def test_few_rows_linear_equals_a_linear_layer(dtype, bias, tolerance):
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 40, bias).to(dtype)
     call = torch.compile(few_rows_linear, dynamic=False)
     for shape in [(1,), (1, 1), (FEW_ROWS, 1), (FEW_ROWS + 1, 1), (2 * FEW_ROWS + 1, 1)]:
         x = torch.randn(*shape, 48, dtype=dtype)
-        expected, got = F.linear(x, layer.weight, layer.bias), call(x, layer.weight, layer.bias)
+        expected = F.linear(x, layer.weight, layer.bias)
+        got = call(x, layer.weight, layer.bias)
         assert got.shape == expected.shape and got.dtype == dtype
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         assert torch.equal(few_rows_linear(x, layer.weight, layer.bias), expected)  # uncompiled
 
 
-def test_a_compiled_model_writes_the_same_tokens(monkeypatch):
-    compiles = []
+def test_a_compiled_model_generates_the_same_tokens(monkeypatch):
+    compiled = []
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: compiles.append(f) or compiler(f, **o))
+
+    def recording_compiler(function, **options):
+        compiled.append(function)
+        return compiler(function, **options)
+
+    monkeypatch.setattr(torch, "compile", recording_compiler)
     torch.manual_seed(0)
     model = GPT(GPTConfig(97, 64, 2, 4, n_kv_head=2, d_model=32, zero_init=False))
-    prompts, s = [[5, 6, 7], [8] * 9], Sampling(max_new_tokens=20, temperature=0.8, seed=3)
+    prompts = [[5, 6, 7], [8] * 9]
+    s = Sampling(max_new_tokens=20, temperature=0.8, seed=3)
     expected = complete(model, prompts, s)
     tokens = torch.randint(0, 97, (2, 8))
     logits = model(tokens)
     compile_decoding(model)
     assert complete(model, prompts, s) == expected
     assert complete(model, prompts[:1], s) == complete(model, prompts[:1], s, use_cache=False)
-    torch.testing.assert_close(model(tokens), logits)  # whole texts are read as before
-    assert len(compiles) == 5  # two halves of two blocks, and the head
+    torch.testing.assert_close(model(tokens), logits)  # whole texts are read uncompiled
+    assert len(compiled) == 5  # two parts of two blocks, and the head
 
 
-def test_without_a_compiler_it_goes_on_as_it_is(monkeypatch, capsys):
+def test_without_a_compiler_it_runs_uncompiled(monkeypatch, capsys):
     def broken(function, **options):
         def call(*args):
             raise RuntimeError("no C++ compiler\nlong story")
@@ -58,4 +66,4 @@ def test_without_a_compiler_it_goes_on_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     add = Compiled(lambda a, b: a + b)
     assert [add(1, 2), add(3, 4)] == [3, 7]
-    assert capsys.readouterr().out.count("fails here (RuntimeError: no C++ compiler)") == 1
+    assert capsys.readouterr().out.count("(RuntimeError: no C++ compiler)") == 1

@@ -1,4 +1,4 @@
-"""The GPT: what every variant of the architecture must obey, whatever its weights."""
+"""The GPT: properties of every variant of the architecture, whatever its weights."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfm.gpt import GPT, GPTConfig, attention_mask, rope_frequencies, rotate
+from tinyfm.gpt import GPT, Attention, GPTConfig, attention_mask, rope_frequencies, rotate
 
-GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tied": True,
-        "qk_norm": False}  # fmt: skip
+GPT2 = {
+    "position": "learned",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "bias": True,
+    "tied": True,
+    "qk_norm": False,
+}
 VARIANTS = {
     "ours": {},
     "gpt2": GPT2,
@@ -35,7 +41,8 @@ def loud(config: GPTConfig, seed: int = 0) -> GPT:
     model = GPT(config).double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (p.size(1) ** -0.5 if p.ndim == 2 else 1))
+            scale = p.size(1) ** -0.5 if p.ndim == 2 else 1
+            p.copy_(torch.randn_like(p) * scale)
     return model
 
 
@@ -48,7 +55,23 @@ def config(request) -> GPTConfig:
     return small(**VARIANTS[request.param])
 
 
-# ---- what may see what --------------------------------------------------------------------------
+# ---- attention ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
+def test_attention_is_the_plain_formula(pad):
+    """softmax(q k' / sqrt(K)) v, with the mask written out; None stands for plain causal."""
+    config = small()
+    q, k, v = torch.randn(3, 2, 4, T, 8, generator=torch.Generator().manual_seed(0)).double()
+    positions = torch.arange(T)
+    mask = attention_mask(positions, positions, 0, pad)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1) @ v
+    attention = Attention(config)
+    torch.testing.assert_close(attention.attend(q, k, v, mask), expected)
+    if pad is None:
+        torch.testing.assert_close(attention.attend(q, k, v, None), expected)
 
 
 @torch.no_grad()
@@ -65,7 +88,7 @@ def test_a_token_changes_no_logits_before_it(config):
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_do_not_meet(config):
+def test_rows_of_a_batch_are_independent(config):
     model, tokens = loud(config), random_tokens(3, T)
     alone = torch.cat([model(row[None]) for row in tokens])
     torch.testing.assert_close(model(tokens), alone)
@@ -73,8 +96,10 @@ def test_rows_of_a_batch_do_not_meet(config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"position": "learned"}, {"n_kv_head": 1}])
-def test_window_limits_what_is_seen(options):
-    model, tokens, t = loud(small(window=5, n_layer=1, **options)), random_tokens(1, T), 12
+def test_window_limits_attention(options):
+    model = loud(small(window=5, n_layer=1, **options))
+    tokens = random_tokens(1, T)
+    t = 12
     seen = []
     for s in range(T):
         changed = tokens.clone()
@@ -93,7 +118,8 @@ def test_attention_mask_by_hand():
     positions, pad = torch.arange(4), torch.tensor([0, 2])
     full, padded = attention_mask(positions, positions, 2, pad)[:, 0].int().tolist()
     assert full == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    assert padded == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]  # itself, always
+    # A query sees itself even in the padding.
+    assert padded == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 @torch.no_grad()
@@ -101,8 +127,9 @@ def test_grouped_heads_are_shared_heads():
     grouped, full = loud(small(n_kv_head=2)), loud(small(), seed=1)
     state = grouped.state_dict()
     for name in state:
-        if ".k.weight" in name or ".v.weight" in name:  # (G K, D): every head for two query heads
-            state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+        if ".k.weight" in name or ".v.weight" in name:  # (G K, D): each head serves two query heads
+            heads = state[name].unflatten(0, (2, 8))
+            state[name] = heads.repeat_interleave(2, 0).flatten(0, 1)
     full.load_state_dict(state)
     tokens = random_tokens(2, T)
     torch.testing.assert_close(grouped(tokens), full(tokens))
@@ -134,7 +161,7 @@ def test_context_extension_slows_long_waves_only():
 
 
 def test_too_many_tokens():
-    with pytest.raises(ValueError, match="17 tokens exceed context_length 16"):
+    with pytest.raises(ValueError, match="17 tokens exceed context_length 16; shorten the text"):
         GPT(small())(random_tokens(1, T + 1))
 
 
@@ -147,11 +174,11 @@ def test_every_parameter_learns(config):
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if name.endswith("k.bias") and config.position == "learned" and not config.qk_norm:
-            continue  # adds q . b to every score of a row, which the softmax does not notice
+            continue  # adds q . b to every score of a row, which does not change the softmax
         assert p.grad.abs().max() > 1e-6, name
 
 
-def test_first_loss_is_that_of_guessing(config):
+def test_first_loss_is_that_of_a_uniform_guess(config):
     torch.manual_seed(0)
     for zero_init in (False, True):
         model = GPT(replace(config, zero_init=zero_init))
@@ -180,11 +207,11 @@ def test_masked_targets_do_not_count():
     assert metrics["weight"] == mask.sum() < mask.numel()
     log_p = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(loss.double(), -log_p[mask].mean(), rtol=1e-5, atol=1e-5)
-    tokens[:, -1] = (tokens[:, -1] + 1) % V  # a target that nobody asks for
+    tokens[:, -1] = (tokens[:, -1] + 1) % V  # a target that is masked out
     assert model.loss({"tokens": tokens, "mask": mask})[0] == loss
 
 
-def test_weights_make_unequal_batches_one():
+def test_weighted_means_of_unequal_batches_equal_the_whole():
     model, tokens = loud(small()), random_tokens(4, T + 1)
     mask = torch.arange(T) < torch.tensor([[1], [T], [3], [0]])
     whole, metrics = model.loss({"tokens": tokens, "mask": mask})
@@ -211,8 +238,8 @@ def test_bfloat16_and_autocast_are_near_float32(config):
 
 
 def test_flops_are_those_that_run(config):
-    # The counter knows matrix products: as attention is asked for in that form, it sees all
-    # T x T scores, the causal half that the mask discards included; nothing but products counts.
+    # The counter counts matrix products. The MATH backend computes attention by them, so all T x T
+    # scores count, and so does the half that the causal mask discards.
     model = GPT(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss({"tokens": random_tokens(3, T + 1)})[0].backward()
@@ -243,14 +270,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, sentence", MISTAKES)
-def test_mistakes_in_a_config(options, sentence):
+@pytest.mark.parametrize("options, message", MISTAKES)
+def test_mistakes_in_a_config(options, message):
     with pytest.raises(ValueError) as error:
         small(**options)
-    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_open_sizes_follow_a_changed_config():
+def test_derived_sizes_follow_a_changed_config():
     config = GPTConfig(d_model=256, n_head=4)
     assert (config.K, config.G, config.F) == (64, 4, 704)
     wider = replace(config, d_model=768, n_head=6)

@@ -1,31 +1,52 @@
 """CLIP: images and texts in one space, learnt from pairs (Radford et al. 2021).
 
-Two towers, a Vision Transformer (Dosovitskiy et al. 2021) and a text Transformer, each turn their
-input into a unit vector of E numbers. Trained on pairs, the vectors of an image and of its own
-caption come to point the same way, those of an image and another's caption apart:
+Two towers, a Vision Transformer (vit.py) for images and a causal Transformer for texts, each turn
+their input into a unit vector of E numbers. Training on pairs of an image and its caption turns the
+vectors of a pair in the same direction, and those of different pairs apart (InfoNCE):
 
-    z_ij = exp(s) x_i . y_j        similarity of image i and text j, s a learnt log-scale
-    loss = (L(z) + L(z')) / 2,     L(z) = -mean_i ln softmax_j(z_ij) at j = i        (InfoNCE)
+    z_ij = exp(s) x_i . y_j                      logit of image i and text j; s is a learnt scale
+    L(z) = -mean_i ln softmax_j(z_ij) at j = i   each row is a classification: which text is mine?
+    loss = (L(z) + L(z')) / 2                    z' transposed: which image is mine?
 
-Each row of z is a classification: which of the B texts belongs to image i? So a class needs no
-training, only a name: write names as captions, and an image belongs to the nearest (zero-shot).
-Two more losses have the same signature. SigLIP (Zhai et al. 2023) asks of each pair by itself if
-it belongs together. SimCLR (Chen et al. 2020) has no captions: the pair is one image, altered
-twice at random.
+With all rows in one piece, in four lines (figure 3 there):
 
-A batch is a problem, not a sum of problems: its rows are each other's wrong answers. There can be
-more of them than the batch has, and they can stand for all others: rivals.py.
+    x, y = encode_image(images), encode_text(tokens)     # (B, E), (B, E)
+    z = exp(s) * x @ y.T                                 # (B, B)
+    labels = arange(B)
+    loss = (cross_entropy(z, labels) + cross_entropy(z.T, labels)) / 2
 
-To save memory, the towers run on `rows_at_once` rows at a time and do so again on the way back
-(GradCache, Gao et al. 2021), and z is made a few rows at a time: same loss, same gradients. With
-several processes, `gather` brings the other ranks' vectors; gradients flow through it.
+So a class needs no training, only a name: write the class names as captions, and classify an image
+by the nearest caption (zero-shot). Two more losses share the code. SigLIP (Zhai et al. 2023)
+classifies each pair on its own: do the two belong together? SimCLR (Chen et al. 2020) needs no
+captions: a pair is one image, changed twice at random.
 
-One config expresses OpenAI's CLIP models exactly. Our own default has convolutions in front of the
-image tower (Xiao et al. 2021), which learns faster from few images.
+Negatives. The positive of an image is its own text, or any equal caption; all other texts of the
+batch are its negatives. They are few, and after some training easy to classify. Then the batch has
+little left to teach, although the image might still be nearer to another of the data's M texts. Two
+remedies, for InfoNCE, which can be combined:
 
-Letters: B batch, R rows of it, T tokens, P patches, D width of a tower, N heads, E embedding width,
-V vocabulary, C channels, H W rows and columns. Left out: the ResNet image towers, and text towers
-that look both ways.
+    memory     A cross-batch memory (XBM, Wang et al. 2020) keeps the vectors of the last Q rows as
+               further columns of z. They cost no pass through a tower. They were computed with
+               earlier weights and carry no gradient; while the weights change fast, old vectors
+               mislead. So Q is a few batches, and the memory starts `memory_after` batches late.
+
+    rivals     "all": the loss estimates the softmax over all M texts, of which the columns are a
+               sample (sampled softmax, Jean et al. 2015). Of n columns, n - 1 are negatives, and
+               each stands for (M - 1) / (n - 1) negatives of the data: the ln of that number is
+               added to its logit.
+
+Large batches. The rows of a batch are compared with each other, so the batch cannot be cut into
+independent micro-batches. To save memory, the towers process `rows_at_once` rows at a time and
+repeat that in the backward pass (GradCache, Gao et al. 2021), and z too is computed a few rows at a
+time: the loss and the gradients are the same. With several processes, each computes the rows of z
+for its own images, and `gather` fetches the other processes' vectors, with their gradients.
+
+One config expresses OpenAI's CLIP models exactly. The default config has convolutions in front of
+the image tower (Xiao et al. 2021), which learn faster from few images.
+
+Letters: B batch, R rows of the batch on this process, T tokens, D width of a tower, E embedding
+width, V vocabulary, C channels, H W rows and columns, M pairs in the data, Q rows in the memory.
+Left out: the ResNet image towers, and text towers with bidirectional attention.
 """
 
 from __future__ import annotations
@@ -46,301 +67,165 @@ from tinyfm.vit import Block, ImageTower
 @dataclass(frozen=True)
 class CLIPConfig:
     image_size: int = 32  # rows and columns of an image
-    channels: int = 1  # of an image: 1 grey, 3 colour
+    channels: int = 1  # channels of an image: 1 grey, 3 colour
     patch_size: int = 8  # rows and columns of a patch, one token of the image tower
-    stem: Literal["patch", "conv"] = "conv"  # how patches become tokens: one product, or layers
+    stem: Literal["patch", "conv"] = "conv"  # layers from pixels to tokens: one linear, or several
     image_layer: int = 3  # blocks of the image tower
-    image_width: int = 128
-    image_head: int = 4
-    vocab_size: int = 2048  # tokens the text tower knows
-    context_length: int = 32  # tokens of a caption, the end token included
+    image_width: int = 128  # width of the image tower
+    image_head: int = 4  # attention heads of the image tower
+    vocab_size: int = 2048  # number of tokens the text tower knows
+    context_length: int = 32  # largest number of tokens in a caption, the end token included
     text_layer: int = 2  # blocks of the text tower
-    text_width: int = 128
-    text_head: int = 4
-    embed_dim: int = 128  # width of the space that both share
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
-    norm_eps: float = 1e-5  # added to the variance
-    image_mean: tuple[float, ...] = (0.5,)  # the image tower reads (pixel - mean) / std, of pixels
-    image_std: tuple[float, ...] = (0.5,)  # ... in [0, 1]; one number, or one for each channel
-    end_token: int = -1  # id that ends a text; -1 = a row's last id, -2 = its highest
-    loss: Literal["infonce", "siglip", "simclr"] = "infonce"
-    temperature: float = 0.07  # exp(-s) at the start
-    max_scale: float = 100.0  # largest exp(s)
-    rivals: Literal["batch", "all"] = "batch"  # infonce: what the wrong answers at hand stand for
-    memory: int = 0  # infonce: rows of the batches before that are wrong answers too
-    memory_after: int = 0  # batches before the memory begins: weights move fast at first
-    augment: float = 0.1  # how far training alters an image, 0 = not at all; simclr: at least 1
+    text_width: int = 128  # width of the text tower
+    text_head: int = 4  # attention heads of the text tower
+    embed_dim: int = 128  # width of the space that images and texts share
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  # nonlinearity of the MLPs
+    norm_eps: float = 1e-5  # small number added to the variance in each norm
+    image_mean: tuple[float, ...] = (0.5,)  # mean of pixels in [0, 1]; 1 number, or 1 per channel
+    image_std: tuple[float, ...] = (0.5,)  # their standard deviation, by which they are divided
+    end_token: int = -1  # id that ends a text; -1 = the last id of its row, -2 = the highest
+    loss: Literal["infonce", "siglip", "simclr"] = "infonce"  # contrastive loss
+    temperature: float = 0.07  # initial temperature: logits start as cosines / temperature
+    max_scale: float = 100.0  # largest factor from cosines to logits
+    # Negatives that infonce learns from: those of the batch (and the memory), or, estimated from
+    # these, all other pairs of the training data.
+    rivals: Literal["batch", "all"] = "batch"
+    memory: int = 0  # rows of earlier batches that infonce keeps as further negatives
+    memory_after: int = 0  # batches before the memory starts, as the weights change fast at first
+    augment: float = 0.1  # strength of random changes to training images; simclr: at least 1
 
     def __post_init__(self):
-        sizes = ("image_size", "patch_size", "image_layer", "image_width", "image_head",
-                 "vocab_size", "text_layer", "text_width", "text_head", "embed_dim")  # fmt: skip
-        least = dict.fromkeys(sizes, 1) | dict.fromkeys(("memory", "memory_after", "augment"), 0)
-        least |= {"context_length": 2, "end_token": -2}
-        for name, n in least.items():
-            if getattr(self, name) < n:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {n}")
-        for tower in ("image", "text"):
-            D, N = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_head")
-            if D % N:
-                problem = f"{tower}_width {D} is not divisible by {tower}_head {N}"
-                raise ValueError(f"{problem}; use {N * max(1, round(D / N))}")
-        H, p = self.image_size, self.patch_size
-        if H % p:
-            problem = f"image_size {H} is not divisible by patch_size {p}"
-            raise ValueError(f"{problem}; use {p * max(1, round(H / p))}")
+        self._check_at_least(1, "image_size", "patch_size", "image_layer", "image_width")
+        self._check_at_least(1, "image_head", "vocab_size", "text_layer", "text_width")
+        self._check_at_least(1, "text_head", "embed_dim")
+        self._check_at_least(0, "memory", "memory_after", "augment")
+        self._check_at_least(2, "context_length")
+        self._check_at_least(-2, "end_token")
+        self._check_divisible("image_width", "image_head")
+        self._check_divisible("text_width", "text_head")
+        self._check_divisible("image_size", "patch_size")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; the conv stem needs a power of 2")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; use 1 for grey, 3 for colour images")
         for name in ("image_mean", "image_std"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)  # JSON has lists
+            values = tuple(getattr(self, name))  # JSON has lists
+            object.__setattr__(self, name, values)
             if len(values) not in (1, self.channels):
                 raise ValueError(f"{name} is {values}; give 1 number, or {self.channels}")
-        positive = (self.temperature, self.max_scale, *self.image_std)
-        if min(positive) <= 0:
-            raise ValueError(f"temperature, max_scale, image_std are {positive}, not all above 0")
+        for name in ("temperature", "max_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std is {self.image_std}; each number must be above 0")
         for name, kind in get_type_hints(CLIPConfig).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; use one of {get_args(kind)}")
+
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    def _check_divisible(self, name: str, divisor_name: str) -> None:
+        value = getattr(self, name)
+        divisor = getattr(self, divisor_name)
+        if value % divisor:
+            nearest = divisor * max(1, round(value / divisor))
+            problem = f"{name} {value} is not divisible by {divisor_name} {divisor}"
+            raise ValueError(f"{problem}; use {nearest}")
 
 
-# ---- losses: unit vectors x (R, E) of this rank's rows, y (B, E) of all columns -----------------
-#
-# ids (R,) and (B,) say what belongs together: where they are equal, and equal captions are.
-
-
-def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
-    """Sum over rows of z (R, B) of -ln softmax at the positives, shared evenly (InfoNCE)."""
-    right = z.masked_fill(~positive, 0).sum(1) / positive.sum(1)  # their mean
-    return (z.logsumexp(1) - right).sum()
-
-
-def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
-    """Sum over all pairs of -ln P(together or not), P a sigmoid (SigLIP, algorithm 1)."""
-    return -F.logsigmoid(torch.where(positive, z, -z)).sum()
-
-
-def contrast(loss: Callable, x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, scale: Tensor,
-             bias: Tensor | None = None, skip: Tensor | None = None, margin: Tensor | None = None,
-             rows: int = 0) -> Tensor:  # fmt: skip
-    """Mean over the R rows of x of `loss`, z and its gradient made `rows` rows at a time.
-
-    skip (R,) is the column each row must not see: itself, where x and y are the same vectors.
-    margin (B,), one of each column, is added to the z of what does not belong together.
-    """
-
-    def part(x, x_ids, skip):
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell neighbours apart
-            z = (scale * x) @ y.T  # (rows, B)
-        z = z if bias is None else z + bias
-        positive = x_ids[:, None] == y_ids
-        z = z if margin is None else torch.where(positive, z, z + margin)
-        if skip is not None:
-            itself = skip[:, None] == torch.arange(len(y), device=y.device)
-            z, positive = z.masked_fill(itself, -math.inf), positive & ~itself
-        return loss(z, positive)
-
-    if not 0 < rows < len(x):
-        return part(x, x_ids, skip) / len(x)
-    skips = [None] * math.ceil(len(x) / rows) if skip is None else skip.split(rows)
-    parts = zip(x.split(rows), x_ids.split(rows), skips)
-    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts) / len(x)
-
-
-# ---- random views of images ---------------------------------------------------------------------
+# ---- random changes of images -------------------------------------------------------------------
 
 
 def augment(images: Tensor, generators: list[torch.Generator], strength: float) -> Tensor:
-    """Shift, turn, stretch, shear and shade each image (B, C, H, W) by its own random stream.
+    """Shift, rotate, stretch, shear and shade each image (B, C, H, W) at random, in [-1, 1].
 
-    Strength 1 shifts by up to 1/8 of the frame, turns by 15 degrees, stretches by a fifth either
-    way, and scales contrast by up to 0.6 to 1.4. The border is repeated outside.
+    Image i draws its changes from generators[i], a CPU generator. At strength 1 it is shifted by up
+    to 1/8 of the frame, rotated by up to 15 degrees, stretched by up to exp(0.2) either way, and
+    its contrast is scaled by 0.6 to 1.4. Outside the frame the border is repeated.
     """
     u = torch.stack([torch.rand(7, generator=g) for g in generators]).to(images.device)
     u = (2 * u - 1) * strength  # (B, 7) in [-strength, strength]
-    angle, shear = u[:, 0] * math.radians(15), 0.15 * u[:, 1]
-    wide, high = torch.exp(0.2 * u[:, 2]), torch.exp(0.2 * u[:, 3])
+    angle = u[:, 0] * math.radians(15)
+    shear = 0.15 * u[:, 1]
+    stretch_x = torch.exp(0.2 * u[:, 2])
+    stretch_y = torch.exp(0.2 * u[:, 3])
+    shift_x = u[:, 4] / 4  # of a frame that spans [-1, 1]
+    shift_y = u[:, 5] / 4
+    contrast_factor = 1 + 0.4 * u[:, 6].clamp(-1, 1)
+
+    # Row x and row y of the affine map from places of the result to places of the image.
     cos, sin = angle.cos(), angle.sin()
-    first = torch.stack((cos * wide, (shear - sin) * high, u[:, 4] / 4), dim=1)
-    second = torch.stack((sin * wide, cos * high, u[:, 5] / 4), dim=1)
-    grid = F.affine_grid(torch.stack((first, second), dim=1), images.shape, align_corners=False)
+    row_x = torch.stack((cos * stretch_x, (shear - sin) * stretch_y, shift_x), dim=1)  # (B, 3)
+    row_y = torch.stack((sin * stretch_x, cos * stretch_y, shift_y), dim=1)
+    maps = torch.stack((row_x, row_y), dim=1)  # (B, 2, 3)
+    grid = F.affine_grid(maps, images.shape, align_corners=False)
     moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return (moved * (1 + 0.4 * u[:, 6].clamp(-1, 1))[:, None, None, None]).clamp(-1, 1)
+    return (moved * contrast_factor[:, None, None, None]).clamp(-1, 1)
 
 
-# ---- the model ----------------------------------------------------------------------------------
+# ---- the text tower -----------------------------------------------------------------------------
 
 
-class CLIP(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] and tokens (B, T) -> logits (B, B), row i for image i."""
+class TextTower(nn.Module):
+    """Tokens (B, T) -> (B, D): the state at the end token, the first that has read the whole text.
 
-    outer = ()  # the tables too learn faster by Muon: a batch of captions has most words
-    whole_batch = True  # the loss compares the rows: the trainer hands over all it has
+    Rows are padded with the end token, so its first occurrence counts. The config says which id it
+    is; OpenAI's code takes the highest id of each row (end_token -2).
+    """
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.config = config
-        self.rows_at_once = 0  # in the towers and in z, to save memory; 0 = all
-        self.rank, self.gather = 0, lambda rows: rows  # gather: all ranks' rows, in their order
-        self.n_pairs = 0  # in the data, for rivals "all"
-        self.image_tower = ImageTower(config)
-        self.image_projection = nn.Linear(config.image_width, config.embed_dim, bias=False)
-        if config.loss != "simclr":
-            self.text_tower = TextTower(config)
-            self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
-        if config.loss == "siglip":
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        if config.memory and config.loss == "infonce":
-            self.memory = Memory(config.memory, config.embed_dim, config.memory_after)
-        self.reset_parameters()
+        D = config.text_width
+        self.end_token = config.end_token
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.position = nn.Parameter(torch.empty(config.context_length, D))
+        self.blocks = nn.ModuleList(
+            Block(D, config.text_head, causal=True, config=config) for _ in range(config.text_layer)
+        )
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
 
-    def reset_buffers(self):
-        """What is not saved, to be made anew where the model was built on "meta"."""
-        self.image_tower.reset_buffers()
+    def states(self, tokens, at=None):
+        """Normalised states of all tokens, (B, T, D).
 
-    def reset_parameters(self):
-        """Normal with deviation 1/sqrt(fan-in), smaller the more layers write to the same state."""
-        for name, p in self.named_parameters():
-            layers = self.config.text_layer if "text" in name else self.config.image_layer
-            if name.endswith("bias") and "logit" not in name:
-                nn.init.zeros_(p)
-            elif "norm" in name:
-                nn.init.ones_(p)
-            elif p.ndim >= 2 and "embedding" not in name and "position" not in name:
-                last = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=(p[0].numel() * (2 * layers if last else 1)) ** -0.5)
-            elif p.ndim:
-                nn.init.normal_(p, std=0.02)
-
-    # ---- embeddings ----
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> unit vectors (B, E)."""
-        c = self.config
-        expected = (c.channels, c.image_size, c.image_size)
-        if images.shape[1:] != expected:
-            raise ValueError(f"images are {tuple(images.shape[1:])}, the model takes {expected}")
-        return F.normalize(self.image_projection(self.image_tower(images)).float(), dim=-1)
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T), each row filled up with its end token -> unit vectors (B, E)."""
-        if self.config.loss == "simclr":
-            raise ValueError("this model was trained on images alone: it has no text tower")
-        return F.normalize(self.text_projection(self.text_tower(tokens)).float(), dim=-1)
-
-    def scale(self) -> Tensor:
-        return self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
-
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        return self.scale() * self.encode_image(images) @ self.encode_text(tokens).T  # (B, B)
-
-    # ---- loss ----
-
-    def example_batch(self, rows: int) -> dict[str, Tensor]:
-        """What data could give: that many images and captions of full length."""
-        c, ids = self.config, torch.arange(rows)
-        images = torch.zeros(rows, c.channels, c.image_size, c.image_size)
-        end = c.end_token if c.end_token >= 0 else 1
-        tokens = torch.full((rows, c.context_length), 0 if end else 1)
-        tokens[:, -1] = end
-        return {"images": images, "tokens": tokens, "labels": ids}
-
-    def in_parts(self, encode: Callable, inputs: Tensor) -> Tensor:
-        """encode(inputs), rows_at_once rows at a time, what is between kept for one part only."""
-        if not 0 < self.rows_at_once < len(inputs):
-            return encode(inputs)
-        parts = inputs.split(self.rows_at_once)
-        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
-
-    def views(self, batch: dict[str, Tensor], generators) -> list[Tensor]:
-        """The two sides of the contrast, unit vectors (R, E) each."""
-        images, c = batch["images"], self.config
-        if c.loss == "simclr":  # in evaluation too, where the streams are the same each time
-            strength = max(1.0, c.augment)
-            pair = [augment(images, generators, strength) for _ in range(2)]
-            return [self.in_parts(self.encode_image, view) for view in pair]
-        if self.training and c.augment and generators:
-            images = augment(images, generators, c.augment)
-        texts = self.in_parts(self.encode_text, batch["tokens"])
-        return [self.in_parts(self.encode_image, images), texts]
-
-    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The contrastive loss of the config, in nats (siglip: per image, summed over texts).
-
-        batch: "images" (R, C, H, W) in [-1, 1], "tokens" (R, T), "labels" (R,), equal where
-        captions are. generators: one a row; simclr needs them. Raises ValueError for one row.
+        With `at` (B,), only the state at position at[i] of row i, (B, 1, D): the last block then
+        computes no other.
         """
-        x, y = self.views(batch, generators)
-        gather = self.gather if self.training else lambda rows: rows
-        all_x, all_y = gather(x), gather(y)
-        if len(all_x) < 2:
-            raise ValueError("a contrastive loss needs a batch of 2 rows or more: of 1 it is 0")
-        rows = self.rows_at_once
-        if self.config.loss == "simclr":
-            return self.simclr_loss(x, y, all_x, all_y), {}
-        ids, all_ids, scale = batch["labels"], gather(batch["labels"]), self.scale()
-        if self.config.loss == "siglip":
-            bias = self.logit_bias
-            return contrast(sigmoid_loss, x, all_y, ids, all_ids, scale, bias, rows=rows), {}
-        to_x, to_y, to_ids, margin = all_x, all_y, all_ids, None
-        if self.training and self.config.memory:
-            to_x, to_y, to_ids = self.memory.joined(all_x, all_y, all_ids)
-            self.memory.add(all_x, all_y, all_ids)
-        if self.training and (self.config.memory or self.config.rivals == "all"):
-            margin = margins(to_ids, self.n_pairs if self.config.rivals == "all" else 0)
-        both = {"x_ids": ids, "y_ids": to_ids, "scale": scale, "margin": margin, "rows": rows}
-        ways = (x, to_y), (y, to_x)  # which text to an image, which image to a text
-        return sum(contrast(softmax_loss, *way, **both) for way in ways) / 2, {}
+        T = tokens.size(1)
+        if len(self.position) < T:
+            problem = f"{T} tokens exceed context_length {len(self.position)}"
+            raise ValueError(f"{problem}; shorten the text, or train with a longer context")
+        x = self.token_embedding(tokens) + self.position[:T]  # (B, T, D)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(self.blocks[-1](x, at))
 
-    def simclr_loss(self, x, y, all_x, all_y):
-        """NT-Xent (Chen et al. 2020, eq. 1): a view's partner among all views but itself."""
-        ids = torch.arange(len(all_x), device=x.device)
-        own = ids if len(all_x) == len(x) else ids.split(len(x))[self.rank]
-        rows, columns = torch.cat((x, y)), torch.cat((all_x, all_y))
-        return contrast(
-            softmax_loss, rows, columns, own.repeat(2), ids.repeat(2), self.scale(),
-            skip=torch.cat((own, own + len(ids))), rows=self.rows_at_once,
-        )  # fmt: skip
-
-    @classmethod
-    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> CLIP:
-        """Read a CLIPModel folder in the Hugging Face layout (hub_clip.py)."""
-        from tinyfm.hub import clip
-
-        return clip.load(cls, CLIPConfig, folder, dtype)
-
-    def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
-        """Write weights, config and tokenizer in the Hugging Face layout (hub_clip.py)."""
-        from tinyfm.hub import clip
-
-        clip.save(self, folder, tokenizer, overwrite)
+    def forward(self, tokens):
+        if self.end_token == -1:
+            end_id = tokens[:, -1:]  # (B, 1)
+        elif self.end_token == -2:
+            end_id = tokens.amax(1, keepdim=True)  # (B, 1)
+        else:
+            end_id = self.end_token
+        end = (tokens == end_id).int().argmax(1)  # (B,): the first occurrence
+        # Cut off the padding that all rows share: the model is causal, so no end token sees it.
+        # Fake tensors have no values to read, and a compiled graph no length that depends on them.
+        if type(tokens) is Tensor and not torch.compiler.is_compiling():
+            tokens = tokens[:, : int(end.max()) + 1]
+        return self.states(tokens, end)[:, 0]
 
 
-# FOLDED: merge this into the module's docstring
-# More wrong answers than a batch has, for CLIP's InfoNCE (clip.py).
-#
-# The rows of a batch are each other's wrong answers. They are few and soon easily told apart; then
-# there is nothing left to learn from them, though among all M pairs of the data many an image would
-# find a wrong text. Two remedies, which go together:
-#
-#     memory      The vectors of the last N rows stay, as further columns of z that cost no tower a
-#                 pass (cross-batch memory, XBM, Wang et al. 2020). They were made by the weights of
-#                 some steps ago and have no gradient. While weights move fast they mislead, and the
-#                 more so the older: N is a few batches, and the memory may begin `after` so many.
-#
-#     margin      The loss estimates a softmax over all M from what there is as a sample (Jean et al.
-#                 2015). Of n answers, n - 1 are wrong, and each stands for (M - 1) / (n - 1) of all:
-#                 ln of that is added to its z.
-#
-# Letters: B batch, N rows remembered, E embedding width, M pairs in the data, n of them at hand.
+# ---- more negatives than a batch has -------------------------------------------------------------
 
 
-class Memory(nn.Module):
-    """The last N rows: vectors of both sides (N, E), and ids (N,), -1 where there is none yet.
+class CrossBatchMemory(nn.Module):
+    """The vectors of the last Q rows: x and y (Q, E), and ids (Q,), -1 where a place is empty.
 
-    All of it are buffers, saved with the weights: a run that goes on has the memory it had.
+    They are buffers, saved with the weights, so a resumed run has the memory it had. The memory
+    stays empty for the first `after` batches.
     """
 
     def __init__(self, rows: int, width: int, after: int):
@@ -351,60 +236,303 @@ class Memory(nn.Module):
         self.register_buffer("ids", torch.full((rows,), -1))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # seen so far
 
-    def joined(self, x: Tensor, y: Tensor, ids: Tensor) -> list[Tensor]:
-        """Those of a batch (B, E), (B, E), (B,), and below them those remembered, (B + N, ...)."""
-        return [torch.cat(pair) for pair in ((x, self.x), (y, self.y), (ids, self.ids))]
+    def append_to(self, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of a batch (B, E), (B, E), (B,), followed by those remembered: B + Q rows."""
+        return torch.cat((x, self.x)), torch.cat((y, self.y)), torch.cat((ids, self.ids))
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
-        """A batch, in place of the oldest rows; it leaves none if it comes too early, nor does a
-        row that is not finite, of a step that the trainer is about to skip."""
-        fine = (x + y).isfinite().all(1) & (self.batches >= self.after)
-        ids, x, y = ids.where(fine, -1), x.nan_to_num(), y.nan_to_num()
-        for memory, rows in zip((self.x, self.y, self.ids), self.joined(x, y, ids)):
-            memory.copy_(rows[: len(memory)])
+        """Store the rows of a batch in place of the oldest ones.
+
+        Rows are stored as empty if the batch is one of the first `after`, or if they are not
+        finite: the trainer skips a step with such numbers.
+        """
+        valid = (x + y).isfinite().all(1) & (self.batches >= self.after)
+        x, y, ids = self.append_to(x.nan_to_num(), y.nan_to_num(), ids.where(valid, -1))
+        Q = len(self.ids)
+        self.x.copy_(x[:Q])
+        self.y.copy_(y[:Q])
+        self.ids.copy_(ids[:Q])
         self.batches += 1
 
 
-def margins(ids: Tensor, n_pairs: int) -> Tensor:
-    """ln of how many wrong answers each column stands for, (columns,); -inf where it is empty.
+def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
+    """ln of the number of negatives in the data that each column stands for as a negative.
 
-    It is 0, one stands for itself, where n_pairs is no more than the answers there are.
+    ids (n,): of the columns, -1 where one is empty; its ln is -inf. n_pairs: M, the pairs in the
+    data; where it is no larger than the number of columns, each stands for itself, and the ln is 0.
     """
     known = ids >= 0
-    each = ((n_pairs - 1) / (known.sum() - 1)).clamp(min=1)
-    return each.log().where(known, -math.inf)
+    count = ((n_pairs - 1) / (known.sum() - 1)).clamp(min=1)
+    return count.log().where(known, -math.inf)
 
 
-class TextTower(nn.Module):
-    """Tokens (B, T) -> (B, D): the state at the end token, which alone has read the whole text.
+# ---- the losses ---------------------------------------------------------------------------------
 
-    The first, if there are several: a row is filled up with them. Which token that is stands in the
-    config; OpenAI's own code took the highest id of a row.
+
+def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
+    """InfoNCE: the sum over rows of z (R, n) of -ln softmax, averaged over the row's positives."""
+    at_positives = z.masked_fill(~positive, 0).sum(1) / positive.sum(1)  # (R,)
+    return (z.logsumexp(1) - at_positives).sum()
+
+
+def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
+    """SigLIP (algorithm 1 there): the sum over all pairs of -ln of the probability of its label.
+
+    A pair is positive with probability sigmoid(z), negative with sigmoid(-z).
+    """
+    return -F.logsigmoid(torch.where(positive, z, -z)).sum()
+
+
+def contrast(
+    loss: Callable,
+    x: Tensor,
+    y: Tensor,
+    x_ids: Tensor,
+    y_ids: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    rows: int = 0,
+) -> Tensor:
+    """The mean of `loss` over the rows of x, each compared with all rows of y.
+
+    x (R, E) and y (n, E) are unit vectors, z = scale x y' + bias are their logits (R, n). A pair is
+    a positive where x_ids (R,) and y_ids (n,) are equal. skip (R,) is a column that each row leaves
+    out: itself, where x and y are the same vectors. log_weight (n,), one number per column, is
+    added to the logits of the negatives. `rows` > 0 computes z, and its gradient, for that number
+    of rows at a time.
     """
 
-    def __init__(self, config):
+    def loss_of(x, x_ids, skip):
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 blurs similar vectors
+            z = (scale * x) @ y.T  # (rows, n)
+        if bias is not None:
+            z = z + bias
+        positive = x_ids[:, None] == y_ids
+        if log_weight is not None:
+            z = torch.where(positive, z, z + log_weight)
+        if skip is not None:
+            itself = skip[:, None] == torch.arange(len(y), device=y.device)
+            z = z.masked_fill(itself, -math.inf)
+            positive = positive & ~itself
+        return loss(z, positive)
+
+    if not 0 < rows < len(x):
+        return loss_of(x, x_ids, skip) / len(x)
+    skips = [None] * math.ceil(len(x) / rows) if skip is None else skip.split(rows)
+    total = 0
+    for part in zip(x.split(rows), x_ids.split(rows), skips):
+        total = total + checkpoint(loss_of, *part, use_reentrant=False)
+    return total / len(x)
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class CLIP(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] and tokens (B, T) -> logits (B, B), row i for image i."""
+
+    unit = "pair"  # what a data set is counted in
+    outer = ()  # no tables for AdamW: most words occur in each batch, so Muon suits them too
+    whole_batch = True  # the loss compares the rows, so the trainer passes all it has at once
+
+    def __init__(self, config: CLIPConfig):
         super().__init__()
-        D, self.end_token = config.text_width, config.end_token
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.position = nn.Parameter(torch.empty(config.context_length, D))
-        self.blocks = nn.ModuleList(
-            Block(D, config.text_head, True, config) for _ in range(config.text_layer)
+        self.config = config
+        self.rows_at_once = 0  # rows in the towers and in z at a time, to save memory; 0 = all
+        self.rank = 0  # of this process
+        self.gather = lambda rows: rows  # R rows of each process -> all rows, in order of rank
+        self.n_pairs = 0  # pairs in the training data, for rivals "all"
+        self.image_tower = ImageTower(config)
+        self.image_projection = nn.Linear(config.image_width, config.embed_dim, bias=False)
+        if config.loss != "simclr":
+            self.text_tower = TextTower(config)
+            self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        if config.loss == "siglip":
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        if config.memory and config.loss == "infonce":
+            self.memory = CrossBatchMemory(config.memory, config.embed_dim, config.memory_after)
+        self.reset_parameters()
+
+    def reset_buffers(self):
+        """Compute the buffers that are not saved (see ImageTower.reset_buffers)."""
+        self.image_tower.reset_buffers()
+
+    def reset_parameters(self):
+        """Draw the weights: biases 0, norms 1, embeddings normal with standard deviation 0.02.
+
+        Matrices and kernels are normal with 1 / sqrt(fan-in); those that write to the states of a
+        tower with L blocks are smaller by sqrt(2 L), as 2 L of them add up.
+        """
+        for name, p in self.named_parameters():
+            layers = self.config.text_layer if "text" in name else self.config.image_layer
+            if name.endswith("bias") and "logit" not in name:
+                nn.init.zeros_(p)
+            elif "norm" in name:
+                nn.init.ones_(p)
+            elif p.ndim >= 2 and "embedding" not in name and "position" not in name:
+                n_terms = p[0].numel()  # fan-in
+                if name.endswith(("out.weight", "down.weight")):
+                    n_terms *= 2 * layers
+                nn.init.normal_(p, std=n_terms**-0.5)
+            elif p.ndim:
+                nn.init.normal_(p, std=0.02)
+
+    # ---- embeddings ----
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> unit vectors (B, E) in float32."""
+        config = self.config
+        expected = (config.channels, config.image_size, config.image_size)
+        if images.shape[1:] != expected:
+            problem = f"images are {tuple(images.shape[1:])}, the model takes {expected}"
+            raise ValueError(f"{problem}; convert the images")
+        return F.normalize(self.image_projection(self.image_tower(images)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T), each row padded with its end token -> unit vectors (B, E) in float32."""
+        if self.config.loss == "simclr":
+            problem = "this model was trained on images alone: it has no text tower"
+            raise ValueError(f"{problem}; train one with loss infonce or siglip")
+        return F.normalize(self.text_projection(self.text_tower(tokens)).float(), dim=-1)
+
+    def scale(self) -> Tensor:
+        """exp(s), the factor from cosines to logits, at most max_scale."""
+        return self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        return self.scale() * self.encode_image(images) @ self.encode_text(tokens).T  # (B, B)
+
+    # ---- loss ----
+
+    def in_parts(self, encode: Callable, inputs: Tensor) -> Tensor:
+        """encode(inputs), rows_at_once rows at a time.
+
+        The activations of one part are kept at a time; the backward pass computes them again.
+        """
+        if not 0 < self.rows_at_once < len(inputs):
+            return encode(inputs)
+        parts = inputs.split(self.rows_at_once)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
+
+    def views(self, batch: dict[str, Tensor], generators) -> tuple[Tensor, Tensor]:
+        """The two sides of the pairs, unit vectors (R, E) each."""
+        config = self.config
+        images = batch["images"]
+        if config.loss == "simclr":  # in evaluation too; its generators are the same each time
+            strength = max(1.0, config.augment)
+            first = augment(images, generators, strength)
+            second = augment(images, generators, strength)
+            x = self.in_parts(self.encode_image, first)
+            y = self.in_parts(self.encode_image, second)
+            return x, y
+        if self.training and config.augment and generators:
+            images = augment(images, generators, config.augment)
+        y = self.in_parts(self.encode_text, batch["tokens"])
+        x = self.in_parts(self.encode_image, images)
+        return x, y
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """In training the rows of all processes, (B, ..); in evaluation this process's own."""
+        return self.gather(rows) if self.training else rows
+
+    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrastive loss of the config, in nats (siglip: per image, summed over texts).
+
+        batch: "images" (R, C, H, W) in [-1, 1], "tokens" (R, T), and "labels" (R,), equal where the
+        captions are. generators: one CPU generator per row; simclr needs them. Raises ValueError
+        for a batch of one row.
+        """
+        x, y = self.views(batch, generators)
+        all_x = self.gathered(x)  # (B, E)
+        all_y = self.gathered(y)
+        if len(all_x) < 2:
+            problem = "a contrastive loss compares rows, and this batch has 1"
+            raise ValueError(f"{problem}: it needs a batch of 2 rows or more")
+        if self.config.loss == "simclr":
+            return self.simclr_loss(x, y, all_x, all_y), {}
+        ids = batch["labels"]
+        all_ids = self.gathered(ids)  # (B,)
+        if self.config.loss == "siglip":
+            value = contrast(
+                sigmoid_loss,
+                x,
+                all_y,
+                ids,
+                all_ids,
+                self.scale(),
+                bias=self.logit_bias,
+                rows=self.rows_at_once,
+            )
+            return value, {}
+        return self.infonce_loss(x, y, ids, all_x, all_y, all_ids), {}
+
+    def infonce_loss(self, x, y, ids, all_x, all_y, all_ids) -> Tensor:
+        """The mean of two classifications: of the images among texts, and the reverse.
+
+        x, y (R, E) and ids (R,) are this process's rows, all_x, all_y (B, E) and all_ids (B,) those
+        of all processes. In training the memory adds Q columns, and the rows enter the memory.
+        """
+        config = self.config
+        columns_x, columns_y, column_ids = all_x, all_y, all_ids
+        if self.training and config.memory:
+            columns_x, columns_y, column_ids = self.memory.append_to(all_x, all_y, all_ids)
+            self.memory.add(all_x, all_y, all_ids)
+        log_weight = None
+        if self.training and (config.memory or config.rivals == "all"):
+            n_pairs = self.n_pairs if config.rivals == "all" else 0
+            log_weight = log_weights(column_ids, n_pairs)
+        options = {
+            "x_ids": ids,
+            "y_ids": column_ids,
+            "scale": self.scale(),
+            "log_weight": log_weight,
+            "rows": self.rows_at_once,
+        }
+        image_to_text = contrast(softmax_loss, x, columns_y, **options)
+        text_to_image = contrast(softmax_loss, y, columns_x, **options)
+        return (image_to_text + text_to_image) / 2
+
+    def simclr_loss(self, x, y, all_x, all_y) -> Tensor:
+        """NT-Xent (Chen et al. 2020, eq. 1): find the other view of an image among all views.
+
+        x, y (R, E) are the two views of this process's images, all_x, all_y (B, E) those of all.
+        """
+        ids = torch.arange(len(all_x), device=x.device)
+        own = ids if len(all_x) == len(x) else ids.split(len(x))[self.rank]
+        return contrast(
+            softmax_loss,
+            torch.cat((x, y)),  # (2 R, E)
+            torch.cat((all_x, all_y)),  # (2 B, E)
+            own.repeat(2),
+            ids.repeat(2),
+            self.scale(),
+            skip=torch.cat((own, own + len(ids))),  # a view is not its own other view
+            rows=self.rows_at_once,
         )
-        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
 
-    def states(self, tokens, at=None):
-        """Normalised states of all tokens (B, T, D), or of those `at` (B,) alone, (B, 1, D)."""
-        if tokens.size(1) > len(self.position):
-            raise ValueError(f"{tokens.size(1)} tokens exceed context_length {len(self.position)}")
-        x = self.token_embedding(tokens) + self.position[: tokens.size(1)]
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.norm(self.blocks[-1](x, at))
+    def example_batch(self, rows: int) -> dict[str, Tensor]:
+        """A batch with the shapes and dtypes of real data; its captions have full length."""
+        config = self.config
+        images = torch.zeros(rows, config.channels, config.image_size, config.image_size)
+        end = config.end_token if config.end_token >= 0 else 1
+        filler = 0 if end else 1  # an id other than the end token
+        tokens = torch.full((rows, config.context_length), filler)
+        tokens[:, -1] = end
+        return {"images": images, "tokens": tokens, "labels": torch.arange(rows)}
 
-    def forward(self, tokens):
-        ends = {-1: tokens[:, -1:], -2: tokens.amax(1, keepdim=True)}
-        end = (tokens == ends.get(self.end_token, self.end_token)).int().argmax(1)  # the first
-        if type(tokens) is Tensor and not torch.compiler.is_compiling():  # where there are numbers
-            tokens = tokens[:, : int(end.max()) + 1]  # no end token sees what fills up the rows
-        return self.states(tokens, end)[:, 0]
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> CLIP:
+        """Read a CLIPModel folder in the Hugging Face layout (hub/clip.py)."""
+        from tinyfm.hub import clip
+
+        return clip.load(cls, CLIPConfig, folder, dtype)
+
+    def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
+        """Write weights, config and tokenizer in the Hugging Face layout (hub/clip.py)."""
+        from tinyfm.hub import clip
+
+        clip.save(self, folder, tokenizer, overwrite)

@@ -1,14 +1,15 @@
-"""torch.compile where it pays, and what happens where it cannot.
+"""Compiled decoding: a GPT that generates a few rows of text faster on a CPU.
 
-A GPT that writes one row of text multiplies every weight once a token: 2 operations for the 4 (or
-2) bytes that must come from memory first. No processor is so slow at arithmetic that this would
-not wait for its memory, so the best that can be had is to read each weight once, at full speed, and
-do nothing else. The matrix libraries are built for many rows at once; on a CPU they reach 20% to
-80% of that, and Python between the layers costs another part. Compiled, a few rows of y = x W' are
+To generate one token for one row, a GPT multiplies every weight once: 2 operations for the 4 (or 2)
+bytes that must first come from memory. Every processor computes faster than that, so the memory is
+the limit: the best possible speed is to read each weight once, at the full rate of the memory.
+Matrix libraries are built for many rows. On a CPU, with one row, they reach 20% to 80% of that
+limit, and the Python code between the layers costs more time. Compiled, y = x W' for a few rows is
 
-    y[i, o] = sum_j W[o, j] x[i, j],      one loop over W, all rows i inside it,
+    y[i, o] = sum_j W[o, j] x[i, j],      one loop over W, with all rows i inside it,
 
-and a layer is two calls of machine code, one before and one after attention over the cache.
+and a layer of the model is two calls of machine code, one before and one after the attention over
+the cache.
 """
 
 from __future__ import annotations
@@ -21,39 +22,64 @@ from torch import Tensor, nn
 
 from tinyfm.common.device import Compiled
 
-FEW_ROWS = 4  # with more of them a matrix library is faster, in float32 with twice as many
+FEW_ROWS = 4  # with more rows a matrix library is faster; in float32 with more than twice as many
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, written for the compiler: a sum over each row of the weight, fused over the rows of
-    x. Uncompiled, or with many rows, it is F.linear itself."""
+    """F.linear written for the compiler: a sum over each row of the weight, for all rows of x.
+
+    x (.., K), weight (O, K), bias (O,) or None -> (.., O). It calls F.linear itself where that is
+    faster: uncompiled, with many rows, and on other devices than a CPU.
+    """
     rows = x.numel() // x.size(-1)
-    few = rows <= FEW_ROWS * (2 if x.dtype == torch.float32 else 1)
-    if not torch.compiler.is_compiling() or not few or x.device.type != "cpu":
+    most = 2 * FEW_ROWS if x.dtype == torch.float32 else FEW_ROWS
+    if not torch.compiler.is_compiling() or rows > most or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     shape = x.shape[:-1]
-    # as_strided needs x in memory: else what makes x, a GELU say, would be fused into the loop and
-    # computed again for every row of the weight.
+    # as_strided needs x in memory. Without it the compiler would fuse the computation of x, such as
+    # a GELU, into the loop and repeat it for every row of the weight.
     x = x.contiguous().as_strided((rows, x.size(-1)), (x.size(-1), 1))
     y = torch.stack([(weight * row).sum(-1) for row in x]).view(*shape, -1)
     return y if bias is None else y + bias
 
 
+def use_few_rows_linear(layer: nn.Linear) -> None:
+    """Let the layer call few_rows_linear with its weight and bias."""
+
+    def forward(x: Tensor) -> Tensor:
+        return few_rows_linear(x, layer.weight, layer.bias)
+
+    layer.forward = forward
+
+
+def compile_for_one_token(function: Callable) -> Callable:
+    """Compile f(x, ..) for x (B, D) or (B, 1, D); longer x (B, T, D) go to f uncompiled."""
+    compiled = Compiled(function, dynamic=False)
+
+    def call(x: Tensor, *rest):
+        if x.dim() == 2 or x.size(1) == 1:
+            return compiled(x, *rest)
+        return function(x, *rest)
+
+    return call
+
+
 def compile_decoding(model: nn.Module) -> None:
-    """Make a GPT write faster: compile what its blocks and its head do with one token a row.
+    """Make a GPT generate faster, in place: compile its blocks and its head for one token per row.
 
-    Costs seconds at the first token, and again for another number of rows. Prompts are read as
-    before. The numbers differ from uncompiled ones by rounding only.
+    Compiling takes seconds at the first token, and again when the number of rows changes. Prompts
+    are read uncompiled. The logits differ from uncompiled ones by rounding only.
     """
-
-    def one_token(function: Callable) -> Callable:
-        compiled = Compiled(function, dynamic=False)
-        return lambda x, *rest: (compiled if x.dim() == 2 or x.size(1) == 1 else function)(x, *rest)
-
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            layer.forward = lambda x, own=layer: few_rows_linear(x, own.weight, own.bias)
+            use_few_rows_linear(layer)
     for block in model.blocks:
-        block.begin, block.end = one_token(block.begin), one_token(block.end)
-    head = one_token(model.head.forward)  # of a copy, as strides that vary would compile it anew
-    model.head.forward = lambda x: head(x.clone(memory_format=torch.contiguous_format))
+        block.before_attention = compile_for_one_token(block.before_attention)
+        block.after_attention = compile_for_one_token(block.after_attention)
+    head = compile_for_one_token(model.head.forward)
+
+    def contiguous_head(x: Tensor) -> Tensor:
+        # The strides of x vary. A contiguous copy keeps the head from being compiled for each.
+        return head(x.clone(memory_format=torch.contiguous_format))
+
+    model.head.forward = contiguous_head

@@ -1,25 +1,34 @@
 """A decoder-only Transformer language model.
 
-A text is a row of tokens x_1 ... x_T. The model factorises its probability by the chain rule,
+A text is a sequence of tokens x_1 ... x_T. The chain rule factorises its probability,
 
     p(x_1 ... x_T) = prod_t p(x_t | x_1 ... x_{t-1}),
 
-and pretraining minimises the mean of -ln p(x_t | x_<t) in nats per token: predict the next token,
-on as much text as there is. One network gives all T conditionals in one pass, because position t
-attends only to positions <= t. A block adds two refinements to the residual stream h (T, D):
+and pretraining minimises the mean of -ln p(x_t | x_1 ... x_{t-1}), in nats per token: the model
+learns to predict the next token, on as much text as there is. One forward pass gives all T
+conditionals, because position t attends only to positions up to t (causal attention).
+
+The model embeds each token as a vector of D numbers, its residual stream. L blocks then add two
+updates each to the stream h (T, D); a last norm and a linear head turn it into V logits per token:
 
     h = h + Attention(norm(h))     softmax(q k' / sqrt(K)) v: tokens exchange information
     h = h + MLP(norm(h))           each token on its own
+    logits = head(norm(h))
 
-One config expresses GPT-2 (Radford et al. 2019: learned positions, LayerNorm, GELU, biases, tied
-head), Llama 2 and 3 (Touvron et al. 2023; Dubey et al. 2024: rotary positions, RMSNorm, SwiGLU,
-grouped key/value heads), Mistral (Jiang et al. 2023: sliding window) and Qwen3 (Yang et al. 2025:
-normalised queries and keys). Our own default is of Qwen3's form, with projections that start at
-zero, so what it trains can be loaded wherever Qwen3 can.
+One config expresses several published models:
+
+    GPT-2          Radford et al. 2019: learned positions, LayerNorm, GELU, biases, tied head
+    Llama 2 and 3  Touvron et al. 2023, Dubey et al. 2024: rotary positions, RMSNorm, SwiGLU,
+                   grouped key/value heads
+    Mistral        Jiang et al. 2023: the same with a sliding window
+    Qwen3          Yang et al. 2025: the same with normalised queries and keys
+
+The default config has the architecture of Qwen3, so its checkpoints can be exported as Qwen3
+models. Only the initialisation differs: the projections that write to the stream start at zero.
 
 Letters: B batch, T tokens, D model width, N query heads, G key/value heads, K head width,
-F feed-forward width, V vocabulary, L layers, S cache slots.
-Left out: mixture of experts, position interpolation other than Llama 3's. generate.py samples.
+F feed-forward width, V vocabulary, L layers, S keys that a query can attend to.
+Left out: mixture of experts, position interpolation other than Llama 3's. generate.py samples text.
 """
 
 from __future__ import annotations
@@ -36,107 +45,125 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int = 4096  # tokens the model knows; a tokenizer is trained to this size
-    context_length: int = 256  # longest row of tokens the model sees at once
-    n_layer: int = 6  # blocks
+    vocab_size: int = 4096  # number of tokens the model knows; a tokenizer is trained to this size
+    context_length: int = 256  # largest number of tokens the model sees at once
+    n_layer: int = 6  # number of blocks
     n_head: int = 4  # query heads
-    n_kv_head: int = 0  # key/value heads, shared by groups of query heads; 0 = n_head
+    n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0 = n_head
     d_model: int = 256  # width of the residual stream
     d_head: int = 0  # width of a head; 0 = d_model / n_head
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model, or 8/3 d_model for swiglu
     mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before each sublayer
-    norm_eps: float = 1e-6  # added to the variance
-    qk_norm: bool = True  # RMSNorm on every query and key head
-    position: Literal["rope", "learned"] = "rope"  # rotate queries and keys, or add a vector
+    norm_eps: float = 1e-6  # small number added to the variance in each norm
+    qk_norm: bool = True  # RMSNorm on the queries and keys of each head
+    position: Literal["rope", "learned"] = "rope"  # rotary positions, or a learned vector for each
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    rope_factor: float = 1.0  # Llama 3 context extension: long waves slow down by this; 1 = off
-    rope_low_freq_factor: float = 1.0  # ... waves longer than original / this slow down fully
-    rope_high_freq_factor: float = 4.0  # ... waves shorter than original / this stay as they are
-    rope_original_context: int = 8192  # ... context length before it
-    window: int = 0  # attend to this many latest tokens only; 0 = all
-    bias: bool = False  # biases in linear layers
-    tied: bool = False  # the output head is the token embedding
-    dropout: float = 0.0  # share of activations zeroed in training
-    zero_init: bool = True  # blocks start as the identity: output projections begin at zero
+    rope_factor: float = 1.0  # slowdown of long rotary waves, for a longer context; 1 = none
+    # Waves longer than rope_original_context / rope_low_freq_factor are slowed by rope_factor.
+    rope_low_freq_factor: float = 1.0
+    # Waves shorter than rope_original_context / rope_high_freq_factor are not slowed.
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192  # context length before the extension by rope_factor
+    window: int = 0  # number of latest tokens that a token attends to; 0 = all
+    bias: bool = False  # biases in the linear layers
+    tied: bool = False  # one matrix for the token embedding and the output head
+    dropout: float = 0.0  # share of activations set to zero in training
+    zero_init: bool = True  # output projections start at zero, so each block starts as the identity
 
     def __post_init__(self):
-        least = dict.fromkeys(("vocab_size", "context_length", "n_layer", "n_head", "d_model"), 1)
-        least |= dict.fromkeys(("n_kv_head", "d_head", "d_ff", "window"), 0)
-        for name, n in least.items():
-            if getattr(self, name) < n:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {n}")
-        D, N, G = self.d_model, self.n_head, self.G
+        self._check_at_least(1, "vocab_size", "context_length", "n_layer", "n_head", "d_model")
+        self._check_at_least(0, "n_kv_head", "d_head", "d_ff", "window")
+        D = self.d_model
+        N = self.n_head
         if not self.d_head and D % N:
-            fit = N * max(1, round(D / N))
-            raise ValueError(f"d_model {D} is not divisible by n_head {N}; use {fit} or set d_head")
-        if N % G:
-            raise ValueError(f"n_head {N} is not divisible by n_kv_head {G}; use a divisor of {N}")
+            nearest = N * max(1, round(D / N))
+            problem = f"d_model {D} is not divisible by n_head {N}"
+            raise ValueError(f"{problem}; use {nearest} or set d_head")
+        if N % self.G:
+            problem = f"n_head {N} is not divisible by n_kv_head {self.G}"
+            raise ValueError(f"{problem}; use a divisor of {N}")
         if self.position == "rope" and self.K % 2:
             raise ValueError(f"the head width {self.K} is odd; rotary positions need an even one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         for name, kind in get_type_hints(GPTConfig).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; use one of {get_args(kind)}")
 
-    # The sizes that 0 leaves open. Not stored, so that another d_model or n_head changes them too.
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    # The sizes that 0 leaves open. They are computed, not stored, so that they follow when
+    # dataclasses.replace changes d_model or n_head.
 
     @property
     def G(self) -> int:
+        """Number of key/value heads."""
         return self.n_kv_head or self.n_head
 
     @property
     def K(self) -> int:
+        """Width of a head."""
         return self.d_head or self.d_model // self.n_head
 
     @property
     def F(self) -> int:
-        if self.mlp == "swiglu":  # three matrices of 8/3 D cost as much as two of 4 D
-            return self.d_ff or 32 * math.ceil(self.d_model / 12)
-        return self.d_ff or 4 * self.d_model
+        """Width inside the MLP: three matrices of 8/3 D cost as much as two of 4 D."""
+        if self.d_ff:
+            return self.d_ff
+        if self.mlp == "swiglu":
+            return 32 * math.ceil(self.d_model / 12)  # 8/3 D, rounded up to a multiple of 32
+        return 4 * self.d_model
 
 
 # ---- positions ----------------------------------------------------------------------------------
 
 
 def rope_frequencies(config: GPTConfig) -> Tensor:
-    """Angular frequency of each pair of channels, (K/2,): theta^(-2i/K) (Su et al. 2021, eq. 15).
+    """Angular frequency of each pair of channels, (K/2,) in radians per position.
 
-    With rope_factor > 1, Llama 3.1's extension: waves that are long against the original context
-    are slowed by the factor, short ones are kept, and those between are blended.
+    Pair i has theta^(-2i/K) (Su et al. 2021, eq. 15). With rope_factor > 1 the context is extended
+    as in Llama 3.1: waves that are long compared to the original context are slowed by the factor,
+    short ones are kept, and those between are blended.
     """
     exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor == 1.0:
         return frequency
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    low = config.rope_low_freq_factor
+    high = config.rope_high_freq_factor
     turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
     return keep * frequency + (1 - keep) * frequency / config.rope_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + K/2) of x (B, N, T, K) by the angles in cos, sin (.., T, K/2).
+    """Rotate the channel pairs (i, i + K/2) of x (B, N, T, K).
 
-    Afterwards q . k depends on the two positions only through their distance.
+    cos, sin: of the angles, (.., T, K/2) each. When the angles of queries and keys are those of
+    their positions, q . k depends on the two positions only through their distance.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) -> Tensor:
-    """True where a query position (T,) may look at a key position (S,): (1 or B, 1, T, S).
+    """True where a query position (T,) may attend to a key position (S,): (1 or B, 1, T, S).
 
-    Not at the future, not beyond the window, not at padding; but always at itself, so that no
-    row of the softmax is empty.
+    A query attends to no later key, to none outside the window (0 = no window), and to none of the
+    padding: the first pad (B,) positions of each row. It always attends to its own position, so
+    that no softmax is over an empty set.
     """
     distance = query[:, None] - key[None, :]  # (T, S)
     allowed = (distance >= 0) & (distance < (window or math.inf))
     if pad is None:
-        return allowed[None, None]
+        return allowed[None, None]  # (1, 1, T, S)
     real = key[None, None, :] >= pad[:, None, None]  # (B, 1, S)
-    return ((allowed & real) | (distance == 0))[:, None]
+    return ((allowed & real) | (distance == 0))[:, None]  # (B, 1, T, S)
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -149,12 +176,17 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; N query heads share G key/value heads (Ainslie et al. 2023)."""
+    """Causal self-attention; N query heads share G key/value heads (Ainslie et al. 2023).
+
+    The block calls its parts one by one: `project`, then `attend`, then the layer `out`.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         N, G, K = config.n_head, config.G, config.K
-        self.d_head, self.grouped, self.dropout = K, G != N, config.dropout
+        self.d_head = K
+        self.grouped = G != N
+        self.dropout = config.dropout
         self.q = nn.Linear(config.d_model, N * K, bias=config.bias)
         self.k = nn.Linear(config.d_model, G * K, bias=config.bias)
         self.v = nn.Linear(config.d_model, G * K, bias=config.bias)
@@ -163,28 +195,51 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x, angles):
-        """Normalised states (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K)."""
-        rows = (self.q(x), self.k(x), self.v(x))
-        q, k, v = (rearrange(row, "B T (N K) -> B N T K", K=self.d_head) for row in rows)
+        """Normalised states (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K).
+
+        angles: cos and sin of the rotary angles, (.., T, K/2) each, or None with learned positions.
+        """
+        q = rearrange(self.q(x), "B T (N K) -> B N T K", K=self.d_head)
+        k = rearrange(self.k(x), "B T (G K) -> B G T K", K=self.d_head)
+        v = rearrange(self.v(x), "B T (G K) -> B G T K", K=self.d_head)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # On a CPU the backward pass of attention is several times slower in bfloat16.
             q, k, v = q.float(), k.float(), v.float()
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        return q.to(v.dtype), k.to(v.dtype), v  # autocast norms and rotates in float32
+            q = rotate(q, *angles)
+            k = rotate(k, *angles)
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast normalises and rotates in float32
 
-    def mix(self, q, k, v, mask):
-        """What each query finds among the values: (B, N, T, K)."""
+    def attend(self, q, k, v, mask):
+        """Mean of the values, weighted by how well their keys match the query: (B, N, T, K).
+
+        The formula, for G = N and without dropout:
+
+            weights = (q @ k.mT / sqrt(K)).masked_fill(~mask, -inf).softmax(-1)    # (B, N, T, S)
+            return weights @ v
+
+        A mask of None means causal attention for several queries, and no mask for a single one: the
+        latest token may attend to all keys of the cache.
+        """
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
-                dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.grouped,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and q.size(2) > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.grouped,
+            )
 
 
 class MLP(nn.Module):
-    """Two linear layers around a nonlinearity; SwiGLU (Shazeer 2020) gates one by another."""
+    """Two linear layers around a nonlinearity: (B, T, D) -> (B, T, F) -> (B, T, D).
+
+    SwiGLU (Shazeer 2020) multiplies the inner values by a gate, computed by a third layer.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -203,25 +258,34 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer of the Transformer: attention, then an MLP, each added to the stream."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1, self.attention = make_norm(config, config.d_model), Attention(config)
-        self.norm2, self.mlp = make_norm(config, config.d_model), MLP(config)
+        self.norm1 = make_norm(config, config.d_model)
+        self.attention = Attention(config)
+        self.norm2 = make_norm(config, config.d_model)
+        self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    # Two halves without state, for compiled.py, and the cache between them.
-    def begin(self, x, angles):
+    # The parts before and after attention depend on nothing but their inputs, so compiled.py can
+    # compile them; the cache stands between them.
+
+    def before_attention(self, x, angles):
+        """Stream (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K)."""
         return self.attention.project(self.norm1(x), angles)
 
-    def end(self, x, y):
-        x = x + self.dropout(self.attention.out(rearrange(y, "B N T K -> B T (N K)")))
-        return x + self.dropout(self.mlp(self.norm2(x)))  # (B, T, D)
+    def after_attention(self, x, y):
+        """Stream x (B, T, D), output y (B, N, T, K) of attention -> the next stream (B, T, D)."""
+        y = rearrange(y, "B N T K -> B T (N K)")
+        x = x + self.dropout(self.attention.out(y))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
     def forward(self, x, angles, mask, cache, layer):
-        q, k, v = self.begin(x, angles)
+        q, k, v = self.before_attention(x, angles)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        return self.end(x, self.attention.mix(q, k, v, mask))
+        return self.after_attention(x, self.attention.attend(q, k, v, mask))
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -230,7 +294,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (B, T) of int64 in [0, V) -> logits (B, T, V) of the next token."""
 
-    outer = ("token_embedding", "position_embedding", "head")  # tables: AdamW's, not Muon's
+    unit = "token"  # what a data set is counted in
+    outer = ("token_embedding", "position_embedding", "head")  # tables: for AdamW, not for Muon
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -249,15 +314,23 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_buffers(self):
-        """The rotary angles: not saved, and to be made anew where the model was built on "meta"."""
+        """Compute the tables of rotary angles.
+
+        They are not saved. A model that was built on the "meta" device must call this again once
+        its weights have memory.
+        """
         if self.config.position == "rope":
             positions = torch.arange(self.config.context_length)
-            turns = positions[:, None] * rope_frequencies(self.config)
-            self.register_buffer("cos", turns.cos(), persistent=False)  # (context_length, K/2)
-            self.register_buffer("sin", turns.sin(), persistent=False)
+            angles = positions[:, None] * rope_frequencies(self.config)  # (context_length, K/2)
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
 
     def reset_parameters(self):
-        """GPT-2's normal(0, 0.02); what writes to the residual stream starts at 0, or smaller."""
+        """Draw the weights as GPT-2 does: normal with standard deviation 0.02, biases 0, norms 1.
+
+        The matrices that write to the residual stream start at 0, or without zero_init at
+        0.02 / sqrt(2 L), as 2 L of them add up.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -270,27 +343,38 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def hidden(self, tokens: Tensor, cache=None) -> Tensor:
-        """Tokens (B, T) -> normalised states (B, T, D), from which the head reads the logits.
+        """Tokens (B, T) -> normalised states (B, T, D), from which the head computes the logits.
 
-        With a KVCache (generate.py) the tokens continue what it holds. Raises ValueError past
-        context_length.
+        With a KVCache (generate.py), the tokens continue those whose keys and values it holds.
+        Raises ValueError if there are more than context_length tokens, cached ones included.
         """
-        T, config = tokens.size(1), self.config
+        config = self.config
+        T = tokens.size(1)
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
         if start + T > config.context_length:
-            raise ValueError(f"{start + T} tokens exceed context_length {config.context_length}")
+            problem = f"{start + T} tokens exceed context_length {config.context_length}"
+            raise ValueError(f"{problem}; shorten the text, or train a model with a longer context")
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
-        mask = None  # plain causal attention, or one token that may look at all the cache returns
+
+        # A mask is built only where plain causal attention is not enough.
+        mask = None
         if pad is not None or (T > 1 and 0 < config.window < T):
             keys = positions if cache is None else cache.key_positions(T)
             mask = attention_mask(positions, keys, config.window, pad)
+
+        # Positions count from the first token of each row that is not padding.
         if pad is not None:
-            positions = (positions - pad[:, None]).clamp(min=0)  # (B, T): from each row's start
+            positions = (positions - pad[:, None]).clamp(min=0)  # (B, T)
         x = self.token_embedding(tokens)  # (B, T, D)
         if config.position == "learned":
-            x, angles = x + self.position_embedding(positions), None
+            x = x + self.position_embedding(positions)
+            angles = None
         else:
-            angles = [t[positions].unsqueeze(-3) for t in (self.cos, self.sin)]  # (.., 1, T, K/2)
+            cos = self.cos[positions].unsqueeze(-3)  # (1, T, K/2), or (B, 1, T, K/2) with padding
+            sin = self.sin[positions].unsqueeze(-3)
+            angles = (cos, sin)
+
+        # The blocks.
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, angles, mask, cache, layer)
@@ -301,50 +385,53 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.hidden(tokens))  # (B, T, V)
 
-    def loss(self, batch: dict[str, Tensor], generator=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of -ln p(next token) in nats over batch["tokens"] (B, T + 1).
+    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of -ln p(next token), in nats, over batch["tokens"] (B, T + 1).
 
-        Targets where batch["mask"] (B, T) is False do not count; metrics["weight"] is the number
-        that do, by which a caller averages over unequal batches. Nothing is drawn from generator.
+        Targets where batch["mask"] (B, T) is False do not count. metrics["weight"] is the number of
+        targets that count; a caller needs it to average over unequal batches. The generators are
+        not used: nothing in the loss is random but dropout.
         """
         tokens = batch["tokens"]
-        logits, targets = self(tokens[:, :-1]), tokens[:, 1:]  # (B, T, V), (B, T)
+        logits = self(tokens[:, :-1])  # (B, T, V)
+        targets = tokens[:, 1:]  # (B, T)
         if "mask" in batch:
-            targets = targets.masked_fill(~batch["mask"], -100)
+            targets = targets.masked_fill(~batch["mask"], -100)  # cross_entropy ignores -100
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         weight = (targets != -100).sum()
         return loss / weight.clamp(min=1), {"weight": weight}
 
     def flops_per_row(self) -> int:
-        """Forward and backward FLOPs of one row of context_length tokens, 2 a multiply-add.
+        """FLOPs of one row of context_length tokens, forward and backward; a multiply-add is 2.
 
-        6 for every weight of a matrix, once a token, and 12 N K T for the scores and their sums in
-        each layer, without a discount for causality (Chowdhery et al. 2022, appendix B).
+        Each weight of a matrix costs 6 per token, and each layer 12 N K T per token for the
+        attention scores and the weighted sums, without a discount for causality (Chowdhery et al.
+        2022, appendix B).
         """
-        c = self.config
+        config = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = 12 * c.n_layer * c.n_head * c.K * c.context_length
-        return c.context_length * (6 * weights + attention)
+        attention = 12 * config.n_layer * config.n_head * config.K * config.context_length
+        return config.context_length * (6 * weights + attention)
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
-        """Rows as data could give them."""
+        """A batch of zeros with the shapes and dtypes of real data."""
         return {"tokens": torch.zeros(rows, self.config.context_length + 1, dtype=torch.long)}
+
+    def generate(self, prompts: list[list[int]], sampling=None) -> list[list[int]]:
+        """Continue each prompt of token ids; return the new tokens of each row (generate.py)."""
+        from tinyfm import generate
+
+        return generate.complete(self, prompts, sampling)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
-        """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub_gpt.py)."""
+        """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub/gpt.py)."""
         from tinyfm.hub import gpt
 
         return gpt.load(cls, GPTConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
-        """Write weights, config and tokenizer in the Hugging Face layout (hub_gpt.py)."""
+        """Write weights, config and tokenizer in the Hugging Face layout (hub/gpt.py)."""
         from tinyfm.hub import gpt
 
         gpt.save(self, folder, tokenizer, overwrite)
-
-    def generate(self, prompts: list[list[int]], sampling=None) -> list[list[int]]:
-        """Continue each prompt of token ids; return each row's new tokens (generate.py)."""
-        from tinyfm import generate
-
-        return generate.complete(self, prompts, sampling)

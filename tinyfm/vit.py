@@ -1,13 +1,19 @@
-"""The two towers of CLIP: Transformers that turn an image, or a text, into one vector.
+"""A Vision Transformer (Dosovitskiy et al. 2021): the image tower of CLIP.
 
-The image tower is a Vision Transformer (Dosovitskiy et al. 2021): an image is cut into patches, a
-patch is a token, and the state of one more token, which belongs to no patch, is the summary. The
-text tower reads left to right as a GPT does; its summary is the state at the end token. So the last
-block of either computes that one place alone, for a fraction of the work. Both are pre-norm
-Transformers with learned positions and biases, as CLIP has them.
+An image is cut into patches, and each patch becomes a token. One more token, the class token, is
+put before them; it belongs to no patch, and its state after the last block is the summary of the
+image, a vector of D numbers. The blocks are pre-norm Transformer blocks with learned positions and
+biases, as CLIP has them:
 
-`config` is clip.py's CLIPConfig. Letters: B batch, T tokens, P patches, D width of a tower, N
-heads, K head width, C channels, H W rows and columns, h w rows and columns of patches.
+    h = h + Attention(norm(h))     softmax(q k' / sqrt(K)) v: tokens exchange information
+    h = h + MLP(norm(h))           each token on its own
+
+CLIP's text tower (clip.py) is made of the same blocks, but causal, and reads its summary at the end
+token. Either tower needs one token's state after the last block, so that block computes only this
+state: one query, and the keys and values of all tokens.
+
+`config` is a CLIPConfig (clip.py). Letters: B batch, T tokens, P patches, D width of a tower,
+N heads, K head width, C channels, H W rows and columns, h w rows and columns of patches.
 """
 
 from __future__ import annotations
@@ -22,43 +28,68 @@ from torch import nn
 # ---- layers -------------------------------------------------------------------------------------
 
 
-def pick(x, at):
-    """Of states (B, T, D) those of places `at` (B,) alone, (B, 1, D); of None, all."""
-    return x if at is None else x[torch.arange(len(x), device=x.device), at][:, None]
+def select(x, at):
+    """From states (B, T, D), select position at[i] of row i: (B, 1, D). If `at` is None, all."""
+    if at is None:
+        return x
+    rows = torch.arange(len(x), device=x.device)
+    return x[rows, at][:, None]
 
 
 class Attention(nn.Module):
+    """Self-attention with N heads; causal: a token attends to no later token."""
+
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.heads = heads
+        self.causal = causal
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x, at=None):
-        q, k, v = self.q(pick(x, at)), self.k(x), self.v(x)
-        q, k, v = (rearrange(y, "B T (N K) -> B N T K", N=self.heads) for y in (q, k, v))
-        one, places = self.causal and at is not None, torch.arange(x.size(1), device=x.device)
-        mask = places <= at[:, None, None, None] if one else None  # it sees all up to its place
-        if x.device.type == "cpu":  # where the backward pass in bfloat16 is several times slower
+        """States (B, T, D) -> (B, T, D); with `at` (B,), only the output at at[i], (B, 1, D)."""
+        q = rearrange(self.q(select(x, at)), "B T (N K) -> B N T K", N=self.heads)
+        k = rearrange(self.k(x), "B T (N K) -> B N T K", N=self.heads)
+        v = rearrange(self.v(x), "B T (N K) -> B N T K", N=self.heads)
+        mask = None
+        if self.causal and at is not None:  # the single query sees the tokens up to its position
+            positions = torch.arange(x.size(1), device=x.device)
+            mask = positions <= at[:, None, None, None]  # (B, 1, 1, T)
+        if x.device.type == "cpu":
+            # On a CPU the backward pass of attention is several times slower in bfloat16.
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and not one)
+            is_causal = self.causal and at is None
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
         return self.out(rearrange(y, "B N T K -> B T (N K)").to(x.dtype))
 
 
 class MLP(nn.Module):
+    """Two linear layers around a GELU: (B, T, D) -> (B, T, 4 D) -> (B, T, D).
+
+    "quick_gelu" is OpenAI's approximation x sigmoid(1.702 x).
+    """
+
     def __init__(self, width: int, activation: str):
         super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
         self.quick = activation == "quick_gelu"
 
     def forward(self, x):
         x = self.up(x)
-        # x sigmoid(1.702 x), in one step: silu(a) = a sigmoid(a)
-        return self.down(F.silu(1.702 * x) / 1.702 if self.quick else F.gelu(x))
+        if self.quick:
+            x = F.silu(1.702 * x) / 1.702  # silu(a) = a sigmoid(a), so this is x sigmoid(1.702 x)
+        else:
+            x = F.gelu(x)
+        return self.down(x)
 
 
 class Block(nn.Module):
+    """One layer of a tower: attention, then an MLP, each added to the states."""
+
     def __init__(self, width: int, heads: int, causal: bool, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
@@ -67,14 +98,19 @@ class Block(nn.Module):
         self.mlp = MLP(width, config.activation)
 
     def forward(self, x, at=None):
-        """States (B, T, D) -> the next; or those of places `at` (B,) alone, (B, 1, D)."""
-        x = pick(x, at) + self.attention(self.norm1(x), at)
+        """States (B, T, D) -> the next states; with `at` (B,) only those positions', (B, 1, D)."""
+        x = select(x, at) + self.attention(self.norm1(x), at)
         return x + self.mlp(self.norm2(x))
 
 
+# ---- stems: from pixels to tokens ---------------------------------------------------------------
+
+
 class PatchStem(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, P, D): a convolution whose steps are as wide as it is,
-    which is one product of all pixels of a patch."""
+    """Images (B, C, H, W) -> tokens (B, P, D): one linear layer over all pixels of a patch.
+
+    It equals a convolution whose stride is the size of its kernel.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -87,14 +123,20 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, P, D): convolutions that halve, to one pixel a patch."""
+    """Images (B, C, H, W) -> tokens (B, P, D), by convolutions of stride 2 (Xiao et al. 2021).
+
+    They halve rows and columns until each patch is one pixel.
+    """
 
     def __init__(self, config):
         super().__init__()
-        steps, D = config.patch_size.bit_length() - 1, config.image_width
-        widths = [config.channels, *(max(8, D >> (steps - i)) for i in range(1, steps + 1))]
+        D = config.image_width
+        n_conv = config.patch_size.bit_length() - 1  # log2 of the patch size
+        widths = [config.channels]
+        for later in reversed(range(n_conv)):  # the width doubles with each convolution, up to D
+            widths.append(max(8, D >> later))
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(widths)
         )
         self.project = nn.Linear(widths[-1], D, bias=False)
 
@@ -105,32 +147,43 @@ class ConvStem(nn.Module):
         return self.project(rearrange(x, "B D h w -> B (h w) D"))
 
 
+# ---- the tower ----------------------------------------------------------------------------------
+
+
 class ImageTower(nn.Module):
-    """Images (B, C, H, W) -> (B, D): what a class token, put before the patches, has gathered."""
+    """Images (B, C, H, W) in [-1, 1] -> (B, D): the state of the class token."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, P = config.image_width, (config.image_size // config.patch_size) ** 2
+        D = config.image_width
+        P = (config.image_size // config.patch_size) ** 2
         self.stem = ConvStem(config) if config.stem == "conv" else PatchStem(config)
         self.class_token = nn.Parameter(torch.empty(D))
         self.position = nn.Parameter(torch.empty(P + 1, D))
         self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
-            Block(D, config.image_head, False, config) for _ in range(config.image_layer)
+            Block(D, config.image_head, causal=False, config=config)
+            for _ in range(config.image_layer)
         )
         self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
         self.reset_buffers()
 
     def reset_buffers(self):
-        """The config's mean and deviation are of pixels in [0, 1]; these, of images in [-1, 1]."""
-        mean, std = torch.tensor(self.config.image_mean), torch.tensor(self.config.image_std)
-        self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)
+        """Compute the mean and deviation that normalise images in [-1, 1].
+
+        The config gives them for pixels in [0, 1]. They are not saved.
+        """
+        mean = torch.tensor(self.config.image_mean)
+        std = torch.tensor(self.config.image_std)
+        self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)  # (C, 1, 1)
         self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
 
     def states(self, images, at=None):
-        """Normalised states (B, P + 1, D) of class token and patches, or of those `at` (B,) alone,
-        (B, 1, D)."""
+        """Normalised states (B, P + 1, D) of the class token and the patches.
+
+        With `at` (B,), only the state at position at[i] of row i, (B, 1, D).
+        """
         images = ((images - self.mean) / self.std).to(self.position.dtype)
         x = self.stem(images)  # (B, P, D)
         token = self.class_token.to(x.dtype).expand(len(x), 1, -1)
