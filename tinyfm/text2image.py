@@ -194,13 +194,15 @@ class TextToImage(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> TextToImage:
-        """Read a StableDiffusionPipeline folder of diffusers (hub_text2image.py)."""
+        """Read a StableDiffusionPipeline folder of diffusers (tinyfm/hub/stable_diffusion.py)."""
+        from tinyfm import tokenizer
         from tinyfm.hub import stable_diffusion
 
-        return stable_diffusion.load(cls, TextToImageConfig, folder, dtype)
+        parts = stable_diffusion.Parts(Autoencoder, Diffusion, CLIPConfig, tokenizer.load)
+        return stable_diffusion.load(cls, TextToImageConfig, parts, folder, dtype)
 
     def save_pretrained(self, folder: str, tokenizer=None, overwrite: bool = False) -> None:
-        """Write weights, configs and tokenizer in the layout of diffusers (hub_text2image.py)."""
+        """Write weights, configs and tokenizer in that layout."""
         from tinyfm.hub import stable_diffusion
 
         stable_diffusion.save(self, folder, tokenizer, overwrite)

@@ -1,18 +1,21 @@
 """Published weights in and out: folders in the Hugging Face layout.
 
-Such a folder holds config.json (which architecture, which sizes), model.safetensors or, for large
-models, model-00001-of-00005.safetensors ... and an index of them, and the tokenizer's files. Two
-codebases hold the same network when three things agree:
+Such a folder holds config.json (the architecture and its sizes), the weights, and the tokenizer's
+files. The weights are one model.safetensors or, for large models, several files
+model-00001-of-00005.safetensors ... with an index. Two codebases hold the same network when three
+things agree:
 
-1. names: `blocks.3.attention.q.weight` here is `model.layers.3.self_attn.q_proj.weight` there. One
-   table a family says so, and serves both directions;
-2. layout: GPT-2, say, keeps its matrices transposed;
-3. what no tensor shows: activation, window, rotary base. One field read wrongly gives a model that
-   politely talks nonsense, so what our config cannot express is refused, never ignored.
+1. Names: `blocks.3.attention.q.weight` here is `model.layers.3.self_attn.q_proj.weight` there. One
+   table for each family lists the names and serves both directions.
+2. Layout: GPT-2, for example, stores its matrices transposed.
+3. Settings that no tensor shows: activation, window, rotary base. A model with one wrong setting
+   still runs, but writes nonsense. So a setting that our config cannot express is an error.
 
-Here is what all families share; hub_gpt.py has the tables of the GPT, hub_clip.py those of CLIP.
-Names and shapes must match exactly. Nothing is unpickled: a pickle can run code when it is read.
-`python -m tinyfm.hub runs/gpt exported/` exports a run for transformers and what reads its files.
+This module has the steps that all families share. gpt.py and clip.py have the tables of their
+families; diffusion.py, scheduler.py and stable_diffusion.py follow the layout of diffusers. Names
+and shapes must match exactly. Pickles are never opened, because a pickle can run code when it is
+read.
+
 Left out: downloading, quantised weights.
 """
 
@@ -34,15 +37,22 @@ from tinyfm.common.files import TEMPORARY, load_tensors, read_json, write_json
 # ---- names --------------------------------------------------------------------------------------
 
 
-def pairs(table: str, column: int) -> list[tuple[str, str]]:
-    """(ours, theirs) from the text of a table; "-" where they have none."""
+def name_pairs(table: str, column: int) -> list[tuple[str, str]]:
+    """Read a table of names: [(ours, theirs), ...].
+
+    table: one row a line, words separated by spaces; column 0 has our names.
+    column: the column with their names. Rows with "-" there are left out.
+    """
     rows = [line.split() for line in table.strip().splitlines()]
     return [(row[0], row[column]) for row in rows if row[column] != "-"]
 
 
 def translate(name: str, names: dict[str, str]) -> str:
-    """Their name of our tensor. `names` is of modules, with * for the number of a layer, and of
-    tensors that are called otherwise than weight and bias."""
+    """Return their name for the tensor that we call `name`.
+
+    names: our names -> theirs. Most entries are modules, with * in place of a layer's number; their
+    weight and bias keep these two words. An entry may also be the full name of one tensor.
+    """
     if name in names:
         return names[name]
     module, leaf = name.rsplit(".", 1)
@@ -56,21 +66,36 @@ def translate(name: str, names: dict[str, str]) -> str:
 
 
 def refuse(field: str, value: Any, supported: str) -> NoReturn:
+    """Raise ValueError for a setting that our models do not compute."""
     raise ValueError(f"{field} is {value!r}; supported: {supported}")
 
 
-def take(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict[str, Any]:
-    """The values of `fields`, (ours, theirs), by our names; null is 0 where 0 means a default."""
+def require(raw: dict, expected: dict[str, Any]) -> None:
+    """Raise ValueError unless each field of `expected` has that value in `raw`."""
+    for field, value in expected.items():
+        if raw.get(field) != value:
+            refuse(field, raw.get(field), repr(value))
+
+
+def read_fields(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict[str, Any]:
+    """Read settings from a parsed config.json: {our name: value}.
+
+    fields: (our name, their name) of each setting. Where one of our names has several of theirs,
+    their values must agree. A value must have the type of our default; null stands for an integer
+    default of 0. Raises ValueError otherwise.
+    """
     values: dict[str, Any] = {}
     for ours, theirs in fields:
-        default, value = getattr(config_cls, ours), raw.get(theirs)
-        if value is None and default == 0 and type(default) is int:
+        default = getattr(config_cls, ours)
+        value = raw.get(theirs)
+        if value is None and type(default) is int and default == 0:
             value = 0
-        kinds = (float, int) if type(default) is float else (type(default),)
-        if type(value) not in kinds:
-            refuse(theirs, value, f"a value of type {kinds[0].__name__}")
-        if values.setdefault(ours, value) != value:
+        types = (float, int) if type(default) is float else (type(default),)
+        if type(value) not in types:
+            refuse(theirs, value, f"a value of type {types[0].__name__}")
+        if ours in values and values[ours] != value:
             refuse(theirs, value, f"{values[ours]!r}, as in the other fields for `{ours}`")
+        values.setdefault(ours, value)
     return values
 
 
@@ -78,19 +103,19 @@ def take(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, in one file or several, by the names in there.
+    """Read all tensors of a folder, from one file or several, under the names in the files.
 
-    They are views of the files, read when touched. Raises ValueError for a file that is missing or
-    damaged, and for a pickle.
+    The tensors are views of the files, and their bytes are read on first use. Raises ValueError for
+    a missing or damaged file, and for a pickle.
     """
     index = folder / "model.safetensors.index.json"
-    whole = (folder / "model.safetensors").is_file()
-    if not whole and index.is_file():
+    one_file = (folder / "model.safetensors").is_file()
+    if not one_file and index.is_file():
         tensors = {}
         for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
             tensors |= load_tensors(folder, Path(shard).stem)
         return tensors
-    if not whole and any(folder.glob("pytorch_model*.bin")):
+    if not one_file and any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{folder} holds its weights as a pickle, which can run code when it is read; if you "
             "trust its source, convert it with transformers and the class that config.json names: "
@@ -100,14 +125,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError with the first names that are missing, unexpected or of another shape."""
+    """Raise ValueError with the first tensors that are missing, unexpected or of another shape."""
     problems = [f"{name} is missing" for name in expected if name not in stored]
     problems += [f"{name} is unexpected" for name in stored if name not in expected]
-    problems += [
-        f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in stored and stored[name].shape != tensor.shape
-    ]
+    for name, tensor in expected.items():
+        if name in stored and stored[name].shape != tensor.shape:
+            problems.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
     if problems:
         raise ValueError(
             f"{folder}: {len(problems)} tensors do not fit config.json: {', '.join(problems[:4])}; "
@@ -115,15 +138,24 @@ def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, T
         )
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Give a model built on the meta device its weights, as dtype on the CPU, and its buffers.
+def build_on_meta(cls: type, config: Any) -> nn.Module:
+    """Build a model that has shapes but no memory, so that its weights are allocated only once,
+    when they are read."""
+    with torch.device("meta"):
+        return cls(config)
 
-    `model.reset_buffers()` makes what is not stored. The model is left in evaluation mode.
+
+def assign_weights(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model from `build_on_meta` its weights, as dtype on the CPU, and its buffers.
+
+    `model.reset_buffers()` computes the buffers that files do not store. The model is left in
+    evaluation mode.
     """
-    # A copy, as the files may change or go while the model lives.
-    own = {"dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
-    tensors = {name: tensor.to("cpu", **own) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
+    own = {}
+    for name, tensor in tensors.items():
+        # A copy, because the files may change or be deleted while the model lives.
+        own[name] = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict(own, strict=False, assign=True)
     model.reset_buffers()
     model.to(dtype).eval()
 
@@ -132,25 +164,39 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> No
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:
-    """Raise ValueError if a tokenizer has ids that the model does not know."""
+    """Raise ValueError if a tokenizer (or None) has more ids than the model."""
     if tokenizer and tokenizer.vocab_size > vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the tokenizer has {sizes}; pass the one the model was trained with")
 
 
-def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer=None,
-            overwrite: bool = False, others: dict[str, Any] | None = None) -> None:  # fmt: skip
-    """Write a folder: its weights, its config.json and, if given, tokenizer and other JSON files.
-
-    config.json comes last, so that what a crash leaves behind does not load; other files in the
-    folder stay. Raises ValueError if it has a config.json already, unless overwrite.
-    """
+def check_overwrite(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError if a folder has a config.json already, unless overwrite."""
     if (folder / "config.json").exists() and not overwrite:
         raise ValueError(f"{folder} holds a model already; choose another folder, or overwrite it")
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    tokenizer=None,
+    overwrite: bool = False,
+    others: dict[str, Any] | None = None,
+) -> None:
+    """Write a folder: weights, config.json and, if given, the tokenizer and other JSON files.
+
+    others: {file name: content}. config.json is moved into place last, so a folder that a crash
+    left incomplete does not load. Other files in the folder are kept. Raises ValueError if the
+    folder has a config.json already, unless overwrite.
+    """
+    check_overwrite(folder, overwrite)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = config | {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5, and 4
+    # transformers 5 reads the first, transformers 4 the second.
+    config = config | {"dtype": dtype, "torch_dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=TEMPORARY) as name:
+        # Write all files beside the old ones.
         temporary = Path(name)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
@@ -159,6 +205,7 @@ def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], to
         for name, content in (others or {}).items():
             write_json(temporary / name, content)
         write_json(temporary / "config.json", config)
+        # Move them into place, config.json last.
         (folder / "config.json").unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)

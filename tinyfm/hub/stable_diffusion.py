@@ -1,164 +1,197 @@
-"""Text-to-image as diffusers keeps Stable Diffusion 1: a folder of folders, in and out.
+"""Text-to-image in the layout that diffusers has for Stable Diffusion 1, to and from ours.
 
-    text_encoder/  a CLIPTextModel of transformers   tokenizer/  CLIP's
-    unet/          a UNet2DConditionModel            scheduler/  how noise grows
-    vae/           an AutoencoderKL                  model_index.json  which class is where
+The folder has one subfolder for each part:
 
-Each part is read and written by the tables of its own family: hub_clip.py, hub_pipeline.py,
-hub_diffusion.py. Here is what no part sees alone: that texts are padded with their end token; and
-whether a StableDiffusionPipeline does all that a model of ours does. It knows no learned null
-context, no mean of the latents, no flow, and no tokenizer but CLIP's. A folder of such a model has
-no model_index.json, and only we read it.
+    text_encoder/  a CLIPTextModel of transformers
+    tokenizer/     CLIP's tokenizer
+    unet/          a UNet2DConditionModel
+    scheduler/     the noise schedule
+    vae/           an AutoencoderKL
+    model_index.json lists the class of each part
 
-Left out: Stable Diffusion 2, whose texts are padded with another token, and XL; safety checkers;
-the image tower of the CLIP that the text tower was trained with.
+Each part is read and written with the tables of its family, in clip.py, scheduler.py and
+diffusion.py. This module has the rest: it checks that texts are padded with their end token, and it
+decides whether a StableDiffusionPipeline computes what our model does. That pipeline has no learned
+null context, no mean of the latents, no flow matching, and no tokenizer but CLIP's. The folder of a
+model with any of these has no model_index.json, and diffusers does not read it.
+
+Left out: Stable Diffusion 2, which pads texts with another token, and XL; safety checkers; the
+image tower of the CLIP that the text tower was trained with.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tinyfm.autoencoder import Autoencoder
-from tinyfm.clip import CLIPConfig
-from tinyfm.clip_tokenizer import ClipTokenizer
 from tinyfm.common.files import MALFORMED, read_json, write_json
-from tinyfm.ddpm import Diffusion
-from tinyfm.hub import clip as hub_clip
-from tinyfm.hub import diffusion as hub_diffusion
-from tinyfm.hub import layout
-from tinyfm.hub import scheduler as hub_pipeline
-from tinyfm.tokenizer import EOT
-from tinyfm.tokenizer import load as load_tokenizer
+from tinyfm.hub import clip, diffusion, layout, scheduler
 
-INSIDE = "text_model."  # the text tower's place in a CLIP; transformers 5 leaves it out of a tower
-FIELDS = [pair for pair in hub_clip.FIELDS if not pair[1].startswith("vision_config.")]
-PARTS = {
+PREFIX = "text_model."  # of the text tower's names in a CLIP; transformers 5 drops it for a tower
+FIELDS = [(ours, theirs) for ours, theirs in clip.FIELDS if not theirs.startswith("vision_config.")]
+END = "<|endoftext|>"  # CLIP's end token
+INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
 }
-ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
+ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that we never write
+
+
+class Parts(NamedTuple):
+    """The classes of the parts, handed in by the lesson that is made of them."""
+
+    autoencoder: type  # Autoencoder
+    diffusion: type  # Diffusion
+    clip_config: type  # CLIPConfig
+    load_tokenizer: Callable[[Path], Any]
 
 
 # ---- the text tower -----------------------------------------------------------------------------
 
 
-def read_text_config(folder: Path) -> CLIPConfig:
-    """A CLIPConfig with a folder's text tower. Raises ValueError for what it cannot express."""
+def read_text_config(config_cls: type, folder: Path) -> Any:
+    """Read a CLIPConfig with the text tower of a folder.
+
+    Raises ValueError for a setting that CLIPConfig cannot express.
+    """
     raw = read_json(folder / "config.json")
     try:
-        for field, value in (("model_type", "clip_text_model"), ("quantization_config", None)):
-            if raw.get(field) != value:
-                layout.refuse(field, raw.get(field), repr(value))
-        flat = hub_clip.flatten(raw | {"text_config": raw})
-        values = hub_clip.FIXED | layout.take(flat, FIELDS, CLIPConfig)
-        inside, width = flat["text_config.intermediate_size"], flat["text_config.hidden_size"]
-        if inside != 4 * width:
-            layout.refuse("intermediate_size", inside, f"{4 * width}, 4 times the width")
-        end = flat["text_config.eos_token_id"]
-        if type(end) is not int or end < 0:
-            layout.refuse("eos_token_id", end, "one id")
-        end = hub_clip.HIGHEST if end == hub_clip.HIGHEST_THERE else end
-        return CLIPConfig(**values, end_token=end)
+        layout.require(raw, {"model_type": "clip_text_model", "quantization_config": None})
+        flat = clip.flatten(raw | {"text_config": raw})
+        values = clip.FIXED | layout.read_fields(flat, FIELDS, config_cls)
+        mlp_width = flat["text_config.intermediate_size"]
+        clip.check_mlp_width("intermediate_size", mlp_width, flat["text_config.hidden_size"])
+        end = clip.read_end_token("eos_token_id", flat["text_config.eos_token_id"])
+        return config_cls(**values, end_token=end)
     except MALFORMED as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def tower_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Their name in a CLIP -> ours, and the tensor."""
-    named = ((f"text_tower.{name}", p) for name, p in model.text_tower.named_parameters())
-    return {layout.translate(name, hub_clip.NAMES): (name, p) for name, p in named}
+    """Return {their name in a whole CLIP: (our name, tensor)} of the text tower."""
+    tensors = {}
+    for name, parameter in model.text_tower.named_parameters():
+        name = f"text_tower.{name}"
+        tensors[layout.translate(name, clip.NAMES)] = (name, parameter)
+    return tensors
 
 
-def fill_tower(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    stored = {
-        INSIDE + name.removeprefix(INSIDE): t for name, t in layout.read_tensors(folder).items()
-    }
-    stored = {name: t for name, t in stored.items() if not name.endswith(hub_clip.EXTRAS)}
+def load_tower(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Give a TextToImage the text tower of a folder. Raises ValueError if it does not fit."""
+    stored = {}
+    for name, tensor in layout.read_tensors(folder).items():
+        if not name.endswith(clip.BUFFERS):
+            stored[PREFIX + name.removeprefix(PREFIX)] = tensor
     tower = tower_tensors(model)
-    layout.check_tensors(folder, stored, {name: p for name, (_, p) in tower.items()})
-    layout.fill(model, {ours: stored[name] for name, (ours, _) in tower.items()}, dtype)
+    layout.check_tensors(folder, stored, {name: tensor for name, (_, tensor) in tower.items()})
+    weights = {ours: stored[name] for name, (ours, _) in tower.items()}
+    layout.assign_weights(model, weights, dtype)
 
 
 def check_padding(folder: Path, length: int) -> None:
-    """Raise ValueError unless texts are filled up with their end token, to the tower's length."""
+    """Check that a tokenizer pads texts with their end token, to the tower's length.
+
+    Raises ValueError otherwise. A setting that the files do not have is taken to be right.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        raw = read_json(folder / name) if (folder / name).is_file() else {}
-        pad, end = raw.get("pad_token"), raw.get("eos_token", EOT)
-        pad, end = (t["content"] if isinstance(t, dict) else t for t in (pad, end))
+        path = folder / name
+        raw = read_json(path) if path.is_file() else {}
+        pad, end = raw.get("pad_token"), raw.get("eos_token", END)
+        if isinstance(pad, dict):
+            pad = pad["content"]
+        if isinstance(end, dict):
+            end = end["content"]
         if pad not in (None, end):
-            raise ValueError(f"{folder / name}: pad_token is {pad!r}; supported: {end!r}, the end")
-        if (limit := raw.get("model_max_length", length)) != length:
-            problem = f"model_max_length is {limit}, but the text tower reads {length}"
-            raise ValueError(f"{folder / name}: {problem} tokens; set it to {length}")
+            raise ValueError(f"{path}: pad_token is {pad!r}; supported: {end!r}, the end token")
+        limit = raw.get("model_max_length", length)
+        if limit != length:
+            raise ValueError(
+                f"{path}: model_max_length is {limit}, but the text tower reads {length} tokens; "
+                f"set it to {length}"
+            )
 
 
 # ---- in and out ---------------------------------------------------------------------------------
 
 
-def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -> nn.Module:
-    """The TextToImage in a folder, in evaluation mode, on the CPU, with its tokenizer if there.
+def load(
+    cls: type, config_cls: type, parts: Parts, folder: str | Path, dtype=torch.float32
+) -> nn.Module:
+    """Load the TextToImage of a folder, in evaluation mode, on the CPU, with its tokenizer if any.
 
-    Raises ValueError for what ours cannot express, for weights that do not fit, and for parts that
-    do not fit together.
+    cls and config_cls: TextToImage and TextToImageConfig. Raises ValueError for settings that ours
+    cannot express, for weights that do not fit, and for parts that do not fit together.
     """
     folder = Path(folder)
-    autoencoder = Autoencoder.from_pretrained(folder / "vae", dtype)
-    diffusion = Diffusion.from_pretrained(folder, dtype)
-    clip = read_text_config(folder / "text_encoder")
-    # A published autoencoder may name the size that it was trained at, another than the U-Net's.
-    size = diffusion.config.image_size * autoencoder.config.factor
+    autoencoder = parts.autoencoder.from_pretrained(folder / "vae", dtype)
+    denoiser = parts.diffusion.from_pretrained(folder, dtype)
+    clip_config = read_text_config(parts.clip_config, folder / "text_encoder")
+    # A published autoencoder may name the size that it was trained at, which the U-Net's overrides.
+    size = denoiser.config.image_size * autoencoder.config.factor
     autoencoder.config = replace(autoencoder.config, image_size=size)
-    config = config_cls(diffusion.config, autoencoder.config, clip)
-    with torch.device("meta"):
-        model = cls(config)
-    model.autoencoder, model.diffusion = autoencoder.requires_grad_(False), diffusion
-    fill_tower(model, folder / "text_encoder", dtype)
+    config = config_cls(denoiser.config, autoencoder.config, clip_config)
+
+    model = layout.build_on_meta(cls, config)
+    model.autoencoder = autoencoder.requires_grad_(False)
+    model.diffusion = denoiser
+    load_tower(model, folder / "text_encoder", dtype)
     if (folder / "tokenizer").is_dir():
-        check_padding(folder / "tokenizer", clip.context_length)
-        model.tokenizer = load_tokenizer(folder / "tokenizer")
-        layout.check_tokenizer(model.tokenizer, clip.vocab_size)
+        check_padding(folder / "tokenizer", clip_config.context_length)
+        model.tokenizer = parts.load_tokenizer(folder / "tokenizer")
+        layout.check_tokenizer(model.tokenizer, clip_config.vocab_size)
     return model
 
 
-def write_index(model: nn.Module, tokenizer: Any, scheduler: str) -> dict[str, Any] | None:
-    """model_index.json; None if a StableDiffusionPipeline is not what the model is."""
-    c = model.config.diffusion
-    own = c.learned_null or c.prediction == "flow" or model.autoencoder.latent_mean.item()
-    if own or not isinstance(tokenizer, ClipTokenizer):
-        return None
-    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    index |= PARTS | {"scheduler": ["diffusers", scheduler]}
-    return index | {name: [None, None] for name in ABSENT}
+def is_stable_diffusion(model: nn.Module, tokenizer: Any) -> bool:
+    """Whether a StableDiffusionPipeline computes what the model does."""
+    config = model.config.diffusion
+    if config.learned_null or config.prediction == "flow":
+        return False
+    if model.autoencoder.latent_mean.item() != 0:
+        return False
+    return tokenizer is not None and tokenizer.bot is not None  # only CLIP's has a start token
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool = False) -> None:
-    """Write a folder for `load`, and for diffusers if its pipeline can do the same.
+    """Write a folder for `load`, and for diffusers if its pipeline computes the same.
 
-    Raises ValueError for what diffusers' parts cannot express, or for a folder with a model.
+    tokenizer: the model's by default. Raises ValueError if diffusers or transformers cannot
+    express a part, if the tokenizer has more ids than the text tower, or if the folder holds a
+    model already, unless overwrite.
     """
-    folder, c, tokenizer = Path(folder), model.config, tokenizer or model.tokenizer
-    layout.check_tokenizer(tokenizer, c.clip.vocab_size)
-    raw = hub_clip.write_config(c.clip, tokenizer)["text_config"]
+    folder = Path(folder)
+    config = model.config
+    tokenizer = tokenizer or model.tokenizer
+
+    # Whatever may be refused comes before the first file is written.
+    layout.check_tokenizer(tokenizer, config.clip.vocab_size)
+    raw = clip.write_config(config.clip, tokenizer)["text_config"]
     raw |= {"architectures": ["CLIPTextModel"]}
-    hub_diffusion.write_unet(c.diffusion)  # raises what it has to before anything is written
-    hub_diffusion.save_autoencoder(model.autoencoder, folder / "vae", overwrite)
-    hub_pipeline.save(model.diffusion, folder, overwrite)
-    tensors = {name: p for name, (_, p) in tower_tensors(model).items()}
-    layout.publish(folder / "text_encoder", raw, tensors, None, overwrite)
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a model overwritten, as the index
+    diffusion.write_unet(config.diffusion)
+
+    diffusion.save_autoencoder(model.autoencoder, folder / "vae", overwrite)
+    scheduler.save(model.diffusion, folder, overwrite)
+    tensors = {name: tensor for name, (_, tensor) in tower_tensors(model).items()}
+    layout.write_folder(folder / "text_encoder", raw, tensors, None, overwrite)
+
+    # The model that is overwritten may have had a tokenizer and an index.
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     (folder / "model_index.json").unlink(missing_ok=True)
     if tokenizer:
         tokenizer.save_pretrained(folder / "tokenizer")
         path = folder / "tokenizer" / "tokenizer_config.json"
-        write_json(path, read_json(path) | {"model_max_length": c.clip.context_length})
-    scheduler = hub_pipeline.write_scheduler(c.diffusion)["_class_name"]
-    if index := write_index(model, tokenizer, scheduler):
+        write_json(path, read_json(path) | {"model_max_length": config.clip.context_length})
+    if is_stable_diffusion(model, tokenizer):
+        kind = scheduler.write_scheduler(config.diffusion)["_class_name"]
+        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+        index |= INDEX | {"scheduler": ["diffusers", kind]}
+        index |= {name: [None, None] for name in ABSENT}
         write_json(folder / "model_index.json", index)
