@@ -48,7 +48,7 @@ HARD = [
 
 
 def make_text(n_lines: int = 1500) -> str:
-    """Something like prose with code, deterministic, with words of very unequal frequency."""
+    """Lines that resemble prose and code, always the same, with frequent and rare words."""
     r = random.Random(7)
     letters = "etaoinshrdlucmfw"
     words = ["".join(r.choices(letters, k=r.randint(1, 9))) for _ in range(900)]
@@ -68,7 +68,7 @@ TEXTS = st.one_of(
     st.text(st.sampled_from("ab eE'\n\t .,0129▁é中🙂s<|>"), max_size=60),
     st.lists(st.sampled_from(TEXT.split(" ")[:500]), max_size=12).map(" ".join),
 )
-# The libraries differ in the edition of Unicode that they know, so compare assigned characters.
+# The libraries know different versions of Unicode, so compare only assigned characters.
 ASSIGNED = TEXTS.map(lambda t: "".join(c for c in t if unicodedata.category(c) not in ("Cn", "Cs")))
 
 
@@ -115,7 +115,7 @@ def test_batch_equals_one_by_one(tokenizer):
     assert tokenizer.encode_batch([]) == []
 
 
-def test_specials_are_text_unless_asked_for(tokenizer):
+def test_special_tokens_are_text_by_default(tokenizer):
     forged = f"one{T.EOT}two{T.EOT}{T.EOT}"
     assert tokenizer.eot not in tokenizer.encode(forged)
     assert tokenizer.decode(tokenizer.encode(forged)) == forged
@@ -227,8 +227,8 @@ LEARN = (bpe.learn_merges_slowly, bpe.learn_merges)
 
 @pytest.mark.parametrize("learn", LEARN)
 def test_worked_example_of_wikipedia(learn):
-    """The string of the article "Byte-pair encoding" becomes XdXac there and here; where two pairs
-    are equally frequent the article takes ab, we take the first in the text."""
+    """The string of the article "Byte-pair encoding" becomes XdXac there and here. Where two pairs
+    are equally frequent, the article merges ab; we merge the one that is first in the text."""
     x, y, z = 256, 257, 258
     merges = learn({b"aaabdaaabac": 1}, 3)
     assert merges == [(97, 97), (x, 97), (y, 98)]
@@ -270,7 +270,7 @@ def test_fast_training_equals_the_definition_on_prose():
 @settings(max_examples=200, deadline=None)
 @given(chunks=CHUNKS, n_merges=st.integers(0, 30), text=st.text("abcd", max_size=40))
 def test_fast_encoding_equals_the_definition(chunks, n_merges, text):
-    """Applying rules by rank, fast or slowly, is replaying the merges in the order learned."""
+    """To apply rules by rank, fast or slowly, is to replay the merges in the order learned."""
     merges = bpe.learn_merges(chunks, n_merges)
     rules = bpe.make_rules(merges)
     ids = list(text.encode())
@@ -448,7 +448,7 @@ def test_encoding_work_grows_linearly_with_the_length_of_a_chunk(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_megabyte_without_spaces_is_no_trap(kind):
-    """Quadratic time would take hours here, so that a generous bound on the clock is enough."""
+    """Quadratic time would be hours here, so a generous bound on the clock is enough."""
     r = random.Random(0)
     start = time.perf_counter()
     tokenizer = T.train(kind, [TEXT[:20000]], 257 if kind == "bytes" else 400)
@@ -483,7 +483,7 @@ def test_sentencepiece_leaves_rare_characters_to_the_bytes():
 
 
 def test_sections_do_not_change_the_ids():
-    """We cut texts for speed where no piece can go on; the whole text at once gives the same."""
+    """We cut texts for speed where no piece continues. The whole text gives the same ids."""
     tokenizer = T.train("sentencepiece", [TEXT], 600)
     for text in (TEXT, "  ".join(TEXT[:9000].split(" ")), " " * 2500 + "x  y" + " " * 1000):
         assert tokenizer.encode(text) == tokenizer._library.encode(text)

@@ -44,7 +44,7 @@ TEXTS = st.one_of(
     st.text(st.sampled_from("caT'sS 12\n!<|>/wéÉ\u0301Σσ中🙂\u00a0"), max_size=40),
     st.lists(st.sampled_from([*LEARNED.split(), START, T.EOT, " ", "7"]), max_size=9).map("".join),
 )
-# The libraries differ in the edition of Unicode that they know, so compare assigned characters.
+# The libraries know different versions of Unicode, so compare only assigned characters.
 ASSIGNED = TEXTS.map(lambda t: "".join(c for c in t if unicodedata.category(c) != "Cn"))
 
 
@@ -79,7 +79,7 @@ def as_openai(name: str) -> dict:
 
 
 def write_published(folder) -> None:
-    """The files of openai/clip-vit-base-patch32 but tokenizer.json, as in Stable Diffusion 1."""
+    """The files of openai/clip-vit-base-patch32, as in Stable Diffusion 1: no tokenizer.json."""
     names = {"bos_token": START, "eos_token": T.EOT, "unk_token": T.EOT}
     marked = {key: as_openai(name) for key, name in names.items()}
     config = {key: token | {"__type": "AddedToken"} for key, token in marked.items()}
@@ -158,7 +158,7 @@ def test_the_example_of_the_docstring(ours):
     assert len({token for token in VOCAB if len(token.removesuffix("</w>")) == 1}) == 512
 
 
-def test_specials_are_text_unless_asked_for(ours, reference):
+def test_special_tokens_are_text_by_default(ours, reference):
     assert (ours.bot, ours.eot) == (reference.bos_token_id, reference.eos_token_id)
     assert ours.specials == {START: ours.bot, T.EOT: ours.eot}
     assert ours.vocab_size == len(reference) == ours.eot + 1
