@@ -240,7 +240,7 @@ def refusal(capsys, module, *arguments) -> str:
 def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, capsys):
     own, out = same_sizes(options), ["--out", tmp_path / "x"]
     for wrong, reason in (
-        (["--adapt", "lora"], "say which, --init-from RUN"),
+        (["--adapt", "lora"], "add --init-from RUN"),
         (["--init-from", tiny_run, "--model.d-model", "64"], "has 32"),
         (["--init-from", tiny_run, "--data.tokenizer", "bpe"], "leave that out"),
         (["--init-from", tmp_path], "no complete checkpoint"),
@@ -282,13 +282,13 @@ def test_presets_of_tasks_keep_the_model():
     for name, families in (("gpt", {"classify", "chat"}), ("clip", {"classify"})):
         for task in families:
             run = registry.get_preset(name, task, "lora").run
-            assert run.model == registry.PRESETS[name].run.model and run.task == task
+            assert run.model == registry.find_preset(name).run.model and run.task == task
             assert run.optim.optimizer == "adamw"
-    assert registry.get_preset("gpt") is registry.PRESETS["gpt"]
+    assert registry.get_preset("gpt") is registry.find_preset("gpt")
 
 
 def test_what_begins_from_a_run_goes_at_half_the_rate():
-    usual = registry.PRESETS["gpt"].run.optim
+    usual = registry.find_preset("gpt").run.optim
     optim = registry.get_preset("gpt", init_from="runs/gpt").run.optim
     assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)
     assert registry.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.005

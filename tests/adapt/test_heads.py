@@ -11,13 +11,14 @@ from torch import nn
 
 from tinyfm import adapt
 from tinyfm.adapt import heads
-from tinyfm.adapt.heads import READERS, Classifier, count_places, in_places
+from tinyfm.adapt.heads import Classifier, count_places, in_places
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.labelled import TaskConfig, texts
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes import classify
+from tinyfm.recipes import autoencoder, clip, ddpm, gpt
+from tinyfm.recipes.classify import score_batches
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices
@@ -35,6 +36,16 @@ NOISE = DiffusionConfig(
     groups=4,
 )  # fmt: skip
 BODIES = {GPT: TEXT, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
+READERS = {
+    GPT: gpt.GPTClassifyRun.reader,
+    CLIP: clip.CLIPClassifyRun.reader,
+    Autoencoder: autoencoder.AutoencoderClassifyRun.reader,
+    Diffusion: ddpm.DDPMClassifyRun.reader,
+}
+
+
+def classifier(body: nn.Module, classes: dict = CLASSES) -> Classifier:
+    return Classifier(body, classes, READERS[type(body)])
 
 
 def body_of(kind) -> nn.Module:
@@ -66,7 +77,7 @@ def no_drawing(monkeypatch):
 @pytest.mark.parametrize("kind", BODIES)
 def test_features_are_standardised_and_each_of_its_own_row(kind):
     torch.manual_seed(0)
-    model = Classifier(body_of(kind), CLASSES)
+    model = classifier(body_of(kind))
     batch = rows(model, 5)
     x = model.features(batch)
     assert x.shape == (5, READERS[kind].width(model.config))
@@ -79,7 +90,7 @@ def test_features_are_standardised_and_each_of_its_own_row(kind):
 
 
 def test_features_do_not_depend_on_padding():
-    model = Classifier(body_of(GPT), CLASSES)
+    model = classifier(body_of(GPT))
     tokens = torch.randint(257, (2, 10), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(tokens, dtype=torch.bool)
     x = model.features({"tokens": tokens, "mask": real})
@@ -94,7 +105,7 @@ def test_features_do_not_depend_on_padding():
 
 def test_clips_first_features_are_its_image_towers():
     clip = body_of(CLIP)
-    model = Classifier(clip, CLASSES)
+    model = classifier(clip)
     batch = rows(model, 3)
     x = model.reader.read(clip, batch)
     assert torch.allclose(x[:, : CLIPS.image_width], clip.image_tower(batch["images"]), atol=1e-5)
@@ -102,7 +113,7 @@ def test_clips_first_features_are_its_image_towers():
 
 def test_the_middle_is_the_u_nets_own():
     diffusion, seen = body_of(Diffusion), []
-    model = Classifier(diffusion, CLASSES)
+    model = classifier(diffusion)
     batch = rows(model, 2)
     x = model.reader.read(diffusion, batch)
     diffusion.unet.middle_out.register_forward_hook(lambda *call: seen.append(call[2]))
@@ -124,7 +135,7 @@ def test_places_are_means_of_parts():
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_at_first_all_classes_are_equally_likely(kind):
-    model = Classifier(body_of(kind), CLASSES)
+    model = classifier(body_of(kind))
     batch = rows(model, 4)
     for names, p in zip(CLASSES.values(), model.predict(batch).values()):
         assert torch.equal(p, torch.full((4, len(names)), 1 / len(names)))
@@ -136,7 +147,7 @@ def test_at_first_all_classes_are_equally_likely(kind):
 def test_what_is_trained_is_what_the_features_read(kind):
     """All that is trained gets a gradient, as ranks that share one out want it; and the rest, which
     is frozen, would get none."""
-    model = Classifier(body_of(kind), CLASSES).train()
+    model = classifier(body_of(kind)).train()
     for parameter in model.heads.parameters():
         nn.init.normal_(parameter)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -148,12 +159,12 @@ def test_what_is_trained_is_what_the_features_read(kind):
 
 
 def test_a_tied_head_is_read():
-    model = Classifier(GPT(replace(TEXT, tied=True)), CLASSES)
+    model = classifier(GPT(replace(TEXT, tied=True)))
     assert model.body.token_embedding.weight.requires_grad
 
 
 def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
-    model = Classifier(body_of(GPT), CLASSES)
+    model = classifier(body_of(GPT))
     for parameter in model.heads.parameters():
         nn.init.normal_(parameter, std=0.1)
     batch = rows(model.eval(), 6)
@@ -169,13 +180,13 @@ def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
     found = heads.predictions(model, halves)
     assert np.allclose(found["tone"][0], p["tone"].detach().numpy(), atol=1e-6)
     assert np.array_equal(found["tone"][1], batch["labels"][:, 1].numpy())
-    scores = classify.score(model, halves)
+    scores = score_batches(model, halves)
     assert scores["accuracy topic"] == pytest.approx(float(metrics["accuracy topic"]))
     assert {"macro_f1 tone", "calibration_error tone"} <= scores.keys()
 
 
 def test_in_training_all_classes_share_a_tenth_of_the_label():
-    model = Classifier(body_of(GPT), {"topic": CLASSES["topic"]})
+    model = classifier(body_of(GPT), {"topic": CLASSES["topic"]})
     nn.init.normal_(model.heads[0].weight, std=0.1)
     batch = rows(model, 6)
     own = (torch.arange(6), batch["labels"][:, 0])
@@ -205,11 +216,11 @@ def test_twenty_passages_are_learnt_by_heart(tmp_path):
     """From ln 2 = 0.69 for two classes each; "tone" follows from nothing but the passage itself."""
     data = few_passages(tmp_path, 20)
     torch.manual_seed(0)
-    model = Classifier(GPT(replace(TEXT, d_model=32)), data.classes)
+    model = classifier(GPT(replace(TEXT, d_model=32)), data.classes)
     train = TrainConfig(steps=40, batch_size=20, eval_every=0, device="cpu", dtype="float32")
     optim = OptimConfig(optimizer="adamw", lr=0.01, warmup_steps=5)
     Trainer(model, data, train, optim, tmp_path / "run").fit()
-    scores = classify.score(model.eval(), [data.read("train", data.chosen)])
+    scores = score_batches(model.eval(), [data.read("train", data.chosen)])
     assert scores["accuracy topic"] == scores["accuracy tone"] == 1
 
 
@@ -217,7 +228,7 @@ def test_a_frozen_body_stays_as_it_is(tmp_path):
     data = few_passages(tmp_path, 4)
     body = body_of(GPT)
     before = adapt.base_hash(body)
-    model = Classifier(body, data.classes)
+    model = classifier(body, data.classes)
     adapt.apply(model, "head")
     train = TrainConfig(steps=3, batch_size=4, eval_every=0, device="cpu", dtype="float32")
     Trainer(model, data, train, OptimConfig(warmup_steps=0), tmp_path / "run").fit()
@@ -230,16 +241,14 @@ def test_a_frozen_body_stays_as_it_is(tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="a Linear gives no features: use one of GPT, CLIP"):
-        Classifier(nn.Linear(2, 2), CLASSES)
-    with pytest.raises(ValueError, match="reads a context of width 8"):
-        Classifier(Diffusion(replace(NOISE, d_context=8)), CLASSES)
+    with pytest.raises(ValueError, match=r"d_context is 8.*trained on pictures alone"):
+        ddpm.DDPMClassifyRun(model=replace(NOISE, d_context=8))
     with pytest.raises(ValueError, match="no question"):
-        Classifier(GPT(TEXT), {})
+        classifier(GPT(TEXT), {})
     for names in (("one",), (), ("same", "same")):
         with pytest.raises(ValueError, match="the classes of 'x' are"):
-            Classifier(GPT(TEXT), {"x": names})
-    model = Classifier(CLIP(CLIPS), CLASSES)
+            classifier(GPT(TEXT), {"x": names})
+    model = classifier(CLIP(CLIPS))
     with pytest.raises(ValueError, match="a CLIP reads images; the batch has tokens, mask"):
         model.features({"tokens": torch.zeros(1, 2), "mask": torch.ones(1, 2)})
     with pytest.raises(ValueError, match=r"images are \(3, .*, this CLIP takes \(1, 16, 16\)"):

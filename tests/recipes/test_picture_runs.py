@@ -97,7 +97,7 @@ def test_diffusion_learns_in_fifty_steps(runs):
 
 def test_the_verdict_is_of_the_reconstruction_or_the_loss():
     scores = {"val_loss": 3.0, "val_loss_t0": 9.0}
-    preset = registry.PRESETS["ddpm"]
+    preset = registry.find_preset("ddpm")
     line = run_dir.verdict(preset, preset.run, {"val_loss": 4.0}, scores)
     assert line.startswith("val_loss: 4.000 untrained, 3.000 reached; ")
     line = run_dir.verdict(preset, preset.run, {}, scores | {"val_reconstruction": 2.0})
@@ -340,7 +340,7 @@ def test_mistakes_of_training(name, arguments, tmp_path, capsys):
 
 
 OF_SAMPLING = {
-    "none": ("ddpm", "-n 0", "-n is 0; ask for at least 1"),
+    "none": ("ddpm", "-n 0", "-n is 0; use at least 1"),
     "none at all": ("autoencoder", "-n -1", "-n is -1"),
     "sampler": ("ddpm", "--sampler plms", "there is no sampler 'plms'; use one of ddpm, ddim, dpm"),
     "flow": ("ddpm", "--sampler heun", "heun follows a flow; this model predicts v"),

@@ -21,7 +21,7 @@ from tinyfm.batches.pairs import ImageData
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import generated, judge
 from tinyfm.recipes import launch, registry, run_dir, text2image
-from tinyfm.training import checkpoint
+from tinyfm.training import checkpoint, distributed
 
 PARTS = {
     "autoencoder": """--model.image-size 8 --model.in-channels 3 --model.channels 8 16
@@ -169,10 +169,9 @@ def tiny_presets(monkeypatch):
         own = ["--train.steps", "4", "--train.eval-every", "0", "--train.batch-size", "8"]
         words = [name, *sizes.split(), *own]
         tiny[f"text2image-{name}"] = dataclasses.replace(
-            registry.PRESETS[name], run=train.read_arguments(words)[2]
+            registry.find_preset(name), run=train.read_arguments(words)[2]
         )
-    monkeypatch.setattr(registry, "PRESETS", registry.PRESETS | tiny)
-    whole = registry.PRESETS["text2image"]
+    whole = text2image.PRESETS["text2image"]
     sized = dataclasses.replace(tiny["text2image-autoencoder"].run.model)
     model = dataclasses.replace(
         whole.run.model, autoencoder=sized, clip=tiny["text2image-clip"].run.model,
@@ -181,7 +180,7 @@ def tiny_presets(monkeypatch):
         ),
     )  # fmt: skip
     changed = dataclasses.replace(whole, run=dataclasses.replace(whole.run, model=model))
-    monkeypatch.setitem(registry.PRESETS, "text2image", changed)
+    monkeypatch.setattr(text2image, "PRESETS", tiny | {"text2image": changed})
 
 
 def test_parts_that_are_not_given_are_trained_first(common, tiny_presets, tmp_path, capsys):
@@ -210,10 +209,10 @@ def test_a_part_that_was_stopped_goes_on_by_the_same_command(
     with monkeypatch.context() as patch:
         patch.setattr(ImageData, "batch", interrupt)
         assert call(train, *words) == 130
-    assert "stopped at step 3 and saved; go on with the same command" in capsys.readouterr().out
+    assert "stopped at step 3 and saved; continue with the same command" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"run-autoencoder"}
     assert call(train, *words) == 0
-    assert f"going on from {out}-autoencoder/step-000003" in capsys.readouterr().out
+    assert f"resumed from {out}-autoencoder/step-000003" in capsys.readouterr().out
 
 
 def test_a_batch_that_the_pictures_do_not_fill_is_refused_before(common, tmp_path, capsys):
@@ -244,7 +243,10 @@ def test_other_channels_than_the_pictures_have_are_named(arguments, tmp_path, ca
 def test_a_coloured_autoencoder_has_a_recipe_of_its_own():
     grey = registry.get_preset("text2image").run
     painted = dataclasses.replace(grey, data=dataclasses.replace(grey.data, color=True))
-    grey, painted = (text2image.part_run(run, "autoencoder") for run in (grey, painted))
+    usual = registry.get_preset("text2image-autoencoder").run
+    grey, painted = (
+        run.part_run("autoencoder", usual, run.model.autoencoder) for run in (grey, painted)
+    )
     assert painted.model == dataclasses.replace(grey.model, in_channels=3, groups=1)
     assert painted.optim.kernels and not grey.optim.kernels
     assert painted.train == dataclasses.replace(grey.train, steps=500)
@@ -254,14 +256,17 @@ def test_parts_are_made_for_what_is_given(arguments, parts, pictures, tmp_path):
     """Few pictures make small batches; a given part says how the other one sees them."""
     words = [*arguments[:-2], "--clip", "", "--out", tmp_path / "x"]
     run = train.read_arguments([str(word) for word in [*words, "--data.template", "my {}"]])[2]
-    part = text2image.part_run(run, "clip")
-    assert part.data.template == "my {}" and part.train.batch_size == 256
-    assert text2image.fit_batch(part).train.batch_size == 16  # 60 pictures, of which 36 train
-    letters = dataclasses.replace(part, data=dataclasses.replace(part.data, path="letters"))
-    assert text2image.fit_batch(letters) == letters
-    fitted, _ = launch.prepare(dataclasses.replace(run, dry_run=True), run, None, None)
-    assert fitted.model.autoencoder == run_dir.open_run(str(parts["autoencoder"])).run.model
-    assert (fitted.model.clip.image_size, fitted.model.clip.channels) == (8, 3)
+    preset = registry.get_preset("text2image-clip")
+    part = run.part_run("clip", preset.run, run.model.autoencoder)
+    assert part.data.template == "my {}"
+    assert part.train.batch_size == 16  # 60 pictures, of which 36 train
+    letters = dataclasses.replace(run, data=dataclasses.replace(run.data, path="letters"))
+    part = letters.part_run("clip", preset.run, run.model.autoencoder)
+    assert part.train.batch_size == 256
+    dry = dataclasses.replace(run, dry_run=True)
+    plan = launch.resolve("text2image", preset, dry, distributed.World())
+    assert plan.run.model.autoencoder == run_dir.open_run(str(parts["autoencoder"])).run.model
+    assert (plan.run.model.clip.image_size, plan.run.model.clip.channels) == (8, 3)
 
 
 def test_what_lacks_is_said_before_any_part_is_trained(common, parts, pictures, tmp_path, capsys):
@@ -325,8 +330,8 @@ def test_sample_changes_fills_and_enlarges_pictures(run, pictures, tmp_path):
         (["--prompt", "a", "--init-image", "0.png", "--upscale", "0.png"], "leave one out"),
         (["--prompt", "a", "--guidance", -1], "it must be 0 or above"),
         (["--prompt", "a", "--steps", 2000], "do not fit a schedule"),
-        (["--prompt", "a", "--strength", 0.5], "how much to change of --init-image"),
-        (["--prompt", "a", "--mask", "0.png"], "what to draw anew of --init-image"),
+        (["--prompt", "a", "--strength", 0.5], "--strength needs --init-image"),
+        (["--prompt", "a", "--mask", "0.png"], "--mask 0.png needs --init-image"),
         (["--prompt", "a", "--init-image", "0.png", "--strength", 1.5], "strength is 1.5"),
         (["--prompt", "a", "--init-image", "0.png", "--mask", "wide.png"], "make them equal"),
         (["--prompt", "a", "--upscale", "wide.png"], "give 2 x 2 or 4 x 4"),
@@ -359,7 +364,7 @@ def test_labels_are_a_list_of_any_length_or_a_file_of_text(parts, pictures, tmp_
     assert call(*first, "red a,a much longer text") == 0
     assert "cut to 12 tokens" in capsys.readouterr().err
     assert "'none.txt' is the only label, and no file" in refusal(capsys, *first, "none.txt")
-    assert "0.png is no text in UTF-8" in refusal(capsys, *first, pictures / "0.png")
+    assert "0.png is not UTF-8 text" in refusal(capsys, *first, pictures / "0.png")
     asked = [sample, parts["clip"], "--prompt", "red a", "--labels", "red a,blue b"]
     assert "give --image FILE with --labels" in refusal(capsys, *asked)
 

@@ -3,8 +3,8 @@
 Pretraining names no classes, yet the states of a pretrained model (the body) distinguish many
 things. A `Reader`, which the recipe of each family supplies, turns an example into one vector of
 features. They are normalised over their D numbers to mean 0 and standard deviation 256 / D, which
-gives x (D,). So one learning rate suits all bodies: AdamW moves every weight equally far, whatever D
-is, and D of these steps add up in a logit. Each question has a linear head:
+gives x (D,). So one learning rate suits all bodies: AdamW moves every weight equally far, whatever
+D is, and D of these steps add up in a logit. Each question has a linear head:
 
     p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(label)
 

@@ -1,9 +1,9 @@
 """Classification, as all families share it: `python train.py PRESET --task classify`.
 
 The model is a trunk of the preset's family, new or taken from --init-from, with one linear head for
-each question (adapt/heads.py). The classes come from the data and are kept in the run's config.json.
-Each family's recipe derives its run type from `ClassifyRun` and says how to read features from its
-trunk.
+each question (adapt/heads.py). The classes come from the data and are kept in the run's
+config.json. Each family's recipe derives its run type from `ClassifyRun` and says how to read
+features from its trunk.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def from_record(record: dict[str, Any]) -> Run:
 
 
 def read_run(path: Path) -> Run:
-    """The run that a config.json file records. Raises ValueError if it does not fit this version."""
+    """The run of a config.json file. Raises ValueError if it does not fit this version."""
     record = files.read_json(path)
     try:
         return from_record(record)
@@ -75,7 +75,7 @@ def read_run(path: Path) -> Run:
 
 
 def check_directory(out: Path, resume: bool) -> bool:
-    """Whether to resume the run in `out`. Raises ValueError if it can be neither started nor resumed.
+    """Whether to resume the run in `out`. Raises ValueError if it can neither start nor resume.
 
     After a restart by torchrun --max-restarts, it is resumed if there is a checkpoint.
     """
@@ -96,7 +96,7 @@ def check_directory(out: Path, resume: bool) -> bool:
 
 
 def find_changeable(config: Any, prefix: str = "") -> Iterator[str]:
-    """Names, such as train.device, of the fields that are marked `may_change` (common/config.py)."""
+    """Names, such as train.device, of the fields marked `may_change` (common/config.py)."""
     for field in dataclasses.fields(config):
         name = prefix + field.name
         value = getattr(config, field.name)

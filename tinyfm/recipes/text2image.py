@@ -44,10 +44,14 @@ class TextToImageRun(Run):
     clip: str = ""  # run that supplies the text tower and tokenizer; default: train one first
 
     family: ClassVar[str] = "text2image"
-    PARTS = {"autoencoder": "text2image-autoencoder", "clip": "text2image-clip"}
-    SAMPLE_OPTIONS = frozenset(
-        "prompt seed sampler steps guidance init_image strength mask upscale".split()
-    )
+    PARTS: ClassVar[dict[str, str]] = {
+        "autoencoder": "text2image-autoencoder",
+        "clip": "text2image-clip",
+    }
+    SAMPLE_OPTIONS = frozenset({
+        "prompt", "seed", "sampler", "steps", "guidance", "init_image", "strength", "mask",
+        "upscale",
+    })  # fmt: skip
     SHOWN: ClassVar[int] = 32
     GUIDANCE: ClassVar[float] = 3.0
 
