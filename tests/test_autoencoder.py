@@ -1,4 +1,4 @@
-"""The autoencoder: diffusers is the oracle, on random weights, offline."""
+"""The autoencoder: diffusers is the reference, with random weights, offline."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,13 @@ from conftest import random_weights
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from tinyfm.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence, reparameterise
+from tinyfm.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Upsample,
+    kl_divergence,
+    reparameterise,
+)
 from tinyfm.hub import diffusion, layout
 
 diffusers.logging.set_verbosity_error()
@@ -35,7 +41,7 @@ def reference(fields):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def published(request, tmp_path_factory):
-    """A model of diffusers, and the folder that it saved itself to."""
+    """A model of diffusers, and a folder that it was saved to."""
     model = reference(VARIANTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -103,7 +109,7 @@ def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
 
 
 def test_published_size_and_config():
-    """Stable Diffusion 1's, as its config.json stands: it says little."""
+    """Stable Diffusion 1, whose config.json leaves most fields out."""
     raw = {
         "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
         "block_out_channels": [128, 256, 512, 512], "in_channels": 3, "latent_channels": 4,
@@ -122,7 +128,7 @@ def test_published_size_and_config():
 
 
 def test_files_from_before_2023(tmp_path):
-    """Attention had other names."""
+    """In those files the attention layers had other names."""
     theirs = reference(SIZES)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -160,7 +166,7 @@ def test_half_precision(tmp_path):
         ({"layers_per_block": 1}, "tensors do not fit config.json"),
     ],
 )
-def test_folders_that_ours_cannot_express(fields, message, tmp_path):
+def test_folders_that_our_config_cannot_express(fields, message, tmp_path):
     reference(SIZES).save_pretrained(tmp_path)
     edit(tmp_path, **fields)
     with pytest.raises(ValueError, match=message) as error:
@@ -168,12 +174,23 @@ def test_folders_that_ours_cannot_express(fields, message, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_plain_one_has_no_place_in_diffusers(tmp_path):
+def test_a_plain_autoencoder_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match="no plain autoencoder"):
         Autoencoder(replace(TINY, variational=False)).save_pretrained(tmp_path)
 
 
 # ---- the mathematics -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_upsampling_equals_repeated_pixels_and_a_convolution():
+    torch.manual_seed(0)
+    layer = Upsample(6).double()
+    x = random(2, 6, 5, 4).double()
+    repeated = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+    expected = torch.nn.functional.conv2d(repeated, layer.weight, layer.bias, padding=1)
+    assert expected.shape == (2, 6, 10, 8)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_kl_equals_torch_and_is_zero_only_at_the_prior():
@@ -186,7 +203,8 @@ def test_kl_equals_torch_and_is_zero_only_at_the_prior():
 
 
 def test_reparameterised_draws_have_the_moments_and_their_gradients():
-    mean, logvar = torch.tensor(1.5, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    mean = torch.tensor(1.5, requires_grad=True)
+    logvar = torch.tensor(-1.0, requires_grad=True)
     z = reparameterise(mean, logvar, random(200_000))
     assert z.mean().item() == pytest.approx(1.5, abs=0.01)
     assert z.var().item() == pytest.approx(torch.tensor(-1.0).exp().item(), abs=0.01)
@@ -197,7 +215,8 @@ def test_reparameterised_draws_have_the_moments_and_their_gradients():
 
 def test_loss_by_hand():
     torch.manual_seed(0)
-    model, images = Autoencoder(replace(TINY, beta=0.3)), random(3, 1, 8, 8).clamp(-1, 1)
+    model = Autoencoder(replace(TINY, beta=0.3))
+    images = random(3, 1, 8, 8).clamp(-1, 1)
     loss, metrics = model.loss({"images": images}, generators(3))
     reconstruction = kl = 0.0
     for image, g in zip(images, generators(3)):
@@ -232,9 +251,11 @@ def test_loss_does_not_depend_on_the_micro_batch():
 def test_beta_warms_up_with_the_step_of_the_batch():
     torch.manual_seed(0)
     model = Autoencoder(replace(TINY, beta=2.0, beta_warmup_steps=10))
-    images, seen = random(2, 1, 8, 8), []
+    seen = []
     for step in (0, 5, 10, 99, None):
-        batch = {"images": images} | ({} if step is None else {"step": torch.tensor(step)})
+        batch = {"images": random(2, 1, 8, 8)}
+        if step is not None:
+            batch["step"] = torch.tensor(step)
         loss, metrics = model.loss(batch, generators(2))
         seen.append(((loss - metrics["reconstruction"]) / metrics["kl"]).item())
     assert seen == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0], abs=1e-3)
@@ -251,15 +272,17 @@ def test_a_plain_autoencoder_draws_nothing():
     assert metrics["kl"] == 0
 
 
-def test_an_example_batch_is_one():
+def test_the_example_batch_has_a_loss():
     model = Autoencoder(TINY)
     assert model.loss(model.example_batch(2), generators(2))[0].isfinite()
 
 
 def test_it_overfits_a_few_pictures():
     torch.manual_seed(0)
-    model, images = Autoencoder(TINY), random(4, 1, 8, 8, seed=3).clamp(-1, 1)
-    optimizer, losses = torch.optim.Adam(model.parameters(), lr=5e-3), []
+    model = Autoencoder(TINY)
+    images = random(4, 1, 8, 8, seed=3).clamp(-1, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
     for step in range(150):
         loss, metrics = model.loss({"images": images}, generators(4, seed=step))
         optimizer.zero_grad()
@@ -289,7 +312,7 @@ def test_measured_latents_have_mean_0_and_variance_1():
         mean, logvar = model.encode(images)
         z = reparameterise(mean, logvar, random(*mean.shape, seed=1))
     standard = model.standardise(z)
-    assert abs(z.mean()) > 0.03 or abs(z.std() - 1) > 0.03  # there was something to do
+    assert abs(z.mean()) > 0.03 or abs(z.std() - 1) > 0.03  # not so before
     assert standard.mean().item() == pytest.approx(0, abs=0.02)
     assert standard.std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(model.restore(standard), z, atol=1e-5, rtol=1e-5)
@@ -313,7 +336,7 @@ def test_any_size_that_can_be_halved():
     "fields, message",
     [
         ({"channels": (8, 18)}, "18 channels cannot be divided by groups 4"),
-        ({"channels": ()}, "0 channels"),
+        ({"channels": ()}, r"channels is \(\); give the width"),
         ({"latent_channels": 0}, "latent_channels is 0; it must be at least 1"),
         ({"beta": -0.1}, "beta is -0.1; it must be at least 0"),
         ({"latent_scale": 0.0}, "latent_scale is 0.0; it must be above 0"),
