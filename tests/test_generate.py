@@ -1,4 +1,4 @@
-"""Generation: the cache changes the time only, rows do not meet, text ends where it should."""
+"""Generation: the cache only saves time, rows are independent, texts end where they should."""
 
 import math
 import warnings
@@ -36,6 +36,7 @@ VARIANTS = {
 V, CONTEXT = 41, 16
 PROMPTS = [[3], [7, 1, 4, 1, 5, 9, 2], [2, 7, 1]]
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
+GREEDY_TEXT = Sampling(max_new_tokens=40, temperature=0)
 PAST_THE_EDGE = pytest.mark.filterwarnings("ignore:past 16 tokens")
 
 
@@ -46,7 +47,11 @@ def loud(dtype=torch.float64, **options) -> GPT:
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            scale = p.size(1) ** -0.5 if p.ndim == 2 else 0.2 if name.endswith("bias") else 1.0
+            scale = 1.0
+            if p.ndim == 2:
+                scale = p.size(1) ** -0.5
+            elif name.endswith("bias"):
+                scale = 0.2
             p.copy_(torch.randn(p.shape, generator=g) * scale)
         model.head.weight *= 3
     return model.to(dtype)
@@ -59,7 +64,7 @@ def model(request) -> GPT:
 
 @torch.no_grad()
 def obvious(model: GPT, prompt: list[int], n: int) -> list[int]:
-    """Greedy generation of one row without anything clever."""
+    """Greedy generation of one row: the whole text is read again for each token."""
     row = list(prompt)
     for _ in range(n):
         seen = row[visible_from(len(row), model.config.context_length) :]
@@ -78,7 +83,7 @@ def test_cached_is_uncached_is_obvious(model, n):
     assert cached == complete(model, PROMPTS, s, use_cache=False)
     assert cached == [obvious(model, prompt, n) for prompt in PROMPTS]
     assert model.generate(PROMPTS, s) == cached
-    assert len({token for row in cached for token in row}) > 2  # not one token for ever
+    assert len({token for row in cached for token in row}) > 2  # not one token repeated
 
 
 @PAST_THE_EDGE
@@ -90,7 +95,8 @@ def test_cached_draws_are_uncached_draws(model):
 @torch.no_grad()
 @pytest.mark.parametrize("pads", [[0, 0], [2, 0]])
 def test_cached_logits_are_the_full_logits(model, pads):
-    """Prompt of 4 at once, then one by one up to the edge; row 0 perhaps starts 2 tokens later."""
+    """A prompt of 4 tokens at once, then token by token to the end of the context; row 0 may be
+    padded by 2."""
     tokens = torch.randint(0, V, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
     cache = KVCache(model.config, CONTEXT, torch.tensor(pads))
     steps = [model.hidden(tokens[:, :4], cache)]
@@ -108,7 +114,7 @@ def test_cache_keeps_no_more_than_the_window():
         model.hidden(torch.tensor([[t]]), cache)
     k, v = cache.layers[0]
     assert len(cache.layers) == 2 and k.shape == v.shape == (1, 2, 5, 8)
-    assert cache.key_positions(1).tolist() == [15, 16, 12, 13, 14]  # where the next one lives
+    assert cache.key_positions(1).tolist() == [15, 16, 12, 13, 14]  # once 16 is stored
 
 
 def test_generation_in_bfloat16():
@@ -121,7 +127,7 @@ def test_generation_in_bfloat16():
 
 
 @PAST_THE_EDGE
-def test_a_batch_is_one_by_one(model):
+def test_a_batch_equals_its_rows_one_by_one(model):
     s = replace(GREEDY, max_new_tokens=24)
     assert complete(model, PROMPTS, s) == [complete(model, [prompt], s)[0] for prompt in PROMPTS]
 
@@ -135,11 +141,12 @@ def test_what_a_row_draws_does_not_depend_on_the_others():
     assert complete(model, PROMPTS, s) == rows  # the same seed
     assert complete(model, PROMPTS, replace(s, seed=6)) != rows
     same = complete(model, [[1, 2]] * 3, s)
-    assert same[0] != same[1] != same[2]  # every row has a stream of its own
+    assert same[0] != same[1] != same[2]  # each row has its own random stream
 
 
-def test_global_randomness_is_left_alone():
-    model, before = loud(), torch.get_rng_state()
+def test_the_global_random_state_is_untouched():
+    model = loud()
+    before = torch.get_rng_state()
     complete(model, PROMPTS, Sampling(max_new_tokens=3))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -157,14 +164,14 @@ def test_stop_tokens_end_their_row_only():
     assert len(list(stream(model, PROMPTS, replace(s, stop_tokens=ends)))) <= 2  # all have stopped
 
 
-def test_past_the_context_is_said_once():
+def test_the_warning_past_the_context_comes_once():
     model = loud()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         complete(model, PROMPTS, replace(GREEDY, max_new_tokens=9))
-        assert not said
+        assert not caught
         complete(model, PROMPTS, replace(GREEDY, max_new_tokens=40))
-    assert [str(w.message) for w in said] == ["past 16 tokens the model sees the latest only"]
+    assert len(caught) == 1 and "past 16 tokens" in str(caught[0].message)
 
 
 @given(st.integers(1, 200), st.integers(1, 32))
@@ -187,11 +194,11 @@ LOGITS = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
         ((2, 1.0, 0.0), [0, 1]),
         ((99, 1.0, 0.0), [0, 1, 2, 3, 4]),
         ((0, 0.69, 0.0), [0, 1]),
-        ((0, 0.71, 0.0), [0, 1, 2]),  # the one that passes the border is in
+        ((0, 0.71, 0.0), [0, 1, 2]),  # the token that crosses top_p is kept
         ((0, 1e-9, 0.0), [0]),
         ((0, 1.0, 0.25), [0, 1, 2]),
         ((0, 1.0, 1.0), [0]),
-        ((3, 0.6, 0.0), [0, 1]),  # top-p counts what top-k has left: 0.59, 0.24, 0.18
+        ((3, 0.6, 0.0), [0, 1]),  # after top-k the probabilities are 0.59, 0.24, 0.18
         ((4, 0.95, 0.35), [0, 1]),
     ],
 )
@@ -199,8 +206,8 @@ def test_filters_by_hand(settings_, kept):
     shuffle = torch.tensor([3, 0, 4, 2, 1])
     filtered = filter_logits(LOGITS[:, shuffle], *settings_)[0]
     assert sorted(shuffle[filtered > -math.inf].tolist()) == kept
-    torch.testing.assert_close(filtered[filtered > -math.inf], LOGITS[0, sorted(kept)][
-        [sorted(kept).index(i) for i in shuffle.tolist() if i in kept]])  # fmt: skip
+    expected = LOGITS[0, [i for i in shuffle.tolist() if i in kept]]
+    torch.testing.assert_close(filtered[filtered > -math.inf], expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -208,7 +215,7 @@ def test_filters_by_hand(settings_, kept):
     st.lists(st.floats(-30, 30), min_size=1, max_size=12),
     st.integers(0, 12), st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 3), st.integers(0, 99),
 )  # fmt: skip
-def test_a_draw_is_among_the_kept(values, top_k, top_p, min_p, temperature, seed):
+def test_a_draw_is_among_the_kept_tokens(values, top_k, top_p, min_p, temperature, seed):
     logits = torch.tensor([values])
     s = Sampling(1, temperature, top_k, top_p, min_p)
     token = choose(logits, s, [torch.Generator().manual_seed(seed)]).item()
@@ -235,7 +242,7 @@ def test_repetition_penalty():
     logits = torch.tensor([[2.0, -1.0, 0.5], [2.0, -1.0, 0.5]])
     got = penalise_repeats(logits, [[0, 1, 0], [2]], 2.0)
     assert got.tolist() == [[1.0, -2.0, 0.5], [2.0, -1.0, 0.25]]
-    assert logits[0, 0] == 2  # what came in is as it was
+    assert logits[0, 0] == 2  # the input is unchanged
     row = complete(loud(), [[1]], Sampling(10, 0, repetition_penalty=1e9))[0]
     assert len(set(row)) == 10
 
@@ -254,7 +261,7 @@ def test_damaged_weights_are_noticed(bad, temperature):
 
 
 @pytest.mark.parametrize(
-    "options, sentence",
+    "options, message",
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy) or above"),
@@ -267,14 +274,14 @@ def test_damaged_weights_are_noticed(bad, temperature):
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
     ],
 )
-def test_mistakes_in_settings(options, sentence):
+def test_mistakes_in_settings(options, message):
     with pytest.raises(ValueError) as error:
         Sampling(**options)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "prompts, sentence",
+    "prompts, message",
     [
         ([], "there is no prompt"),
         ([[1], []], "prompt 1 is empty"),
@@ -282,8 +289,8 @@ def test_mistakes_in_settings(options, sentence):
         ([[-1]], "prompt 0 holds the id -1"),
     ],
 )
-def test_mistakes_in_prompts(prompts, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_mistakes_in_prompts(prompts, message):
+    with pytest.raises(ValueError, match=message):
         complete(loud(), prompts)
 
 
@@ -291,7 +298,7 @@ def test_mistakes_in_prompts(prompts, sentence):
 
 
 def expected_text(text: str, stops: list[str]) -> str:
-    """The text before the stop string that is complete first (of two, the longer)."""
+    """The text before the stop string that is complete first; of two at once, the longer."""
     for end in range(len(text) + 1):
         starts = [end - len(s) for s in stops if s and text[:end].endswith(s)]
         if starts:
@@ -308,7 +315,7 @@ few_letters = st.text("ab\n\u00e9\U0001f600", max_size=30)
 
 @settings(max_examples=300, deadline=None)
 @given(few_letters, st.lists(st.text("ab\n\u00e9", max_size=4), max_size=3), st.data())
-def test_text_does_not_depend_on_where_tokens_begin(text, stops, data):
+def test_text_does_not_depend_on_where_tokens_are_cut(text, stops, data):
     whole = text.encode()
     cuts = data.draw(st.lists(st.integers(0, len(whole)), max_size=12).map(sorted))
     pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)])]
@@ -323,7 +330,7 @@ def test_broken_utf8_is_replaced_as_python_does(whole, data):
     assert feed_all(TextStream(), pieces) == whole.decode("utf-8", errors="replace")
 
 
-def test_only_what_may_change_is_held_back():
+def test_only_text_that_may_change_is_held_back():
     text = TextStream(["\nUser:"])
     said = [text.feed(piece.encode()) for piece in ("Hi", "!\n", "Us", "ual", "\nUs", "er: x", "y")]
     assert said == ["Hi", "!", "", "\nUsual", "", "", ""] and text.stopped
@@ -333,7 +340,7 @@ def test_only_what_may_change_is_held_back():
 
 
 class Scripted(nn.Module):
-    """Stands in for a GPT: row i says texts[i], byte by byte, then the end-of-text token."""
+    """Stands in for a GPT: row i generates texts[i], byte by byte, then the end-of-text token."""
 
     def __init__(self, texts: list[str]):
         super().__init__()
@@ -341,12 +348,14 @@ class Scripted(nn.Module):
         self.head = nn.Linear(257, 257, bias=False)
         nn.init.eye_(self.head.weight)
         self.script = [[*text.encode(), *[256] * 64] for text in texts]
-        self.prompts, self.said = None, -1
+        self.prompts = None
+        self.calls = 0
 
     def hidden(self, tokens, cache):
-        self.prompts = tokens if self.prompts is None else self.prompts
-        self.said += 1
-        ids = torch.tensor([[row[self.said]] for row in self.script])
+        if self.prompts is None:
+            self.prompts = tokens
+        ids = torch.tensor([[row[self.calls]] for row in self.script])
+        self.calls += 1
         return nn.functional.one_hot(ids, 257).float()  # (B, 1, V)
 
 
@@ -356,14 +365,18 @@ def test_stream_text():
     assert tokenizer.eot == 256
     parts = list(stream_text(model, tokenizer, ["a", "", "bc"], GREEDY_TEXT, ["STOP"]))
     assert ["".join(column) for column in zip(*parts)] == ["caf\u00e9 ", "one two", "ST"]
-    assert model.prompts.tolist() == [[0, 97], [0, 256], [98, 99]]  # an empty prompt: a new text
-    assert model.said < 20  # and not on to max_new_tokens: all rows had stopped
+    assert model.prompts.tolist() == [
+        [0, 97],
+        [0, 256],
+        [98, 99],
+    ]  # an empty prompt starts a new text
+    assert model.calls < 21  # all rows had stopped long before max_new_tokens
 
 
 def test_stream_text_ends_at_the_last_token_allowed():
     model, s = Scripted(["abS", "\U0001f600"]), replace(GREEDY_TEXT, max_new_tokens=3)
     parts = list(stream_text(model, ByteTokenizer(), ["x", "y"], s, ["STOP"]))
-    assert ["".join(column) for column in zip(*parts)] == ["abS", "\ufffd"]  # held back, then given
-
-
-GREEDY_TEXT = Sampling(max_new_tokens=40, temperature=0)
+    assert ["".join(column) for column in zip(*parts)] == [
+        "abS",
+        "\ufffd",
+    ]  # an unfinished character
