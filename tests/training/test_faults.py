@@ -58,7 +58,7 @@ def equal(a: dict, b: dict) -> bool:
 KILLED = """
 import os, signal, sys, time
 import train
-from tinyfm.data import TextData
+from tinyfm.batches.text import TextData
 plain = TextData.batch
 def batch(self, step, rows=slice(None)):
     while step == 3:
@@ -87,11 +87,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_run, options, tmp_path)
 RANK = """
 import hashlib, os, signal, sys
 import train
-from tinyfm import distributed
-from tinyfm.data import TextData
-from tinyfm.families import GPTRun
+from tinyfm.training import distributed
+from tinyfm.batches.text import TextData
+from tinyfm.recipes.gpt import GPTRun
 from tinyfm.gpt import GPT
-from tinyfm.trainer import Trainer
+from tinyfm.training.trainer import Trainer
 out, *options = sys.argv[1:]
 rank, now, models = int(os.environ["RANK"]), 0, []
 distributed.stop = lambda: None
@@ -258,7 +258,7 @@ def test_a_pickle_in_the_state_of_a_shared_run(tiny_run, tmp_path, bomb, capsys)
     for path in (folder / "state").rglob("*"):
         path.write_bytes(bomb)
     (folder / "state" / ".metadata").write_bytes(bomb)
-    files.write_json(folder / checkpoint.MANIFEST, checkpoint._seals(folder))  # as a forger would
+    files.write_json(folder / checkpoint.MANIFEST, checkpoint.make_manifest(folder))  # as a forger would
     assert call(sample, run, "--max-new-tokens", 2) == 0
     hub.main([str(run), str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "config.json").exists()
@@ -323,12 +323,12 @@ def altered(record: dict, rng: random.Random) -> dict:
 def test_a_thousand_altered_configs_of_runs():
     """What is no run of ours is refused in the ways that records.open_run makes a sentence of."""
     rng, refused = random.Random(0), 0
-    plain = {name: run_dir.to_record(name, registry.PRESETS[name].run)
+    plain = {name: run_dir.to_record(name, registry.find_preset(name).run)
              for name in ("gpt", "clip", "autoencoder", "ddpm", "text2image")}  # fmt: skip
     for i in range(1000):
         record = altered(plain[list(plain)[i % 5]], rng)
         try:
-            run_dir.read_run(record)
+            run_dir.from_record(record)
         except files.MALFORMED:
             refused += 1
     assert 200 < refused < 1000

@@ -186,7 +186,7 @@ def test_a_second_signal_kills_but_not_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         now[0] += 0.1
         signal.raise_signal(signal.SIGINT)  # torchrun, passing on the same Ctrl-C
-        survived = signals.noted == signal.SIGINT and not signals.agreed
+        survived = signals.received == signal.SIGINT and not signals.agreed
         now[0] += 10
         signal.raise_signal(signal.SIGINT)
     assert survived
@@ -413,7 +413,7 @@ def test_compiling_that_fails_is_told_and_left(tmp_path, data, monkeypatch, caps
     capsys.readouterr()
     make(tmp_path / "b", data, config=replace(TRAIN, compile=True)).fit()
     out = capsys.readouterr().out
-    assert out.count("torch.compile fails here (RuntimeError: no C++ compiler); going on") == 1
+    assert out.count("torch.compile fails here (RuntimeError: no C++ compiler)") == 1
     assert "long story" not in out and rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
@@ -456,8 +456,8 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 import train
-from tinyfm import distributed
-from tinyfm.data import TextData
+from tinyfm.training import distributed
+from tinyfm.batches.text import TextData
 out, *options = sys.argv[1:]
 rank = int(os.environ["RANK"])
 distributed.stop = lambda: None

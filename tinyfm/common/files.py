@@ -1,9 +1,11 @@
-"""Files that are safe to share and to be killed over: JSON and safetensors, never a pickle.
+"""Files that are safe to share and survive a kill: JSON and safetensors, never a pickle.
 
-A file is replaced whole: written under another name, its bytes forced onto the disk, then renamed,
-which a file system does wholly or not at all ("All File Systems Are Not Created Equal", Pillai et
-al., OSDI 2014: what breaks without a step). A pickle can run code when it is read; safetensors
-holds names and numbers, and nothing here falls back to a pickle.
+A file is written under another name, its bytes are forced onto the disk, and then it is renamed.
+A file system carries out a rename completely or not at all. ("All File Systems Are Not Created
+Equal", Pillai et al., OSDI 2014, shows what goes wrong if one of the steps is left out.)
+
+A pickle can run code when it is read. A safetensors file holds names and numbers only, and nothing
+here falls back to a pickle.
 """
 
 import contextlib
@@ -19,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-TEMPORARY = ".tmp-"  # prefix of whatever is being written or removed
-# What a value ends in that is of another type than it should be, too large, or not there.
+TEMPORARY = ".tmp-"  # prefix of files and folders that are being written or removed
+# The errors that reading a file raises if a value in it is missing, too large or of a wrong type.
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, found or trusted: what, where, and what to do."""
+    """A checkpoint cannot be written, found or trusted. The message names it, and the fix."""
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -43,25 +45,31 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file: whoever reads it sees all of the old text or all of the new."""
-    beside = path.with_name(TEMPORARY + path.name)
-    beside.write_text(text, encoding="utf-8")
-    fsync(beside)
-    os.replace(beside, path)
+    """Replace a small file: a reader sees all of the old text or all of the new."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    os.replace(temporary, path)
     fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file. Plain types only: TypeError for an array scalar, ValueError for NaN."""
+    """Replace a JSON file with a value of plain types.
+
+    Raises TypeError for other types, such as an array's scalar, and ValueError for NaN or infinity.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file. Raises CheckpointError: missing, malformed, NaN, or a key twice."""
+    """Read a UTF-8 JSON file.
+
+    Raises CheckpointError if it is missing or malformed, or holds NaN, infinity, or a key twice.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice in one object")
+            raise ValueError("a key occurs twice in one object")
         return dict(pairs)
 
     def refuse(constant: str) -> None:
@@ -79,7 +87,7 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which is given its name if nothing goes wrong."""
+    """A temporary folder to write to. It gets its final name if the block raises no error."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
@@ -87,7 +95,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
+            if not folder.exists():  # otherwise another process was faster, with the same result
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,37 +105,42 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def _store_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of several names for one memory (an embedding that is also the output layer) keep the first.
+    """Keep one name for each memory: the first. An embedding may also be the output layer.
 
-    Nothing is lost: the model that loads them shares that memory itself, see `load_model`.
+    Nothing is lost, because the model that loads the tensors shares the memory too; see
+    `load_model`.
     """
     kept = {}
     for name, tensor in tensors.items():
+        # An empty tensor has the address 0; its name stands in for it.
         place = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
         kept.setdefault(place, (name, tensor.detach().contiguous()))
     return dict(kept.values())
 
 
 def save_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write NAME.safetensors; tensors that share memory are stored once."""
+    """Write folder/NAME.safetensors. Tensors that share memory are stored once."""
     save_file(_store_once(tensors), folder / f"{name}.safetensors", {"format": "pt"})
 
 
 def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
-    """Read NAME.safetensors onto the CPU. Raises CheckpointError: missing, foreign or malformed."""
+    """Read folder/NAME.safetensors onto the CPU.
+
+    Raises CheckpointError if it is missing, malformed or of another format.
+    """
     path = Path(folder) / f"{name}.safetensors"
     try:
         return load_file(path, device="cpu")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         problem = f"{path} is not a readable safetensors file: {error}"
-        advice = "restore it; a pickle (torch.save) is never opened here, convert it first"
+        advice = "restore it; a pickle (torch.save) is never opened here: convert it first"
         raise CheckpointError(f"{problem}; {advice}") from error
 
 
 def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into a model, before DDP or FSDP2 wraps it; all or none.
+    """Copy tensors into a model: all of them, or none if there is an error.
 
-    A name may be missing if the model keeps it in the memory of one that is there, as tied weights.
+    A tied weight, which shares the memory of another, may be missing if the other is present.
     Raises ValueError with the first names that are missing, unexpected or of another shape.
     """
     own = model.state_dict()
@@ -137,8 +150,7 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if name not in tensors and tensor.data_ptr() not in filled:
             problems.append(f"{name} is missing")
         elif name in tensors and tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-            problems.append(f"{name} is {shapes}")
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
     if problems:
         problem = f"{len(problems)} weights do not fit the model: {', '.join(problems[:3])}"
         raise ValueError(f"{problem}; build the model from the config saved with them")

@@ -1,19 +1,27 @@
-"""Run directories: a checkpoint is whole or not there, is verified, and is safe to share.
+"""Run directories: a checkpoint is complete or absent, verified when read, and safe to share.
 
-A run can be killed at any instant, also while it saves. So a checkpoint is written under another
-name and appears by one rename, with the hash of every file in it:
+A run can be killed at any moment, also while it saves. Therefore a checkpoint is written under
+another name, and one rename makes it visible. It contains the hash of every file in it:
 
-    run/.tmp-step-000500/  all files, then manifest.json with their SHA-256, all fsynced; renamed to
-    run/step-000500/       a checkpoint; then `latest`, a text file with its name, is replaced
+    run/.tmp-step-000500/  all files, then manifest.json with their SHA-256, all forced to disk
+    run/step-000500/       the same folder, renamed: a checkpoint
         model.safetensors  ema.safetensors    weights: names and numbers, no code
         meta.json, config.json, tokenizer     plain files
-        state/                                optimizers, counters: below
-        manifest.json                         size and SHA-256 of every file above
+        state/                                the training state: optimizers and counters
+        manifest.json                         size and SHA-256 of every other file
+    run/latest             a text file with the name of the newest checkpoint, replaced last
 
-Share everything but state/, which holds a pickle. Under torchrun every rank calls `save`, on one
-shared file system: rank 0 writes the weights and the manifest, each rank its part of state/, and
-one rank's error is raised on all. saver.py does that beside the training.
-Left out: remote storage, signatures (a manifest finds damage, not lies).
+The training state is what a run needs besides its weights to resume bit for bit. It is stored by
+torch.distributed.checkpoint (DCP): every rank writes its part, and any number of ranks can read it
+back. DCP's index is a pickle, and a pickle can run code when it is read. So resume only your own
+runs. Everything else in a checkpoint is safe to share, and sampling, evaluating and exporting never
+open state/.
+
+Under torchrun every rank calls `save`, on one shared file system. Rank 0 writes the weights and
+the manifest, each rank writes its part of state/, and an error on one rank is raised on all ranks.
+`Saver` does this in the background: training waits for a copy in memory, not for the disk.
+
+Left out: remote storage, and signatures. (A manifest reveals damage, but not forgery.)
 """
 
 from __future__ import annotations
@@ -23,9 +31,9 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,11 +57,11 @@ MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
-# ---- checkpoints that are there: verify, find, prune ----
+# ---- verify --------------------------------------------------------------------------------------
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    """Size and hash of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -61,53 +69,73 @@ def _seal(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _seals(folder: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a folder by relative name, in threads: hashing lets go of Python's lock."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST]
+def make_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file in a folder, by relative name.
+
+    Hashing runs in threads, because it releases Python's lock.
+    """
+    paths = [p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
-        seals = pool.map(_seal, files)
-        return {path.relative_to(folder).as_posix(): seal for path, seal in zip(files, seals)}
+        entries = list(pool.map(_manifest_entry, paths))
+    return {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries)}
 
 
 def verify(folder: Path) -> None:
-    """Check every file against the manifest; CheckpointError names the first that differs."""
+    """Check every file against the manifest. CheckpointError names the first that differs."""
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
-    listed, found = read_json(folder / MANIFEST), _seals(folder)
+    listed = read_json(folder / MANIFEST)
+    found = make_manifest(folder)
     if not isinstance(listed, dict):
         raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not a table of files")
     for name in sorted(listed.keys() | found.keys()):
-        if listed.get(name) != found.get(name):
-            change = "truncated or altered" if name in listed else "not in the manifest"
-            change = change if name in found else "missing"
-            raise CheckpointError(f"{folder} is damaged: {name} is {change}")
+        if listed.get(name) == found.get(name):
+            continue
+        if name not in found:
+            problem = "missing"
+        elif name not in listed:
+            problem = "not in the manifest"
+        else:
+            problem = "truncated or altered"
+        raise CheckpointError(f"{folder} is damaged: {name} is {problem}")
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is complete and undamaged."""
     with suppress(CheckpointError):
         verify(folder)
         return True
     return False
 
 
+# ---- find and prune ------------------------------------------------------------------------------
+
+
 def _step_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or damaged: the one `latest` names, then by falling step."""
+    """The checkpoints of a run, damaged ones included, newest first.
+
+    The one that `latest` names comes first, then the others from the highest step down. (After a
+    run was resumed from an earlier step, the highest step is not the newest.)
+    """
     pointer = run / "latest"
-    latest = pointer.read_text(encoding="utf-8", errors="replace") if pointer.is_file() else ""
+    latest = ""
+    if pointer.is_file():
+        latest = pointer.read_text(encoding="utf-8", errors="replace").strip()
     order = {}
     for folder in run.iterdir():
         match = STEP_FOLDER.fullmatch(folder.name)
         if match and (folder / MANIFEST).is_file():
-            order[folder] = (folder.name == latest.strip(), int(match[1]))
+            order[folder] = (folder.name == latest, int(match[1]))
         elif match:
             warnings.warn(f"{folder} is ignored: it has no {MANIFEST}", stacklevel=3)
     return sorted(order, key=order.__getitem__, reverse=True)
 
 
 def find(run: str | Path) -> Path:
-    """The newest checkpoint of a run directory (or `run`, if itself a step folder), verified.
+    """The newest checkpoint of a run directory, verified. `run` may itself be a checkpoint.
 
-    Raises CheckpointError if there is none, or if it is damaged: then naming the newest whole one.
+    Raises CheckpointError if there is no checkpoint, or if the newest is damaged. The message then
+    names the newest undamaged one, and says how to resume from it.
     """
     run = Path(run)
     if not run.is_dir():
@@ -121,37 +149,147 @@ def find(run: str | Path) -> Path:
     try:
         verify(folders[0])
     except CheckpointError as error:
-        advice = "no other checkpoint is whole: train again, into another directory"
-        if whole := next(filter(_is_whole, folders[1:]), None):
+        whole = next(filter(_is_whole, folders[1:]), None)
+        if whole:
             damaged = " and ".join(str(folder) for folder in folders[: folders.index(whole)])
-            advice = f"move or delete {damaged}; then --resume goes on from {whole}"
+            advice = f"move or delete {damaged}; then --resume continues from {whole}"
+        else:
+            advice = "no other checkpoint is whole: train again, into another directory"
         raise CheckpointError(f"{error}; {advice}") from error
     return folders[0]
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, renamed first: a kill half-way leaves no half checkpoint."""
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no half checkpoint."""
     shutil.rmtree(folder.rename(folder.with_name(TEMPORARY + folder.name)))
 
 
 def prune(run: str | Path, keep_last: int = 2, best: int | None = None) -> list[Path]:
-    """Remove old checkpoints, on one rank, and return them.
+    """Remove old checkpoints and return their paths. Only one rank calls this.
 
-    The newest `keep_last` stay, step `best`, and the newest that verifies, which is the only good
-    one if those are damaged. A folder without a manifest is not ours and stays too.
+    Kept are the newest `keep_last`, the one of step `best`, and the newest valid one (which is
+    older than all those if they are damaged). A folder without a manifest was not written here,
+    and is kept too.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}; keep at least 1 checkpoint")
     folders = _step_folders(Path(run))
-    spare = [f for f in folders[keep_last:] if best is None or f.name != f"step-{best:06d}"]
-    whole = next(filter(_is_whole, folders), None) if spare else None
-    removed = [folder for folder in spare if whole and folder != whole]
+    old = folders[keep_last:]
+    if best is not None:
+        old = [folder for folder in old if folder.name != f"step-{best:06d}"]
+    if not old:
+        return []
+    whole = next(filter(_is_whole, folders), None)
+    if whole is None:
+        return []
+    removed = [folder for folder in old if folder != whole]
     for folder in removed:
         _remove(folder)
     return removed
 
 
-# ---- saving ----
+# ---- the training state: optimizers and counters -------------------------------------------------
+
+
+@contextmanager
+def _dcp_errors() -> Iterator[None]:
+    """Around a call of DCP: raise the error that went wrong inside it.
+
+    DCP wraps it in an exception of its own, which `except Exception` would not catch.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))  # of the first rank that failed
+            raise cause from error
+
+
+def collect_state(
+    model: nn.Module, optimizers: Sequence[Optimizer], counters: dict[str, Any]
+) -> dict[str, Any]:
+    """The training state, for `write_state`. Every rank calls this.
+
+    counters: plain values and tensors by name, such as the step or states of random generators.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    states = {}
+    for index, optimizer in enumerate(optimizers):
+        fresh = not optimizer.state
+        states[str(index)] = get_optimizer_state_dict(model, optimizer)
+        if fresh:
+            # For an optimizer without a state DCP takes a trial step, to create one. Undo this:
+            # saving must not change the training.
+            optimizer.state.clear()
+            states[str(index)]["state"] = {}
+    return {"optimizers": states, "counters": counters}
+
+
+def write_state(
+    folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> None:
+    """Write the result of `collect_state`. Each rank of the group writes its part."""
+    import torch.distributed.checkpoint as dcp  # imported here because it loads slowly
+
+    with _dcp_errors():
+        dcp.save(state, checkpoint_id=folder, process_group=group)
+
+
+def restore_state(
+    folder: str | Path,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    counters: dict[str, Any],
+) -> None:
+    """Fill optimizers and counters in place from folder/state, which must be from your own run.
+
+    Every rank calls this, with the same arguments as `collect_state`; the number of ranks may
+    differ. DCP fills a template: `counters` has the names that were saved, and for a fresh
+    optimizer DCP creates the state by a trial step with lr 0 and zero gradients.
+
+    Raises CheckpointError if the saved state is not of this model and these optimizers.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    folder = Path(folder) / "state"
+    states = {}
+    for index, optimizer in enumerate(optimizers):
+        states[str(index)] = get_optimizer_state_dict(model, optimizer)
+    try:
+        # Compare the template with the names that were saved.
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        unused = {name for name in saved if name.startswith("optimizers.") and ".state." in name}
+        for index, template in states.items():
+            for name, slots in list(template["state"].items()):
+                names = {f"optimizers.{index}.state.{name}.{slot}" for slot in slots}
+                if not names & unused:  # this parameter never had a gradient, hence no state
+                    del template["state"][name]
+                unused -= names
+        if unused:
+            raise ValueError(f"{min(unused)} is unexpected")
+
+        # Fill the template, and hand it to the optimizers.
+        with _dcp_errors():
+            tree = {"optimizers": states, "counters": counters}
+            dcp.load(tree, checkpoint_id=folder, process_group=None)
+        for state, optimizer in zip(states.values(), optimizers):
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+    except Exception as error:
+        advice = "resume with the model, optimizers and counters it was saved with"
+        raise CheckpointError(f"{folder} does not fit this run: {error}; {advice}") from error
+
+
+# ---- save ----------------------------------------------------------------------------------------
 
 
 def _clear(run: Path) -> None:
@@ -161,11 +299,13 @@ def _clear(run: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Seal a folder that is written and give it its name."""
-    write_json(temporary / MANIFEST, _seals(temporary))
+    """Add the manifest to a folder that is otherwise complete, and rename it."""
+    write_json(temporary / MANIFEST, make_manifest(temporary))
     for path in [*temporary.rglob("*"), temporary]:
         fsync(path)
-    if final.exists():  # this run went back to an earlier step, which is what a kill here leaves
+    if final.exists():
+        # The run was resumed from an earlier step, and has now reached this step again. If it is
+        # killed between the two renames, the earlier step is still there to resume from.
         final.rename(final.with_name(f"{TEMPORARY}old-{final.name}"))
     temporary.rename(final)
     write_text(final.parent / "latest", final.name + "\n")
@@ -180,12 +320,13 @@ def save(
     write: Callable[[Path], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write run/step-NNNNNN and point `latest` at it; return its path.
+    """Write run/step-NNNNNN and point `latest` at it; return its path. Every rank calls this.
 
-    tensors: {"model": model.state_dict(), "ema": ...}, each a NAME.safetensors (read on rank 0).
-    state: from `collect_state`. meta: plain values for meta.json, such as losses.
-    write(folder) may add files, such as the tokenizer's. group: ranks that save; None = all.
-    Raises CheckpointError after any failure; the earlier checkpoints are untouched.
+    tensors: {"model": model.state_dict(), "ema": ...}, each written to NAME.safetensors by rank 0.
+    state: the result of `collect_state`. meta: plain values for meta.json, such as losses.
+    write(folder): adds files, such as the tokenizer's. group: the ranks that save; None = all.
+
+    Raises CheckpointError after any failure; the earlier checkpoints are then untouched.
     """
     run = Path(run)
     final = run / f"step-{step:06d}"
@@ -209,129 +350,46 @@ def save(
             write_state(temporary / "state", state, group)
         distributed.on_first_rank(lambda: _publish(temporary, final), group)
     except Exception as error:
-        reason = f"step {step} could not be saved in {run}: {type(error).__name__}: {error}"
+        problem = f"step {step} could not be saved in {run}: {type(error).__name__}: {error}"
         advice = "make room or remove that cause, then resume; earlier checkpoints are untouched"
-        raise CheckpointError(f"{reason}; {advice}") from error
+        raise CheckpointError(f"{problem}; {advice}") from error
     finally:
         if distributed.rank() == 0:
             _clear(run)
     return final
 
 
-# FOLDED: merge this into the module's docstring
-# What a run needs beside its weights to go on bit for bit: optimizers and counters.
-#
-# Kept by torch.distributed.checkpoint (DCP): every rank writes its part, and any number of ranks can
-# read it back. DCP's index is a pickle, and a pickle can run code when it is read: this is for going
-# on with runs of your own. What is shared of a run needs none of it.
-
-
-# FOLDED: merge this into the module's docstring
-# Saving beside the training, which waits for a copy in memory and not for the disk.
-
-
-def _dcp(
-    verb: str, tree: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
-) -> None:
-    """dcp.save or dcp.load; its error, which `except Exception` would miss, becomes its cause."""
-    import torch.distributed.checkpoint as dcp  # here, as it is slow to import
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            getattr(dcp, verb)(tree, checkpoint_id=folder, process_group=group)
-        except dcp.api.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
-
-
-def collect_state(
-    model: nn.Module, optimizers: Sequence[Optimizer], counters: dict[str, Any]
-) -> dict[str, Any]:
-    """What a run needs beside the weights to go on bit for bit; every rank calls this.
-
-    counters: plain values and tensors by name, such as the step and random generators' states.
-    """
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    states = {}
-    for index, optimizer in enumerate(optimizers):
-        fresh = not optimizer.state
-        states[str(index)] = get_optimizer_state_dict(model, optimizer)
-        if fresh:  # then DCP made a state, by a trial step: saving must not change the training
-            optimizer.state.clear()
-            states[str(index)]["state"] = {}
-    return {"optimizers": states, "counters": counters}
-
-
-def write_state(
-    folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None
-) -> None:
-    """Write what `collect_state` returned; every rank of the group calls this, and writes its part."""
-    _dcp("save", state, folder, group)
-
-
-def restore_state(
-    folder: str | Path,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    counters: dict[str, Any],
-) -> None:
-    """Fill optimizers and counters in place from state/, which must be of a run of your own.
-
-    Call as `collect_state` was, on any number of ranks. DCP fills a template: `counters` has the
-    names that were saved, and fresh optimizers take a trial step with lr 0 and zero gradients.
-    Raises CheckpointError if the saved state is not of this model and these optimizers.
-    """
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    folder = Path(folder) / "state"
-    states = {str(i): dcp.get_optimizer_state_dict(model, o) for i, o in enumerate(optimizers)}
-    try:
-        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-        left = {name for name in saved if name.startswith("optimizers.") and ".state." in name}
-        for index, template in states.items():
-            for name, slots in list(template["state"].items()):
-                names = {f"optimizers.{index}.state.{name}.{slot}" for slot in slots}
-                if not names & left:  # this parameter never had a gradient, hence no state
-                    del template["state"][name]
-                left -= names
-        if left:
-            raise ValueError(f"{min(left)} is unexpected")
-        _dcp("load", {"optimizers": states, "counters": counters}, folder)
-        for state, optimizer in zip(states.values(), optimizers):
-            options = dcp.StateDictOptions(strict=False)
-            dcp.set_optimizer_state_dict(model, optimizer, state, options=options)
-    except Exception as error:
-        advice = "resume with the model, optimizers and counters it was saved with"
-        raise CheckpointError(f"{folder} does not fit this run: {error}; {advice}") from error
+# ---- save in the background ----------------------------------------------------------------------
 
 
 def copy_to_cpu(tree: Any) -> Any:
-    """Nested dicts and lists with all their tensors copied to CPU memory, shards as shards."""
+    """Nested dicts and lists with all tensors copied to CPU memory. Shards stay shards."""
     if isinstance(tree, dict):
         return {name: copy_to_cpu(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [copy_to_cpu(value) for value in tree]
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    return tree
 
 
 class Saver:
-    """One save at a time, in a thread of its own, on all ranks.
+    """Saves in a background thread, one save at a time, on all ranks.
 
-    What it writes must be copies, or it would be of several steps. Its messages between ranks have
-    a group of their own, as training sends others at the same time. A kill leaves what was there.
+    The thread must be given copies: training changes the originals while it writes. Its messages
+    between ranks use a process group of their own, because training sends messages at the same
+    time. If the process is killed during a save, the earlier checkpoints are untouched.
     """
 
     def __init__(self):
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.group = None
-        if dist.is_available() and dist.is_initialized():  # a slow disk is no reason to give up
+        if distributed.joined():  # with a long timeout: a slow disk must not end the run
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
     def start(self, work: Callable[[dist.ProcessGroup | None], None]) -> None:
-        """Begin work(group), which every rank begins, once the work before is done."""
+        """Start work(group) in the background, after the previous work. Every rank calls this."""
         self.wait()
 
         def run() -> None:
@@ -344,11 +402,15 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the save under way is done. Raises what went wrong in it."""
+        """Wait until the current save is done. Raises its error, if it failed; once only."""
         if self.thread:
             self.thread.join()
-        error, self.thread, self.error = self.error, None, None
+        error = self.error
+        self.thread = None
+        self.error = None
         if error:
             raise error
 
-    close = wait
+    def close(self) -> None:
+        """The same as `wait`, for contextlib.closing."""
+        self.wait()

@@ -1,8 +1,9 @@
-"""One program for one process or many: torchrun starts them, this file lets them agree.
+"""One program for one process or many: torchrun starts the processes, this file lets them agree.
 
-Started by `python`, a run is a world of one rank and nothing here communicates. Started by
-`torchrun`, each process has a rank; it reads its rows of every global batch, the gradients are
-averaged (parallel.py), and small sums agree on the loss and on when to stop.
+Started by `python`, a run consists of a single rank, and nothing here communicates. Started by
+`torchrun`, every process is one rank: it reads its own rows of every global batch, the gradients
+are averaged over the ranks (parallel.py), and small sums over the ranks let them agree on the loss
+and on when to stop.
 """
 
 from __future__ import annotations
@@ -22,28 +23,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=5)  # for which a rank waits for the others before it gives up
+TIMEOUT = timedelta(minutes=5)  # how long a rank waits for the others before it gives up
 
 
 @dataclass(frozen=True)
 class World:
-    rank: int = 0  # of this process, 0 .. size - 1
-    size: int = 1  # processes in all
-    local_rank: int = 0  # on this machine: which GPU
+    """The processes that train together, and the place of this one among them."""
+
+    rank: int = 0  # number of this process, 0 .. size - 1
+    size: int = 1  # number of processes
+    local_rank: int = 0  # number of this process on its machine; it uses the GPU of that number
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def rows(self, batch_size: int) -> range:
-        """This rank's share of the global batch."""
+        """This rank's rows of a global batch, whose size is divisible by the number of ranks."""
         share = batch_size // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
     def share(self, items: Iterable, together: bool) -> Iterator[tuple[int, Any, bool]]:
-        """(place, item, True) of this rank's items, dealt out in turn.
+        """Deal out items to the ranks in turn; yields (place, item, counts) for this rank's.
 
-        together: all ranks take as many; one that lacks a last item takes another's, with False.
+        together: every rank has to take the same number of items, because all ranks work on each.
+        If the last round does not reach every rank, the ranks left out take the last item again,
+        with counts = False, so that its result is not counted twice.
         """
         for place, item in enumerate(items):
             if place % self.size == self.rank:
@@ -52,117 +57,167 @@ class World:
             yield place, item, False
 
 
-def start() -> World:
-    """Join the processes that torchrun started, or be the only one.
-
-    Raises ValueError if there are more processes than GPUs on this machine, ConnectionError if they
-    do not find each other.
-    """
-    if "RANK" not in os.environ:
-        return World()
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    gpus = torch.cuda.device_count()
-    if gpus:
-        if world.local_rank >= gpus:
-            raise ValueError(f"a process needs a GPU: use --nproc_per_node={gpus} or less")
-        torch.cuda.set_device(world.local_rank)
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # by where a tensor lies
-    if not dist.is_initialized():
-        try:
-            meet(world, backend)
-            total(torch.ones(1, device="cuda" if gpus else "cpu"))  # now, not in the first step
-        except RuntimeError as error:
-            raise ConnectionError(no_connection(world, error)) from error
-    return world
+# ---- one or many ---------------------------------------------------------------------------------
 
 
-def meet(world: World, backend: str) -> None:
-    """Join the others, as torchrun's environment says.
-
-    Started again after a failure, not through the addresses that dead ranks left in the store.
-    """
-    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        backend, timeout=TIMEOUT, store=dist.PrefixStore(f"attempt-{attempt}", store),
-        rank=world.rank, world_size=world.size,
-    )  # fmt: skip
-
-
-def no_connection(world: World, error: Exception) -> str:
-    """Who could not reach the others, and what the cause usually is."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = str(error).splitlines()[0]
-    return (
-        f"rank {world.rank} of {world.size}, on {socket.gethostname()}, cannot work with the "
-        f"others through {where} ({reason}). Usual causes: another rank was not started or has "
-        "died, see what it printed; --nnodes, --nproc_per_node or --rdzv-endpoint differ between "
-        "machines; a firewall, or the wrong network: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
-        "to the one that joins them. NCCL_DEBUG=INFO says more"
-    )
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def first_rank_first(world: World) -> Iterator[None]:
-    """The first rank goes through alone, then the others, who find its work done."""
-    if world.size > 1:  # of their own, as encoding a large text takes longer than any step
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    if not world.first:
-        dist.barrier(group)
-    yield
-    if world.first and world.size > 1:
-        dist.barrier(group)
+def joined() -> bool:
+    """Whether this process has joined others; False in a run started by plain `python`."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's rank; 0 when there is only one process."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's rank; 0 if there is only one process."""
+    return dist.get_rank() if joined() else 0
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, in place, the same on every rank."""
+    if joined():
+        dist.all_reduce(values)
+    return values
 
 
 def on_first_rank(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `work` on rank 0 alone; every rank waits for it, and fails if it failed."""
+    """Run `work` on rank 0 only. Every rank waits for it, and raises an error if it failed."""
     problem: Exception | None = None
     if rank() == 0:
         try:
             work()
         except Exception as error:
             problem = error
-    if dist.is_available() and dist.is_initialized():
-        message = [problem and repr(problem)]
+    if joined():
+        message = [repr(problem) if problem else None]
         dist.broadcast_object_list(message, src=0, group=group)
-        problem = problem or (message[0] and RuntimeError(f"rank 0: {message[0]}"))
+        if message[0] and not problem:
+            problem = RuntimeError(f"rank 0: {message[0]}")
     if problem:
         raise problem
 
 
-def total(values: Tensor) -> Tensor:
-    """Sum over ranks, on every rank."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+@contextlib.contextmanager
+def first_rank_first(world: World) -> Iterator[None]:
+    """The first rank runs the block alone; then the others run it, and find its work done."""
+    if world.size == 1:
+        yield
+        return
+    # A group with a long timeout: encoding a large text takes longer than any training step.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if world.first:
+        yield
+        dist.barrier(group)
+    else:
+        dist.barrier(group)
+        yield
+
+
+# ---- start and stop ------------------------------------------------------------------------------
+
+
+def meet(world: World, backend: str) -> None:
+    """Join the other ranks, at the address in torchrun's environment.
+
+    torchrun restarts all ranks if one dies. Each attempt gets a prefix of its own in the shared
+    store, so that it does not find the addresses of ranks that no longer run.
+    """
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        timeout=TIMEOUT,
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def no_connection(world: World, error: Exception) -> str:
+    """An error message for a rank that could not reach the others, with the usual causes."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = str(error).splitlines()[0]
+    return (
+        f"rank {world.rank} of {world.size}, on {socket.gethostname()}, cannot reach the others "
+        f"at {where} ({reason}). Usual causes: another rank was not started or has died (see its "
+        "output); --nnodes, --nproc_per_node or --rdzv-endpoint differ between machines; a "
+        "firewall, or the wrong network (set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+        "network that connects the machines). Set NCCL_DEBUG=INFO to see more"
+    )
+
+
+def start() -> World:
+    """Join the processes that torchrun started; without torchrun, a World of one process.
+
+    Raises ValueError if there are more processes than GPUs on this machine, and ConnectionError if
+    the processes do not reach each other.
+    """
+    if "RANK" not in os.environ:
+        return World()
+    world = World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+    )
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if world.local_rank >= gpus:
+            raise ValueError(
+                f"process {world.local_rank} of this machine has no GPU: there are {gpus}; "
+                f"use --nproc_per_node={gpus} or less"
+            )
+        torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # chosen by the device of each tensor
+    if not dist.is_initialized():
+        try:
+            meet(world, backend)
+            # A first sum, so that a broken network shows here and not in the first step.
+            total(torch.ones(1, device="cuda" if gpus else "cpu"))
+        except RuntimeError as error:
+            raise ConnectionError(no_connection(world, error)) from error
+    return world
+
+
+def stop() -> None:
+    """Leave the other processes, if there are any."""
+    if joined():
+        dist.destroy_process_group()
+
+
+# ---- signals -------------------------------------------------------------------------------------
 
 
 class Signals:
-    """SIGTERM and Ctrl-C, noted while in the context, until the ranks agree to stop: at the same
-    step, or one of them would wait for the other for ever."""
+    """Records SIGTERM and Ctrl-C, so that a run stops between two steps, and all ranks together.
+
+    Inside the context a signal ends nothing by itself: the handler only records it. The signal may
+    reach one rank only, or reach the ranks in different steps. A rank that stopped alone would
+    leave the others waiting for it for ever. The ranks therefore agree, once per step:
+
+        every step sums its loss over the ranks anyway; `total` appends one number to that sum:
+        the signal this rank has received, or 0
+        every rank reads the same sum; if the appended number is not 0, some rank has a signal
+        `agree` sets `agreed`, at the same step on every rank, and the loop ends there
+
+    A second signal, more than two seconds after the first, has its usual effect.
+    """
 
     def __init__(self):
-        self.noted, self.agreed, self.since = 0, 0, 0.0  # had here, to stop for, time of the first
+        self.received = 0  # the first signal that this process got; 0 = none
+        self.received_at = 0.0  # its time, in seconds
+        self.agreed = 0  # the signal that all ranks stop for; 0 = none
 
-    def note(self, number: int, frame) -> None:
-        if not self.noted:
-            self.noted, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 2:  # at once, it is torchrun that passes on a Ctrl-C
+    def receive(self, number: int, frame) -> None:
+        """The signal handler."""
+        if not self.received:
+            self.received = number
+            self.received_at = time.monotonic()
+        # Within two seconds it is the same Ctrl-C again, passed on by torchrun.
+        elif time.monotonic() - self.received_at > 2:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
 
     def __enter__(self) -> Signals:
-        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error) -> None:
@@ -170,17 +225,25 @@ class Signals:
             signal.signal(number, handler)
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sums over ranks, and appended one number for `agree`."""
-        return total(torch.cat((sums, sums.new_tensor([self.noted]))))
+        """The sums over ranks of `sums` (n,), with one number appended (n + 1,), for `agree`."""
+        return total(torch.cat((sums, sums.new_tensor([self.received]))))
 
-    def asked(self, together: bool) -> bool:
-        """Whether a signal was noted: here, or, where ranks must act together, by any of them."""
-        return bool(total(torch.tensor([self.noted])).item() if together else self.noted)
+    def agree(self, signalled: float) -> None:
+        """Decide to stop if `signalled`, the last number of `total`, is not 0."""
+        if signalled:
+            self.agreed = self.received or signal.SIGTERM
 
-    def agree(self, asked: float) -> None:
-        """Stop if `asked` is not 0: some rank has noted a signal."""
-        if asked:
-            self.agreed = self.noted or signal.SIGTERM
+    def pending(self, together: bool) -> bool:
+        """Whether a signal has been received: by this rank, or, if `together`, by any rank.
+
+        together: all ranks call this at the same point, and have to act alike.
+        """
+        if not together:
+            return bool(self.received)
+        return bool(total(torch.tensor([self.received])).item())
+
+
+# ---- tensors of several ranks --------------------------------------------------------------------
 
 
 class Gather(torch.autograd.Function):
@@ -194,26 +257,28 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # Every rank's loss may depend on the rows of every rank: first sum over the ranks, ...
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # each rank's loss may depend on everybody's rows
+        dist.all_reduce(gradient)
+        # ... then keep the gradient of this rank's rows.
         return gradient.chunk(dist.get_world_size())[rank()]
 
 
 def gather(rows: Tensor) -> Tensor:
-    """All ranks' rows; the gradient of every rank's loss comes back to the rank they are from."""
-    return Gather.apply(rows) if dist.is_available() and dist.is_initialized() else rows
+    """The rows of all ranks. Gradients flow back to the rank that each row came from."""
+    return Gather.apply(rows) if joined() else rows
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each rank of a mesh holds some rows."""
+    """Whether it is a DTensor: a tensor of which each rank holds some rows."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this rank holds, in the same memory: of a plain tensor, all of it."""
+    """The part that this rank holds, in the same memory; a plain tensor is returned unchanged."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def shard_group(shard: Tensor) -> dist.ProcessGroup:
-    """The ranks among which it is shared out: the last dimension of its mesh."""
+    """The ranks that hold the parts of one copy of a DTensor: the last dimension of its mesh."""
     return shard.device_mesh.get_group(shard.device_mesh.ndim - 1)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, loss.png, a progress bar or plain lines."""
+"""The records that a run writes: metrics.jsonl, loss.png, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -9,22 +9,56 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tinyfm.common.figures import new_figure
+
+
+def to_line(row: dict) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(row) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer. Raises ValueError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--train.tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
 
 class Logbook:
-    """Numbers of a run, as they come. On other ranks than the first it keeps silent.
+    """Logs the numbers of a run as they come. On all ranks but the first it does nothing.
 
-    Opened on a run that goes on from a step, it drops what was logged after that step.
+    steps: number of steps of the whole run. start: step from which the run starts or resumes; rows
+    logged after it are dropped, because those steps are trained again.
     """
 
     def __init__(self, run: Path, steps: int, start: int, first: bool, tensorboard: bool = False):
-        self.run, self.steps, self.first, self.board = run, steps, first, None
+        self.run = run
+        self.steps = steps
+        self.first = first
+        self.board = None
         self.terminal = first and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.terminal)
         self.path = run / "metrics.jsonl"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
         if first:
             run.mkdir(parents=True, exist_ok=True)
-            kept = self.path.with_name(".tmp-metrics")  # a kill here loses no row
+            # Written under another name and then renamed: a kill here loses no row.
+            kept = self.path.with_name(".tmp-metrics")
             kept.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
             kept.replace(self.path)
             if tensorboard:
@@ -37,7 +71,7 @@ class Logbook:
             sys.stdout.flush()
 
     def add(self, row: dict[str, float]) -> None:
-        """Log one row; it has a "step", and gets the "time" of day in seconds since 1970."""
+        """Log one row. It has a "step", and gets the "time" in seconds since 1970."""
         if not self.first:
             return
         row = {**row, "time": round(time.time(), 2)}
@@ -48,7 +82,7 @@ class Logbook:
         if self.board:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, row["step"])
-        if self.terminal and "val_loss" not in row:  # an evaluation is worth a line of its own
+        if self.terminal and "val_loss" not in row:  # an evaluation gets a line, also here
             values = {name: f"{value:.4g}" for name, value in shown.items()}
             self.bar.set_postfix(values, refresh=False)
         else:
@@ -59,11 +93,7 @@ class Logbook:
         """Redraw loss.png: training and validation loss over steps."""
         if not self.first:
             return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a window system
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7, 4)
         axes = figure.add_subplot(xlabel="step", ylabel="loss")
         for name, style in (("loss", {"linewidth": 1}), ("val_loss", {"marker": "o"})):
             points = [(row["step"], row[name]) for row in self.rows if name in row]
@@ -79,27 +109,3 @@ class Logbook:
         self.bar.close()
         if self.board:
             self.board.close()
-
-
-def to_line(row: dict) -> str:
-    return json.dumps(row) + "\n"
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def summary_writer() -> type:
-    """TensorBoard's writer. Raises ValueError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--train.tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter

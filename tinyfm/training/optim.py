@@ -1,15 +1,16 @@
-"""Optimizers and schedules: which parameter is updated how, how fast, and what is averaged.
+"""Optimizers and schedules: how each parameter is updated, how fast, and how it is averaged.
 
-AdamW (Loshchilov & Hutter 2019) scales each number of a gradient by its own running size. Muon
-(muon.py) treats that of a hidden matrix as one object. Embeddings, heads, gains and biases stay
-with AdamW: a table's rows and a vector are not maps between hidden states.
+AdamW (Loshchilov & Hutter 2019) scales each number of a gradient by a running average of its size.
+Muon (muon.py) treats the gradient of a hidden matrix as one object. Embeddings, output layers,
+gains and biases stay with AdamW: a table of rows, or a vector, is not a map between hidden states.
 
-Learning rates follow warmup then decay, as a factor on each group's own rate. The exponential
-moving average (EMA) of the weights is what diffusion models sample with.
+The learning rates rise during warmup and then decay, by a factor on each group's peak rate. The
+exponential moving average (EMA) of the weights is what diffusion models sample with.
 
-Where the model is shared out (sharded.py) a rank has some rows of each matrix. AdamW and EMA work
-on those rows, as they would on the rest.
-Left out: second-order methods, 8-bit states, layer-wise rates.
+Where the model is sharded (parallel.py), each rank holds some rows of each matrix. AdamW and the
+EMA treat each number separately, so each rank simply updates its rows.
+
+Left out: second-order methods, 8-bit optimizer states, learning rates per layer.
 """
 
 from __future__ import annotations
@@ -29,19 +30,23 @@ from tinyfm.training.muon import Muon
 
 @dataclass(frozen=True)
 class OptimConfig:
-    optimizer: Literal["muon", "adamw"] = "muon"  # for hidden matrices; the rest is AdamW's
-    lr: float = 3e-3  # AdamW's peak learning rate
-    muon_lr: float = 0.02  # Muon's peak learning rate
-    kernels: bool = False  # Muon for convolutions too; the rates of such a model change with it
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averages of gradient and square
-    momentum: float = 0.95  # Muon's average of gradients
-    weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
-    schedule: Literal["wsd", "cosine"] = "wsd"  # warmup-stable-decay, or warmup-cosine
-    warmup_steps: int = 20  # linear rise to the peak
-    decay_fraction: float = 0.4  # wsd: last part of the run, falling linearly
-    final_lr: float = 0.0  # share of the peak at the end
+    """Settings of the optimizers, the learning-rate schedule and the moving average."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the hidden matrices; others: AdamW
+    lr: float = 3e-3  # peak learning rate of AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    kernels: bool = False  # use Muon for convolution kernels too; needs other learning rates
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's averages of gradient and square
+    momentum: float = 0.95  # decay of Muon's average of gradients
+    weight_decay: float = 0.1  # pull of the matrices towards zero, times the learning rate
+    # shape of the learning rate over time: warmup-stable-decay, or warmup and a cosine
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = 20  # number of steps of the linear rise to the peak
+    decay_fraction: float = 0.4  # share of the run, at its end, of the linear fall (wsd only)
+    final_lr: float = 0.0  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # largest gradient norm; 0 = no clipping
-    ema_half_life: float = 0.0  # steps in which the average forgets half; 0 = keep no average
+    # half-life, in steps, of the moving average of the weights (EMA); 0 = keep no average
+    ema_half_life: float = 0.0
 
     def __post_init__(self):
         for name in ("lr", "muon_lr"):
@@ -59,17 +64,27 @@ class OptimConfig:
 
 
 def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[Tensor]:
-    """The 2-D weights between hidden states, and the kernels of convolutions if asked for: all but
-    those below a name of `model.outer`.
+    """The matrices between hidden states, and with `kernels` the convolution kernels too.
 
-    A model names there what reads its input or writes its output, at any depth: tables, not maps.
+    `model.outer` names the modules that read the input or write the output. Parameters below such
+    a name, at any depth, are left out: they are tables or output layers, not maps between hidden
+    states.
     """
-    named, outer, ndims = model.named_parameters(), set(model.outer), (2, 4) if kernels else (2,)
-    return [p for name, p in named if p.ndim in ndims and outer.isdisjoint(name.split("."))]
+    ndims = (2, 4) if kernels else (2,)
+    outer = set(model.outer)
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim in ndims and outer.isdisjoint(name.split("."))
+    ]
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest; matrices decay."""
+    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all.
+
+    Weight decay applies to parameters of two or more dimensions. Frozen parameters are left out.
+    Each parameter group has its "peak_lr", from which `set_lr` computes its "lr".
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
     hidden = [p for p in hidden_matrices(model, config.kernels) if p.requires_grad]
@@ -90,14 +105,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return optimizers
 
 
-# ---- schedules, clipping, averaging -------------------------------------------------------------
+# ---- schedules ----------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at a step of 0 .. steps - 1.
+    """The learning rate at a step of 0 .. steps - 1, as a share of the peak.
 
-    Both rise linearly over warmup_steps. "cosine" (Loshchilov & Hutter 2017) then falls along half
-    a cosine; "wsd" (Hu et al. 2024) stays, and falls linearly over the last decay_fraction.
+    Both schedules rise linearly over warmup_steps. "cosine" (Loshchilov & Hutter 2017) then falls
+    along half a cosine. "wsd" (warmup-stable-decay, Hu et al. 2024) stays at the peak and falls
+    linearly over the last decay_fraction of the run.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -111,13 +127,17 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every learning rate to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
 
 
+# ---- clipping -----------------------------------------------------------------------------------
+
+
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, on every rank the same."""
+    """The 2-norm of all gradients together, the same on every rank."""
     shards = [g for g in grads if is_shard(g)]
     norm = torch.nn.utils.get_total_norm([g for g in grads if not is_shard(g)])
     if not shards:
@@ -129,46 +149,58 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def scale_and_clip(model: nn.Module, scale: Tensor | float, clip: float) -> Tensor:
-    """Multiply all gradients by scale, then shrink them to norm clip; return the norm between."""
+    """Multiply all gradients by `scale`, then shrink them to the norm `clip` if they are larger.
+
+    Returns the norm after scaling and before clipping. clip = 0 turns clipping off. Both factors
+    are applied in one pass over the gradients, and nothing is read back from the device.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = total_norm(grads) * scale
-    factor = scale * (torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else 1.0)
+    factor = scale
+    if clip > 0:
+        factor = scale * torch.clamp(clip / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([local(g) for g in grads], factor)
     return norm
 
 
-def learnt(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, by name; the others are frozen."""
+# ---- the moving average -------------------------------------------------------------------------
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The names and parameters that are trained; the others are frozen."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 class EMA:
     """Moving average of a model's parameters: average += (1 - decay) (parameter - average).
 
-    decay = 2^(-1 / half_life); early on it is (1 + step) / (10 + step) if that is less, so that the
-    average does not hold on to the random start. What is frozen is its own average: not kept.
+    decay = 2^(-1 / half_life). Early in the run it is (1 + step) / (10 + step) if that is less, so
+    that the average soon forgets the random initial weights. Frozen parameters never change, and
+    are left out.
     """
 
     def __init__(self, model: nn.Module, half_life: float):
         self.half_life = half_life
-        self.average = {name: p.detach().clone() for name, p in learnt(model)}
+        self.average = {name: p.detach().clone() for name, p in trainable(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(0.5 ** (1 / self.half_life), (1 + step) / (10 + step))
-        params = [local(p) for _, p in learnt(model)]
-        torch._foreach_lerp_([local(a) for a in self.average.values()], params, 1 - decay)
+        averages = [local(a) for a in self.average.values()]
+        params = [local(p) for _, p in trainable(model)]
+        torch._foreach_lerp_(averages, params, 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the model's weights and the average."""
-        for name, p in learnt(model):
-            parameter, average = local(p), local(self.average[name])
+        for name, p in trainable(model):
+            parameter = local(p)
+            average = local(self.average[name])
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take the averages from tensors by name, shared out as they are."""
+        """Copy the averages from tensors by name; each is sharded exactly as the average is."""
         for name, average in self.average.items():
             average.copy_(tensors[name])

@@ -1,10 +1,11 @@
 #!/bin/bash
 # A job for Slurm: 4 machines of 8 GPUs train one model.   sbatch tinyfm/training/slurm.sh
 #
-# One task a machine; each is a torchrun, which starts 8 ranks and meets the others at the first
-# machine. A rank that dies is started again with all others, from the last checkpoint. Two minutes
-# before the time is up the job is queued again: Slurm sends SIGTERM to all ranks, which save if its
-# KillWait gives them the time, and the job goes on when its turn comes.
+# Slurm starts one task per machine. Each task is a torchrun, which starts 8 ranks and meets the
+# others at the first machine. If a rank dies, torchrun restarts all ranks, and they resume from the
+# last checkpoint. Two minutes before the time limit the script puts the job into the queue again.
+# Slurm then sends SIGTERM to all ranks, which save a checkpoint if its KillWait gives them time
+# for it. The job resumes when its turn comes.
 #SBATCH --job-name=llama-1b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -22,7 +23,7 @@ FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 RESUME=
 if compgen -G "$OUT/step-*/manifest.json" > /dev/null; then RESUME=--resume; fi
 export OMP_NUM_THREADS=8
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where machines have several networks
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # for machines with several networks
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 torchrun \

@@ -1,20 +1,29 @@
 """The training loop, for any model and any data.
 
-It asks of a model `loss(batch, generators) -> (loss, metrics)`, of data `batch(step, rows)`,
-`val_batches(rows)`, `metrics(val_loss)`, and knows no family. One step is
+The model offers `loss(batch, generators) -> (loss, metrics)`. The data offer `batch(step, rows)`,
+`val_batches(rows)`, `metrics(val_loss)`, and the unit in which they are counted. The trainer knows
+nothing else about either. One step is
 
-    for each micro-batch of this rank's rows:  backward of loss * weight
-    add up losses and weights over micro-batches and ranks
-    gradients / total weight, clipped;  optimizers step;  moving average follows
+    for each micro-batch of this rank's rows:  backward pass of loss * weight
+    sum the losses and weights over micro-batches and ranks
+    divide the gradients by the total weight, clip them;  optimizer step;  moving average
 
-so that the update is that of the whole batch, however it was cut, also where rows weigh unequally.
-Everything random in step s comes from (seed, s) and a row's place in the batch, or, for dropout,
-its rank's: nothing random is saved, and a run that was stopped goes on as if it had not been.
+The update is therefore that of the whole batch, however the batch was cut, and also where rows
+have unequal weights.
 
-A step whose loss or gradient is not finite, or a spike, is skipped; after several in a row the run
-ends, and keeps its last checkpoint. SIGTERM and Ctrl-C end the step or evaluation, save, and leave.
-A checkpoint is copied and then written while training goes on; the next one waits for it, and so
-does the end.
+Everything random in step s is computed from (seed, s) and a row's place in the batch, or, for
+dropout, from (seed, s) and the rank. So no random state has to be saved, and a run that was stopped
+and resumed gives the same result, bit for bit, as one that was not stopped.
+
+The loop protects a run in four ways:
+
+- A step whose loss or gradient norm is not finite, or is a spike, is skipped: it changes no
+  weight. After several skipped steps in a row the run ends with an error and keeps its last
+  checkpoint. All ranks decide alike, because the numbers that decide are sums over ranks.
+- SIGTERM and Ctrl-C end the current step or evaluation; the trainer then saves and returns.
+- A checkpoint is copied in memory and written in the background while training continues. The
+  next checkpoint waits until it is written, and so does the end of the run.
+- A validation loss that is not finite ends the run before a checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -33,6 +42,7 @@ from torch import Tensor, nn
 
 from tinyfm.common import device as machine
 from tinyfm.common import files
+from tinyfm.common.config import may_change
 from tinyfm.common.seeds import mix, row_generators
 from tinyfm.training import checkpoint, distributed, parallel
 from tinyfm.training.checkpoint import Saver, copy_to_cpu
@@ -48,24 +58,35 @@ from tinyfm.training.optim import (
 from tinyfm.training.parallel import Parallel
 
 
+# A field made by `may_change` may have another value when the run is resumed.
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000  # updates
-    batch_size: int = 32  # rows in an update, over all processes
-    micro_batch_size: int = 0  # rows in a forward pass: less memory, same update; 0 = all
-    seed: int = 0  # of the weights, the order of the data and all else that is random
-    eval_every: int = 250  # steps between evaluations, samples and checkpoints; 0 = only at the end
-    log_every: int = 10  # steps between lines in metrics.jsonl
-    keep: int = 2  # latest checkpoints to keep, beside the best
-    device: str = "auto"  # cpu, cuda, mps, or auto
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-    compile: bool = False  # torch.compile; falls back to eager if that fails
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole model, or a share of it
-    shard_size: int = 0  # fsdp: neighbours that share one copy of the model; 0 = all processes
-    activation_checkpointing: bool = False  # compute blocks twice: less memory, a third more time
-    tensorboard: bool = False  # also log for TensorBoard
-    patience: int = 5  # skipped steps in a row that end the run
-    spike_sigmas: float = 0.0  # skip steps that many deviations above the last ones; 0 = none
+    """Settings of the training loop."""
+
+    steps: int = 1000  # number of updates of the weights
+    batch_size: int = 32  # rows per update, over all processes
+    # rows per forward pass: fewer need less memory and give the same update; 0 = all
+    micro_batch_size: int = may_change(0)
+    seed: int = 0  # seed of the initial weights, the order of the data and all other randomness
+    # steps between evaluations, each with samples and a checkpoint; 0 = only at the end
+    eval_every: int = may_change(250)
+    log_every: int = may_change(10)  # steps between lines in metrics.jsonl
+    keep: int = may_change(2)  # number of latest checkpoints to keep, in addition to the best one
+    device: str = may_change("auto")  # device to train on: cpu, cuda, mps, or auto
+    # number format of the matrix products; auto = bfloat16 where the hardware supports it
+    dtype: Literal["auto", "float32", "bfloat16"] = may_change("auto")
+    compile: bool = may_change(False)  # use torch.compile; continue without it if that fails
+    # ddp: every process holds the whole model; fsdp: every process holds a part of it
+    parallel: Literal["ddp", "fsdp"] = may_change("ddp")
+    # number of processes that share one copy of the model, with fsdp; 0 = all
+    shard_size: int = may_change(0)
+    # compute each block again in the backward pass: less memory, about a third more time
+    activation_checkpointing: bool = may_change(False)
+    tensorboard: bool = may_change(False)  # write logs for TensorBoard too
+    patience: int = may_change(5)  # number of skipped steps in a row that ends the run
+    # skip a step whose loss or gradient norm is this many standard deviations above the mean of
+    # the steps before it; 0 = never
+    spike_sigmas: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "keep", "patience"):
@@ -76,8 +97,81 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
 
 
+# ---- skipping bad steps --------------------------------------------------------------------------
+
+WINDOW = 128  # number of steps that a new step is compared with
+
+
+def is_spike(recent: list[tuple[float, float]], new: tuple[float, float], sigmas: float) -> bool:
+    """Whether a step's loss or gradient norm is far above those of the steps before it.
+
+    recent: (loss, gradient norm) of the steps before; new: of this step. "Far above" means above
+    mean + `sigmas` standard deviations (6 in OLMo 2, arXiv 2501.00656). The deviation counts as at
+    least 1% of the mean, so that a flat curve does not make every small change a spike. Until
+    half a window of steps is known, no step is a spike. sigmas = 0 turns the check off.
+    """
+    if not sigmas or len(recent) < WINDOW // 2:
+        return False
+    limits = []
+    for values in zip(*recent):  # the losses, then the gradient norms
+        mean = statistics.fmean(values)
+        deviation = max(statistics.pstdev(values, mean), abs(mean) / 100)
+        limits.append(mean + sigmas * deviation)
+    return any(value > limit for value, limit in zip(new, limits))
+
+
+class Guard:
+    """Decides which steps are skipped.
+
+    It keeps its memory of recent steps in `counters`, which every checkpoint saves: a resumed run
+    recognises a spike just as the original run would have.
+    """
+
+    def __init__(self, patience: int, sigmas: float, counters: dict):
+        self.patience = patience
+        self.sigmas = sigmas
+        self.counters = counters
+        self.skipped = 0  # number of skipped steps in a row, up to the last step
+        if sigmas:
+            counters["recent"] = []  # (loss, gradient norm) of up to WINDOW last steps
+
+    def passes(self, loss: float, norm: float) -> bool:
+        """Whether to carry out a step with this loss and gradient norm."""
+        fine = math.isfinite(loss) and math.isfinite(norm)
+        if fine and self.sigmas:
+            recent = self.counters["recent"]
+            fine = not is_spike(recent, (loss, norm), self.sigmas)
+            # Spikes are remembered too. If the loss stays at a new level, that level soon becomes
+            # the normal one, and training continues.
+            self.counters["recent"] = [*recent, (loss, norm)][-WINDOW:]
+        self.skipped = 0 if fine else self.skipped + 1
+        return fine
+
+    def report(
+        self, step: int, loss: float, norm: float, say: Callable[[str], None], advice: str
+    ) -> None:
+        """Say that this step was skipped.
+
+        Raises FloatingPointError if it was the last of `patience` skipped steps in a row.
+        """
+        say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
+        if self.skipped == self.patience:
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            problem = "spikes" if finite else "not finite"
+            raise FloatingPointError(
+                f"{self.skipped} steps in a row were {problem}, up to step {step}; {advice}"
+            )
+
+
+# ---- the trainer ---------------------------------------------------------------------------------
+
+
 def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
-    """(loss * weight, weight) of a micro-batch: what adds up, as means do not."""
+    """(loss * weight, weight) of a micro-batch.
+
+    Means of parts do not add up to the mean of the whole, but weighted sums and weights do. The
+    weight is metrics["weight"], for example a count of tokens, or else the number of rows.
+    """
     weight = torch.as_tensor(metrics.get("weight", rows), device=loss.device, dtype=torch.float32)
     return loss * weight, weight
 
@@ -85,48 +179,80 @@ def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, 
 class Trainer:
     """Trains `model` on `data` into the run directory `out`.
 
-    write(folder) adds files to a checkpoint: the config, a tokenizer.
-    score(model) gives numbers beside the validation loss, at each evaluation.
+    write(folder) adds files to a checkpoint, such as the config and a tokenizer.
+    score(model) returns further numbers for each evaluation, reported with the validation loss.
     show(model, folder, step) writes samples to a folder and returns a line to print.
+    world: the processes that train together; default: this process alone.
 
-    A model whose loss compares the rows of a batch says `whole_batch`. It gets all rows of a rank
-    at once, cuts them itself as its `rows_at_once` says, and calls its `gather` for the others'.
+    A model whose loss compares the rows of a batch with each other sets `whole_batch`. It gets all
+    rows of its rank in one call and cuts them itself, `rows_at_once` rows at a time. It calls its
+    `gather` for the rows of the other ranks. The trainer sets both, and the model's `rank`.
+
+    Raises ValueError if the batch does not divide by the number of processes, or if the device,
+    the dtype or TensorBoard is not available.
     """
 
-    def __init__(self, model: nn.Module, data, train: TrainConfig, optim: OptimConfig, out: Path,
-                 write: Callable[[Path], None] | None = None,
-                 score: Callable[[nn.Module], dict[str, float]] | None = None,
-                 show: Callable[[nn.Module, Path, int], str] | None = None,
-                 world: distributed.World = distributed.World()):  # noqa: B008  # fmt: skip
-        self.data, self.train, self.optim, self.out = data, train, optim, out
-        self.write, self.score, self.show, self.world = write, score, show, world
-        if train.batch_size % world.size:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        train: TrainConfig,
+        optim: OptimConfig,
+        out: Path,
+        write: Callable[[Path], None] | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
+        show: Callable[[nn.Module, Path, int], str] | None = None,
+        world: distributed.World | None = None,
+    ):
+        self.model = model
+        self.data = data
+        self.train = train
+        self.optim = optim
+        self.out = out
+        self.write = write
+        self.score = score
+        self.show = show
+        self.world = world or distributed.World()
+
+        # Refuse impossible settings before anything is created.
+        processes = self.world.size
+        if train.batch_size % processes:
             raise ValueError(
-                f"batch_size {train.batch_size} is not divisible by the {world.size} processes; "
-                f"use {max(1, round(train.batch_size / world.size)) * world.size}"
+                f"batch_size {train.batch_size} is not divisible by the {processes} processes; "
+                f"use {max(1, round(train.batch_size / processes)) * processes}"
             )
         if train.tensorboard:
-            summary_writer()  # now, rather than when the run directory is made
+            summary_writer()
         self.device = machine.choose_device(train.device)
         self.dtype = machine.choose_dtype(train.dtype, self.device)
         machine.keep_freed_memory()
-        self.model = model
-        self.rows_at_once = train.micro_batch_size or train.batch_size // world.size
+
+        # The model, on all ranks.
+        self.rows_at_once = train.micro_batch_size or train.batch_size // processes
         self.whole_batch = getattr(model, "whole_batch", False)
         if self.whole_batch:
-            model.rows_at_once, model.rank = train.micro_batch_size, world.rank
+            model.rows_at_once = train.micro_batch_size
+            model.rank = self.world.rank
             model.gather = distributed.gather
         if train.activation_checkpointing:
             parallel.checkpoint_activations(model)
-        share = (self.dtype, train.shard_size) if train.parallel == "fsdp" else ()
-        self.call = Parallel(model, world, self.device, train.compile, share)
+        self.call = Parallel(
+            model,
+            self.world,
+            self.device,
+            train.compile,
+            fsdp=train.parallel == "fsdp",
+            dtype=self.dtype,
+            shard_size=train.shard_size,
+        )
+
+        # The state that training changes.
         self.optimizers = build_optimizers(model, optim)
         self.ema = EMA(model, optim.ema_half_life) if optim.ema_half_life else None
-        self.saver = Saver()
-        # Plain numbers, saved with a checkpoint.
-        self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf}
+        self.counters = {"step": 0, "best_step": 0, "best_loss": math.inf}  # saved in checkpoints
         self.guard = Guard(train.patience, train.spike_sigmas, self.counters)
-        self.scores: dict[str, float] = {}  # of this step; empty if it was not evaluated
+        self.scores: dict[str, float] = {}  # evaluation of the current step; empty if there is none
+        self.saver = Saver()
         self.signals = distributed.Signals()
 
     # ---- one step --------------------------------------------------------------------------------
@@ -137,14 +263,19 @@ class Trainer:
         size = len(rows) if self.whole_batch else self.rows_at_once
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
+        """Inside, matrix products are computed in the run's dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def load(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on the training device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def backward(self, step: int) -> Tensor:
-        """Gradients of this rank's rows, times their weight; (sum of loss * weight, weight)."""
+        """Add up the gradients of loss * weight over this rank's rows.
+
+        Returns a tensor of two: the sums of loss * weight and of weight over the same rows.
+        """
         sums = torch.zeros(2, device=self.device)
         micro_batches = self.micro_batches()
         for rows in micro_batches:
@@ -159,14 +290,24 @@ class Trainer:
         return sums
 
     def update(self, step: int) -> tuple[float, float]:
-        """One step; returns (loss, gradient norm). Changes no weight if the guard refuses them."""
+        """One step; returns (loss, gradient norm). No weight changes if the guard refuses them."""
         torch.manual_seed(mix(self.train.seed, step, -1 - self.world.rank))  # for dropout
         set_lr(self.optimizers, lr_factor(step, self.train.steps, self.optim))
-        total, weight, asked = self.signals.total(self.backward(step))
-        # DDP has averaged over ranks what is to be summed, hence world.size.
+
+        # Gradients. The ranks have to agree on three numbers: the total loss, the total weight, and
+        # whether a signal to stop has reached any of them. `signals.total` sums all three over the
+        # ranks in one small message, so that stopping together costs no message of its own.
+        sums = self.backward(step)
+        total, weight, signalled = self.signals.total(sums)
+
+        # Divide by the total weight and clip. DDP and FSDP2 have averaged the gradients over the
+        # ranks; world.size turns that average into the sum that is needed here.
         norm = scale_and_clip(self.model, self.world.size / weight, self.optim.clip)
-        loss, norm, asked = torch.stack((total / weight, norm, asked)).tolist()
-        self.signals.agree(asked)
+
+        # Read all numbers back at once: each read waits for the device.
+        loss, norm, signalled = torch.stack((total / weight, norm, signalled)).tolist()
+        self.signals.agree(signalled)  # from here on every rank knows of the signal
+
         if self.guard.passes(loss, norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -180,7 +321,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model has its averaged weights, if an average is kept."""
+        """Inside, the model has its averaged weights, if the run keeps an average."""
         if self.ema:
             self.ema.swap(self.model)
         try:
@@ -191,29 +332,34 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss over the validation split, shared out over ranks; other scores beside it.
+        """Mean loss over the validation split, with the scores of the data and of `score`.
 
-        A signal to stop ends it early: then there is nothing to report. Raises FloatingPointError
-        if the loss is not finite.
+        The ranks divide the batches among them. A signal to stop ends the evaluation early; the
+        result is then empty. Raises FloatingPointError if the loss is not finite.
         """
         self.model.eval()
-        sums, scores, together = torch.zeros(2, device=self.device), {}, self.call.sharded
-        rows = self.train.batch_size if self.whole_batch else self.rows_at_once
+        sums = torch.zeros(2, device=self.device)
+        scores = {}
+        together = self.call.sharded  # then each forward pass needs all ranks
+        size = self.train.batch_size if self.whole_batch else self.rows_at_once
         with self.averaged(), self.autocast():
-            for i, batch, counts in self.world.share(self.data.val_batches(rows), together):
-                if self.signals.asked(together):
+            for i, batch, counts in self.world.share(self.data.val_batches(size), together):
+                if self.signals.pending(together):
                     break
-                n, at = len(next(iter(batch.values()))), i * rows
-                generators = row_generators(self.train.seed, -1, range(at, at + n))
+                n = len(next(iter(batch.values())))
+                rows = range(i * size, i * size + n)
+                generators = row_generators(self.train.seed, -1, rows)
                 loss, metrics = self.call.loss(self.load(batch), generators)
                 sums += counts * torch.stack(weighted(loss, metrics, n))
-            if self.score and not self.signals.asked(together):
+            if self.score and not self.signals.pending(together):
                 with self.call.whole():
                     scores = self.score(self.model)
         self.model.train()
-        total, weight, asked = self.signals.total(sums).tolist()
-        self.signals.agree(asked)
-        if asked:
+
+        # As in a step, one sum over ranks also says whether any rank has had a signal.
+        total, weight, signalled = self.signals.total(sums).tolist()
+        self.signals.agree(signalled)
+        if signalled:
             return {}
         loss = total / weight
         if not math.isfinite(loss):
@@ -225,17 +371,28 @@ class Trainer:
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Copy what a checkpoint of this step holds, and begin to write it; remove those that are
-        neither late nor best. Raises CheckpointError if the one before has failed."""
+        """Copy everything that a checkpoint of this step holds, and write it in the background.
+
+        Afterwards remove the checkpoints that are neither among the latest nor the best. Raises
+        CheckpointError if the save before this one failed.
+        """
         self.saver.wait()
-        step, loss = self.counters["step"], self.scores.get("val_loss", math.inf)
+        step = self.counters["step"]
+        loss = self.scores.get("val_loss", math.inf)
         if loss < self.counters["best_loss"]:
-            self.counters |= {"best_loss": loss, "best_step": step}
-        tensors = {"model": parallel.gather(parallel.state(self.model), self.world.first)}
-        if self.ema:  # and what has no average: buffers, and what is frozen
-            tensors["ema"] = tensors["model"] | parallel.gather(self.ema.average, self.world.first)
+            self.counters["best_loss"] = loss
+            self.counters["best_step"] = step
+        best = self.counters["best_step"]
+
+        # Copies, because training changes the originals while the checkpoint is written.
+        weights = parallel.state_dict(self.model)
+        tensors = {"model": parallel.copy_whole(weights, self.world.first)}
+        if self.ema:  # what has no average, buffers and frozen parameters, is taken from the model
+            average = parallel.copy_whole(self.ema.average, self.world.first)
+            tensors["ema"] = tensors["model"] | average
         state = checkpoint.collect_state(self.model, self.optimizers, self.counters)
-        state, meta, best = copy_to_cpu(state), {**self.scores}, self.counters["best_step"]
+        state = copy_to_cpu(state)
+        meta = dict(self.scores)
 
         def write(group) -> None:
             checkpoint.save(self.out, step, tensors, state, meta, self.write, group)
@@ -245,11 +402,15 @@ class Trainer:
         self.saver.start(write)
 
     def resume(self) -> Path:
-        """Go on from the newest checkpoint. Raises CheckpointError if it cannot be trusted."""
+        """Load the newest checkpoint of the run directory, and return its folder.
+
+        Raises CheckpointError if there is none, or if it is damaged or of another run.
+        """
         folder = checkpoint.find(self.out)
-        parallel.load(self.model, files.load_tensors(folder))
+        parallel.load_model(self.model, files.load_tensors(folder))
         if self.ema:
-            self.ema.load(parallel.cut(files.load_tensors(folder, "ema"), self.ema.average))
+            averages = files.load_tensors(folder, "ema")
+            self.ema.load(parallel.distribute(averages, self.ema.average))
         checkpoint.restore_state(folder, self.model, self.optimizers, self.counters)
         self.scores = files.read_json(folder / "meta.json")
         del self.scores["step"]
@@ -258,124 +419,87 @@ class Trainer:
     # ---- the run ---------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether this step is one to evaluate: the first, every so often, the last."""
-        step, every = self.counters["step"], self.train.eval_every
+        """Whether to evaluate at the current step: the first, the last, every eval_every-th."""
+        step = self.counters["step"]
+        every = self.train.eval_every
         return step in (0, self.train.steps) or (every > 0 and step % every == 0)
 
     def fit(self) -> dict[str, float]:
-        """Train to the last step, or until a signal; returns the last evaluation's numbers.
+        """Train to the last step, or until a signal; returns the numbers of the last evaluation.
 
-        Raises FloatingPointError after `patience` skipped steps in a row.
+        Raises FloatingPointError after `patience` skipped steps in a row, or for a validation loss
+        that is not finite, and CheckpointError if a checkpoint cannot be saved.
         """
-        start, train = self.counters["step"], self.train
-        log = Logbook(self.out, train.steps, start, self.world.first, train.tensorboard)
+        start = self.counters["step"]
+        steps = self.train.steps
+        log = Logbook(self.out, steps, start, self.world.first, self.train.tensorboard)
         with contextlib.closing(log), self.signals, contextlib.closing(self.saver):
-            if self.due() and not self.scores:  # a new run, or one that was stopped evaluating
+            # A new run, or one that was stopped before it had evaluated its last step.
+            if self.due() and not self.scores:
                 self.report(log)
-            clock, since = time.perf_counter(), start
-            while self.counters["step"] < train.steps and not self.signals.agreed:
+            clock = time.perf_counter()  # start of the steps whose speed is logged next
+            since = start
+            while self.counters["step"] < steps and not self.signals.agreed:
+                # One step.
                 loss, norm = self.update(self.counters["step"])
                 if self.guard.skipped:
-                    self.guard.tell(self.counters["step"], loss, norm, log.say, self.advice())
-                step = self.counters["step"] = self.counters["step"] + 1
+                    self.guard.report(self.counters["step"], loss, norm, log.say, self.advice())
+                self.counters["step"] += 1
+                step = self.counters["step"]
                 log.bar.update()
-                if (step % train.log_every == 0 or step == train.steps) and math.isfinite(loss):
+
+                # A line in metrics.jsonl.
+                log_now = step % self.train.log_every == 0 or step == steps
+                if log_now and math.isfinite(loss):
                     speed = self.speed(step - since, time.perf_counter() - clock)
-                    lr = lr_factor(step - 1, train.steps, self.optim)
+                    lr = lr_factor(step - 1, steps, self.optim)
                     log.add({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **speed})
-                    clock, since = time.perf_counter(), step
+                    clock = time.perf_counter()
+                    since = step
+
+                # Evaluation, checkpoint, samples.
                 if self.due() or self.signals.agreed:
                     self.report(log)
-                    clock, since = time.perf_counter(), step
+                    clock = time.perf_counter()
+                    since = step
         return self.scores
 
     def report(self, log: Logbook) -> None:
-        """Evaluate, save, draw the curve, show samples."""
-        step, self.scores = self.counters["step"], self.evaluate()
+        """Evaluate, save a checkpoint, draw the loss curve, show samples."""
+        step = self.counters["step"]
+        self.scores = self.evaluate()
         if self.scores:
             log.add({"step": step, **self.scores})
-            if step == 0:  # nothing is learnt yet: nothing to keep or to show
+            if step == 0:  # an untrained model is not worth a checkpoint or samples
                 return
         self.save()
-        show = self.show and not self.signals.asked(self.call.sharded)
-        with self.averaged(), self.call.whole() if show else contextlib.nullcontext():
+        show = self.show and not self.signals.pending(self.call.sharded)
+        all_weights = self.call.whole() if show else contextlib.nullcontext()
+        with self.averaged(), all_weights:
             try:
                 log.draw()
                 if show and self.world.first:
                     log.say(self.show(self.model, self.out / "samples", step))
-            except Exception as error:  # a picture is not worth a run
+            except Exception as error:  # a picture that fails is no reason to end a run
                 log.say(f"step {step}: nothing to show, {type(error).__name__}: {error}")
         self.model.train()
 
     def advice(self) -> str:
+        """What to do after a loss that is not finite."""
         return (
-            f"the checkpoints in {self.out} are from before. Try a lower --optim.lr, "
+            f"the checkpoints in {self.out} were saved before that. Try a lower --optim.lr, "
             "--train.dtype float32, or look for broken rows in the data"
         )
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
-        """Throughput in the data's own unit; share of the device's peak where that is known."""
+        """Throughput in the data's unit, and the share of the device's peak where it is known.
+
+        The share (model FLOPs utilisation, "mfu") counts the FLOPs that the model needs, without
+        those that are computed twice to save memory (PaLM, arXiv 2204.02311, appendix B).
+        """
         rows = steps * self.train.batch_size / seconds
         result = {f"{self.data.unit}_per_s": rows * self.data.units_per_row}
         peak = machine.peak_flops(self.device, self.dtype)
         if peak and hasattr(self.model, "flops_per_row"):
             result["mfu"] = rows * self.model.flops_per_row() / (peak * self.world.size)
         return result
-
-
-# FOLDED: merge this into the module's docstring
-# Steps that would spoil a run: skipped, and, if they do not end, the end of it.
-#
-# A step whose loss or gradient norm is not finite changes no weight; nor does a spike, far above the
-# steps before it, if one asks for that. Several in a row are no accident any more. All ranks decide
-# alike, as the numbers that they decide by are sums over ranks.
-
-
-WINDOW = 128  # steps that a new one is compared with
-
-
-def is_spike(recent: list[tuple[float, float]], new: tuple[float, float], sigmas: float) -> bool:
-    """Whether a step's loss or gradient norm is far above those of the steps before it: by more
-    than `sigmas` standard deviations (6 in OLMo 2, arXiv 2501.00656), each at least 1% of the mean.
-
-    None is, before half a window of steps was made.
-    """
-    if not sigmas or len(recent) < WINDOW // 2:
-        return False
-    limits = []
-    for values in zip(*recent):
-        mean = statistics.fmean(values)
-        limits.append(mean + sigmas * max(statistics.pstdev(values, mean), abs(mean) / 100))
-    return any(value > limit for value, limit in zip(new, limits))
-
-
-class Guard:
-    """Says which steps to make. What it has seen is in `counters`, and so in each checkpoint."""
-
-    def __init__(self, patience: int, sigmas: float, counters: dict):
-        self.patience, self.sigmas, self.counters = patience, sigmas, counters
-        self.skipped = 0  # in a row
-        if sigmas:
-            counters["recent"] = []  # (loss, gradient norm) of the last steps
-
-    def passes(self, loss: float, norm: float) -> bool:
-        """Whether to make a step of this loss and gradient norm."""
-        fine = math.isfinite(loss) and math.isfinite(norm)
-        if fine and self.sigmas:
-            recent = self.counters["recent"]
-            fine = not is_spike(recent, (loss, norm), self.sigmas)
-            # With the spikes: what stays on a new level is soon none.
-            self.counters["recent"] = [*recent, (loss, norm)][-WINDOW:]
-        self.skipped = 0 if fine else self.skipped + 1
-        return fine
-
-    def tell(
-        self, step: int, loss: float, norm: float, say: Callable[[str], None], advice: str
-    ) -> None:
-        """Say that this step was skipped. Raises FloatingPointError if patience is at its end."""
-        say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
-        if self.skipped == self.patience:
-            what = "spikes" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
-            raise FloatingPointError(
-                f"{self.skipped} steps in a row were {what}, to step {step}; {advice}"
-            )
