@@ -1,4 +1,4 @@
-"""Adapters in peft's layout: peft itself is the oracle, on random weights, both ways, offline."""
+"""Adapters in peft's layout, written and read. The oracle is peft itself, on random weights."""
 
 import json
 
@@ -12,37 +12,60 @@ from transformers import AutoModelForCausalLM, CLIPModel
 
 from tinyfm import adapt
 from tinyfm.adapt import AdapterConfig, lora
-from tinyfm.adapt import peft as hub_adapter
+from tinyfm.adapt.peft import join, load_adapter_folder, save_adapter
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.gpt import GPT, GPTConfig
 
 transformers.logging.set_verbosity_error()
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft of transformers
-              pytest.mark.filterwarnings("ignore:.*(tied|fan_in_fan_out):UserWarning")]  # fmt: skip
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft's use of transformers
+    pytest.mark.filterwarnings("ignore:.*(tied|fan_in_fan_out):UserWarning"),
+]
 SIZES = {"vocab_size": 97, "context_length": 32, "n_layer": 2, "n_head": 4, "d_model": 32}
 MODELS = {
     "qwen3": GPTConfig(**SIZES, n_kv_head=2, d_head=12),
     "llama": GPTConfig(**SIZES, n_kv_head=1, qk_norm=False),
-    "gpt2": GPTConfig(**SIZES, position="learned", norm="layernorm", mlp="gelu", qk_norm=False,
-                      bias=True, tied=True),
-}  # fmt: skip
+    "gpt2": GPTConfig(
+        **SIZES,
+        position="learned",
+        norm="layernorm",
+        mlp="gelu",
+        qk_norm=False,
+        bias=True,
+        tied=True,
+    ),
+}
 CLIP_CONFIG = CLIPConfig(
-    16, 3, 8, "patch", 1, 32, 2, 60, 8, 1, 32, 2, 16, "quick_gelu", end_token=59
+    image_size=16,
+    channels=3,
+    patch_size=8,
+    stem="patch",
+    image_layer=1,
+    image_width=32,
+    image_head=2,
+    vocab_size=60,
+    context_length=8,
+    text_layer=1,
+    text_width=32,
+    text_head=2,
+    embed_dim=16,
+    activation="quick_gelu",
+    end_token=59,
 )
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def base(request, tmp_path_factory):
-    """The kind of model, a maker of it, and the folder that it was exported to."""
+    """The kind of model, a function that loads it, and the folder that holds it."""
     folder = tmp_path_factory.mktemp(request.param)
     random_weights(lambda: GPT(MODELS[request.param])).save_pretrained(folder)
     return request.param, lambda: GPT.from_pretrained(folder), folder
 
 
-def train_a_little(model):
-    """What training would leave: no B is 0 any more."""
+def fill_b(model):
+    """Make every B random, as training would: at the start B is zero, and A has no effect."""
     for name, p in model.named_parameters():
         if ".B." in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
@@ -55,9 +78,10 @@ def assert_same_logits(ours, theirs):
 
 
 def assert_same_tensors(one, two):
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first = load_file(one / "adapter_model.safetensors")
+    second = load_file(two / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- parity -------------------------------------------------------------------------------------
@@ -71,43 +95,52 @@ def test_our_adapter_in_peft_and_back(base, tmp_path, targets):
     model = make()
     before = adapt.base_hash(model)
     adapt.apply(model, "lora", AdapterConfig(3, 6.0, targets=targets))
-    train_a_little(model)
-    hub_adapter.save_adapter(model, tmp_path / "a", str(folder))
+    fill_b(model)
+    save_adapter(model, tmp_path / "a", str(folder))
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a"
     ).eval()
     assert_same_logits(model, theirs)
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     adapted = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
-    assert adapted.keys() == stored.keys()  # no layer more
+    assert adapted.keys() == stored.keys()  # no other layer is adapted
     x = torch.arange(9)[None]
     assert not torch.allclose(make()(x), model(x))
     again = make()
-    hub_adapter.load_adapter_folder(again, tmp_path / "a")
+    load_adapter_folder(again, tmp_path / "a")
     assert torch.equal(again(x), model(x))
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
-    assert adapt.base_hash(again) == before and adapt.trained(again) == adapt.trained(model)
+    assert adapt.base_hash(again) == before
+    assert adapt.trained(again) == adapt.trained(model)
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_an_adapter_of_peft_here_and_back(base, tmp_path, few):
+def test_their_adapter_here_and_back(base, tmp_path, few):
     kind, make, folder = base
-    names = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
-    names = names if few else ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else "all-linear"
-    last = "c_proj" if kind == "gpt2" else "down_proj"
+    if kind == "gpt2":
+        names = ["c_attn"] if few else ["c_attn", "c_proj", "c_fc"]
+        last = "c_proj"
+    else:
+        names = ["q_proj", "v_proj"] if few else "all-linear"
+        last = "down_proj"
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=names, init_lora_weights=False,
-        rank_pattern={} if few else {last: 2}, alpha_pattern={} if few else {f"0.mlp.{last}": 5},
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        target_modules=names,
+        init_lora_weights=False,
+        rank_pattern={} if few else {last: 2},
+        alpha_pattern={} if few else {f"0.mlp.{last}": 5},
         fan_in_fan_out=kind == "gpt2",
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     model = make()
-    hub_adapter.load_adapter_folder(model, tmp_path / "theirs", "poems")
+    load_adapter_folder(model, tmp_path / "theirs", "poems")
     assert_same_logits(model, theirs)
-    hub_adapter.save_adapter(model, tmp_path / "ours", str(folder), "poems")
+    save_adapter(model, tmp_path / "ours", str(folder), "poems")
     assert_same_tensors(tmp_path / "theirs", tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert_same_logits(model, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
@@ -116,7 +149,7 @@ def test_an_adapter_of_peft_here_and_back(base, tmp_path, few):
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
-def test_a_table_of_tokens_comes_with_that_of_the_base(base, tmp_path):
+def test_a_token_table_must_be_that_of_the_base(base, tmp_path):
     kind, make, folder = base
     names = ["wte", "c_fc"] if kind == "gpt2" else ["embed_tokens", "up_proj"]
     config = peft.LoraConfig(
@@ -126,59 +159,61 @@ def test_a_table_of_tokens_comes_with_that_of_the_base(base, tmp_path):
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     model = make()
-    hub_adapter.load_adapter_folder(model, tmp_path / "theirs")
+    load_adapter_folder(model, tmp_path / "theirs")
     assert_same_logits(model, theirs)
     path = tmp_path / "theirs" / "adapter_model.safetensors"
     tensors = load_file(path)
     tables = [name for name in tensors if name.endswith("base_layer.weight")]
-    assert len(tables) == (kind != "gpt2")  # peft does not know that wte is one
+    assert len(tables) == (0 if kind == "gpt2" else 1)  # peft does not know that wte is a table
     for table in tables:
         save_file(tensors | {table: tensors[table] + 1}, path)
         with pytest.raises(ValueError, match="trained on another base"):
-            hub_adapter.load_adapter_folder(make(), tmp_path / "theirs")
+            load_adapter_folder(make(), tmp_path / "theirs")
 
 
-def test_clip_both_ways(tmp_path):
+def test_an_adapter_of_clip_both_ways(tmp_path):
     model = random_weights(lambda: CLIP(CLIP_CONFIG))
     model.save_pretrained(tmp_path / "base")
-    images, tokens = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randint(58, (2, 8))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens = torch.randint(58, (2, 8))
     tokens[:, -1] = 59
 
     @torch.no_grad()
     def assert_same(ours, theirs):
-        # transformers reads (pixel - mean) / std; at 0.5 and 0.5 that is our [-1, 1]
+        # transformers reads (pixel - mean) / std; with 0.5 and 0.5 that is our range, [-1, 1].
         expected = theirs(pixel_values=images, input_ids=tokens).logits_per_image
         torch.testing.assert_close(ours(images, tokens), expected, atol=1e-4, rtol=1e-4)
 
     adapt.apply(model, "lora", AdapterConfig(3, targets="."))
-    train_a_little(model)
-    hub_adapter.save_adapter(model, tmp_path / "a", str(tmp_path / "base"))
+    fill_b(model)
+    save_adapter(model, tmp_path / "a", str(tmp_path / "base"))
     theirs = CLIPModel.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
     assert_same(model, theirs)
     theirs.save_pretrained(tmp_path / "b")
     again = CLIP.from_pretrained(tmp_path / "base")
-    hub_adapter.load_adapter_folder(again, tmp_path / "b")
+    load_adapter_folder(again, tmp_path / "b")
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
     assert_same(again, theirs)
 
 
-def test_parts_of_c_attn_that_share_no_a_are_blocks():
-    A, B = torch.randn(2, 3, 5), torch.randn(2, 4, 3)
-    joined_A, joined_B = hub_adapter.join({"q": (A[0], B[0]), "v": (A[1], B[1])})
+def test_parts_of_c_attn_with_different_a_become_blocks():
+    A = torch.randn(2, 3, 5)
+    B = torch.randn(2, 4, 3)
+    joined_A, joined_B = join({"q": (A[0], B[0]), "v": (A[1], B[1])})
     expected = torch.cat((B[0] @ A[0], torch.zeros(4, 5), B[1] @ A[1]))
     torch.testing.assert_close(joined_B @ joined_A, expected)
-    shared_A, shared_B = hub_adapter.join({"q": (A[0], B[0]), "k": (A[0], B[1])})
+    shared_A, shared_B = join({"q": (A[0], B[0]), "k": (A[0], B[1])})
     torch.testing.assert_close(shared_B[:4] @ shared_A, B[0] @ A[0])
     assert shared_A.shape == (3, 5) and not shared_B[8:].any()
 
 
-def test_an_untrained_adapter_returns_with_all_its_layers(tmp_path):
+def test_an_untrained_adapter_keeps_all_its_layers(tmp_path):
     model = GPT(MODELS["gpt2"])
     adapt.apply(model, "lora", AdapterConfig(2, targets=r"\.q$"))
-    hub_adapter.save_adapter(model, tmp_path, "x")
+    save_adapter(model, tmp_path, "x")
     again = GPT(MODELS["gpt2"])
-    hub_adapter.load_adapter_folder(again, tmp_path)
+    load_adapter_folder(again, tmp_path)
     assert {name[-1] for name, _ in lora.adapted_layers(again)} == {*"qkv"}
 
 
@@ -187,10 +222,10 @@ def test_an_untrained_adapter_returns_with_all_its_layers(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with an adapter of a Llama, and a plain model that it fits."""
+    """A folder with an adapter for a Llama, and a Llama without it."""
     model = GPT(MODELS["llama"])
     adapt.apply(model, "lora", AdapterConfig(2, targets=r"\.q$"))
-    hub_adapter.save_adapter(model, tmp_path / "a", "base")
+    save_adapter(model, tmp_path / "a", "base")
     return tmp_path / "a", GPT(MODELS["llama"])
 
 
@@ -200,12 +235,12 @@ def saved(tmp_path):
      {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"never_heard_of": 1}, {"r": "2"},
      {"lora_alpha": 0}, {"lora_dropout": 2.0}],
 )  # fmt: skip
-def test_what_our_lora_does_not_compute_is_refused_by_name(saved, field):
+def test_unsupported_settings_are_refused_by_name(saved, field):
     folder, model = saved
     raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(raw | field), encoding="utf-8")
     with pytest.raises(ValueError, match=next(iter(field)).removeprefix("lora_")):
-        hub_adapter.load_adapter_folder(model, folder)
+        load_adapter_folder(model, folder)
     assert not any(lora.adapted_layers(model))
 
 
@@ -228,7 +263,7 @@ def test_tensors_that_do_not_fit(saved, change, message):
     tensors = change(load_file(path))
     save_file(tensors, path)
     with pytest.raises(ValueError, match=message):
-        hub_adapter.load_adapter_folder(model, folder)
+        load_adapter_folder(model, folder)
     assert not any(lora.adapted_layers(model))
 
 
@@ -236,18 +271,18 @@ def test_a_pickle_is_refused(saved):
     folder, model = saved
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="pickle"):
-        hub_adapter.load_adapter_folder(model, folder)
+        load_adapter_folder(model, folder)
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_else_is_saved(saved, tmp_path):
+def test_refused_exports(saved, tmp_path):
     folder, model = saved
     with pytest.raises(ValueError, match="no LoRA named 'default'"):
-        hub_adapter.save_adapter(model, tmp_path / "b", "base")
-    hub_adapter.load_adapter_folder(model, folder)
+        save_adapter(model, tmp_path / "b", "base")
+    load_adapter_folder(model, folder)
     with pytest.raises(ValueError, match="already"):
-        hub_adapter.save_adapter(model, folder, "base")
-    hub_adapter.save_adapter(model, folder, "base", overwrite=True)
+        save_adapter(model, folder, "base")
+    save_adapter(model, folder, "base", overwrite=True)
     other = Autoencoder(AutoencoderConfig(8, channels=(8, 8), groups=4))
     adapt.apply(other, "lora", AdapterConfig(2))
     with pytest.raises(ValueError, match="Autoencoder has no layout"):
-        hub_adapter.save_adapter(other, tmp_path / "c", "base")
+        save_adapter(other, tmp_path / "c", "base")

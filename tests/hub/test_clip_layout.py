@@ -1,4 +1,4 @@
-"""CLIP in the Hugging Face layout: transformers is the oracle, on random weights, offline."""
+"""CLIP in the Hugging Face layout. The oracle is transformers, on random weights, offline."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from transformers import CLIPModel as TheirModel
 from data import pictures
 from tinyfm import tokenizer
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.common import files as hub
+from tinyfm.common.files import TEMPORARY
 from tinyfm.hub import clip
 from tinyfm.hub.tokenizers import clip_spec
 from tinyfm.tokenizer import ClipTokenizer, encode_captions
@@ -64,7 +64,7 @@ def reference(parts: dict) -> TheirModel:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def published(request, tmp_path_factory):
-    """A model of transformers, and the folder that it saved itself to."""
+    """A model of transformers, and the folder it was saved to."""
     model = reference(VARIANTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -78,18 +78,20 @@ def folder(tmp_path):
 
 
 def edit(folder, part, **fields):
-    """Change fields of config.json, or of a part of it; `...` removes one."""
+    """Change fields of config.json, or of a part of it; `...` removes a field."""
     path = folder / "config.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
     raw = whole[part] if part else whole
-    raw |= fields
-    for name in [name for name, value in fields.items() if value is ...]:
-        del raw[name]
+    for name, value in fields.items():
+        if value is ...:
+            raw.pop(name, None)
+        else:
+            raw[name] = value
     path.write_text(json.dumps(whole), encoding="utf-8")
 
 
 def inputs(end: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and texts of 2 to 11 tokens, an end token after each and others after that."""
+    """Images, and texts of 2 to 11 tokens, then an end token, then other tokens."""
     g = torch.Generator().manual_seed(1)
     images = 2 * torch.rand(6, channels, 16, 16, generator=g) - 1
     tokens = torch.randint(6, 95, (6, 12), generator=g)
@@ -99,7 +101,7 @@ def inputs(end: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def assert_same(ours: CLIP, theirs: TheirModel, images, tokens, pixels=None, tolerance=1e-4):
-    """Embeddings and logits are equal; the first are spread out, so that this says something."""
+    """Embeddings and logits are equal. Embeddings differ between rows, so the check can fail."""
     out = theirs(input_ids=tokens, pixel_values=images if pixels is None else pixels)
     x, y = ours.encode_image(images), ours.encode_text(tokens)
     assert (x[0] - x[1]).norm() > 0.05 and (y[0] - y[1]).norm() > 0.05
@@ -151,7 +153,7 @@ def test_export_of_our_own(tmp_path, changes):
             p.add_(torch.randn_like(p) * 0.1)
     end = changes.get("end_token", -1)
     images, tokens = inputs(5 if end == 5 else 96, ours.config.channels)
-    if end == -1:  # its rows are filled up with the end token
+    if end == -1:  # its rows are padded with the end token
         tokens[(tokens == 96).cumsum(1) > 0] = 96
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if end == -1 else "error")
@@ -161,17 +163,19 @@ def test_export_of_our_own(tmp_path, changes):
 
 
 def test_towers_load_by_themselves(tmp_path):
-    ours, (images, tokens) = CLIP(replace(OURS, end_token=96)).eval(), inputs(96)
+    ours = CLIP(replace(OURS, end_token=96)).eval()
+    images, tokens = inputs(96)
     ours.save_pretrained(tmp_path)
-    towers = transformers.CLIPVisionModelWithProjection, transformers.CLIPTextModelWithProjection
-    see, read = (tower.from_pretrained(tmp_path) for tower in towers)
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path)
     with torch.no_grad():
-        x, y = see(images).image_embeds, read(tokens).text_embeds
-        torch.testing.assert_close(normalize(x), ours.encode_image(images))
-        torch.testing.assert_close(normalize(y), ours.encode_text(tokens))
+        x = normalize(vision(images).image_embeds)
+        y = normalize(text(tokens).text_embeds)
+        torch.testing.assert_close(x, ours.encode_image(images))
+        torch.testing.assert_close(y, ours.encode_text(tokens))
 
 
-def test_the_scale_is_clamped_here_only(folder, tmp_path):
+def test_only_our_scale_is_clamped(folder, tmp_path):
     stored = load_file(folder / "model.safetensors")
     stored["logit_scale"] = torch.tensor(math.log(250.0))
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
@@ -202,7 +206,7 @@ def test_half_precision(folder, tmp_path):
 # ---- published sizes -----------------------------------------------------------------------------
 
 WIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-PUBLISHED = {  # what the published config.json says beside the defaults
+PUBLISHED = {  # parameters, and the fields of the published config.json that are not defaults
     "ViT-B/32": (151_277_313, {"vision_config": {"patch_size": 32}}),
     "ViT-B/16": (149_620_737, {"vision_config": {"patch_size": 16}}),
     "ViT-L/14": (427_616_513, {"text_config_dict": WIDE, "projection_dim": 768, "vision_config": {
@@ -236,7 +240,7 @@ def photo(path, seed=0, mode="RGB"):
 
 
 def prepare(path, config) -> torch.Tensor:
-    """As pairs are read for training: (1, C, H, W) in [-1, 1]."""
+    """A picture as in our training data: (1, C, H, W) in [-1, 1]."""
     image = pictures.read(path, config.image_size, config.channels)
     return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -244,7 +248,7 @@ def prepare(path, config) -> torch.Tensor:
 OPENAI = {"image_mean": (0.48145466, 0.4578275, 0.40821073),
           "image_std": (0.26862954, 0.26130258, 0.27577711)}  # fmt: skip
 OLD = {"do_normalize": True, "feature_extractor_type": "CLIPFeatureExtractor", "size": 16}
-PROCESSORS = {  # how files of several ages say it, and what they mean
+PROCESSORS = {  # files of several versions, and what they mean
     "older": ({"preprocessor_config.json": OLD | {n: list(v) for n, v in OPENAI.items()}}, OPENAI),
     "silent": ({"preprocessor_config.json": OLD}, OPENAI),
     "plain": ({"preprocessor_config.json": OLD | {"do_normalize": False}},
@@ -260,7 +264,7 @@ PROCESSORS = {  # how files of several ages say it, and what they mean
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_how_a_folder_normalises(folder, kind):
+def test_mean_and_std_of_a_folder(folder, kind):
     files, expected = PROCESSORS[kind]
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
@@ -269,11 +273,12 @@ def test_how_a_folder_normalises(folder, kind):
     assert CLIPConfig(**json.loads(json.dumps(asdict(config)))) == config  # JSON has lists
 
 
-def test_pictures_give_the_same_through_either_processor(folder, tmp_path):
-    """Published weights with their own mean and deviation; and what we write for transformers."""
+def test_pictures_through_either_processor(folder, tmp_path):
+    """A published folder with its own mean and std, and our export of it."""
     square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     TheirProcessor(**square).save_pretrained(folder)
-    ours, (_, tokens) = CLIP.from_pretrained(folder), inputs(96)
+    ours = CLIP.from_pretrained(folder)
+    _, tokens = inputs(96)
     ours.save_pretrained(tmp_path / "out")
     paths = [photo(tmp_path / f"{seed}.png", seed) for seed in range(3)]
     images = torch.cat([prepare(path, ours.config) for path in paths])
@@ -286,7 +291,7 @@ def test_pictures_give_the_same_through_either_processor(folder, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_through_what_we_write(tmp_path, channels):
+def test_pixels_through_the_exported_processor(tmp_path, channels):
     model = CLIP(replace(OURS, channels=channels, end_token=96))
     model.save_pretrained(tmp_path)
     path = photo(tmp_path / "photo.png", mode="L" if channels == 1 else "RGB")
@@ -308,8 +313,8 @@ def test_other_pixel_ranges_are_refused(folder):
 CAPTIONS = ["a photo of the cat", "cats catch", "naïve 中文"]
 
 
-def test_the_tokenizer_of_clip_travels(tmp_path):
-    """Rows that transformers' tokenizer makes, pads included, give the same in both."""
+def test_export_with_the_tokenizer_of_clip(tmp_path):
+    """Rows from the tokenizer of transformers, padding included, give the same in both."""
     ours_tokenizer = ClipTokenizer(clip_spec(VOCAB, MERGES_TXT))
     size = ours_tokenizer.vocab_size
     model = CLIP(replace(OURS, vocab_size=size)).eval()
@@ -326,8 +331,8 @@ def test_the_tokenizer_of_clip_travels(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bpe", "bytes"])
-def test_our_own_tokenizers_end_a_text_there_too(tmp_path, kind):
-    """SentencePiece's end token is among the lowest ids: the highest of a row is another."""
+def test_export_with_a_tokenizer_of_ours(tmp_path, kind):
+    """The end token of SentencePiece has a low id, so it is not the highest of its row."""
     learnt = tokenizer.train(kind, CAPTIONS * 20, 257 if kind == "bytes" else 264)
     model = CLIP(replace(OURS, vocab_size=300, context_length=32)).eval()
     model.save_pretrained(tmp_path, learnt)
@@ -349,7 +354,7 @@ def test_an_end_that_cannot_be_written(tmp_path):
         CLIP(OURS).save_pretrained(tmp_path / "out")
 
 
-# ---- what published folders look like ------------------------------------------------------------
+# ---- other forms of published folders ------------------------------------------------------------
 
 
 def test_stored_extras_and_shards(folder, tmp_path):
@@ -365,7 +370,7 @@ def test_stored_extras_and_shards(folder, tmp_path):
 
 
 def test_an_older_config(folder):
-    """Parts under a second name, which goes first; null; fields that nothing depends on."""
+    """Parts under a second name, which takes precedence; null; fields without effect."""
     path = folder / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     raw |= {"text_config_dict": raw["text_config"], "text_config": {"vocab_size": 5}}
@@ -439,4 +444,4 @@ def test_a_folder_is_not_overwritten_by_accident(tmp_path):
         model.save_pretrained(tmp_path)
     CLIP(replace(OURS, end_token=96, image_layer=1)).save_pretrained(tmp_path, overwrite=True)
     assert CLIP.from_pretrained(tmp_path).config.image_layer == 1
-    assert not [*tmp_path.glob(f"{hub.TEMPORARY}*")]
+    assert not [*tmp_path.glob(f"{TEMPORARY}*")]

@@ -1,4 +1,4 @@
-"""Weights in the Hugging Face layout: transformers is the oracle, on random weights, offline."""
+"""GPTs in the Hugging Face layout. The oracle is transformers, on random weights, offline."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def reference(model_type: str, fields: dict):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def published(request, tmp_path_factory):
-    """A model of transformers, and the folder that it saved itself to."""
+    """A model of transformers, and the folder it was saved to."""
     model = reference(*VARIANTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -63,7 +63,7 @@ def published(request, tmp_path_factory):
 
 @pytest.fixture
 def llama(tmp_path):
-    """A folder with a small Llama."""
+    """A folder with a small Llama of transformers."""
     reference("llama", SIZES).save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -118,10 +118,11 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
 
 
 def theirs_complete(theirs, prompts, **settings):
-    """transformers' greedy continuation, its prompts padded on the left."""
+    """The greedy continuation of transformers, which pads prompts on the left."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    padding = [[0] * (longest - len(row)) for row in prompts]
+    ids = torch.tensor([pad + row for pad, row in zip(padding, prompts)])
+    mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, prompts)])
     settings |= {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     return theirs.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
 
@@ -130,7 +131,8 @@ def theirs_complete(theirs, prompts, **settings):
 def test_greedy_tokens(variant, tmp_path):
     theirs = reference(*VARIANTS[variant])
     theirs.save_pretrained(tmp_path)
-    ours, greedy = GPT.from_pretrained(tmp_path), generate.Sampling(8, temperature=0)
+    ours = GPT.from_pretrained(tmp_path)
+    greedy = generate.Sampling(8, temperature=0)
     prompts = [row.tolist() for row in tokens(3, 14)]
     plain = generate.complete(ours, prompts, greedy)
     assert plain == theirs_complete(theirs, prompts)
@@ -160,7 +162,7 @@ def test_filters_equal_transformers_warpers(ours, warper):
 # ---- published sizes -----------------------------------------------------------------------------
 
 ROTARY = {"hidden_act": "silu", "num_hidden_layers": 32, "num_attention_heads": 32}
-PUBLISHED = {  # the fields of the published config.json that matter here
+PUBLISHED = {  # parameters, and the fields of the published config.json that matter here
     "gpt2": (124_439_808, {
         "model_type": "gpt2", "activation_function": "gelu_new", "n_embd": 768, "n_head": 12,
         "n_layer": 12, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "vocab_size": 50257}),
@@ -207,7 +209,7 @@ def test_published_sizes(name, tmp_path):
     assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
 
 
-def test_fields_that_only_the_numbers_show(tmp_path):
+def test_published_settings_that_no_shape_shows(tmp_path):
     def read(name):
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][1]), encoding="utf-8")
         return gpt.read_config(GPTConfig, tmp_path)[1]
@@ -218,7 +220,7 @@ def test_fields_that_only_the_numbers_show(tmp_path):
     assert read("gpt2").dropout == 0.1
 
 
-# ---- what published folders look like ------------------------------------------------------------
+# ---- other forms of published folders ------------------------------------------------------------
 
 
 def test_shards_and_half_precision(tmp_path):
@@ -242,7 +244,7 @@ def test_shards_and_half_precision(tmp_path):
 
 
 def test_gpt2_as_it_was_published(tmp_path):
-    """Without the prefix and the head, with the buffers of its causal mask."""
+    """Without the prefix and the head, and with the buffers of the causal mask."""
     theirs = reference("gpt2", GPT2)
     theirs.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -253,7 +255,7 @@ def test_gpt2_as_it_was_published(tmp_path):
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs, **CLOSE)
 
 
-def test_stored_extras(llama):
+def test_files_that_store_more_than_weights(llama):
     """Rotary frequencies, and the head of a tied model."""
     stored = load_file(llama / "model.safetensors")
     stored = {name: tensor.clone() for name, tensor in stored.items()}
@@ -270,7 +272,7 @@ def test_stored_extras(llama):
         GPT.from_pretrained(llama)
 
 
-def test_the_model_does_not_hang_on_the_files(llama):
+def test_a_model_lives_on_without_its_files(llama):
     model = GPT.from_pretrained(llama)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     os.truncate(llama / "model.safetensors", 0)
@@ -325,7 +327,7 @@ def test_refused_config(llama, fields, message):
         ("qwen3-window", {"layer_types": ..., "max_window_layers": 1}, "one type for all layers"),
     ],
 )
-def test_refused_config_of_others(tmp_path, variant, fields, message):
+def test_refused_config_of_other_architectures(tmp_path, variant, fields, message):
     reference(*VARIANTS[variant]).save_pretrained(tmp_path)
     edit(tmp_path, **fields)
     with pytest.raises(ValueError, match=message):
@@ -401,7 +403,7 @@ TEXT = "the cat sat on the mat, and the dog — über 12.5 words\n\tate <|endoft
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "sentencepiece", "sentencepiece-unigram"])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_tokenizer_travels(tmp_path, kind, qk_norm):
+def test_export_with_a_tokenizer(tmp_path, kind, qk_norm):
     ours = tokenizer.train(kind, [TEXT], 257 if kind == "bytes" else 280)
     model = GPT(replace(SMALL, qk_norm=qk_norm))
     model.save_pretrained(tmp_path, ours)
@@ -415,8 +417,9 @@ def test_tokenizer_travels(tmp_path, kind, qk_norm):
     assert tokenizer.load(tmp_path).encode(TEXT) == ours.encode(TEXT)
 
 
-def test_export_is_whole_or_does_not_load(tmp_path, monkeypatch):
-    model, ours = GPT(SMALL), tokenizer.train("bytes", [TEXT], 257)
+def test_an_incomplete_export_does_not_load(tmp_path, monkeypatch):
+    model = GPT(SMALL)
+    ours = tokenizer.train("bytes", [TEXT], 257)
     with pytest.raises(ValueError, match="257 tokens, the model 200"):
         GPT(replace(SMALL, vocab_size=200)).save_pretrained(tmp_path, ours)
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
