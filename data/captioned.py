@@ -16,7 +16,6 @@ used and skipped, and why. With template "" no captions are read, and none are n
 import csv
 import hashlib
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -66,13 +65,6 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
             report.skip("no caption", image.as_posix())
 
 
-def parse_json(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def table_pairs(table: Path, report: Report, template: str) -> Iterator[Pair]:
     """Yield a pair for each picture of a table, with the captions of all its rows."""
     try:
@@ -80,7 +72,7 @@ def table_pairs(table: Path, report: Report, template: str) -> Iterator[Pair]:
         if table.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = [parse_json(line) for line in text.split("\n") if line.strip()]
+            rows = [files.parse_json(line) for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{table} cannot be read: {error}") from error
     pictured: dict[Path, list[str]] = {}

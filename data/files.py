@@ -84,6 +84,14 @@ def read(path: Path) -> tuple[str, int]:
         return decode(head if b"\0" in head else head + file.read())
 
 
+def parse_json(line: str) -> object:
+    """The value of a line of JSON; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 # ---- many documents in a file --------------------------------------------------------------------
 
 

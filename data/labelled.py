@@ -19,11 +19,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from data import captioned, files, pictures
-from data.pictures import Record
+from data import files
 from data.report import Report
+
+# What reads pictures is imported by the functions that need it: a table of texts needs no Pillow.
+if TYPE_CHECKING:
+    from data.pictures import Record
 
 TRAIN, HELD_OUT = "train", "held out"
 SPLITS = (TRAIN, HELD_OUT)
@@ -55,7 +58,7 @@ def read_table(table: Path) -> list[dict]:
     try:
         text = files.read(table)[0]
         if table.suffix.lower() == ".jsonl":
-            lines = [captioned.parse_json(line) for line in text.split("\n") if line.strip()]
+            lines = [files.parse_json(line) for line in text.split("\n") if line.strip()]
             return [line if isinstance(line, dict) else {} for line in lines]
         delimiter = DELIMITERS[table.suffix.lower()]
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
@@ -142,6 +145,8 @@ def picture_rows(
 ) -> list[Row]:  # fmt: skip
     """The pictures of a table, or of a folder of folders, each with the path to open; none is
     opened. Raises ValueError as `text_rows` does."""
+    from data import captioned
+
     path = Path(path).expanduser()
     if path.is_dir():
         if len(label_columns) > 1:
@@ -171,9 +176,11 @@ def version(rows: Sequence[Row]) -> str:
 
 def records(
     rows: Sequence[Row], splits: Sequence[str], size: int, channels: int, report: Report
-) -> Iterator[Record]:
+) -> "Iterator[Record]":
     """Yield a record for each picture that can be read, its captions being its labels; the same
     picture under several names once. Raises ValueError if none can be used."""
+    from data import pictures
+
     seen = set()
     for row, split in zip(rows, splits):
         try:
@@ -186,7 +193,7 @@ def records(
             continue
         seen.add(content)
         report.used += 1
-        yield Record(image, row.labels, row.labels[0], split)
+        yield pictures.Record(image, row.labels, row.labels[0], split)
     if not report.used:
         raise ValueError(f"no picture can be used: {report}")
 

@@ -18,7 +18,7 @@ from data import chats
 from data.report import Report
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
-from tinyfm.adapt.chat import ROLES, chat, encode_message, fit_history, render, reply
+from tinyfm.adapt.chat import ROLES, chat, encode_message, render, reply, trim_history
 from tinyfm.batches.chat import ChatConfig, ChatData, make_rows
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
@@ -117,7 +117,7 @@ def test_long_conversations_go_on_in_another_row():
     rows = make_rows(BYTES, messages, start + 2 * exchange - 1, cuts)
     said = [read_back(BYTES, row.ids.tolist()) for row in rows]
     assert said == [messages[:5], messages[:1] + messages[5:9], messages[:1] + messages[9:]]
-    assert +cuts == {"conversations go on in another row": 1}
+    assert +cuts == {"conversations continue in another row": 1}
     assert len(make_rows(BYTES, messages, start + 2 * exchange - 2, Counter())) == 5
 
 
@@ -266,10 +266,10 @@ def test_history_keeps_the_system_message_and_the_latest_exchanges():
     messages = talk("q1", "a1", "q2", "a2", "q3", system="s")
     for dropped in (0, 2, 4):
         kept = messages[:1] + messages[1 + dropped :]
-        assert fit_history(BYTES, messages, len(render(BYTES, kept))) == render(BYTES, kept)
+        assert trim_history(BYTES, messages, len(render(BYTES, kept))) == render(BYTES, kept)
     least = len(render(BYTES, messages[:1] + messages[5:]))
     with pytest.raises(ValueError, match=f"takes {least} tokens, only {least - 1} fit"):
-        fit_history(BYTES, messages, least - 1)
+        trim_history(BYTES, messages, least - 1)
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ def test_what_needs_no_model_is_told(tmp_path):
     lines = data.baselines()
     assert lines["label"] == {"chance": 0.5, "commonest": pytest.approx(share)}
     assert 0.6 < share < 0.73
-    assert f"label: 2 classes, right by chance 50.0%, by the commonest {share:.1%}" in (
+    assert f"accuracy by chance 50.0%, of always the most common class {share:.1%}" in (
         data.description
     )
 
@@ -301,6 +301,10 @@ def test_mistakes_in_pictures_name_the_fix(tmp_path):
     table = write(tmp_path / "t.csv", "path,label\na.png,x\nb.png,y\n")
     with pytest.raises(ValueError, match=r"no picture can be used: .*2 skipped: No such file"):
         open_pictures(table, tmp_path)
+
+
+def test_the_names_of_picture_tasks_are_those_of_their_source():
+    assert tasks.PICTURES == scripts.TASKS  # written twice, as scripts loads font libraries
 
 
 # ---- the offline tasks --------------------------------------------------------------------------

@@ -171,6 +171,22 @@ def test_bits_per_byte_by_hand(tmp_path):
     assert data.metrics(2.5)["val_bpb"] == pytest.approx(2.5 * 201 / math.log(2) / 200)
 
 
+# --- What importing loads -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["text", "labelled", "chat"])
+def test_data_of_language_models_load_no_fonts_and_no_pictures(module):
+    code = f"import tinyfm.batches.{module}, sys; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=root
+    )
+    loaded = set(done.stdout.split())
+    assert f"tinyfm.batches.{module}" in loaded
+    heavy = {"PIL", "matplotlib", "fontTools", "data.glyphs", "data.scripts", "data.pictures"}
+    assert not loaded & heavy
+
+
 # --- Splits and shards ----------------------------------------------------------------------------
 
 

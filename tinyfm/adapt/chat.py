@@ -1,19 +1,19 @@
-"""Chats: a model that continues texts learns to answer, and to talk.
+"""Chats: a model that continues texts learns to answer, and to hold a conversation.
 
 Pretraining predicts every token. Instruction tuning (Wei et al. 2021; Ouyang et al. 2022, step 1)
-shows whole conversations, and counts what the assistant says only (chat_data.py makes the rows):
+trains on whole conversations, but only on the assistant's tokens (batches/chat.py makes the rows):
 
     loss = - sum_t m_t ln p(x_t | x_<t) / sum_t m_t,     m_t = 1 if the assistant says x_t, else 0.
 
-One template serves training and sampling. The end-of-text token EOT stands first and closes every
-message; a message begins with its role, in plain text:
+Training and sampling use one template. The end-of-text token EOT stands first and ends every
+message. A message starts with its role, in plain text:
 
     EOT user: What does cmp do? EOT assistant: Compare two files. EOT user: And clear_cache? EOT ...
 
-Only behind an EOT does a role count, and no message can bring one along: the tokenizer reads an
-"<|endoftext|>" in a text as any other text. So what looks like a role in a message stays text. Role
-and content are encoded apart: "assistant:" is always the same tokens, and what is trained on are
-the tokens behind it and the EOT that ends the turn, which are just those that sampling makes.
+A role counts only after an EOT, and no message can contain one: the tokenizer encodes an
+"<|endoftext|>" in a text like any other text. So text that looks like a role stays text. Role and
+content are encoded separately. So "assistant:" is always the same tokens, and the tokens after it,
+with the EOT that ends the turn, are those that sampling generates: these are trained on.
 
 Left out: tools, other models' templates, preferences (RLHF, DPO).
 """
@@ -32,7 +32,7 @@ ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 
 
-# ---- the template -------------------------------------------------------------------------------
+# ---- the template --------------------------------------------------------------------------------
 
 
 def check_messages(messages: Any) -> None:
@@ -49,7 +49,7 @@ def check_messages(messages: Any) -> None:
 
 
 def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], list[bool]]:
-    """Ids of one message, EOT at its end, and which of them are trained on."""
+    """Ids of one message, with EOT at its end, and for each whether it is trained on."""
     role = tokenizer.encode(f"{message['role']}:")
     content = [*tokenizer.encode(f" {message['content']}"), tokenizer.eot]
     trained = message["role"] == "assistant"
@@ -57,20 +57,23 @@ def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], l
 
 
 def render(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next answer begins.
+    """Token ids of a conversation, up to the start of the assistant's next answer.
 
-    Raises ValueError as check_messages says.
+    Raises ValueError as check_messages does.
     """
     check_messages(messages)
     ids = [tokenizer.eot]
     for message in messages:
-        ids += encode_message(tokenizer, message)[0]
+        message_ids, _ = encode_message(tokenizer, message)
+        ids += message_ids
     return ids + tokenizer.encode("assistant:")
 
 
 def split_exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system messages it begins with; and the rest in groups, cut after each answer."""
-    start = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    """(the system messages at the start, the other messages in groups that end with an answer)."""
+    start = 0
+    while start < len(messages) and messages[start]["role"] == "system":
+        start += 1
     exchanges: list[list[Message]] = []
     for i in range(start, len(messages)):
         if i == start or messages[i - 1]["role"] == "assistant":
@@ -79,15 +82,18 @@ def split_exchanges(messages: list[Message]) -> tuple[list[Message], list[list[M
     return messages[:start], exchanges
 
 
-# ---- talking ------------------------------------------------------------------------------------
+# ---- a conversation ------------------------------------------------------------------------------
 
 
-def fit_history(tokenizer: Tokenizer, messages: list[Message], room: int) -> list[int]:
-    """`render` of as much as fits into `room` tokens: the oldest exchanges go first, the system
-    messages and the last exchange stay. Raises ValueError if these are too long by themselves."""
+def trim_history(tokenizer: Tokenizer, messages: list[Message], room: int) -> list[int]:
+    """`render` of the conversation, without its oldest exchanges if it takes more than `room` ids.
+
+    The system messages and the last exchange stay. Raises ValueError if they alone are too long.
+    """
     system, exchanges = split_exchanges(messages)
     for first in range(max(1, len(exchanges))):
-        ids = render(tokenizer, system + [m for group in exchanges[first:] for m in group])
+        recent = [message for exchange in exchanges[first:] for message in exchange]
+        ids = render(tokenizer, system + recent)
         if len(ids) <= room:
             return ids
     raise ValueError(f"the message takes {len(ids)} tokens, only {room} fit: say it in fewer words")
@@ -96,30 +102,44 @@ def fit_history(tokenizer: Tokenizer, messages: list[Message], room: int) -> lis
 def reply(
     model, tokenizer: Tokenizer, messages: list[Message], sampling: generate.Sampling | None = None
 ) -> Iterator[str]:
-    """Yield the assistant's next answer in parts, as they become certain.
+    """Yield the assistant's next answer in parts, as soon as each is certain.
 
-    The context is shared: an answer may take max_new_tokens, but at most half of it; what went
-    before gets the rest, see fit_history.
+    The answer and the conversation before it share the context. The answer may take
+    max_new_tokens, but at most half of the context. The conversation gets the rest (trim_history).
     """
-    s, context = sampling or generate.Sampling(), model.config.context_length
-    s = replace(s, max_new_tokens=min(s.max_new_tokens, max(1, context // 2)))
-    s = replace(s, stop_tokens=(*s.stop_tokens, tokenizer.eot))
-    front = prompt_ids(model)  # a soft prompt stands before all that the model reads
-    ids = front + fit_history(tokenizer, messages, context - s.max_new_tokens - len(front))
-    text, begun = generate.TextStream(), False
+    s = sampling or generate.Sampling()
+    context = model.config.context_length
+    answer = min(s.max_new_tokens, max(1, context // 2))
+    s = replace(s, max_new_tokens=answer, stop_tokens=(*s.stop_tokens, tokenizer.eot))
+    front = prompt_ids(model)  # a soft prompt stands before everything that the model reads
+    ids = front + trim_history(tokenizer, messages, context - answer - len(front))
+    text = generate.TextStream()
+    started = False
     for (token,) in generate.stream(model, [ids], s):
         part = text.feed(tokenizer.token_bytes(token))
-        yield part if begun else part.removeprefix(" ")  # which the template puts there
-        begun = begun or bool(part)
+        if started:
+            yield part
+        else:
+            yield part.removeprefix(" ")  # the template's space after the role
+            started = part != ""
     yield text.feed(b"", final=True)
 
 
 def chat(
-    model, tokenizer: Tokenizer, read: Callable[[str], str] = input, write: Callable = print,
-    sampling: generate.Sampling | None = None, system: str = "",
-) -> list[Message]:  # fmt: skip
-    """Talk until the end of input (Ctrl-D); returns the messages. `write` takes print's options."""
-    s, messages = sampling or generate.Sampling(), []
+    model,
+    tokenizer: Tokenizer,
+    read: Callable[[str], str] = input,
+    write: Callable = print,
+    sampling: generate.Sampling | None = None,
+    system: str = "",
+) -> list[Message]:
+    """Read questions and write answers until the end of input (Ctrl-D); return the messages.
+
+    `read` and `write` are called like input and print. A question that does not fit into the
+    context is forgotten. Each answer is sampled with another seed.
+    """
+    s = sampling or generate.Sampling()
+    messages = []
     if system:
         messages.append({"role": "system", "content": system})
     while True:

@@ -1,12 +1,13 @@
-"""Pictures with captions, encoded once: what text-to-image reads.
+"""Pictures with captions, encoded once: the batches of text-to-image models.
 
-A denoiser that works on latents asks the autoencoder for the same ones in every epoch. So they are
-made once, before the training, and kept: an array of float16 beside the prepared pictures, under a
-name that depends on the pictures and on the autoencoder's weights. They are the encoder's means;
-the noise around them is far less than what the denoiser is trained to remove.
+A denoiser that works on latents needs the same latents of a picture in every epoch. So the
+autoencoder encodes all pictures once, before training. The latents are stored as float16 in a file
+next to the prepared pictures. Its name depends on the pictures and on the autoencoder's weights.
+They are the means of the encoder's distribution: its noise is far smaller than the noise that the
+denoiser is trained to remove.
 
-Letters: B batch, R rows of it, T tokens, C channels, Z latent channels, h w rows and columns of a
-latent.
+Legend: B batch, T tokens, C channels, H W rows and columns of a picture, Z latent channels, h w
+rows and columns of a latent.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from tinyfm.batches.order import shuffle
+from tinyfm.batches.order import fixed_order
 from tinyfm.batches.pairs import PairConfig, PairData
 
-ROWS = 256  # through the encoder at once
+ROWS = 256  # pictures to encode at once
 
 
 @dataclass(frozen=True)
 class LatentConfig(PairConfig):
-    """As for CLIP, with the tokenizer of the run that the text tower comes from."""
+    """Which pictures and captions to read. The tokenizer is that of the text tower's run."""
 
     path: str = "letters"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
-    val_images: int = 500  # of the pictures held out, how many an evaluation looks at
-    cache_latents: bool = True  # encode all pictures before the training; else in every step
+    val_images: int = 500  # number of held-out pictures that an evaluation reads
+    cache_latents: bool = True  # encode all pictures before training, instead of in every step
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,8 +43,11 @@ class LatentConfig(PairConfig):
             raise ValueError(f"--data.val-images {self.val_images}: it must be at least 1")
 
 
+# ---- files of latents ----------------------------------------------------------------------------
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights."""
+    """SHA-256 of a model's weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -57,34 +61,37 @@ def open_latents(path: Path, rows: int) -> np.ndarray:
         latents = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
         if (latents.dtype, latents.ndim, len(latents)) != (np.float16, 4, rows):
             raise ValueError(f"it holds {latents.dtype} {latents.shape}, not {rows} latents")
-    except Exception as error:  # numpy's reader of such files raises all sorts
-        advice = "delete it, it will be made again"
+    except Exception as error:  # numpy's reader raises many kinds for a damaged file
+        advice = "delete it, and the next run will write it again"
         raise ValueError(f"{path} cannot be read: {error}; {advice}") from error
     return latents
 
 
 @torch.no_grad()
 def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
-    """float16 (B, Z, h, w), mapped from a file that is written if it is not there.
+    """Latents of images, float16 (B, Z, h, w), mapped from a file. It is written if it is absent.
 
-    images: uint8 (B, C, H, W); model.encode_images makes latents of them. Raises ValueError for a
-    file that is there and damaged.
+    images: uint8 (B, C, H, W). model.encode_images turns float32 in [-1, 1] into latents. Raises
+    ValueError if the file exists and is damaged.
     """
     if not path.exists():
         device = next(model.parameters()).device
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
         parts = [images[i : i + ROWS] for i in range(0, len(images), ROWS)]
-        z = [
-            model.encode_images(torch.tensor(part, device=device) / 127.5 - 1).half().cpu().numpy()
-            for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None)
-        ]
+        z = []
+        for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None):
+            x = torch.tensor(part, device=device) / 127.5 - 1  # (ROWS, C, H, W)
+            z.append(model.encode_images(x).half().cpu().numpy())  # (ROWS, Z, h, w)
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
         try:
             with open(temporary, "wb") as file:
                 np.save(file, np.concatenate(z))
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)  # of a disk that was full
+            temporary.unlink(missing_ok=True)  # left over if the disk is full
     return open_latents(path, len(images))
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 class LatentData(PairData):
@@ -94,16 +101,22 @@ class LatentData(PairData):
     val_images: int
 
     def encode_all(self, model: nn.Module, config: LatentConfig) -> None:
-        """Make, or find, the latents of the splits that training reads."""
-        name = hashlib.sha256(f"{self.fingerprint} {fingerprint(model.autoencoder)}".encode())
-        path = Path(config.cache, f"latents-{name.hexdigest()[:12]}")
+        """Encode the splits that training reads, or open the latents of an earlier run."""
+        content = f"{self.fingerprint} {fingerprint(model.autoencoder)}"
+        name = hashlib.sha256(content.encode()).hexdigest()[:12]
+        path = Path(config.cache, f"latents-{name}")
+        train_and_val = list(self.splits)[:2]
         self.latents = {
             split: encode(model, self.splits[split].images, path.with_suffix(f".{i}.npy"))
-            for i, split in enumerate(list(self.splits)[:2])
+            for i, split in enumerate(train_and_val)
         }
 
     def read(self, split: str, index: np.ndarray) -> dict[str, torch.Tensor]:
-        """Rows `index` (int64): tokens (R, T), and latents (R, Z, h, w) or images (R, C, H, W)."""
+        """Rows `index` (int64) of a split, B of them:
+
+        {"latents": float32 (B, Z, h, w), "tokens": int64 (B, T)}
+        or, before `encode_all`, {"images": float32 (B, C, H, W), "tokens": int64 (B, T)}.
+        """
         batch = self.splits[split].batch(index)
         if self.latents is None:
             return {"images": batch["images"], "tokens": batch["tokens"]}
@@ -111,13 +124,12 @@ class LatentData(PairData):
         return {"latents": latents, "tokens": batch["tokens"]}
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`rows` of the global batch of `step`, as `read` returns them."""
+        """`rows` of the global batch of `step`, with the fields of `read`."""
         return self.read(next(iter(self.splits)), self.rows_of(step, rows))
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """val_images of the validation split, in an order that never changes."""
+        """`val_images` pictures of the validation split, in an order that never changes."""
         split = list(self.splits)[1]
-        size = len(self.val.labels)
-        order = shuffle(np.arange(size), size, seed=0)[: self.val_images]
+        order = fixed_order(len(self.val.labels))[: self.val_images]
         for first in range(0, len(order), rows):
             yield self.read(split, order[first : first + rows])

@@ -2,51 +2,63 @@
 
     records -> FOLDER/train.images     bytes (B, C, H, W)
                FOLDER/train.tokens     token ids (B, T) of the first captions, uint16 or uint32
-               FOLDER/train.json       all captions and labels; so for each other split
-               FOLDER/manifest.json    shapes, sizes and SHA-256;  FOLDER/tokenizer/
+               FOLDER/train.json       all captions and labels; the same three for each other split
+               FOLDER/manifest.json    shapes, sizes and SHA-256
+               FOLDER/tokenizer/
 
-The first two are arrays and nothing else, read through a memory map: the pictures may be more than
-fits in memory. The folder gets its name when it is complete: it is whole, or it is absent.
+The first two are arrays and nothing else. They are read through a memory map, so that the pictures
+may be larger than memory. The folder gets its name when it is complete: it is whole or absent.
+
+Legend: B pictures of a split, T tokens of the longest caption, C channels, H W rows and columns.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.download import sha256_of
-from data.pictures import Record
 from data.report import Report
-from tinyfm.batches.shards import rebuild_hint, token_dtype
+from tinyfm.batches.prepared import rebuild_hint
+from tinyfm.batches.shards import token_dtype
 from tinyfm.common.files import whole_or_absent
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
+if TYPE_CHECKING:  # only then, as it loads Pillow, which classifying texts does not need
+    from data.pictures import Record
+
 VERIFY_BYTES = 1 << 30  # files up to this size are read and checked in full when opened
 
-# ---- write ---------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def file_names(split: str) -> list[str]:
-    """Where the images (B, C, H, W), the tokens (B, T) and all texts of a split are."""
+    """The files of a split: images (B, C, H, W), tokens (B, T), and all texts."""
     return [f"{split.replace(' ', '-')}.{kind}" for kind in ("images", "tokens", "json")]
 
 
 def write_images(
     folder: Path, records: Iterable[Record], splits: tuple[str, ...]
 ) -> tuple[dict, tuple[int, ...]]:
-    """Write the images as they come; return {split: (captions, labels)} and their (C, H, W)."""
-    texts, shape = {split: ([], []) for split in splits}, ()
+    """Write the images as they come; return {split: (captions, labels)} and the shape (C, H, W)."""
+    texts = {split: ([], []) for split in splits}
+    shape = ()
     with contextlib.ExitStack() as stack:
-        out = {s: stack.enter_context(open(folder / file_names(s)[0], "wb")) for s in splits}
+        files = {}
+        for split in splits:
+            images_file, _, _ = file_names(split)
+            files[split] = stack.enter_context(open(folder / images_file, "wb"))
         for record in tqdm(records, "reading", unit=" images", leave=False, disable=None):
             image = record.image.transpose(2, 0, 1)  # (C, H, W)
-            out[record.split].write(image.tobytes())
+            files[record.split].write(image.tobytes())
             captions, labels = texts[record.split]
             captions.append(record.captions)
             labels.append(record.label)
@@ -61,7 +73,7 @@ def write_texts(
     cut = 0
     for split, (captions, labels) in texts.items():
         firsts = [own[0] for own in captions]
-        tokens, cut_here = encode_captions(tokenizer, firsts, context_length)
+        tokens, cut_here = encode_captions(tokenizer, firsts, context_length)  # (B, T)
         cut += cut_here
         _, tokens_file, texts_file = file_names(split)
         tokens.astype(token_dtype(tokenizer.vocab_size)).tofile(folder / tokens_file)
@@ -79,12 +91,16 @@ def build(
     make_tokenizer: Callable[[list[str]], Tokenizer],
     context_length: int,
 ) -> None:
-    """Make the folder. `make_tokenizer` is given all captions of "train", the first split;
-    `report` is filled as `records`, all of one shape, are read."""
-    begin = time.perf_counter()
+    """Make the folder, and print what was read.
+
+    `make_tokenizer` is given all captions of "train", the first split. The images of `records`
+    have one shape. `report` is filled as the records are read.
+    """
+    start = time.perf_counter()
     with whole_or_absent(folder) as temporary:
         texts, shape = write_images(temporary, records, splits)
-        tokenizer = make_tokenizer([text for own in texts["train"][0] for text in own])
+        train_captions, _ = texts["train"]
+        tokenizer = make_tokenizer([caption for own in train_captions for caption in own])
         write_texts(temporary, texts, tokenizer, context_length, report)
         tokenizer.save(temporary / "tokenizer")
         files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
@@ -97,44 +113,48 @@ def build(
             "report": str(report),
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    print(f"{folder}: {time.perf_counter() - begin:.1f} s; pictures: {report}")
+    print(f"{folder}: {time.perf_counter() - start:.1f} s; pictures: {report}")
 
 
-# ---- read ----------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest. Raises ValueError if it or a file that it lists is damaged."""
+    """The folder's manifest. Raises ValueError if it or a file in its list is damaged."""
     path = folder / "manifest.json"
+    hint = rebuild_hint(folder)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["image"], manifest["rows"]
-        written = [(folder / f, n, manifest["sha256"][f]) for f, n in manifest["bytes"].items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): {rebuild_hint(folder)}") from error
-    for path, size, sha256 in written:
+        match manifest:
+            case {"image": _, "rows": _, "bytes": dict(sizes), "sha256": dict(sums)}:
+                files = [(folder / name, size, sums[name]) for name, size in sizes.items()]
+            case _:
+                raise ValueError("an entry is missing")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): {hint}") from error
+    for path, size, sha256 in files:
         found = path.stat().st_size if path.exists() else 0
         if found != size:
-            raise ValueError(f"{path} has {found} bytes, expected {size}: {rebuild_hint(folder)}")
+            raise ValueError(f"{path} has {found} bytes, expected {size}: {hint}")
         if size <= VERIFY_BYTES and sha256_of(path) != sha256:
-            raise ValueError(f"{path} was altered since it was written: {rebuild_hint(folder)}")
+            raise ValueError(f"{path} was altered since it was written: {hint}")
     return manifest
 
 
 class Split(NamedTuple):
-    """Row i of each says something of picture i of B."""
+    """The pictures of one split. Row i of each field is about picture i."""
 
     images: np.ndarray  # uint8 (B, C, H, W), on disk
     tokens: np.ndarray  # uint16 or uint32 (B, T), on disk: the first caption
-    groups: np.ndarray  # int64 (B,), equal where the first captions are equal, in all splits alike
-    captions: list[list[str]]  # one or more
-    labels: list[str]  # what is shown, without how
+    groups: np.ndarray  # int64 (B,), equal where first captions are equal, across all splits
+    captions: list[list[str]]  # one or more of each picture
+    labels: list[str]  # the thing shown, without the manner
 
     def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
-        """Rows `index` (int64) as PairData.batch returns them."""
+        """Rows `index` (int64), with the fields of PairData.batch."""
         tokens = self.tokens[index].astype(np.int64)
-        padding = tokens[:, -1:] == tokens  # the last token of any row is the end-of-text token
-        tokens = tokens[:, : 1 + padding.argmax(axis=1).max()]
+        padding = tokens[:, -1:] == tokens  # every row ends with the end-of-text token
+        tokens = tokens[:, : 1 + padding.argmax(axis=1).max()]  # up to the longest row's first
         return {
             "images": torch.from_numpy(self.images[index]).float() / 127.5 - 1,
             "tokens": torch.from_numpy(tokens),
@@ -143,16 +163,17 @@ class Split(NamedTuple):
 
 
 def open_splits(folder: Path, manifest: dict, dtype: np.dtype) -> dict[str, Split]:
-    """Map the arrays and read the texts of each split."""
-    splits, groups = {}, {}
+    """Map the arrays and read the texts of each split. dtype: of the tokens."""
+    splits = {}
+    numbers: dict[str, int] = {}  # of each different first caption
     for name, rows in manifest["rows"].items():
         images, tokens, texts = (folder / file for file in file_names(name))
         content = json.loads(texts.read_text(encoding="utf-8"))
-        group = [groups.setdefault(own[0], len(groups)) for own in content["captions"]]
+        groups = [numbers.setdefault(own[0], len(numbers)) for own in content["captions"]]
         splits[name] = Split(
             np.memmap(images, np.uint8, "r", shape=(rows, *manifest["image"])).view(np.ndarray),
             np.memmap(tokens, dtype, "r").view(np.ndarray).reshape(rows, -1),
-            np.array(group, dtype=np.int64),
+            np.array(groups, dtype=np.int64),
             content["captions"],
             content["labels"],
         )

@@ -1,29 +1,26 @@
-"""Token shards -> batches: what the GPT reads, and in which order.
+"""Token shards -> batches: the windows of text that a GPT reads, and their order.
 
-A batch is a pure function of (seed, step). So there is no loader state to save, and a resumed run,
-or one on another number of machines, sees the same data. Row r of step s is sample
+A batch is a pure function of (seed, step), see order.py. So there is no loader state to save, and
+a resumed run, or one on another number of machines, sees the same data. Row r of step s is sample
 
     i = s * batch_size + r;   epoch, j = divmod(i, W)
     start = offset(epoch) + T * permutation(epoch)[j];   row = tokens[start : start + T + 1]
 
-In words: an epoch starts at its own random offset in [0, T), cuts the M training tokens into W
-windows, and takes each once, in its own random order. A window's last token is the first of the
-next: a target in the one, an input in the other. The permutation is computed for the j that are
-asked and never stored (see `permute`), so that a trillion tokens need no index.
+In words: an epoch draws an offset in [0, T), cuts the M training tokens from there on into W
+windows, and reads each window once, in a random order. The last token of a window is the first of
+the next: a target in one, an input in the other.
 
-Validation reads all val tokens in order and predicts each but the first exactly once. Its loss in
-nats per token depends on the tokenizer; in bits per byte of the text, any two models compare:
+Validation reads all validation tokens in order and predicts each token but the first exactly once.
+Its loss in nats per token depends on the tokenizer. Bits per byte of text compare any two models:
 
     bits per byte = nats per token * predicted tokens / ln 2 / UTF-8 bytes
 
-Legend: T context length, M training tokens, W windows of an epoch. Left out: a mask between the
-documents of a window (as in GPT-2, attention may look across the end-of-text token).
+Legend: B batch, T context length, M training tokens, W windows of an epoch. Left out: a mask
+between the documents of a window (as in GPT-2, attention may look across the end-of-text token).
 """
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,36 +32,41 @@ import torch
 from data import docs, files, shakespeare, stdlib
 from data.report import Report
 from tinyfm import tokenizer as tokenizers
-from tinyfm.batches.order import ROUNDS, permute
-from tinyfm.batches.shards import Shards, build, read_manifest, rebuild_hint
+from tinyfm.batches.order import ROUNDS, check_val_fraction, permute
+from tinyfm.batches.prepared import name_of, prepared_folder, rebuild_hint
+from tinyfm.batches.shards import Shards, build, read_manifest
+from tinyfm.common.config import may_change
 from tinyfm.training import checkpoint
 
 SOURCES = {"docs": docs, "stdlib": stdlib, "shakespeare": shakespeare}
 LEARNED_TOKENIZERS = ("sentencepiece", "sentencepiece-unigram", "bpe")
-FORMAT = 1  # of the prepared folders: with another number, all are built anew
+FORMAT = 1  # of the prepared folders: a new number makes all of them be prepared again
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text to read, and how it becomes tokens."""
+    """Which text to read, and how to turn it into tokens."""
 
-    # docs, stdlib, shakespeare, your own text file, folder or "glob", or what data/prepare.py made
+    # docs, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
+    # data/prepare.py made
     path: str = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
     val_fraction: float = 0.1  # share of the text held out for validation
-    cache: str = "data/cache"  # folder for the prepared shards
+    cache: str = may_change("data/cache")  # folder for the prepared shards
 
     def __post_init__(self):
-        # Whether the paths exist is asked when they are read: a config outlives the machine.
+        # Paths are checked when they are read: a config may be loaded on another machine.
         if not self.path or not self.tokenizer:
             raise ValueError("--data.path and --data.tokenizer must not be empty")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--data.val-fraction {self.val_fraction}: it must be between 0 and 1")
+        check_val_fraction(self.val_fraction)
+
+
+# ---- the order of the windows --------------------------------------------------------------------
 
 
 def count_windows(n_tokens: int, length: int) -> int:
-    """Windows of an epoch: as many as fit whatever the offset, at least one."""
+    """Windows of an epoch: as many as fit with any offset, and at least one."""
     return max(1, (n_tokens - length) // length)
 
 
@@ -76,34 +78,44 @@ def window_starts(index: np.ndarray, n_tokens: int, length: int, seed: int) -> n
     for epoch in np.unique(index // windows):
         rows = index // windows == epoch
         random = np.random.SeedSequence((seed, int(epoch))).generate_state(ROUNDS + 1, np.uint64)
-        offset, keys = int(random[0]) % offsets, random[1:]
+        offset = int(random[0]) % offsets
+        keys = random[1:]
         starts[rows] = offset + length * permute(index[rows] % windows, windows, keys)
     return starts
 
 
+# ---- the prepared text ---------------------------------------------------------------------------
+
+
 def find_source(path: str):
-    """Return (name, documents(report=...), version) of a named set or of the user's own files."""
+    """Return (name, documents(report=...), version) of a named source or of the user's files."""
     if path in SOURCES:
-        return path, SOURCES[path].documents, SOURCES[path].version()
-    name = re.sub(r"[^\w-]+", "-", Path(path).name).strip("-") or "text"
-    return name, partial(files.documents, path), files.version(path)
+        source = SOURCES[path]
+        return path, source.documents, source.version()
+    return name_of(path, "text"), partial(files.documents, path), files.version(path)
 
 
 def fixed_tokenizer(name: str) -> tokenizers.Tokenizer | None:
-    """The tokenizer that `name` stands for, or None if it is a kind that learns from the text."""
+    """The tokenizer of this name, or None for a kind that must first be trained on the text.
+
+    Raises ValueError if `name` is neither a kind nor a folder with a tokenizer.
+    """
     if name == "bytes":
         return tokenizers.ByteTokenizer()
     if name in LEARNED_TOKENIZERS:
         return None
     if Path(name).is_dir():
-        run = any(Path(name).glob("step-*/manifest.json"))
-        return tokenizers.load(checkpoint.find(name) if run else name)
+        is_run = any(Path(name).glob("step-*/manifest.json"))
+        return tokenizers.load(checkpoint.find(name) if is_run else name)
     kinds = ", ".join((*LEARNED_TOKENIZERS, "bytes"))
-    raise ValueError(f"--data.tokenizer {name!r} is no folder and not one of the kinds {kinds}")
+    raise ValueError(
+        f"--data.tokenizer {name!r} is no folder and not one of the kinds {kinds}: give one of "
+        "these, or a folder with a saved tokenizer"
+    )
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
-    """Raise ValueError if the model has no row for some token; rows to spare do no harm."""
+    """Raise ValueError if a token has no row in the model's embedding; spare rows do no harm."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: "
@@ -111,35 +123,49 @@ def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
         )
 
 
+def check_made_folder(folder: Path, fixed: tokenizers.Tokenizer | None) -> None:
+    """Raise ValueError if data/prepare.py made the folder with another tokenizer than `fixed`."""
+    if fixed is not None and fixed.fingerprint() != read_manifest(folder)["tokenizer"]:
+        raise ValueError(
+            f"{folder} was made with another tokenizer: leave out --data.tokenizer, "
+            "the folder contains one"
+        )
+
+
 def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
     """The folder with the shards of this text and tokenizer; it is built if it does not exist.
 
-    Its name ends with a hash of all that the tokens depend on: change the text, the tokenizer or
-    the split, and it is another folder. One that data/prepare.py made is taken as it is.
+    A folder that data/prepare.py made is used as it is.
     """
-    fixed, made = fixed_tokenizer(config.tokenizer), Path(config.path).expanduser()
+    fixed = fixed_tokenizer(config.tokenizer)
+    made = Path(config.path).expanduser()
     if config.path not in SOURCES and (made / "train-00000.bin").is_file():
-        if fixed and fixed.fingerprint() != read_manifest(made)["tokenizer"]:
-            advice = "leave out --data.tokenizer, it has its own"
-            raise ValueError(f"{made} was made with another tokenizer: {advice}")
+        check_made_folder(made, fixed)
         return made
     if fixed is None:
         identity = f"{config.tokenizer} {vocab_size}"
         make_tokenizer = partial(tokenizers.train, config.tokenizer, vocab_size=vocab_size)
     else:
         check_vocabulary(fixed, vocab_size)  # now, rather than after hours of encoding
-        identity, make_tokenizer = fixed.fingerprint(), lambda sample: fixed
+        identity = fixed.fingerprint()
+
+        def make_tokenizer(documents):
+            return fixed  # nothing to learn
+
     name, documents, version = find_source(config.path)
-    key = json.dumps([FORMAT, version, identity, config.val_fraction])
-    folder = Path(config.cache, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    depends_on = (FORMAT, version, identity, config.val_fraction)
+    folder = prepared_folder(config.cache, name, depends_on)
     if not folder.exists():
         report = Report()
         build(folder, documents(report=report), report, make_tokenizer, config.val_fraction)
     return folder
 
 
+# ---- batches -------------------------------------------------------------------------------------
+
+
 class TextData:
-    """Batches of token windows, and the measures of the validation text."""
+    """Batches of token windows, and the metrics of the validation text."""
 
     def __init__(
         self, folder: Path, vocab_size: int, context_length: int, batch_size: int, seed: int
@@ -150,56 +176,67 @@ class TextData:
                 f"context length {context_length} and batch size {batch_size} must be at least 1, "
                 f"seed {seed} at least 0"
             )
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.unit = "tokens"
+        self.units_per_row = context_length
+
         manifest = read_manifest(folder)
         self.tokenizer = tokenizers.load(folder / "tokenizer")
         if self.tokenizer.fingerprint() != manifest["tokenizer"]:
             raise ValueError(f"{folder / 'tokenizer'} was altered: {rebuild_hint(folder)}")
         check_vocabulary(self.tokenizer, vocab_size)
-        self.train, self.val = Shards(folder, "train"), Shards(folder, "val")
-        self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
-        self.unit, self.units_per_row = "tokens", context_length
+        self.train = Shards(folder, "train")
+        self.val = Shards(folder, "val")
         self.val_bytes = manifest["utf8_bytes"]["val"]
         self.val_tokens = len(self.val) - 1  # predicted ones: nothing precedes the first
+
         shards = manifest["train"] + manifest["val"]
         content = [manifest["tokenizer"], *(shard["sha256"] for shard in shards)]
         self.fingerprint = hashlib.sha256(" ".join(content).encode()).hexdigest()
+        megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
         self.description = (
-            f"{folder.name}: {sum(manifest['utf8_bytes'].values()) / 1e6:.1f} MB of text, "
+            f"{folder.name}: {megabytes:.1f} MB of text, "
             f"{len(self.train):,} training and {len(self.val):,} validation tokens"
         )
-        for name, split in (("training", self.train), ("validation", self.val)):
-            if len(split) <= context_length:
-                largest = min(len(self.train), len(self.val)) - 1
-                raise ValueError(
-                    f"the {name} text has {len(split)} tokens, need > {context_length}: "
-                    f"use --model.context-length <= {largest}, or more text"
-                )
+        self._check_length("training", self.train)
+        self._check_length("validation", self.val)
+
+    def _check_length(self, name: str, split: Shards) -> None:
+        """Raise ValueError if a split is shorter than one window."""
+        if len(split) <= self.context_length:
+            largest = min(len(self.train), len(self.val)) - 1
+            raise ValueError(
+                f"the {name} text has {len(split)} tokens, need > {self.context_length}: "
+                f"use --model.context-length <= {largest}, or more text"
+            )
 
     @classmethod
     def prepare(
         cls, config: TextConfig, vocab_size: int, context_length: int, batch_size: int, seed: int
     ) -> "TextData":
-        """Open the prepared text of `config`, after building it if need be."""
+        """Open the text of `config`. It is prepared first if it has not been before."""
         folder = prepare_folder(config, vocab_size)
         return cls(folder, vocab_size, context_length, batch_size, seed)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`rows` of the global batch of `step`: {"tokens": (rows, T + 1) int64}.
+        """`rows` of the global batch of `step`, B of them: {"tokens": (B, T + 1) int64}.
 
-        Inputs are tokens[:, :-1], targets tokens[:, 1:]. Only the rows asked for are read.
+        Inputs are tokens[:, :-1], targets tokens[:, 1:]. Only these rows are read from disk.
         """
         index = np.arange(self.batch_size, dtype=np.int64)[rows] + step * self.batch_size
         starts = window_starts(index, len(self.train), self.context_length, self.seed)
-        tokens = np.empty((len(index), self.context_length + 1), dtype=np.int64)
+        tokens = np.empty((len(index), self.context_length + 1), dtype=np.int64)  # (B, T + 1)
         for row, start in zip(tokens, starts):
             row[:] = self.train.read(int(start), len(row))
         return {"tokens": torch.from_numpy(tokens)}
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All validation text, `rows` windows at a time: {"tokens": (b, T + 1), "mask": (b, T)}.
+        """All validation text, `rows` windows at a time: {"tokens": (B, T + 1), "mask": (B, T)}.
 
-        Each token but the first is a target once. The last window is moved back to full length;
-        its mask is False where a target was counted before.
+        Each token but the first is a target once. The last window is moved back to full length.
+        Its mask is False for the targets that an earlier window has counted.
         """
         length = self.context_length
         starts = np.arange(0, self.val_tokens, length, dtype=np.int64)
@@ -211,8 +248,8 @@ class TextData:
             yield {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
     def metrics(self, nats_per_token: float) -> dict[str, float]:
-        """Bits per byte of the validation text from the mean loss over its predicted tokens.
+        """Bits per byte of the validation text, from the mean loss over its predicted tokens.
 
-        Predicting the end-of-text tokens counts as cost; they add no bytes.
+        Predicting the end-of-text tokens counts as cost, although they add no bytes.
         """
         return {"val_bpb": nats_per_token * self.val_tokens / math.log(2) / self.val_bytes}
