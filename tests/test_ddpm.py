@@ -1,4 +1,4 @@
-"""Diffusion: diffusers' schedulers and a mixture with a known denoiser are the oracles."""
+"""Diffusion: the oracles are diffusers' schedulers and a mixture with a known denoiser."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def generators(n, seed=0):
 
 
 def trained(config, seed=0):
-    """A model whose prediction is not zero, as if it had been trained."""
+    """A model with random weights: an untrained one would predict zero."""
     torch.manual_seed(seed)
     model = Diffusion(config).eval()
     with torch.no_grad():
@@ -73,8 +73,7 @@ def test_schedules_equal_diffusers(name):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 @settings(deadline=None, max_examples=30)
 @given(share=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
-def test_the_triangle_closes(prediction, share, seed):
-    """From x_t and what is predicted, x_0 and eps come back; and from those, every prediction."""
+def test_x0_and_eps_follow_from_x_t_and_any_prediction(prediction, share, seed):
     config = replace(TINY, prediction=prediction)
     _, alpha, sigma = ddpm.level(config, torch.tensor([share], dtype=torch.float64))
     x0, eps = random(2, 3, 4, 4, seed=seed).double().unbind()
@@ -95,9 +94,11 @@ def test_q_sample_keeps_the_variance():
 
 
 def test_min_snr_weights_equal_errors_of_x0():
-    """Weighted errors of y, whatever y is, are min(SNR, 5) times the error of x_0."""
+    """For each prediction y, the weighted error of y is min(SNR, 5) times the error of x_0."""
     alpha_bar = ddpm.alpha_bars(TINY)[::50]
-    alpha, sigma, snr = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar / (1 - alpha_bar)
+    alpha = alpha_bar.sqrt()
+    sigma = (1 - alpha_bar).sqrt()
+    snr = alpha_bar / (1 - alpha_bar)
     assert (snr > 5).any() and (snr < 5).any()
     x0, eps, y = random(3, len(alpha)).double()
     x_t = ddpm.q_sample(x0, eps, alpha, sigma)
@@ -125,33 +126,39 @@ def test_timesteps_equal_diffusers(spacing, steps):
 
 
 def scripted(config, predictions):
-    """A denoiser that predicts what it is told, and the times that it was asked at."""
-    asked, script = [], iter(predictions)
+    """A denoiser that returns the given predictions, and the list of times of its calls."""
+    times = []
+    script = iter(predictions)
 
     def denoise(x, t, alpha, sigma):
-        asked.append(t)
+        times.append(t)
         x0, eps = ddpm.separate(config.prediction, next(script), x, alpha, sigma)
-        return (x0.clamp(-1, 1) if config.clip else x0), eps
+        if config.clip:
+            x0 = x0.clamp(-1, 1)
+        return x0, eps
 
-    return denoise, asked
+    return denoise, times
 
 
 def assert_same_steps(config, sampler, theirs, steps, options=None, step_options=None):
     """From the same state, prediction and noise, every step leads to the same state."""
     theirs.set_timesteps(steps)
-    predictions, x = random(steps, 2, 3, 4, 4, seed=1), random(2, 3, 4, 4, seed=2)
-    denoise, asked = scripted(config, predictions)
-    noises = iter(random(steps, 2, 3, 4, 4, seed=3))
+    predictions = random(steps, 2, 3, 4, 4, seed=1)
+    x = random(2, 3, 4, 4, seed=2)
+    noises = random(steps, 2, 3, 4, 4, seed=3)
+    denoise, times = scripted(config, predictions)
+    draw = iter(noises)
     path = Diffusion(config).path(steps, sampler)
-    states = SAMPLERS[sampler](denoise, x, path, lambda: next(noises), **(options or {}))
+    states = SAMPLERS[sampler](denoise, x, path, lambda: next(draw), **(options or {}))
     count = 0
-    for t, prediction, noise, ours in zip(theirs.timesteps, predictions,
-                                          random(steps, 2, 3, 4, 4, seed=3), states):  # fmt: skip
+    for t, prediction, noise, ours in zip(theirs.timesteps, predictions, noises, states):
         extra = step_options(noise) if step_options else {}
         expected = theirs.step(prediction, t, x, **extra).prev_sample
         torch.testing.assert_close(ours, expected, atol=3e-5, rtol=3e-5)
-        x, count = ours, count + 1
-    assert count == steps and asked == theirs.timesteps.tolist()
+        x = ours
+        count += 1
+    assert count == steps
+    assert times == theirs.timesteps.tolist()
 
 
 @pytest.mark.parametrize("name", BETAS)
@@ -167,7 +174,7 @@ def test_ddim_steps(name, prediction, eta):
                       lambda noise: {"eta": eta, "variance_noise": noise})  # fmt: skip
 
 
-def test_ddim_steps_as_stable_diffusion_takes_them():
+def test_ddim_steps_of_stable_diffusion():
     config = config_of("scaled_linear", prediction="eps", spacing="leading", offset=1,
                        end_clean=False)  # fmt: skip
     theirs = DDIMScheduler(**BETAS["scaled_linear"], clip_sample=False, set_alpha_to_one=False,
@@ -182,7 +189,7 @@ def test_ddpm_steps(prediction, variance, steps, monkeypatch):
     config = config_of("linear", prediction=prediction, variance=variance, spacing="leading")
     theirs = DDPMScheduler(prediction_type=PREDICTIONS[prediction], clip_sample=False,
                            variance_type=f"fixed_{variance}")  # fmt: skip
-    # Its float32 tables lose the small betas of single steps: 1 - 0.9999 keeps three digits.
+    # The float32 tables of diffusers lose the small betas: 1 - 0.9999 keeps three digits.
     theirs.alphas_cumprod = ddpm.alpha_bars(config)
     noises = iter(random(steps, 2, 3, 4, 4, seed=3))
     scheduling = diffusers.schedulers.scheduling_ddpm
@@ -206,13 +213,14 @@ def test_euler_steps_of_a_flow():
     path = Diffusion(config).path(steps, "euler")
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(sigmas=[sigma for _, _, sigma in path[:-1]])
-    velocities, x = random(steps, 2, 1, 4, 4, seed=1), random(2, 1, 4, 4, seed=2)
-    denoise, asked = scripted(config, velocities)
+    velocities = random(steps, 2, 1, 4, 4, seed=1)
+    x = random(2, 1, 4, 4, seed=2)
+    denoise, times = scripted(config, velocities)
     states = SAMPLERS["euler"](denoise, x, path, None)
     for t, velocity, ours in zip(theirs.timesteps, velocities, states):
         x = theirs.step(velocity, t, x).prev_sample
         torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
-    assert asked == pytest.approx(theirs.timesteps.tolist())
+    assert times == pytest.approx(theirs.timesteps.tolist())
 
 
 def test_the_last_step_of_ddpm_adds_no_noise():
@@ -234,11 +242,13 @@ def test_the_last_step_of_ddpm_adds_no_noise():
 
 # ---- samplers against a distribution known in closed form ----------------------------------------
 
-MEANS, SPREAD, SHARES = torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.0]]), 0.3, (0.2, 0.3, 0.5)
+MEANS = torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.0]])
+SPREAD = 0.3
+SHARES = (0.2, 0.3, 0.5)
 
 
 def denoise_mixture(x, t, alpha, sigma):
-    """E[x_0 | x_t] for three Gaussians in the plane, here (B, 2, 1, 1), and the eps of it."""
+    """E[x_0 | x_t] for three Gaussians in the plane, here (B, 2, 1, 1), and the eps of that x_0."""
     points = x.flatten(1)[:, None].double()  # (B, 1, 2)
     variance = alpha**2 * SPREAD**2 + sigma**2
     distance = (points - alpha * MEANS).square().sum(-1)  # (B, 3)
@@ -277,7 +287,7 @@ def test_samplers_recover_a_mixture(sampler, prediction, steps, options):
 
 
 def test_higher_orders_need_fewer_steps():
-    """Against many small steps from the same noise."""
+    """Compare with many small steps from the same noise."""
     x = random(500, 2, 1, 1, seed=6)
 
     def run(sampler, prediction, steps):
@@ -306,7 +316,7 @@ def test_euler_is_ddim_on_the_straight_path():
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_loss_by_hand(prediction):
-    """The same draws, in plain loops."""
+    """Make the same draws in a plain loop over the rows."""
     config = replace(TINY, prediction=prediction)
     model, images = trained(config), random(3, 1, 8, 8).clamp(-1, 1)
     loss, metrics = model.loss({"images": images}, generators(3))
@@ -314,10 +324,15 @@ def test_loss_by_hand(prediction):
     for x0, g in zip(images, generators(3)):
         share = torch.rand((), generator=g, dtype=torch.float64).item()
         eps = torch.randn(x0.shape, generator=g)
-        t, alpha_bar = int(1000 * share), ddpm.alpha_bars(config)[int(1000 * share)].item()
-        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if prediction == "flow":
-            t, alpha, sigma = 1000 * share, 1 - share, share
+            t = 1000 * share
+            alpha = 1 - share
+            sigma = share
+        else:
+            t = int(1000 * share)
+            alpha_bar = ddpm.alpha_bars(config)[t].item()
+            alpha = math.sqrt(alpha_bar)
+            sigma = math.sqrt(1 - alpha_bar)
         y = model.unet((alpha * x0 + sigma * eps)[None], torch.tensor([t]))[0]
         wanted = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
         rows.append((y - wanted[prediction]).square().mean().item())
@@ -335,10 +350,13 @@ def test_loss_does_not_depend_on_the_micro_batch():
     model = trained(config)
     images, context = random(6, 1, 8, 8), random(6, 3, 6, seed=1)
     whole, _ = model.loss({"images": images, "context": context}, generators(6))
-    parts = [
-        model.loss({"images": images[i : i + 2], "context": context[i : i + 2]},
-                   generators(6)[i : i + 2])[0] for i in (0, 2, 4)
-    ]  # fmt: skip
+    parts = []
+    for i in (0, 2, 4):
+        rows = slice(i, i + 2)
+        part, _ = model.loss(
+            {"images": images[rows], "context": context[rows]}, generators(6)[rows]
+        )
+        parts.append(part)
     assert whole.item() == pytest.approx(sum(parts).item() / 3, rel=1e-5)
 
 
@@ -354,19 +372,19 @@ def test_contexts_are_left_out_by_row():
     assert 0.2 < sum(dropped) / n < 0.4
     assert all(torch.equal(row, own) for row, own, d in zip(seen[0], context, dropped) if not d)
     given = torch.full((1, 3, 6), 7.0)
-    model.loss({"images": random(n, 1, 8, 8), "context": context, "null_context": given},
-               generators(n))  # fmt: skip
+    batch = {"images": random(n, 1, 8, 8), "context": context, "null_context": given}
+    model.loss(batch, generators(n))
     assert [bool((row == 7).all()) for row in seen[1]] == dropped
 
 
 @pytest.mark.parametrize("fields", [{}, {"d_context": 6}, {"d_context": 6, "learned_null": False}])
-def test_an_example_batch_is_one(fields):
+def test_an_example_batch_fits_the_loss(fields):
     model = Diffusion(replace(TINY, **fields))
     loss, _ = model.loss(model.example_batch(2), generators(2))
     assert loss.isfinite()
 
 
-def test_a_context_is_learned_also_where_it_is_left_out():
+def test_the_empty_context_is_learned_where_contexts_are_left_out():
     model = trained(replace(TINY, d_context=6, context_dropout=1.0))
     loss, _ = model.loss({"images": random(2, 1, 8, 8), "context": random(2, 3, 6)}, generators(2))
     loss.backward()
@@ -402,7 +420,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, prediction):
     alone = [model.sample(1, 4, sampler, generators=[g]) for g in generators(3)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=0.1)
-    assert together.abs().max() <= 1  # the last estimate is clipped, and nothing is added to it
+    assert together.abs().max() <= 1  # the last estimate is clipped, and no noise is added to it
 
 
 def test_film_and_noise_of_another_size():
@@ -419,7 +437,7 @@ def test_film_and_noise_of_another_size():
     assert torch.equal(first, model.sample(1, 2))
 
 
-def test_sampling_leaves_the_mode_as_it_was():
+def test_sampling_restores_the_mode():
     model = trained(replace(TINY, dropout=0.5)).train()
     first = model.sample(random(1, 1, 8, 8), 2)
     assert model.training and model.unet.training
@@ -479,7 +497,7 @@ def test_a_folder_returns_the_same_model(fields, tmp_path):
 
 
 def test_a_pipeline_of_diffusers_draws_the_same(tmp_path):
-    """DDPMPipeline over what we write; and over what it writes itself, in one folder as once."""
+    """DDPMPipeline reads our folder; we read its two parts, also in one folder as in old files."""
     model = trained(replace(TINY, prediction="eps", schedule="linear", spacing="leading"))
     model.save_pretrained(tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
@@ -506,27 +524,28 @@ def test_schedulers_of_other_samplers(theirs, tmp_path):
     trained(TINY).save_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "scheduler")
     ours = Diffusion.from_pretrained(tmp_path).config
-    said = theirs.config
-    assert ours.prediction == {"epsilon": "eps", "v_prediction": "v"}.get(
-        said.get("prediction_type"), "flow")  # fmt: skip
-    assert ours.clip == said.get("clip_sample", False)
+    fields = theirs.config
+    predictions = {"epsilon": "eps", "v_prediction": "v", None: "flow"}
+    assert ours.prediction == predictions[fields.get("prediction_type")]
+    assert ours.clip == fields.get("clip_sample", False)
     if ours.prediction != "flow":
-        assert (ours.spacing, ours.offset) == (said.timestep_spacing, said.steps_offset)
-        assert ours.end_clean == said.get("set_alpha_to_one", True)
-        assert ours.variance == ("large" if said.get("variance_type") == "fixed_large" else "small")
+        assert (ours.spacing, ours.offset) == (fields.timestep_spacing, fields.steps_offset)
+        assert ours.end_clean == fields.get("set_alpha_to_one", True)
+        large = fields.get("variance_type") == "fixed_large"
+        assert ours.variance == ("large" if large else "small")
         torch.testing.assert_close(ddpm.alpha_bars(ours).float(), theirs.alphas_cumprod)
 
 
 @pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler, PNDMScheduler,
                                  DPMSolverMultistepScheduler])  # fmt: skip
-def test_schedulers_that_say_nothing(cls, tmp_path):
-    """What each class takes by itself is read as if it had said so."""
+def test_schedulers_without_fields(cls, tmp_path):
+    """The defaults of each class of diffusers hold where the file has no field."""
     trained(TINY).save_pretrained(tmp_path)
     cls().save_pretrained(tmp_path / "scheduler")
-    said = Diffusion.from_pretrained(tmp_path).config
+    expected = Diffusion.from_pretrained(tmp_path).config
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": cls.__name__}), encoding="utf-8")
-    assert Diffusion.from_pretrained(tmp_path).config == said
+    assert Diffusion.from_pretrained(tmp_path).config == expected
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -538,7 +557,7 @@ def test_schedulers_that_say_nothing(cls, tmp_path):
     ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
     ({"beta_start": 3.0}, "beta_start is 3.0"),
 ])  # fmt: skip
-def test_schedulers_that_ours_cannot_express(fields, message, tmp_path):
+def test_schedulers_that_this_model_cannot_express(fields, message, tmp_path):
     trained(TINY).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     raw = json.loads(path.read_text(encoding="utf-8")) | fields
@@ -558,11 +577,12 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize("fields, message", [
     ({"prediction": "noise"}, "prediction is 'noise'; use one of"),
     ({"schedule": "square"}, "schedule is 'square'; use one of"),
-    ({"diffusion_steps": 0}, "diffusion_steps is 0; use 1 to inf"),
+    ({"diffusion_steps": 0}, "diffusion_steps is 0; use 1 or more"),
     ({"beta_start": 0.5}, "beta_start is 0.5; use 0 to 0.02"),
     ({"beta_end": 1.5}, "beta_end is 1.5"),
     ({"context_dropout": 1.1}, "context_dropout is 1.1; use 0 to 1"),
-    ({"min_snr": 5.0, "prediction": "flow"}, "a flow is weighted evenly"),
+    ({"offset": -1}, "offset is -1; use 0 or more"),
+    ({"min_snr": 5.0, "prediction": "flow"}, "min_snr is 5.0; .*use 0"),
     ({"out_channels": 2}, "out_channels is 2; it must be in_channels"),
     ({"image_size": 7}, "cannot be halved 1 times; the nearest size that can is 8 x 8"),
 ])  # fmt: skip
@@ -577,8 +597,9 @@ def test_configs_that_make_no_sense(fields, message):
     ({"sampler": "dpm"}, r"no sampler 'dpm'; use one of ddpm, ddim, dpm\+\+"),
     ({"sampler": "heun"}, "heun follows a flow; this model predicts v"),
     ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or above"),
-    ({"guidance": 2.0}, "guidance is 2.0, but no context was given"),
+    ({"guidance": 2.0}, "guidance is 2.0, but no context.*use 1"),
     ({"start": 0}, "0 samples"),
+    ({"start": -1}, "-1 samples"),
     ({"generators": generators(3)}, "2 samples with 3 generators"),
     ({"context": torch.zeros(1, 2, 6)}, "2 samples with 2 generators and 1 contexts"),
     ({"context": torch.zeros(2, 2, 6)}, "this model takes none"),
@@ -590,7 +611,7 @@ def test_samples_that_cannot_be_drawn(arguments, message):
         Diffusion(TINY).sample(**{"start": 2, "steps": 3, **arguments})
 
 
-def test_what_a_flow_refuses():
+def test_a_flow_refuses_too_many_steps():
     with pytest.raises(ValueError, match="1001 steps"):
         Diffusion(replace(TINY, prediction="flow")).path(1001, "euler")
 
@@ -611,7 +632,7 @@ def test_contexts_that_are_missing():
 
 
 def test_the_u_net_alone(tmp_path):
-    """A pipeline's unet/ is a U-Net's folder too."""
+    """The unet/ of a pipeline is also a folder for UNet.from_pretrained."""
     model = trained(replace(TINY, d_context=6))
     model.save_pretrained(tmp_path)
     unet = UNet.from_pretrained(tmp_path / "unet")

@@ -24,7 +24,6 @@ from torch.nn.functional import avg_pool2d
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tinyfm import text2image, tokenizer
-from tinyfm import text2image as editing
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
@@ -34,26 +33,25 @@ from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.tokenizer import ClipTokenizer
 
 diffusers.logging.set_verbosity_error()
-
 diffusers.utils.logging.disable_progress_bar()
-
 transformers.logging.set_verbosity_error()
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers'
 
-N, LENGTH = len(VOCAB), 20
-
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-            "timestep_spacing": "leading", "steps_offset": 1}  # fmt: skip
-
+N = len(VOCAB)
+LENGTH = 20
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
 SCHEDULERS = {
     "ddim": DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),
     "dpm++": DPMSolverMultistepScheduler(**SCHEDULE),
     "ddpm": DDPMScheduler(**SCHEDULE, clip_sample=False),
 }
-
 PROMPTS = ["a photo of the cat", "naïve cats catch " * 9]  # the second is too long
-
 OURS = TextToImageConfig(
     DiffusionConfig(image_size=8, in_channels=4, channels=(8, 16), attend=(False, True), n_block=1,
                     groups=4, n_head=2, d_context=16, clip=False, out_channels=4),
@@ -72,7 +70,7 @@ def generators(n, first=0):
 
 
 def shake(model, matrices=0.03, rest=0.2):
-    """Random weights, norms and biases included; what would be zero without training is not."""
+    """Make all weights random, also those of norms, biases and layers that start at zero."""
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -94,7 +92,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Stable Diffusion 1, but tiny, and the folder that it saved itself to."""
+    """A tiny Stable Diffusion 1, and the folder that it was saved to."""
     root = tmp_path_factory.mktemp("sd")
     write_published(root)
     text = CLIPTextConfig(
@@ -124,14 +122,14 @@ def published(tmp_path_factory):
 
 
 def drawn_by(kind, pipe, sampler, **inputs):
-    """Pictures in [-1, 1] by a pipeline of diffusers made of the parts of another."""
+    """Images in [-1, 1] by a pipeline of class `kind`, with the parts of `pipe`."""
     parts = pipe.components | {"scheduler": SCHEDULERS[sampler]}
     pipe = kind(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    pictures = 2 * pipe(PROMPTS, output_type="pt", **inputs).images - 1
-    assert (pictures.abs() < 1).float().mean() > 0.9  # else clamping would hide errors
-    assert (pictures[0] - pictures[1]).abs().max() > 0.3
-    return pictures
+    images = 2 * pipe(PROMPTS, output_type="pt", **inputs).images - 1
+    assert (images.abs() < 1).float().mean() > 0.9  # else clamping would hide errors
+    assert (images[0] - images[1]).abs().max() > 0.3
+    return images
 
 
 def assert_close(x, y, tolerance=1e-4):
@@ -180,7 +178,7 @@ def test_image_to_image_as_in_diffusers(published, sampler, strength):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_inpainting_as_in_diffusers(published, sampler):
-    """Where it is drawn; diffusers leaves the rest as the autoencoder has it."""
+    """Compare inside the mask; outside, diffusers returns what the autoencoder decodes."""
     pipe, folder = published
     images, mask = random(2, 3, 16, 16).clamp(-1, 1), torch.zeros(1, 1, 16, 16)
     mask[..., 4:12, 6:14] = 1
@@ -191,7 +189,7 @@ def test_inpainting_as_in_diffusers(published, sampler):
         PROMPTS, None, 10, 7.5, sampler, generators=generators(2), init_images=images, mask=mask,
         strength=0.6)  # fmt: skip
     assert_close(torch.where(mask > 0, drawn, 0), torch.where(mask > 0, expected, 0))
-    assert torch.equal(*(torch.where(mask > 0, 0, x) for x in (drawn, images)))
+    assert torch.equal(torch.where(mask > 0, 0, drawn), torch.where(mask > 0, 0, images))
 
 
 def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
@@ -213,7 +211,7 @@ def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
 
 
 def test_files_of_older_versions(published, tmp_path):
-    """The text encoder's names began with text_model, and its end was said to be 2."""
+    """The names of the text encoder start with text_model, and its end token is given as 2."""
     model = TextToImage.from_pretrained(published[1])
     model.save_pretrained(tmp_path)
     names = stable_diffusion.layout.read_tensors(tmp_path / "text_encoder")
@@ -253,15 +251,16 @@ def test_published_sizes(tmp_path):
     assert (config.activation, config.end_token) == ("quick_gelu", 49407)
 
 
-# ---- folders of our own --------------------------------------------------------------------------
+# ---- folders that diffusers cannot read ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [{}, {"prediction": "flow"}, {"learned_null": False}])
-def test_a_run_of_our_own_returns(tmp_path, fields):
+def test_a_model_that_diffusers_cannot_express_returns(tmp_path, fields):
     model = make_ours(**fields)
-    model.autoencoder.latent_mean.fill_(0.7)  # as measured in training
+    model.autoencoder.latent_mean.fill_(0.7)  # as if measured in training
     model.save_pretrained(tmp_path)
-    again, noise = TextToImage.from_pretrained(tmp_path), random(2, 4, 8, 8)
+    again = TextToImage.from_pretrained(tmp_path)
+    noise = random(2, 4, 8, 8)
     assert not (tmp_path / "model_index.json").exists()  # diffusers has no such pipeline
     assert again.config.diffusion == model.config.diffusion
     assert torch.equal(again.generate(PROMPTS, noise, 3), model.generate(PROMPTS, noise, 3))
@@ -270,7 +269,7 @@ def test_a_run_of_our_own_returns(tmp_path, fields):
     }
 
 
-def test_a_run_that_diffusers_can_express(tmp_path):
+def test_a_model_that_diffusers_can_express(tmp_path):
     config = replace(OURS, autoencoder=replace(OURS.autoencoder, latent_mean=0.0, in_channels=3),
                      clip=replace(OURS.clip, vocab_size=N))  # fmt: skip
     model = make_ours(config, learned_null=False, spacing="leading", offset=1)
@@ -328,7 +327,7 @@ def test_folders_are_kept_and_refused(ours, tmp_path):
         ("unet/config.json", {"cross_attention_dim": 32}, "tensors do not fit config.json"),
     ],
 )
-def test_folders_that_ours_cannot_express(published, tmp_path, file, fields, message):
+def test_folders_that_this_model_cannot_express(published, tmp_path, file, fields, message):
     shutil.copytree(published[1], tmp_path, dirs_exist_ok=True)
     raw = json.loads((tmp_path / file).read_text(encoding="utf-8")) | fields
     (tmp_path / file).write_text(json.dumps(raw), encoding="utf-8")
@@ -354,12 +353,13 @@ def test_only_the_denoiser_learns(ours):
 
 @pytest.mark.parametrize("learned", [True, False])
 @torch.no_grad()
-def test_latents_made_before_give_the_same_loss(learned):
+def test_latents_encoded_beforehand_give_the_same_loss(learned):
     model = make_ours(learned_null=learned, context_dropout=0.5)
     images, tokens = random(4, 1, 16, 16).clamp(-1, 1), model.tokenize([*PROMPTS, "", "a"])
     expected = model.loss({"images": images, "tokens": tokens}, generators(4))[0]
     made = {"latents": model.encode_images(images), "context": model.encode_text(tokens)}
-    made |= {} if learned else {"null_context": model.encode_text("")}
+    if not learned:
+        made["null_context"] = model.encode_text("")
     model.tokenizer = None
     assert torch.equal(model.loss(made, generators(4))[0], expected)
     if not learned:
@@ -369,8 +369,8 @@ def test_latents_made_before_give_the_same_loss(learned):
 
 
 @torch.no_grad()
-def test_the_parts_are_those_of_their_own_families(ours):
-    """A run of CLIP gives its tower; latents are standardised; a draw stays near its mean."""
+def test_the_parts_compute_what_their_families_do(ours):
+    """The text tower is CLIP's, latents are standardised, and a draw has the encoder's variance."""
     images, tokens = random(2, 1, 16, 16).clamp(-1, 1), ours.tokenize(PROMPTS)
     clip = CLIP(OURS.clip)
     clip.text_tower.load_state_dict(ours.text_tower.state_dict())
@@ -402,11 +402,8 @@ def test_a_prompt_that_is_too_long_is_cut(ours):
 # ---- drawing -------------------------------------------------------------------------------------
 
 IMAGES = random(3, 1, 16, 24).clamp(-1, 1)
-
 MASK = torch.zeros(1, 1, 16, 24)
-
-MASK[..., 3:9, 5:] = 1  # not along the latent's places
-
+MASK[..., 3:9, 5:] = 1  # its edges lie inside positions of the latent
 TASKS = {
     "text": {"size": (16, 24)},
     "image": {"init_images": IMAGES},
@@ -416,9 +413,12 @@ TASKS = {
 
 
 def rows_of(options, rows):
-    """Options of some of the rows."""
-    return {n: x[rows] if isinstance(x, torch.Tensor) and len(x) > 1 else x
-            for n, x in options.items()}  # fmt: skip
+    """The options with only these rows of the tensors that have one row per image."""
+    chosen = dict(options)
+    for name, x in options.items():
+        if isinstance(x, torch.Tensor) and len(x) > 1:
+            chosen[name] = x[rows]
+    return chosen
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -431,7 +431,7 @@ def test_a_picture_does_not_depend_on_its_batch(task, sampler):
     alone = model.generate(["b"], generators=generators(1, 1), **rows_of(options, slice(1, 2)))
     assert_close(together[1:2], alone, 1e-4)
     assert (together[0] - together[1]).abs().max() > 0.05
-    assert model.diffusion.training  # as it was, though nothing was dropped
+    assert model.diffusion.training  # the mode of before; sampling itself used no dropout
 
 
 def test_without_pictures_it_is_diffusion_on_latents():
@@ -453,7 +453,7 @@ def test_tokens_and_one_row_for_all(ours):
     assert torch.equal(ours.generate(tokens, noise, 3), expected)
 
 
-def test_strength_is_how_far_a_picture_is_left(ours):
+def test_more_strength_changes_an_image_more(ours):
     options = {"steps": 10, "init_images": IMAGES[:1]}
     distances = []
     for strength in (0.1, 0.5, 1.0):
@@ -475,44 +475,45 @@ def test_a_mask_keeps_pixels_exactly(ours):
     assert torch.equal(nothing, IMAGES[:1])
 
 
-def test_latents_outside_a_mask_end_as_they_were(ours):
+def test_latents_outside_a_mask_are_kept(ours):
     z, given = ours.encode_images(IMAGES), TASKS["mask"]
-    on_x0, _ = text2image.corrections(ours, given, z)
-    kept = (on_x0(torch.full_like(z, 9.0)) == z).all(dim=1)[0]
+    correct_x0, _ = ours.corrections(given, z)
+    kept = (correct_x0(torch.full_like(z, 9.0)) == z).all(dim=1)[0]
     expected = torch.ones(8, 12, dtype=torch.bool)
-    expected[1:5, 2:] = False  # each place with a pixel to draw
+    expected[1:5, 2:] = False  # each position with a pixel to draw
     assert torch.equal(kept, expected)
 
 
-def test_where_drawing_begins(ours):
-    """With a mask at noise alone, so that nothing shines through, unless strength says less."""
+def test_the_first_state(ours):
+    """With a mask it is noise alone, so that nothing shows through, unless strength is below 1."""
     noise, path = random(3, 4, 8, 12), ours.diffusion.path(10)
     for task, strength, left in (("mask", None, 10), ("mask", 0.5, 5), ("image", None, 8)):
         given = TASKS[task] | {"latents": noise}
-        x, rest, z = editing.begin(ours, given, 16, 24, path, strength, generators(3))
+        x, rest, z = ours.first_state(given, 16, 24, path, strength, generators(3))
         assert rest == path[10 - left :]
         _, alpha, sigma = rest[0]
         torch.testing.assert_close(x, noise if left == 10 else alpha * z + sigma * noise)
 
 
 @pytest.mark.parametrize("h, w", [(2, 3), (16, 24), (8, 4)])
-def test_a_small_picture_is_what_the_large_one_shrinks_to(ours, h, w):
+def test_the_enlarged_image_has_the_means_of_the_small_one(ours, h, w):
     small = avg_pool2d(IMAGES, (16 // h, 24 // w))
-    small[0], small[1, :, 0] = 1.0, -1.0  # black and white blocks have one way to be
+    small[0] = 1.0  # only white pixels have this mean
+    small[1, :, 0] = -1.0
     drawn = ours.generate(["a"] * 3, steps=3, upscale=small, size=(16, 24))
     assert drawn.abs().max() <= 1 and drawn.isfinite().all()
     assert_close(avg_pool2d(drawn, (16 // h, 24 // w)), small, 1e-5)
 
 
-def test_means_that_hold_change_nothing():
+def test_images_with_the_right_means_do_not_change():
     small = avg_pool2d(IMAGES, 4)
-    assert_close(editing.match_means(IMAGES, small), IMAGES, 1e-6)
+    assert_close(text2image.match_means(IMAGES, small), IMAGES, 1e-6)
     black = -torch.ones(1, 1, 4, 4)
-    assert torch.equal(editing.match_means(black, -torch.ones(1, 1, 1, 1)), black)
+    assert torch.equal(text2image.match_means(black, -torch.ones(1, 1, 1, 1)), black)
 
 
 class Same(torch.nn.Module):
-    """An encoder or decoder that loses nothing."""
+    """An encoder or decoder that returns its input."""
 
     def __init__(self):
         super().__init__()
@@ -522,8 +523,8 @@ class Same(torch.nn.Module):
         return x
 
 
-def test_estimates_are_led_to_the_small_picture():
-    """In latents too, as far as the autoencoder can: with one that loses nothing, exactly."""
+def test_estimates_match_the_small_image():
+    """Latents match as far as the autoencoder allows: exactly, with one that loses nothing."""
     config = TextToImageConfig(
         replace(OURS.diffusion, in_channels=1, out_channels=0),
         AutoencoderConfig(image_size=8, channels=(4,), latent_channels=1, groups=4,
@@ -533,11 +534,11 @@ def test_estimates_are_led_to_the_small_picture():
     model = make_ours(config)
     model.autoencoder.encoder = model.autoencoder.decoder = Same()
     small = avg_pool2d(IMAGES[:, :, :8, :8], 4)
-    on_x0, _ = text2image.corrections(model, {"upscale": small}, None)
-    x0 = on_x0(model.autoencoder.standardise(0.9 * random(3, 1, 8, 8).clamp(-1, 1)))
+    correct_x0, _ = model.corrections({"upscale": small}, None)
+    x0 = correct_x0(model.autoencoder.standardise(0.9 * random(3, 1, 8, 8).clamp(-1, 1)))
     assert_close(avg_pool2d(model.decode(x0), 4), small, 1e-5)
-    denoise = editing.corrected(Diffusion(config.diffusion).denoiser(
-        torch.zeros(3, 12, 16)), on_x0)  # fmt: skip
+    plain = Diffusion(config.diffusion).denoiser(torch.zeros(3, 12, 16))
+    denoise = text2image.with_correction(plain, correct_x0)
     x = random(3, 1, 8, 8)
     with torch.no_grad():
         x0, eps = denoise(x, 500, 0.6, 0.8)
@@ -546,7 +547,8 @@ def test_estimates_are_led_to_the_small_picture():
 
 # ---- bad input -----------------------------------------------------------------------------------
 
-SQUARE, HOLE = IMAGES[:1, :, :, :16], MASK[..., :16]
+SQUARE = IMAGES[:1, :, :, :16]
+HOLE = MASK[..., :16]
 
 
 @pytest.mark.parametrize(
@@ -557,11 +559,11 @@ SQUARE, HOLE = IMAGES[:1, :, :, :16], MASK[..., :16]
         ({"strength": -1, "init_images": SQUARE, "mask": HOLE}, "strength is -1; it must be above"),
         ({"strength": float("nan"), "init_images": SQUARE}, "strength is nan"),
         ({"strength": 0.2, "init_images": SQUARE}, "strength is 0.2; .*enough for one of 4 steps"),
-        ({"strength": 0.5}, "strength is 0.5, but no picture is given to begin with"),
+        ({"strength": 0.5}, "strength is 0.5, but no image is given; give"),
         ({"init_images": SQUARE, "mask": MASK}, r"mask of \(1, 1, 16, 24\) must be \(1 or 1, 1, "),
         ({"init_images": SQUARE, "mask": HOLE[0]}, r"mask of \(1, 16, 16\) must be"),
         ({"mask": HOLE}, "a mask needs init_images"),
-        ({"init_images": SQUARE, "upscale": SQUARE}, "upscale goes with neither"),
+        ({"init_images": SQUARE, "upscale": SQUARE}, "upscale excludes init_images; leave one out"),
         ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or above"),
         ({"steps": 1001}, "1001 steps do not fit a schedule of 1000; use 1 to 1000"),
         ({"sampler": "euler"}, "euler follows a flow; this model predicts v"),
@@ -574,8 +576,8 @@ SQUARE, HOLE = IMAGES[:1, :, :, :16], MASK[..., :16]
         ({"upscale": random(1, 1, 32, 32)}, "upscale of 32 x 32 does not divide 16 x 16"),
         ({"size": (16, 18)}, "16 x 18 cannot be halved 2 times; .* is 16 x 16"),
         ({"latents": random(1, 4, 16, 16)}, r"latents of .* must be \(1 or 1, 4, 8, 8\)"),
-        ({"generators": generators(2)}, "1 prompts, 2 generators and 1 negative prompts; give one"),
-        ({"negative": ["a", "b"]}, "1 prompts, 1 generators and 2 negative prompts; give one"),
+        ({"generators": generators(2)}, "1 prompts, 2 generators and 1 negative"),
+        ({"negative": ["a", "b"]}, "1 generators and 2 negative prompts; give one"),
         ({"prompts": []}, "there are 0 prompts"),
     ],
 )
@@ -605,7 +607,7 @@ def test_a_text_needs_a_tokenizer(ours):
         ("autoencoder", {"latent_channels": 3}, "diffusion.in_channels is 4; it must be 3: autoe"),
         ("autoencoder", {"image_size": 32}, "diffusion.image_size is 8; it must be 16: "),
         ("clip", {"text_width": 32}, "diffusion.d_context is 16; it must be 32: clip.text_width"),
-        ("diffusion", {"clip": True}, "diffusion.clip is True; it must be False: latents go bey"),
+        ("diffusion", {"clip": True}, "diffusion.clip is True; it must be False"),
         ("clip", {"loss": "simclr"}, "trains no text tower; use 'infonce'"),
     ],
 )

@@ -1,26 +1,28 @@
-"""Diffusion: learn to take noise away, then begin with nothing but noise.
+"""Diffusion: learn to remove noise from images, then make new images from noise alone.
 
-A picture x_0 is drowned in Gaussian noise eps. At level t of it, in one step from the picture,
+The forward process adds Gaussian noise eps to an image x_0. Level t is reached in one step:
 
     x_t = alpha_t x_0 + sigma_t eps        (Ho et al. 2020, eq. 4: alpha_t^2 = alpha_bar_t)
 
-with alpha falling from 1 to about 0 and sigma rising from 0 to about 1: alpha^2 + sigma^2 = 1. A
-network sees x_t and t and predicts y = a x_0 + b eps, some fixed mixture of what went in:
+alpha falls from 1 to about 0 and sigma rises from 0 to about 1, with alpha^2 + sigma^2 = 1. A
+network reads x_t and t and predicts y = a x_0 + b eps, a fixed mixture of image and noise:
 
-    eps   y = eps                          Ho et al. 2020, eq. 14: the mean of |eps - y|^2
+    eps   y = eps                          Ho et al. 2020, eq. 14: the loss is the mean |eps - y|^2
     x0    y = x_0
     v     y = alpha eps - sigma x_0        Salimans & Ho 2022, appendix D
-    flow  y = eps - x_0                    Lipman et al. 2023: where alpha = 1 - t, sigma = t
+    flow  y = eps - x_0                    Lipman et al. 2023: here alpha = 1 - t, sigma = t
 
-From x_t and y both x_0 and eps follow: two equations, two unknowns. So a prediction is an estimate
-of the clean picture, and a sampler walks from sigma = 1 to 0 by it: estimate x_0 and eps, mix them
-again with less noise, look again. Samplers differ in that mixture alone, and know of a model only
-denoise(x, t, alpha, sigma) -> (x_0, eps). A text steers by guidance (Ho & Salimans 2022): predict
-with and without it, and go further along the difference.
+Both x_0 and eps follow from x_t and y: two equations with two unknowns. So every prediction is an
+estimate of the clean image. A sampler uses it to move from sigma = 1 to sigma = 0: at each step it
+estimates x_0 and eps and mixes them again with less noise. Samplers differ only in this mixture,
+and all they need of a model is a function denoise(x, t, alpha, sigma) -> (x_0, eps).
+
+Guidance makes an image follow a text (Ho & Salimans 2022): predict with and without the text, and
+move further along the difference.
 
 Letters: B batch, C channels, H W rows and columns, S diffusion steps, T rows and E width of a
-context. Pictures are in [-1, 1], or are latents of about unit variance. Left out: learned
-variances, schedules that end without any signal, stochastic solvers of higher order.
+context. Images are in [-1, 1], or are latents of about unit variance. Left out: learned variances,
+schedules that end without any signal, stochastic solvers of higher order.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -40,36 +43,45 @@ from tinyfm.unet import UNet, UNetConfig, check_images
 
 @dataclass(frozen=True)
 class DiffusionConfig(UNetConfig):
-    """The network's fields, and these."""
+    """The fields of the U-Net, and those of the diffusion process."""
 
     diffusion_steps: int = 1000  # levels of noise in training
-    schedule: Literal["cosine", "linear", "scaled_linear"] = "cosine"  # how noise grows; not flow
-    beta_start: float = 1e-4  # first step's added variance; not for cosine
-    beta_end: float = 0.02  # last step's
-    prediction: Literal["eps", "x0", "v", "flow"] = "v"  # what the network names
-    min_snr: float = 0.0  # cap on the loss's weight by signal-to-noise ratio; 0 = simple loss
+    # growth of the noise over the levels; not used by flow
+    schedule: Literal["cosine", "linear", "scaled_linear"] = "cosine"
+    beta_start: float = 1e-4  # variance added by the first step; not used by cosine
+    beta_end: float = 0.02  # variance added by the last step; not used by cosine
+    prediction: Literal["eps", "x0", "v", "flow"] = "v"  # quantity that the network predicts
+    min_snr: float = 0.0  # cap on the loss's weight by signal-to-noise ratio; 0 = plain loss
     context_dropout: float = 0.1  # share of contexts left out in training, for guidance
-    learned_null: bool = True  # learn what stands in for them; False: null_context is given
-    clip: bool = True  # estimates of x_0 stay in [-1, 1]; False for latents
-    spacing: Literal["trailing", "leading", "linspace"] = "trailing"  # which steps a sampler takes
-    offset: int = 0  # added to them if leading
-    end_clean: bool = True  # DDIM ends at no noise at all; False: at that of step 0
-    variance: Literal["small", "large"] = "small"  # of DDPM's steps (Ho et al. 2020, section 3.2)
+    learned_null: bool = True  # learn the empty context; False: the caller gives null_context
+    clip: bool = True  # clip estimates of x_0 to [-1, 1]; False for latents
+    spacing: Literal["trailing", "leading", "linspace"] = "trailing"  # choice of a sampler's levels
+    offset: int = 0  # number added to the levels of leading
+    end_clean: bool = True  # let DDIM end without noise; False: with the noise of level 0
+    variance: Literal["small", "large"] = "small"  # noise of DDPM's steps (Ho et al. 2020, 3.2)
 
     def __post_init__(self):
         super().__post_init__()
         for name, kind in get_type_hints(DiffusionConfig).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {get_args(kind)}")
-        most = {"beta_start": self.beta_end, "beta_end": 1, "context_dropout": 1}
-        for name in (*most, "diffusion_steps", "offset", "min_snr"):
-            low, high = int(name == "diffusion_steps"), most.get(name, math.inf)
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {low} to {high}")
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; use one of {get_args(kind)}")
+        self.check_range("beta_start", 0, self.beta_end)
+        self.check_range("beta_end", 0, 1)
+        self.check_range("context_dropout", 0, 1)
+        self.check_range("diffusion_steps", 1)
+        self.check_range("offset", 0)
+        self.check_range("min_snr", 0)
         if self.min_snr and self.prediction == "flow":
-            raise ValueError(f"min_snr is {self.min_snr}; a flow is weighted evenly, use 0")
+            raise ValueError(f"min_snr is {self.min_snr}; a flow weights all levels alike, use 0")
         if self.out_channels not in (0, self.in_channels):
             raise ValueError(f"out_channels is {self.out_channels}; it must be in_channels, or 0")
+
+    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name} is {value}; use {allowed}")
 
 
 # ---- schedules ----------------------------------------------------------------------------------
@@ -81,28 +93,34 @@ def linear_betas(S: int, start: float, end: float) -> Tensor:
 
 
 def scaled_linear_betas(S: int, start: float, end: float) -> Tensor:
-    """Linear in the standard deviation instead; Stable Diffusion's (Rombach et al. 2022)."""
+    """The same with a linear standard deviation, as in Stable Diffusion (Rombach et al. 2022)."""
     return linear_betas(S, start**0.5, end**0.5).square()
 
 
 def cosine_betas(S: int) -> Tensor:
-    """So that alpha_bar falls as cos^2, slowly at both ends (Nichol & Dhariwal 2021, eq. 17)."""
+    """The same with alpha_bar falling as cos^2 (Nichol & Dhariwal 2021, eq. 17).
+
+    So alpha_bar falls slowly at both ends.
+    """
     progress = torch.arange(S + 1, dtype=torch.float64) / S
     alpha_bar = torch.cos((progress + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def alpha_bars(config: DiffusionConfig) -> Tensor:
-    """Share of the variance that is still picture at step 0 .. S - 1, (S,) float64."""
-    S, start, end = config.diffusion_steps, config.beta_start, config.beta_end
+    """Share of the variance that is signal at levels 0 .. S - 1, (S,) float64."""
+    S = config.diffusion_steps
     if config.schedule == "cosine":
-        return (1 - cosine_betas(S)).cumprod(0)
-    betas = linear_betas if config.schedule == "linear" else scaled_linear_betas
-    return (1 - betas(S, start, end)).cumprod(0)
+        betas = cosine_betas(S)
+    elif config.schedule == "linear":
+        betas = linear_betas(S, config.beta_start, config.beta_end)
+    else:
+        betas = scaled_linear_betas(S, config.beta_start, config.beta_end)
+    return (1 - betas).cumprod(0)
 
 
 def level(config: DiffusionConfig, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, alpha, sigma), (B,) float64, at shares of the way to noise, (B,) in [0, 1)."""
+    """(t, alpha, sigma) at a share of the way to noise: each (B,) float64, share (B,) in [0, 1)."""
     S = config.diffusion_steps
     if config.prediction == "flow":
         return S * share, 1 - share, share
@@ -111,21 +129,21 @@ def level(config: DiffusionConfig, share: Tensor) -> tuple[Tensor, Tensor, Tenso
     return t.double(), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-# ---- the forward process, and what is predicted of it -------------------------------------------
+# ---- the forward process and the predictions ----------------------------------------------------
 
 
 def q_sample(x0: Tensor, eps: Tensor, alpha, sigma) -> Tensor:
-    """The picture x0 with noise eps in it; alpha and sigma are numbers or (B, 1, 1, 1)."""
+    """x_t: the image x0 with noise eps. alpha and sigma are numbers or (B, 1, 1, 1)."""
     return alpha * x0 + sigma * eps
 
 
 def mixture(prediction: str, alpha, sigma) -> tuple:
-    """(a, b) of y = a x_0 + b eps: what a network of this kind names."""
+    """(a, b) of y = a x_0 + b eps, the quantity that the network predicts."""
     return {"eps": (0, 1), "x0": (1, 0), "v": (-sigma, alpha), "flow": (-1, 1)}[prediction]
 
 
 def target(prediction: str, x0: Tensor, eps: Tensor, alpha, sigma) -> Tensor:
-    """The y that a perfect network would give."""
+    """The y of a perfect network."""
     a, b = mixture(prediction, alpha, sigma)
     return a * x0 + b * eps
 
@@ -133,32 +151,47 @@ def target(prediction: str, x0: Tensor, eps: Tensor, alpha, sigma) -> Tensor:
 def separate(prediction: str, y: Tensor, x_t: Tensor, alpha, sigma) -> tuple[Tensor, Tensor]:
     """(x_0, eps) from x_t = alpha x_0 + sigma eps and y = a x_0 + b eps, by Cramer's rule."""
     a, b = mixture(prediction, alpha, sigma)
-    determinant = alpha * b - sigma * a  # alpha, -sigma, 1, 1
+    determinant = alpha * b - sigma * a  # for the four predictions: alpha, -sigma, 1, 1
     return (b * x_t - sigma * y) / determinant, (alpha * y - a * x_t) / determinant
 
 
 def min_snr_weight(prediction: str, snr: Tensor, gamma: float) -> Tensor:
-    """Weight of |y - target|^2 that counts errors of x_0 by min(SNR, gamma) (Hang et al. 2023).
+    """Weight of |y - target|^2 that makes it min(SNR, gamma) |error of x_0|^2 (Hang et al. 2023).
 
-    SNR = alpha^2 / sigma^2. Without the cap, nearly clean pictures would outweigh all others.
+    SNR = alpha^2 / sigma^2. Without the cap gamma, nearly clean images would outweigh all others.
     """
     error_of_x0 = {"x0": 1.0, "eps": 1 / snr, "v": 1 / (snr + 1)}[prediction]
     return snr.clamp(max=gamma) * error_of_x0
 
 
-# ---- the way back -------------------------------------------------------------------------------
+# ---- noise --------------------------------------------------------------------------------------
+
+
+def gaussian_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers (B, *shape). Row i comes from generators[i], so it does not depend
+    on the other rows."""
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
+def new_generators(count: int) -> list[torch.Generator]:
+    """CPU generators, one per sample, with seeds drawn from torch's global generator."""
+    seeds = torch.randint(2**62, (count,)).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---- samplers -----------------------------------------------------------------------------------
 
 Denoise = Callable[[Tensor, float, float, float], tuple[Tensor, Tensor]]
-Path = list[tuple[float, float, float]]  # (t, alpha, sigma) at each stop, the last being the end
-Noise = Callable[[], Tensor]  # standard normal in the shape of x, another at each call
-States = Iterator[Tensor]  # x after every step
+NoisePath = list[tuple[float, float, float]]  # (t, alpha, sigma) of each stop and of the end
+Noise = Callable[[], Tensor]  # returns new standard normal noise in the shape of x at each call
+States = Iterator[Tensor]  # x after each step
 
 
 def timesteps(S: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
-    """Which of S levels a sampler of so many steps stops at, from noise to picture.
+    """The `steps` of S levels at which a sampler calls the network, from noise to image.
 
-    trailing starts at the last level, leading ends at `offset`, linspace does both (Lin et al.
-    2024, table 2). Raises ValueError for more steps than there are levels.
+    trailing starts at the last level, leading ends at `offset`, linspace starts at the last and
+    ends at 0 (Lin et al. 2024, table 2). Raises ValueError for more steps than levels.
     """
     most = S - offset if spacing == "leading" else S
     if not 1 <= steps <= most:
@@ -170,15 +203,10 @@ def timesteps(S: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
     return [round(i * ((S - 1) / max(1, steps - 1))) for i in reversed(range(steps))]
 
 
-def gaussian_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Standard normal (B, *shape), row i from generators[i]: no row depends on the others."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+def ddim(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, eta: float = 0.0) -> States:
+    """Mix x_0 and eps again, with part of eps replaced by new noise (Song et al. 2021, eq. 12, 16).
 
-
-def ddim(denoise: Denoise, x: Tensor, path: Path, noise: Noise, eta: float = 0.0) -> States:
-    """Song et al. 2021, eq. 12 and 16: x_0 and eps mixed anew; a share of eps is fresh.
-
-    eta = 0 draws nothing: the same noise always becomes the same picture. eta = 1 is DDPM.
+    eta = 0 draws nothing, so the same starting noise always gives the same image. eta = 1 is DDPM.
     """
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in pairwise(path):
         x0, eps = denoise(x, t, alpha, sigma)
@@ -190,11 +218,12 @@ def ddim(denoise: Denoise, x: Tensor, path: Path, noise: Noise, eta: float = 0.0
         yield x
 
 
-def ddpm(denoise: Denoise, x: Tensor, path: Path, noise: Noise, variance="small") -> States:
-    """Ancestral sampling: draw from q(x_next | x_t, x_0), a known Gaussian (Ho et al. 2020, eq. 7).
+def ddpm(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, variance="small") -> States:
+    """Ancestral sampling: draw from the Gaussian q(x_next | x_t, x_0) (Ho et al. 2020, eq. 7).
 
-    `added` is the variance by which the forward process leads from the next level to this one;
-    variance "large" adds all of it back, the upper bound. The last step adds no noise.
+    `added` is the variance that the forward process adds from the next level to this one. The noise
+    drawn here has all of it if variance is "large", the upper bound, and the exact share of it if
+    "small". The last step draws none.
     """
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in pairwise(path):
         x0, _ = denoise(x, t, alpha, sigma)
@@ -206,41 +235,49 @@ def ddpm(denoise: Denoise, x: Tensor, path: Path, noise: Noise, variance="small"
         yield x
 
 
-def dpm(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> States:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM, but x_0 goes on as it last changed.
+def dpm(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise) -> States:
+    """DPM-Solver++(2M): DDIM with x_0 extrapolated from its last change (Lu et al. 2022, alg. 2).
 
-    It is a line in lambda = ln(alpha / sigma), a second order at no cost in network calls. The last
-    step, to lambda = inf, is DDIM's. Draws nothing.
+    The extrapolation is linear in lambda = ln(alpha / sigma): second order without further calls of
+    the network. The last step, to lambda = inf, is DDIM's. Draws nothing.
     """
-    before, h_before = None, math.inf
+    x0_before = None
+    h_before = math.inf  # the last step in lambda
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in pairwise(path):
         x0, _ = denoise(x, t, alpha, sigma)
-        h, ahead = math.inf, x0
+        h = math.inf
+        ahead = x0
         if alpha > 0 and sigma_next > 0:
             h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
-            if before is not None:
-                ahead = x0 + (h / h_before / 2) * (x0 - before)
+            if x0_before is not None:
+                ahead = x0 + (h / h_before / 2) * (x0 - x0_before)
         x = sigma_next / sigma * x + (alpha_next - alpha * sigma_next / sigma) * ahead
-        before, h_before = x0, h
+        x0_before = x0
+        h_before = h
         yield x
 
 
 # ---- flow matching: the straight path -----------------------------------------------------------
-# With alpha = 1 - t and sigma = t, x_t moves on a straight line from picture to noise, at the
-# velocity dx/dt = eps - x_0, and sampling integrates the velocity that the network names from t = 1
-# to 0. All of the above holds here too; DDIM is Euler's rule, x_next = x + (t_next - t) dx/dt.
+# With alpha = 1 - t and sigma = t, x_t moves on a straight line from image to noise, at the
+# velocity dx/dt = eps - x_0. Sampling integrates the predicted velocity from t = 1 to 0. All of the
+# above holds here too, and DDIM becomes Euler's rule, x_next = x + (t_next - t) dx/dt.
 
 
-def flow_path(S: int, steps: int) -> Path:
-    """Equal steps of time from 1 to 0. The network is told S t, as if there were S levels."""
-    return [(S * t, 1 - t, t) for t in (1 - i / steps for i in range(steps + 1))]
+def flow_path(S: int, steps: int) -> NoisePath:
+    """Equal steps of time from 1 to 0. The network reads S t, as if there were S levels."""
+    times = [1 - i / steps for i in range(steps + 1)]
+    return [(S * t, 1 - t, t) for t in times]
 
 
-def heun(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> States:
-    """Go on at the mean of the velocities here and where Euler would arrive: second order, for two
-    network calls a step; but one in the last, as the network was not trained at t = 0."""
+def heun(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise) -> States:
+    """Heun's rule: step with the mean of the velocities here and at the end of Euler's step.
+
+    It is of second order, with two calls of the network per step. The last step calls it once, as
+    the network was not trained at t = 0. Draws nothing.
+    """
     for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in pairwise(path):
-        velocity = (x - denoise(x, t, alpha, sigma)[0]) / sigma  # that is eps - x_0
+        x0, _ = denoise(x, t, alpha, sigma)
+        velocity = (x - x0) / sigma  # = eps - x_0
         if sigma_next > 0:
             arrived = x + (sigma_next - sigma) * velocity
             x0, _ = denoise(arrived, t_next, alpha_next, sigma_next)
@@ -252,148 +289,252 @@ def heun(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> States:
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm, "euler": ddim, "heun": heun}
 
 
+def last(states: States) -> Tensor:
+    """The state after the last step; earlier ones are dropped as the sampler runs."""
+    return deque(states, maxlen=1).pop()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, which turns dropout off; restore its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 
 class Diffusion(nn.Module):
-    """A U-Net, the noise it is trained against, and the ways to sample from it."""
+    """A U-Net with its noise schedule: the training loss, and sampling."""
 
-    outer = ()  # no tables: all matrices lie between hidden states
+    outer = ()  # modules that AdamW trains instead of Muon: none, as there are no tables
+    unit = "image"  # one row of a batch
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
-        self.config, self.unet = config, UNet(config)
+        self.config = config
+        self.unet = UNet(config)
         if config.d_context and config.learned_null:
             self.null_context = nn.Parameter(torch.zeros(config.d_context))
 
-    def path(self, steps: int, sampler: str = "ddim") -> Path:
-        """Where `sampler` stops. ValueError for one, or for steps, that the model does not have."""
-        c, S = self.config, self.config.diffusion_steps
+    def path(self, steps: int, sampler: str = "ddim") -> NoisePath:
+        """The stops of a sampler. Raises ValueError for a sampler or steps that do not fit."""
+        config = self.config
+        S = config.diffusion_steps
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; use one of {', '.join(SAMPLERS)}")
-        if sampler in ("euler", "heun") and c.prediction != "flow":
-            raise ValueError(f"{sampler} follows a flow; this model predicts {c.prediction}")
-        extra = sampler == "dpm++" and c.spacing != "trailing"  # as published, with a stop at 0
-        levels = timesteps(S, steps + extra, c.spacing, c.offset)[:steps]
-        if c.prediction == "flow":
+        if sampler in ("euler", "heun") and config.prediction != "flow":
+            raise ValueError(f"{sampler} follows a flow; this model predicts {config.prediction}")
+        if sampler == "dpm++" and config.spacing != "trailing":
+            # As published: space one more level, and leave out the last.
+            levels = timesteps(S, steps + 1, config.spacing, config.offset)[:steps]
+        else:
+            levels = timesteps(S, steps, config.spacing, config.offset)
+        if config.prediction == "flow":
             return flow_path(S, steps)
-        table = alpha_bars(c).tolist()
-        stops = [(t, math.sqrt(table[t]), math.sqrt(1 - table[t])) for t in levels]
-        end = 1.0 if c.end_clean or sampler != "ddim" else table[0]
-        return [*stops, (0, math.sqrt(end), math.sqrt(1 - end))]
+
+        table = alpha_bars(config).tolist()
+        path = [(t, math.sqrt(table[t]), math.sqrt(1 - table[t])) for t in levels]
+        end = 1.0
+        if sampler == "ddim" and not config.end_clean:
+            end = table[0]
+        return [*path, (0, math.sqrt(end), math.sqrt(1 - end))]
 
     def null(self, context: Tensor, given: Tensor | None) -> Tensor:
-        """What stands in for a context, in its shape: learned, or given, as an empty text's."""
-        if given is None and not self.config.learned_null:
-            raise ValueError("this model learned no null_context; give one, (1 or B, T, E)")
-        return (self.null_context if given is None else given).to(context).expand_as(context)
+        """The empty context in the shape of `context`: the given one, else the learned one.
 
-    def loss(self, batch: dict[str, Tensor], generators: Sequence[torch.Generator]):
-        """Mean of |y - target|^2 over batch["images"] (B, C, H, W), float32: (loss, metrics).
-
-        A model with d_context needs batch["context"] (B, T, E), and without learned_null also
-        batch["null_context"], which expands to it. Row i draws its level, its noise and whether to
-        leave out its context from generators[i], a CPU generator.
-        metrics["loss_t0"] .. ["loss_t3"] are the parts of the loss from quarters of the noise
-        level, each times 4: over many rows the mean loss there. Their mean is the loss.
+        Raises ValueError if none is given and the model learned none.
         """
-        c, x0, context = self.config, batch["images"], batch.get("context")
-        check_images(x0.shape, c.in_channels, c.factor)  # before anything is drawn
+        if given is None:
+            if not self.config.learned_null:
+                raise ValueError("this model learned no null_context; give one, (1 or B, T, E)")
+            given = self.null_context
+        return given.to(context).expand_as(context)
+
+    def loss(
+        self, batch: dict[str, Tensor], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics): the mean of |y - target|^2 over batch["images"] (B, C, H, W), float32.
+
+        A model with d_context needs batch["context"] (B, T, E). Without learned_null it also needs
+        batch["null_context"], which must expand to that shape. Row i draws its level, its noise and
+        whether its context is left out from generators[i], a CPU generator.
+
+        metrics["loss_t0"] .. ["loss_t3"] are the parts of the loss from the four quarters of the
+        noise levels, each times 4. So over many rows each is the mean loss in its quarter, and the
+        mean of the four is the loss.
+        """
+        config = self.config
+        x0 = batch["images"]
+        context = batch.get("context")
+        check_images(x0.shape, config.in_channels, config.factor)  # before anything is drawn
+
+        # Level and noise of each row.
         share = torch.stack([torch.rand((), generator=g, dtype=torch.double) for g in generators])
         eps = gaussian_noise(generators, x0.shape[1:]).to(x0.device)
-        t, alpha, sigma = level(c, share)
+        t, alpha, sigma = level(config, share)
         weight = torch.ones_like(t)
-        if c.min_snr:
-            weight = min_snr_weight(c.prediction, (alpha / sigma).square(), c.min_snr)
-        numbers = torch.stack((t, alpha, sigma, weight, (4 * share).floor())).float()
-        t, alpha, sigma, weight, quarter = numbers.to(x0.device)[..., None, None, None].unbind()
-        if c.d_context and context is not None:
+        if config.min_snr:
+            weight = min_snr_weight(config.prediction, (alpha / sigma).square(), config.min_snr)
+        quarter = (4 * share).floor()
+
+        # One copy takes all numbers of the rows to the device; each becomes (B, 1, 1, 1).
+        numbers = torch.stack((t, alpha, sigma, weight, quarter)).float().to(x0.device)
+        t, alpha, sigma, weight, quarter = numbers[..., None, None, None].unbind()
+
+        # Contexts that are left out.
+        if config.d_context and context is not None:
+            null = self.null(context, batch.get("null_context"))
             dropped = torch.stack([torch.rand((), generator=g) for g in generators])
-            dropped = (dropped < c.context_dropout).to(x0.device)[:, None, None]
-            context = torch.where(dropped, self.null(context, batch.get("null_context")), context)
+            dropped = (dropped < config.context_dropout).to(x0.device)[:, None, None]
+            context = torch.where(dropped, null, context)
+
+        # Predict and compare.
         y = self.unet(q_sample(x0, eps, alpha, sigma), t.flatten(), context)
-        error = (y.float() - target(c.prediction, x0, eps, alpha, sigma)).square()
+        error = (y.float() - target(config.prediction, x0, eps, alpha, sigma)).square()
         rows = (weight * error).mean(dim=(1, 2, 3))  # (B,)
-        parts = [4 * (rows.detach() * (quarter.flatten() == k)).mean() for k in range(4)]
-        return rows.mean(), {f"loss_t{k}": part for k, part in enumerate(parts)}
+        metrics = {}
+        for k in range(4):
+            metrics[f"loss_t{k}"] = 4 * (rows.detach() * (quarter.flatten() == k)).mean()
+        return rows.mean(), metrics
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
-        """A batch as data would give it, of zeros; a context has 77 rows, as CLIP's texts."""
-        c = self.config
-        batch = {"images": torch.zeros(rows, c.in_channels, c.image_size, c.image_size)}
-        given = ("context",) if c.learned_null else ("context", "null_context")
-        return batch | {name: torch.zeros(rows, 77, c.d_context) for name in given if c.d_context}
+        """A batch of zeros with the fields of a real one; a context has 77 rows, as in CLIP."""
+        config = self.config
+        batch = {
+            "images": torch.zeros(rows, config.in_channels, config.image_size, config.image_size)
+        }
+        if config.d_context:
+            batch["context"] = torch.zeros(rows, 77, config.d_context)
+            if not config.learned_null:
+                batch["null_context"] = torch.zeros(rows, 77, config.d_context)
+        return batch
 
-    def denoiser(self, context: Tensor | None = None, guidance: float = 1.0,
-                 null_context: Tensor | None = None) -> Denoise:  # fmt: skip
-        """denoise(x, t, alpha, sigma) -> (x_0, eps) for contexts (B, T, E).
+    def denoiser(
+        self,
+        context: Tensor | None = None,
+        guidance: float = 1.0,
+        null_context: Tensor | None = None,
+    ) -> Denoise:
+        """A function denoise(x, t, alpha, sigma) -> (x_0, eps) for contexts (B, T, E).
 
         The prediction is y_null + guidance (y - y_null): 0 ignores the context, 1 is the plain
-        conditional model, more follows the text at the cost of variety.
+        conditional model, and more follows the context more closely, at the cost of variety.
+        Raises ValueError for a guidance below 0, or one that needs a context if none is given.
         """
-        c = self.config
+        config = self.config
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; it must be 0 or above (1 = plain)")
         if guidance != 1 and context is None:
-            raise ValueError(f"guidance is {guidance}, but no context was given to follow")
-        rows = [context] if guidance else []
-        rows += [self.null(context, null_context)] if guidance != 1 else []
-        rows = None if context is None else torch.cat(rows)
+            raise ValueError(
+                f"guidance is {guidance}, but no context was given: give one, or use 1"
+            )
+
+        # With both predictions, the network runs once on a batch of twice the rows.
+        contexts = None
+        if context is not None:
+            parts = []
+            if guidance != 0:
+                parts.append(context)
+            if guidance != 1:
+                parts.append(self.null(context, null_context))
+            contexts = torch.cat(parts)
 
         def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-            copies = 1 if rows is None else len(rows) // len(x)
+            copies = 1 if contexts is None else len(contexts) // len(x)
             x_t = x.repeat(copies, 1, 1, 1)
-            y = self.unet(x_t, torch.full((len(x_t),), float(t), device=x.device), rows).float()
+            times = torch.full((len(x_t),), float(t), device=x.device)
+            y = self.unet(x_t, times, contexts).float()
             if copies == 2:
                 y, y_null = y.chunk(2)
                 y = y_null + guidance * (y - y_null)
-            x0, eps = separate(c.prediction, y, x, alpha, sigma)
-            return (x0.clamp(-1, 1) if c.clip else x0), eps
+            x0, eps = separate(config.prediction, y, x, alpha, sigma)
+            if config.clip:
+                x0 = x0.clamp(-1, 1)
+            return x0, eps
 
         return denoise
 
-    @torch.no_grad()
-    def sample(self, start: int | Tensor, steps: int = 50, sampler: str = "ddim",
-               guidance: float = 1.0, context: Tensor | None = None,
-               generators: Sequence[torch.Generator] | None = None, film: bool = False,
-               null_context: Tensor | None = None, eta: float = 0.0) -> Tensor:  # fmt: skip
-        """Pictures (B, C, H, W), float32; a film (steps + 1, B, C, H, W) has every x, noise first.
+    def sampler_states(
+        self,
+        sampler: str,
+        denoise: Denoise,
+        x: Tensor,
+        path: NoisePath,
+        generators: Sequence[torch.Generator],
+        eta: float = 0.0,
+    ) -> States:
+        """Run a sampler from x along `path`, with fresh noise from the generators of the rows."""
+        options = {}
+        if sampler == "ddim":
+            options["eta"] = eta
+        elif sampler == "ddpm":
+            options["variance"] = self.config.variance
 
-        start: how many, or their noise, of any H and W the network can halve. Sample i draws from
-        generators[i], a CPU generator, whatever the batch and the device; without them, torch's
-        own seed decides. Raises ValueError for what the model or the schedule cannot do.
+        def noise() -> Tensor:
+            return gaussian_noise(generators, x.shape[1:]).to(x.device)
+
+        return SAMPLERS[sampler](denoise, x, path, noise, **options)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        start: int | Tensor,
+        steps: int = 50,
+        sampler: str = "ddim",
+        guidance: float = 1.0,
+        context: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        film: bool = False,
+        null_context: Tensor | None = None,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Draw images (B, C, H, W), float32; with film all states (steps + 1, B, C, H, W).
+
+        start: the number of images, or their noise, of any H and W that the network can halve.
+        generators: CPU generators, one per sample. Sample i draws only from generators[i], so it
+        does not depend on the batch and the device; by default torch's global generator seeds them.
+        context, guidance, null_context: see `denoiser`. eta: see `ddim`.
+        Raises ValueError for inputs that do not fit the model, the schedule or each other.
         """
-        c, count = self.config, start if isinstance(start, int) else len(start)
+        config = self.config
+        count = start if isinstance(start, int) else len(start)
+        if count < 1:
+            raise ValueError(f"{count} samples were requested; draw at least 1")
         if generators is None:
-            seeds = [torch.randint(2**62, ()).item() for _ in range(count)]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            generators = new_generators(count)
         contexts = count if context is None else len(context)
-        if count < 1 or not count == len(generators) == contexts:
+        if not count == len(generators) == contexts:
             given = f"{len(generators)} generators and {contexts} contexts"
-            raise ValueError(f"{count} samples with {given}: give one of each a sample")
-        path, denoise = self.path(steps, sampler), self.denoiser(context, guidance, null_context)
-        device, was_training = next(self.parameters()).device, self.training
-        shape = (c.in_channels, c.image_size, c.image_size)
-        x = gaussian_noise(generators, shape) if isinstance(start, int) else start
-        x = x.to(device, torch.float32)
-        options = {"ddim": {"eta": eta}, "ddpm": {"variance": c.variance}}.get(sampler, {})
-        fresh = lambda: gaussian_noise(generators, x.shape[1:]).to(device)  # noqa: E731
-        states = SAMPLERS[sampler](denoise, x, path, fresh, **options)
-        self.eval()
-        try:
-            return torch.stack([x, *states]) if film else deque(states, maxlen=1)[0]
-        finally:
-            self.train(was_training)
+            raise ValueError(f"{count} samples with {given}: give one of each per sample")
+        path = self.path(steps, sampler)
+        denoise = self.denoiser(context, guidance, null_context)
+
+        # Starting noise.
+        if isinstance(start, int):
+            shape = (config.in_channels, config.image_size, config.image_size)
+            x = gaussian_noise(generators, shape)
+        else:
+            x = start
+        x = x.to(next(self.parameters()).device, torch.float32)
+
+        states = self.sampler_states(sampler, denoise, x, path, generators, eta)
+        with evaluation_mode(self):
+            return torch.stack([x, *states]) if film else last(states)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> Diffusion:
-        """Read a folder of diffusers: a U-Net and a scheduler (hub_pipeline.py)."""
+        """Read a diffusers folder with a U-Net and a scheduler; see hub/scheduler.py."""
         from tinyfm.hub import scheduler
 
         return scheduler.load(cls, DiffusionConfig, folder, dtype)
 
     def save_pretrained(self, folder: str, overwrite: bool = False) -> None:
-        """Write a folder of diffusers: a U-Net and a scheduler (hub_pipeline.py)."""
+        """Write a diffusers folder with a U-Net and a scheduler; see hub/scheduler.py."""
         from tinyfm.hub import scheduler
 
         scheduler.save(self, folder, overwrite)
