@@ -80,9 +80,9 @@ def require(raw: dict, expected: dict[str, Any]) -> None:
 def read_fields(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) -> dict[str, Any]:
     """Read settings from a parsed config.json: {our name: value}.
 
-    fields: (our name, their name) of each setting. Where one of our names has several of theirs,
-    their values must agree. A value must have the type of our default; null stands for an integer
-    default of 0. Raises ValueError otherwise.
+    fields: (our name, their name) of each setting. Where several of their fields set one of ours,
+    their values must agree. A value must have the type of our default; null is read as 0 where our
+    default is the integer 0. Raises ValueError otherwise.
     """
     values: dict[str, Any] = {}
     for ours, theirs in fields:
@@ -192,12 +192,12 @@ def write_folder(
     """
     check_overwrite(folder, overwrite)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    # transformers 5 reads the first, transformers 4 the second.
+    # transformers 5 reads dtype, transformers 4 reads torch_dtype.
     config = config | {"dtype": dtype, "torch_dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=TEMPORARY) as name:
-        # Write all files beside the old ones.
         temporary = Path(name)
+        # Write all files there.
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
         if tokenizer:

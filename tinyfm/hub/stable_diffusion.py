@@ -7,7 +7,8 @@ The folder has one subfolder for each part:
     unet/          a UNet2DConditionModel
     scheduler/     the noise schedule
     vae/           an AutoencoderKL
-    model_index.json lists the class of each part
+
+The file model_index.json lists the class of each part.
 
 Each part is read and written with the tables of its family, in clip.py, scheduler.py and
 diffusion.py. This module has the rest: it checks that texts are padded with their end token, and it
@@ -134,7 +135,7 @@ def load(
     autoencoder = parts.autoencoder.from_pretrained(folder / "vae", dtype)
     denoiser = parts.diffusion.from_pretrained(folder, dtype)
     clip_config = read_text_config(parts.clip_config, folder / "text_encoder")
-    # A published autoencoder may name the size that it was trained at, which the U-Net's overrides.
+    # A published autoencoder may name the size that it was trained at; the U-Net's size counts.
     size = denoiser.config.image_size * autoencoder.config.factor
     autoencoder.config = replace(autoencoder.config, image_size=size)
     config = config_cls(denoiser.config, autoencoder.config, clip_config)
