@@ -1,4 +1,4 @@
-"""The calculators: memory, FLOPs, time and cost against published figures, and against torch."""
+"""The calculators against published figures, and against the counts of torch."""
 
 import json
 import subprocess
@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm.calc import __main__ as calc
 from tinyfm.calc import estimate, memory, report, systems, trace
-from tinyfm.calc.memory import Layout, Memory, Module, Training
+from tinyfm.calc.memory import Layout, MemoryUse, Training
+from tinyfm.calc.network import MeasuredModule
 from tinyfm.common import gpus
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
@@ -35,7 +36,7 @@ SMALL = GPTConfig(300, context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_mo
     ("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)]
 )  # Rajbhandari et al. 2020, figure 1
 def test_zero_stages(stage, gigabytes):
-    shared = memory.state(7.5e9, Training(), Layout(64, zero=stage))
+    shared = memory.state_memory(7.5e9, Training(), Layout(64, zero=stage))
     assert shared.total / GB == pytest.approx(gigabytes, abs=0.05)
 
 
@@ -76,7 +77,7 @@ def test_activations_of_mt_nlg():
 def test_full_checkpointing_keeps_what_enters_a_block_and_one_block():
     gpt3, c = systems.get("gpt3-175b"), systems.get("gpt3-175b").shape
     T, D, L = 2048, 12288, c["layers"]
-    got = memory.activations(gpt3, Training(rows=3, checkpoint="full"), Layout())
+    got = memory.activation_bytes(gpt3, Training(rows=3, checkpoint="full"), Layout())
     ends = 2 * 2 * T * D  # the final norm's input, and the head's
     assert got == 3 * (2 * T * D * L + 32 * T * D + ends)
 
@@ -121,7 +122,7 @@ def test_state_bytes_of_a_parameter(name, optimizer):
     system = systems.get(name)
     for dtype, each in (("bf16", 16), ("fp32", 16)):
         training = Training(dtype=dtype, optimizer=optimizer)
-        got = memory.state(system.parameters, training, Layout(), system.matrices).total
+        got = memory.state_memory(system.parameters, training, Layout(), system.matrices).total
         less = 4 * system.matrices if optimizer == "muon" else 0
         assert got == each * system.parameters - less
 
@@ -151,7 +152,7 @@ def test_logits():
 @pytest.mark.parametrize("n", [1, 8])
 def test_fit_is_the_largest_micro_batch(name, gib, n):
     system, budget = systems.get(name), gib * GiB
-    best = memory.fit(system, budget, Training(), n)
+    best = memory.plan_training(system, budget, Training(), n)
     if best is None:
         fewest = memory.fewest_gpus(system, budget, Training())
         assert fewest == 0 or fewest > n
@@ -164,23 +165,28 @@ def test_fit_is_the_largest_micro_batch(name, gib, n):
 
 
 def test_fit_takes_the_plainest_way():
-    gpt2, llama = systems.get("gpt2"), systems.get("llama3-8b")
-    assert memory.fit(gpt2, 24 * GiB, Training()).way == "one GPU"
-    assert memory.fit(gpt2, 24 * GiB, Training(), 4).way == "DDP on 4 GPUs"
-    assert memory.fit(llama, 160 * GB, Training()).way == "one GPU with activation checkpointing"
-    assert memory.fit(llama, 80 * GB, Training(), 8).way == "FSDP2 on 8 GPUs"
-    assert memory.fit(llama, 24 * GiB, Training()) is None
-    fewest = memory.fewest_gpus(llama, 24 * GiB, Training())
-    assert memory.fit(llama, 24 * GiB, Training(), fewest)
-    assert not memory.fit(llama, 24 * GiB, Training(), fewest - 1)
+    def plan(name, budget, n=1):
+        return memory.plan_training(systems.get(name), budget, Training(), n)
+
+    assert plan("gpt2", 24 * GiB).way == "one GPU"
+    assert plan("gpt2", 24 * GiB, 4).way == "DDP on 4 GPUs"
+    assert plan("llama3-8b", 160 * GB).way == "one GPU with activation checkpointing"
+    assert plan("llama3-8b", 80 * GB, 8).way == "FSDP2 on 8 GPUs"
+    assert plan("llama3-8b", 24 * GiB) is None
+    fewest = memory.fewest_gpus(systems.get("llama3-8b"), 24 * GiB, Training())
+    assert plan("llama3-8b", 24 * GiB, fewest)
+    assert not plan("llama3-8b", 24 * GiB, fewest - 1)
     assert memory.fewest_gpus(systems.get("llama3.1-405b"), 1 * GB, Training()) == 0
 
 
 def test_fit_of_what_is_bound_by_its_update():
-    """Few rows take less than the update does, so that one row and two take the same."""
+    """A few rows take less memory than the update, so one row and two rows take the same."""
     sizes = {"fixed_bytes": 100, "row_bytes": 10, "update_bytes": 1000}
-    module = Module("m", {"a": 10}, {}, 10, 10, 10, 10, {}, 0, **sizes)
-    held = memory.state(10, Training(), Layout(), 10).total
+    module = MeasuredModule(
+        "m", parts={"a": 10}, frozen={}, parameters=10, non_embedding=10, matrices=10,
+        largest_block=10, flops={}, average=0, **sizes,
+    )  # fmt: skip
+    held = memory.state_memory(10, Training(), Layout(), 10).total
     for budget, rows in ((held + 999, 0), (held + 1000, 90), (held + 1009, 90), (held + 1010, 91)):
         assert memory.largest_rows(module, budget, Training(), Layout()) == rows
 
@@ -188,7 +194,7 @@ def test_fit_of_what_is_bound_by_its_update():
 def test_amounts_of_memory():
     assert memory.read_bytes("24GiB") == 24 * 2**30
     assert memory.read_bytes(" 1.5 GB") == 1_500_000_000
-    for text in ("24", "GiB", "24gib", "-1GB", "1.2.3GB", "0GB"):
+    for text in ("24", "GiB", "24gib", "-1GB", "1.2.3GB", "0GB", ".GB"):
         with pytest.raises(ValueError, match="write it as 24GiB or 80GB"):
             memory.read_bytes(text)
 
@@ -198,7 +204,7 @@ def test_amounts_of_memory():
     [
         (lambda: Layout(10, tensor=4), "10 GPUs are not divisible by tensor 4 x pipeline 1 = 4"),
         (lambda: Layout(0), "gpus is 0; it must be at least 1"),
-        (lambda: Layout(zero=4), "ZeRO stage 4"),
+        (lambda: Layout(zero=4), "ZeRO stage is 4"),
         (lambda: Training(rows=0), "the micro-batch is 0"),
         (lambda: Training(dtype="int3"), "dtype is 'int3'; use bf16 or fp16 or fp32"),
         (lambda: Training(optimizer="sgd"), "optimizer is 'sgd'; use adamw or muon"),
@@ -208,7 +214,7 @@ def test_amounts_of_memory():
          "gpt2 has 12 layers, not divisible by 5"),
         (lambda: memory.training_memory(systems.get("resnet-50"), Training(), Layout(2, 2)),
          "resnet-50 is no stack of blocks"),
-        (lambda: memory.activations(systems.get("sd1-vae"), Training(checkpoint="full"), Layout()),
+        (lambda: memory.training_memory(systems.get("sd1-vae"), Training(checkpoint="full")),
          "no repeated blocks to checkpoint"),
     ],
 )  # fmt: skip
@@ -309,7 +315,7 @@ def test_refused_gpus(make, message):
         make()
 
 
-# ---- measure.py: modules of our own -------------------------------------------------------------
+# ---- trace.py and estimate.py: modules of this repository ---------------------------------------
 
 VARIANTS = [SMALL, replace(SMALL, tied=True, window=16), replace(SMALL, mlp="gelu", dropout=0.1)]
 VARIANTS += [replace(SMALL, position="learned", norm="layernorm", bias=True, n_kv_head=0)]
@@ -422,7 +428,7 @@ def test_measured_memory_goes_through_the_peaks_it_was_not_measured_at(optim):
     assert predicted == max(trace.step_bytes(model, optim, rows, accumulate=True))
     assert network.average == (4 * network.parameters if optim.ema_half_life else 0)
     with pytest.raises(ValueError, match="small has no activation checkpointing"):
-        memory.activations(network, Training(checkpoint="full"), Layout())
+        memory.activation_bytes(network, Training(checkpoint="full"), Layout())
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -488,7 +494,7 @@ def test_any_module_can_be_measured():
         )
 
 
-# ---- calc.py ------------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def test_description_of_a_run():
@@ -541,8 +547,8 @@ def test_text_says_what_was_taken_for_granted():
     ):  # fmt: skip
         assert part in text, part
     assert "80 GB of memory at 3350 GB/s, links of 900 GB/s" in text
-    assert "--gpu says" in ask("gpt3-13b") and "--tokens says" in ask("gpt2")
-    assert "--gpu says" not in ask("gpt2", "--gpu", "h100")
+    assert "add --gpu" in ask("gpt3-13b") and "add --tokens" in ask("gpt2")
+    assert "add --gpu" not in ask("gpt2", "--gpu", "h100")
     assert "more than h100 has; --fit 80GB" in ask("gpt3-13b", "--gpu", "h100")
     assert "more than" not in ask("gpt2", "--gpu", "h100")
     assert "active a token" in ask("mixtral-8x7b")
@@ -622,7 +628,7 @@ def test_what_a_preset_takes_is_that_of_its_module(name):
 def test_what_is_frozen_has_no_gradients_and_no_averages():
     """Of text-to-image only the denoiser is trained."""
     run = registry.get_preset("text2image").run
-    network, training = calc.own("text2image", run)
+    network, training = calc.measure_run("text2image", run)
     model = run.build_model()
     sizes = {part: sum(p.numel() for p in getattr(model, part).parameters())
              for part in ("text_tower", "autoencoder", "diffusion")}  # fmt: skip
@@ -654,7 +660,7 @@ def test_what_is_frozen_has_no_gradients_and_no_averages():
         ("gpt2-124", "did you mean gpt2-124m"),
         ("tests", "tests is not a run directory: it has no config.json"),
         ("gpt3", "did you mean gpt3-125m or gpt3-350m"),
-        ("runs/none", "no system, preset or run directory 'runs/none'; a run is there once"),
+        ("runs/none", "no system, preset or run directory 'runs/none'; train.py makes a run"),
         ("gpt2 --gpus 0", "argument --gpus: 0 must be above 0"),
         ("gpt2 --tokens -3", "argument --tokens: -3 must be above 0"),
         ("gpt2 --tokens nan", "argument --tokens: nan is not a finite number"),
@@ -672,7 +678,7 @@ def test_what_is_frozen_has_no_gradients_and_no_averages():
         ("gpt2 --availability 2", "availability is 2"),
         ("gpt2 --pue 0.5", "pue is 0.5; it must be at least 1"),
         ("gpt2 gpt1", "add --compare"),
-        ("--compare gpt2 gpt1 --json", "of one name at a time"),
+        ("--compare gpt2 gpt1 --json", "one name at a time"),
         ("gpt2 --bogus", "unrecognized arguments: --bogus"),
         ("gpt2-124m --context 5", "--context is for published systems"),
         ("", "name a system, a preset or a run directory"),
@@ -687,12 +693,18 @@ def test_refused_questions(words, message, capsys):
 
 
 def test_it_answers_at_once_and_without_torch():
-    code = "import sys, tinyfm.calc.__main__ as c; c.answer(['gpt3-175b']); assert 'torch' not in sys.modules"
+    code = """
+import sys
+from tinyfm.calc import __main__ as calc
+assert "174,604,259,328" in calc.answer(["gpt3-175b"])
+assert "torch" not in sys.modules
+"""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert time.perf_counter() - began < 5
 
 
 def test_memory_adds_up():
-    amount = Memory(1, 2, 3, 4, 5, 6, 7)
-    assert amount.total == 28 and "28" in report.memory_text(amount)
+    use = MemoryUse(1, 2, 3, 4, 5, 6, 7)
+    assert use.total == 28
+    assert report.memory_lines(use)[-1].split()[:4] == ["in", "all", "28", "B"]

@@ -4,14 +4,19 @@ python -m tinyfm.calc gpt3-175b                                   # a published 
 python -m tinyfm.calc gpt3-175b --gpu h100 --gpus 1024 --tokens 300e9
 python -m tinyfm.calc llama3-8b --fit 24GiB                       # does it fit, and how?
 python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
-python -m tinyfm.calc runs/gpt                                    # a run of one's own, or a preset
-python -m tinyfm.calc optimal 5.76e23                             # how to spend so many FLOPs
-python -m tinyfm.calc fit runs/sweep-* --held-out runs/sweep-large    # a law of one's own runs
+python -m tinyfm.calc runs/gpt                                    # your own run, or a preset
+python -m tinyfm.calc cluster llama-1b --gpus 64                  # FSDP2 on 64 GPUs, simulated
+python -m tinyfm.calc optimal 5.76e23                             # divide a budget of FLOPs
+python -m tinyfm.calc fit runs/sweep-* --held-out runs/sweep-large    # a law of your own runs
 
-Published systems are counted by closed forms (ledgers.py, systems.py), modules of our own by
-running them on tensors without memory (measure.py); memory.py adds up bytes, gpus.py hours and
-dollars. Here they are put together and printed. torch is imported only for what is our own.
+Published systems are counted by closed forms (ledgers.py, systems.py), modules of this repository
+by running them on tensors without memory (trace.py). memory.py adds up bytes, gpus.py hours and
+dollars, and report.py prints them.
 """
+
+# Only this file of calc/ looks up names: of systems, run directories and presets. It imports torch
+# and the recipes inside functions, where they are needed: a question about a published system is
+# answered at once.
 
 from __future__ import annotations
 
@@ -23,91 +28,192 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from tinyfm.calc import memory, report, systems
-from tinyfm.calc.estimate import measured, micro_batch
-from tinyfm.calc.memory import Layout, Network, Training
-from tinyfm.calc.report import Parser, Report
+from tinyfm.calc.memory import Layout, Training
+from tinyfm.calc.network import Network
+from tinyfm.calc.report import Estimate
 from tinyfm.common import gpus
-from tinyfm.common.gpus import Assumptions
-from tinyfm.recipes.run_dir import rebuild
+from tinyfm.common.gpus import GPU, Assumptions
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
 
-# ---- a module about to be trained ---------------------------------------------------------------
-# ---- what the command line asks about -----------------------------------------------------------
+    from tinyfm.recipes.base import Run
+    from tinyfm.training.optim import OptimConfig
+
+# ---- names --------------------------------------------------------------------------------------
 
 
-def own(name: str, run) -> tuple[Network, Training]:
-    """A run of one's own: its network, and how it trains. In float32, with 16-bit products."""
+def look_up(name: str, context: int = 0) -> tuple[Network, Training | None]:
+    """The network of a name, and how it trains if that is known.
+
+    The name is a published system, a run directory or a preset. Raises ValueError for any other
+    one, with the nearest names.
+    """
+    if name in systems.rows():
+        return systems.get(name, context), None
+    if context:
+        raise ValueError(f"--context is for published systems; {name!r} is none")
+    return measure_run(name, find_run(name))
+
+
+def find_run(name: str) -> Run:
+    """The run of a run directory or a preset. Raises ValueError if there is neither."""
+    from tinyfm.recipes import registry
+
+    if Path(name).is_dir():
+        return read_run_directory(name)
+    presets = registry.all_presets()
+    if name in presets:
+        return presets[name].run
+    if Path(name).parent.name:  # it looks like a path
+        hint = "train.py makes a run directory when it starts a run"
+    else:
+        hint = systems.nearest(name, [*systems.rows(), *presets])
+    raise ValueError(f"there is no system, preset or run directory {name!r}; {hint}")
+
+
+def read_run_directory(folder: str) -> Run:
+    """The run that a directory's config.json records. Raises ValueError if there is none."""
+    from tinyfm.recipes import run_dir
+
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no config.json")
+    return run_dir.read_run(path)
+
+
+def measure_run(name: str, run: Run) -> tuple[Network, Training]:
+    """The network of a run, and how it trains: weights in float32, products as it says."""
+    import torch
+
+    from tinyfm.calc import estimate
 
     with torch.device("meta"):
         model = run.build_model()
     if not hasattr(model, "example_batch"):
         raise ValueError(f"{type(model).__name__} has no example_batch(rows): nothing to measure")
-    rows, several = micro_batch(model, run.train)
+    rows, several = estimate.micro_batch(model, run.train)
     dtype = torch.float32 if run.train.dtype == "float32" else torch.bfloat16
-    network = measured(name, model, run.optim, rows, several, run.train.micro_batch_size, dtype)
-    network = replace(network, trained=run.train.steps * run.train.batch_size * network.row)
-    return network, Training(rows, "fp32", run.optim.optimizer)
+    at_once = run.train.micro_batch_size
+    network = estimate.measured(name, model, run.optim, rows, several, at_once, dtype)
+    units = run.train.steps * run.train.batch_size * network.row
+    return replace(network, trained=units), Training(rows, "fp32", run.optim.optimizer)
 
 
-def find(name: str, context: int = 0) -> tuple[Network, Training | None]:
-    """A published system, a run directory or a preset, by name. ValueError if there is none."""
-    if name in systems.rows():
-        return systems.get(name, context), None
-    if context:
-        raise ValueError(f"--context is for published systems; {name!r} is none")
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{name} is not a run directory: it has no config.json")
-        return own(name, rebuild(path / "config.json"))
-    from tinyfm.recipes import registry
-
-    if name in registry.PRESETS:
-        return own(name, registry.get_preset(name).run)
-    hint = systems.nearest(name, [*systems.rows(), *registry.PRESETS])
-    if path.parent.name:
-        hint = "a run is there once train.py has begun it"
-    raise ValueError(f"there is no system, preset or run directory {name!r}; {hint}")
+# Names of GPTConfig's fields, and of the columns of systems.csv.
+GPT_SIZES = {
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_kv_head": "kv_heads",
+    "d_ff": "d_ff",
+    "d_model": "d_model",
+    "d_head": "d_head",
+    "vocab_size": "vocab",
+    "context_length": "context",
+}
 
 
-def choose_dtype(asked: str, gpu: gpus.GPU | None) -> str:
-    """The format asked for; else bf16, or the first that the GPU has."""
-    if asked and gpu:
-        gpu.peak(asked)  # raises if it has none
-    return asked or (next(iter(gpu.peaks)) if gpu else "bf16")
+def find_trainable(name: str) -> tuple[nn.Module, OptimConfig, int]:
+    """(model on the "meta" device, its optimizer, rows of a batch), for a job on a cluster.
+
+    The name is a preset, or a published system of the GPT or Llama family; such a system has no
+    batch, so its rows are 0. Raises ValueError for any other name.
+    """
+    import torch
+
+    from tinyfm.gpt import GPT, GPTConfig
+    from tinyfm.recipes import gpt, registry
+    from tinyfm.training.optim import OptimConfig
+
+    if name not in systems.rows():
+        run = registry.get_preset(name).run
+        with torch.device("meta"):
+            return run.build_model(), run.optim, run.train.batch_size
+    system = systems.get(name)
+    styles = {"gpt": gpt.GPT2, "llama": gpt.LLAMA}
+    if system.family not in styles:
+        families = " or ".join(styles)
+        raise ValueError(f"{name} is of family {system.family}; use a system of family {families}")
+    sizes = {field: system.shape[column] for field, column in GPT_SIZES.items()}
+    config = GPTConfig(**styles[system.family] | sizes)
+    with torch.device("meta"):
+        return GPT(config), OptimConfig("adamw"), 0
 
 
-def make_report(name: str, options: argparse.Namespace) -> Report:
-    """Raises ValueError for what does not exist or cannot be laid out."""
+# ---- an estimate --------------------------------------------------------------------------------
+
+
+def choose_dtype(given: str, gpu: GPU | None) -> str:
+    """The given number format; without one, bf16 or the first that the GPU has.
+
+    Raises ValueError if the GPU does not have the given one.
+    """
+    if given and gpu:
+        gpu.peak(given)
+    if given:
+        return given
+    return next(iter(gpu.peaks)) if gpu else "bf16"
+
+
+def make_estimate(name: str, options: argparse.Namespace) -> Estimate:
+    """Compute everything about a name under these options.
+
+    Raises ValueError for a name or a GPU that does not exist, and an impossible layout.
+    """
     gpu = gpus.get(options.gpu) if options.gpu else None
     assumed = Assumptions(
-        options.gpus, choose_dtype(options.dtype, gpu), options.mfu, options.availability,
-        options.price, options.pue,
-    )  # fmt: skip
-    network, training = find(name, options.context)
-    training = training or Training(dtype=assumed.dtype, fused=not options.unfused)
-    asked = {key: getattr(options, key) for key in ("rows", "optimizer", "checkpoint")}
-    training = replace(training, **{key: value for key, value in asked.items() if value})
-    zero = options.zero if options.zero is not None else 3 if options.gpus > 1 else 0
+        gpus=options.gpus,
+        dtype=choose_dtype(options.dtype, gpu),
+        mfu=options.mfu,
+        availability=options.availability,
+        price=options.price,
+        pue=options.pue,
+    )
+
+    # The network, and how it is trained: as its run says, unless an option says otherwise.
+    network, training = look_up(name, options.context)
+    if training is None:
+        training = Training(dtype=assumed.dtype, fused=not options.unfused)
+    for field in ("rows", "optimizer", "checkpoint"):
+        value = getattr(options, field)
+        if value:
+            training = replace(training, **{field: value})
+    zero = options.zero
+    if zero is None:
+        zero = 3 if options.gpus > 1 else 0
     layout = Layout(options.gpus, options.tensor, options.pipeline, zero, options.sequence)
+
+    # The whole training, and its time and cost on that GPU.
     units = options.tokens or network.trained
-    flops, bill = units * network.flops_per_row() / network.row, None
+    flops = units * network.flops_per_row() / network.row
+    bill = None
     if gpu and units:
         busy = gpus.busy_hours(flops, gpu, assumed.dtype, assumed.mfu)
         bill = gpus.bill(busy, gpu, assumed.gpus, assumed.availability, assumed.price, assumed.pue)
-    return Report(
-        network, training, layout, memory.training_memory(network, training, layout),
-        memory.serving_memory(network, network.row, 1, assumed.dtype), units, flops, assumed, gpu,
-        bill,
-    )  # fmt: skip
+    return Estimate(
+        network=network,
+        training=training,
+        layout=layout,
+        memory=memory.training_memory(network, training, layout),
+        serving=memory.serving_memory(network, network.row, 1, assumed.dtype),
+        block_bytes=memory.block_bytes(network, training, layout),
+        units=units,
+        flops=flops,
+        assumed=assumed,
+        gpu=gpu,
+        bill=bill,
+    )
 
 
-# ---- the command line ---------------------------------------------------------------------------
+# ---- options ------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for wrong options, instead of ending the program."""
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 def count(text: str) -> int:
@@ -132,39 +238,46 @@ def amount(text: str) -> float:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("python -m tinyfm.calc", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        "python -m tinyfm.calc",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="a published system, a run directory or a preset")
-    add("--list", action="store_true", help="all published systems")
-    add("--compare", action="store_true", help="a table of several names")
+    # What to print.
+    add("--list", action="store_true", help="list all published systems")
+    add("--compare", action="store_true", help="print a table of several names")
     add("--json", action="store_true", help="print JSON")
     add("--plot", metavar="PNG", help="draw the memory of training, by term")
     add("--fit", metavar="24GiB", help="does training fit into that memory of a GPU, and how?")
-    add("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
-    add("--gpus", type=count, default=1, help="how many (default 1)")
-    add("--tokens", type=amount, help="to train on, or images; what was published, if not given")
-    add("--context", type=count, default=0, help="tokens of a row, if not the published number")
+    # The job.
+    add("--gpu", help=f"GPU to train on, one of {', '.join(gpus.GPUS)}")
+    add("--gpus", type=count, default=1, help="number of GPUs (default 1)")
+    add("--tokens", type=amount, help="tokens, or images, to train on (default as published)")
+    add("--context", type=count, default=0, help="tokens of a row (default as published)")
     add("--rows", type=count, help="rows of a micro-batch (default 1)")
-    add("--dtype", default="", help="bf16 (default), fp16 or fp32")
+    add("--dtype", default="", help="number format: bf16 (default), fp16 or fp32")
     add("--optimizer", help="adamw (default) or muon")
     add("--checkpoint", help="activation checkpointing: none (default), selective or full")
-    add("--unfused", action="store_true", help="attention that stores its scores")
-    add("--zero", type=int, help="0 = DDP, 1, 2, 3 = FSDP2 (default where there are more GPUs)")
-    add("--tensor", type=count, default=1, help="GPUs that share each matrix (default 1)")
-    add("--sequence", action="store_true", help="these also share what lies between matrices")
-    add("--pipeline", type=count, default=1, help="GPUs that share the blocks (default 1)")
+    add("--unfused", action="store_true", help="use attention that stores its scores")
+    # The layout on several GPUs.
+    add("--zero", type=int, help="ZeRO stage: 0 = DDP, 1, 2, 3 = FSDP2 (default on several GPUs)")
+    add("--tensor", type=count, default=1, help="GPUs that divide each matrix (default 1)")
+    add("--sequence", action="store_true", help="divide activations between matrices among them")
+    add("--pipeline", type=count, default=1, help="groups that divide the blocks (default 1)")
+    # Assumptions about time and cost.
     add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
     add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
-    add("--price", type=amount, help="USD a GPU-hour; a dated price, if not given")
-    add("--pue", type=amount, default=1.1, help="energy of the building over GPUs' (default 1.1)")
+    add("--price", type=amount, help="USD a GPU-hour (default a dated price of the GPU)")
+    add("--pue", type=amount, default=1.1, help="energy of building over GPUs' (default 1.1)")
     options = parser.parse_args(argv)
     check_options(options)
     return options
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for what is asked together and cannot be, or would not be heard."""
+    """Raise ValueError for options that are incompatible, or would be ignored."""
     if not options.list and not options.names:
         raise ValueError("name a system, a preset or a run directory; --list shows the systems")
     if len(options.names) > 1 and not options.compare:
@@ -172,46 +285,105 @@ def check_options(options: argparse.Namespace) -> None:
     if options.list and options.names:
         raise ValueError(f"--list shows all systems; leave out {' '.join(options.names)}")
     if options.compare and (options.json or options.fit):
-        raise ValueError("--compare prints a table; ask for --json or --fit of one name at a time")
+        raise ValueError("--compare prints a table; use --json and --fit with one name at a time")
     if options.fit and options.json:
         raise ValueError("--fit answers in words; leave out --json")
     for name in ("rows", "checkpoint", "zero"):
         if options.fit and getattr(options, name) is not None:
             raise ValueError(f"--fit finds the layout and the rows; leave out --{name}")
     if options.fit and options.tensor * options.pipeline > 1:
-        raise ValueError("--fit lays out DDP and FSDP2; leave out --tensor and --pipeline")
+        raise ValueError("--fit compares DDP and FSDP2; leave out --tensor and --pipeline")
 
 
-def read_budget(argv: list[str]) -> float:
-    parser = Parser("python -m tinyfm.calc optimal")
-    parser.add_argument("flops", type=amount, help="to spend on training")
-    return parser.parse_args(argv).flops
+# ---- commands -----------------------------------------------------------------------------------
 
 
 def answer(argv: list[str]) -> str:
-    """What is asked for, as text. Raises ValueError for what cannot be answered."""
-    if argv[:1] == ["fit"]:
-        from tinyfm.calc import sweep
-
-        return sweep.fit_runs(argv[1:])
-    if argv[:1] == ["optimal"]:
-        from tinyfm.calc import scaling_laws
-
-        return scaling_laws.optima_text(read_budget(argv[1:]))
+    """The output of a command line, as text. Raises ValueError and OSError."""
+    commands = {"cluster": answer_cluster, "fit": answer_fit, "optimal": answer_optimal}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     options = read_arguments(argv)
     if options.list:
-        found = map(systems.get, systems.rows())
-        return "\n".join(f"{s.name:18} {s.parameters:>15,}  {s.source}" for s in found)
-    reports = [make_report(name, options) for name in options.names]
+        return list_systems()
+    estimates = [make_estimate(name, options) for name in options.names]
     if options.plot:
-        report.plot(reports, options.plot)
+        report.plot(estimates, options.plot)
     if options.compare:
-        return report.table(reports)
+        return report.table(estimates)
+    (estimate,) = estimates
     if options.fit:
-        return report.fit_text(reports[0], options.fit)
+        budget = memory.read_bytes(options.fit)
+        fit = memory.check_fit(estimate.network, budget, estimate.training, options.gpus)
+        return report.fit_text(estimate.network, fit, options.fit)
     if options.json:
-        return json.dumps(report.to_json(reports[0]), indent=2)
-    return report.to_text(reports[0])
+        return json.dumps(report.to_json(estimate), indent=2)
+    return report.to_text(estimate)
+
+
+def list_systems() -> str:
+    found = [systems.get(name) for name in systems.rows()]
+    lines = [f"{system.name:18} {system.parameters:>15,}  {system.source}" for system in found]
+    return "\n".join(lines)
+
+
+def answer_cluster(argv: list[str]) -> str:
+    """python -m tinyfm.calc cluster llama-1b --gpus 64 [--shard-size 8] [--rows 8] [--gpu h100]"""
+    parser = Parser("python -m tinyfm.calc cluster", description=answer_cluster.__doc__)
+    add = parser.add_argument
+    add("name", help="a preset, or a published system of the GPT or Llama family")
+    add("--gpus", type=count, default=64, help="number of GPUs (default 64)")
+    add("--shard-size", type=int, default=0, help="GPUs that share one copy; 0 = all (default)")
+    add(
+        "--rows", type=int, default=0, help="rows of the batch on each GPU; 0 = its share (default)"
+    )
+    add("--gpu", default="h100", help=f"one of {', '.join(gpus.GPUS)} (default h100)")
+    options = parser.parse_args(argv)
+    gpu = gpus.get(options.gpu)
+    model, optim, batch = find_trainable(options.name)
+    rows = options.rows or max(1, batch // options.gpus)
+
+    from tinyfm.calc import cluster
+
+    job = cluster.simulate(model, optim, rows, options.gpus, gpu, options.shard_size)
+    return cluster.to_text(options.name, job, options.gpus, gpu, options.shard_size)
+
+
+def answer_fit(argv: list[str]) -> str:
+    """python -m tinyfm.calc fit runs/sweep-* [--held-out runs/sweep-large] [--plot scaling.png]"""
+    parser = Parser("python -m tinyfm.calc fit", description=answer_fit.__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", help="directories of finished runs on the same data")
+    add("--held-out", metavar="RUN", help="a larger run, to compare the prediction with")
+    add("--plot", default="", help="where to draw it (default scaling.png next to the runs)")
+    options = parser.parse_args(argv)
+
+    from tinyfm.calc import sweep
+
+    folders = options.runs
+    held_out = []
+    if options.held_out:
+        held_out = [sweep.read_point(Path(options.held_out), read_run_directory(options.held_out))]
+        # A pattern such as runs/sweep-* may have matched the held-out run too.
+        apart = Path(options.held_out).resolve()
+        folders = [folder for folder in folders if Path(folder).resolve() != apart]
+    points = [sweep.read_point(Path(folder), read_run_directory(folder)) for folder in folders]
+    points.sort(key=lambda point: point.flops)
+    laws = sweep.fit_laws(points, held_out)
+    picture = Path(options.plot or Path(options.runs[0]).parent / "scaling.png")
+    sweep.plot(points, laws, held_out, picture)
+    return f"{sweep.to_text(points, laws, held_out)}\ndrawn in {picture}"
+
+
+def answer_optimal(argv: list[str]) -> str:
+    """python -m tinyfm.calc optimal 5.76e23"""
+    parser = Parser("python -m tinyfm.calc optimal", description=answer_optimal.__doc__)
+    parser.add_argument("flops", type=amount, help="FLOPs to spend on training")
+    options = parser.parse_args(argv)
+
+    from tinyfm.calc import scaling_laws
+
+    return scaling_laws.optima_text(options.flops)
 
 
 def main() -> int | str:

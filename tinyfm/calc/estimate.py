@@ -1,76 +1,96 @@
-"""TODO."""
+"""The cost of training a module of this repository: memory, FLOPs, and a line that sums them up.
+
+Published systems are counted from closed forms (systems.py). A module is measured instead
+(trace.py), and `measured` turns the measurement into a Network, so that memory.py and report.py
+treat the two alike. Every function here is given a model; none looks one up by name.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from tinyfm.calc import memory
+from tinyfm.calc import memory, trace
 from tinyfm.calc.ledgers import Stack
-from tinyfm.calc.memory import Layout, Module, Training
+from tinyfm.calc.memory import Layout, Training
+from tinyfm.calc.network import MeasuredModule
+from tinyfm.common import device as devices
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
+
+GiB = 2**30
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of one process that holds everything."""
+    """The cost of training for one process that holds the whole model."""
 
     parameters: int  # a tied head counts once
-    learnt: int  # of them; the others are frozen
+    learnt: int  # those that are trained; the others are frozen
     parameter_bytes: int  # float32 weights
     gradient_bytes: int  # float32
     optimizer_bytes: int  # AdamW keeps two float32 numbers a parameter, Muon one
     average_bytes: int  # float32 moving average of the weights, if one is kept
-    flops_per_step: int  # forward and backward of the whole batch, 2 a multiply-add
+    flops_per_step: int  # forward and backward of the whole batch, 2 a multiply-add; 0 = unknown
 
     @property
     def state_bytes(self) -> int:
+        """All bytes but those of activations."""
         weights = self.parameter_bytes + self.gradient_bytes + self.average_bytes
         return weights + self.optimizer_bytes
 
 
 def training_cost(model: nn.Module, optim: OptimConfig, batch_size: int) -> TrainingCost:
-    """Cost of training `model`, on any device, with batches of batch_size rows."""
-    from tinyfm.calc import trace
+    """The cost of training `model`, on any device, with batches of batch_size rows.
 
+    FLOPs come from model.flops_per_row(), or are measured with model.example_batch(rows). A model
+    with neither has unknown FLOPs: 0.
+    """
     parameters = list(model.parameters())
-    weights = sum(p.nbytes for p in parameters)
-    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
-    optimizer, average = trace.average_bytes(model, optim)
-    flops = 0  # where the model neither says nor can be measured
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer_bytes, moving_average_bytes = trace.average_bytes(model, optim)
+    flops = 0
     if hasattr(model, "flops_per_row"):
         flops = batch_size * model.flops_per_row()
     elif hasattr(model, "example_batch"):
-        flops = sum(map(sum, trace.count_flops(model, batch_size).values()))
-    n = sum(p.numel() for p in parameters)
-    learnt = sum(p.numel() for p in parameters if p.requires_grad)
-    return TrainingCost(n, learnt, weights, gradients, optimizer, average, flops)
+        by_part = trace.count_flops(model, batch_size).values()
+        flops = sum(forward + backward for forward, backward in by_part)
+    return TrainingCost(
+        parameters=sum(p.numel() for p in parameters),
+        learnt=sum(p.numel() for p in trained),
+        parameter_bytes=sum(p.nbytes for p in parameters),
+        gradient_bytes=sum(p.nbytes for p in trained),
+        optimizer_bytes=optimizer_bytes,
+        average_bytes=moving_average_bytes,
+        flops_per_step=flops,
+    )
 
 
 def micro_batch(model: nn.Module, train: TrainConfig, world: int = 1) -> tuple[int, bool]:
-    """Rows of a forward pass, and whether a step has several, as the trainer cuts a batch."""
+    """(rows of a forward pass, whether a step has several), as the trainer divides a batch.
+
+    world: number of processes.
+    """
     batch = train.batch_size // world
-    whole = getattr(model, "whole_batch", False)
-    rows = batch if whole else train.micro_batch_size or batch
+    takes_whole_batch = getattr(model, "whole_batch", False)
+    rows = batch if takes_whole_batch else train.micro_batch_size or batch
     return rows, rows < batch
 
 
 def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tuple[int, str]:
-    """Bytes of tensors at the peak of a step, as the trainer would run it here; and how, in words.
+    """(bytes of tensors at the peak of a step, how the step is run in words), as the trainer does.
 
-    Of the device that is asked for; of the CPU, in a dry run for another machine.
+    The device is the one in `train`. If this machine does not have it, as in a dry run for another
+    machine, the CPU is used instead.
     """
-    import torch
-
-    from tinyfm.calc import trace
-    from tinyfm.common import device as machine
-
     try:
-        device = machine.choose_device(train.device)
-        dtype = machine.choose_dtype(train.dtype, device)
+        device = devices.choose_device(train.device)
+        dtype = devices.choose_dtype(train.dtype, device)
     except ValueError:
-        device, dtype = trace.CPU, machine.choose_dtype("auto", trace.CPU)
+        device = trace.CPU
+        dtype = devices.choose_dtype("auto", device)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rows, several = micro_batch(model, train, world)
     at_once = train.micro_batch_size
@@ -79,76 +99,113 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
 
 
 def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
-    """One line on what training will take, for one process; with its peak of memory, if the model
-    has example_batch(rows)."""
+    """One line on the cost of training for one process.
+
+    It predicts the peak of memory if the model has example_batch(rows). A failed prediction is
+    reported in the line and never stops a run.
+    """
     try:
         cost = training_cost(model, optim, train.batch_size)
-        state = f"{cost.state_bytes / 2**30:.2f} GiB for weights, gradients and optimizer"
-        memory = f"{state}, activations come on top"
+        state = f"{cost.state_bytes / GiB:.2f} GiB for weights, gradients and optimizer"
         if hasattr(model, "example_batch"):
             peak, how = predict_peak(model, optim, train)
-            memory = f"a peak of {peak / 2**30:.2f} GiB of tensors predicted for {how}: {state}, "
-            memory += f"{(peak - cost.state_bytes) / 2**30:.2f} GiB for activations"
-    except Exception as error:  # a forecast is not worth a run
+            activations = (peak - cost.state_bytes) / GiB
+            memory_use = (
+                f"a peak of {peak / GiB:.2f} GiB of tensors predicted for {how}: {state}, "
+                f"{activations:.2f} GiB for activations"
+            )
+        else:
+            memory_use = f"{state}, plus activations"
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"what training takes cannot be predicted ({reason})"
-    steps = ""
+        return f"the cost of training cannot be predicted ({reason})"
+    line = f"{cost.parameters:,} parameters"
+    if cost.learnt < cost.parameters:
+        line += f", {cost.learnt:,} of them trained"
+    line += f"; {memory_use}"
     if cost.flops_per_step:
-        steps = f"; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
-        steps += f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
-    frozen = cost.parameters - cost.learnt
-    trained = f", {cost.learnt:,} of them trained" if frozen else ""
-    return f"{cost.parameters:,} parameters{trained}; {memory}{steps}"
+        line += f"; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
+        line += f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
+    return line
 
 
-def unit_of(model: nn.Module) -> tuple[str, int]:
-    """What the model's data are counted in, and how many of it are in a row."""
-    if hasattr(model.config, "n_kv_head"):
-        return "token", model.config.context_length
-    batch = model.example_batch(1)
-    if "images" not in batch and "latents" not in batch:
-        return "row", 1
-    return "pair" if "tokens" in batch else "image", 1
+def data_unit(model: nn.Module) -> tuple[str, int]:
+    """(the unit in which the model's data are counted, units in a row), such as ("token", 256)."""
+    unit = getattr(model, "unit", "row")
+    if unit == "token":
+        return unit, model.config.context_length
+    return unit, 1
 
 
 def measured(
-    name: str, model: nn.Module, optim: OptimConfig, rows: int = 1, accumulate: bool = False,
-    at_once: int = 0, dtype: torch.dtype | None = None,
-) -> Module:  # fmt: skip
-    """What memory.py asks of a network, of a module of our own; dtype is that of its products.
+    name: str,
+    model: nn.Module,
+    optim: OptimConfig,
+    rows: int = 1,
+    accumulate: bool = False,
+    at_once: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> MeasuredModule:
+    """Measure a module, as trained with micro-batches of `rows` rows and products in `dtype`.
 
-    The peak of a step is found for `rows` rows of a micro-batch and for twice as many: a line goes
-    through the two. What there is beyond weights, gradients and averages counts as activations.
+    accumulate and at_once are those of trace.step_bytes. The peak of a step is measured for `rows`
+    rows and for twice as many, and a line is drawn through the two. The part of it beyond weights,
+    gradients and averages counts as activations.
     """
-    from torch import nn
-
-    from tinyfm.calc import trace
-    from tinyfm.training.optim import hidden_matrices
-
-    n, rows = sum(p.numel() for p in model.parameters()), max(2, rows)  # one has nothing to compare
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    tables += [model.head] if hasattr(model, "head") else []
-    outer = {p for table in tables for p in table.parameters()}
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks]
-    where = {} if dtype is None else {"dtype": dtype}
-    (one, update), (two, _) = (
-        trace.step_bytes(model, optim, r, accumulate, at_once, **where) for r in (rows, 2 * rows)
-    )
-    matrices = sum(p.numel() for p in hidden_matrices(model, optim.kernels) if p.requires_grad)
+    rows = max(2, rows)  # a contrastive loss needs two rows to compare
+    n = sum(p.numel() for p in model.parameters())
+    matrices = trace.muon_parameters(model, optim)
     frozen = trace.count_parts(model, frozen=True)
     _, average = trace.average_bytes(model, optim)
-    plain = Training(dtype="fp32", optimizer=optim.optimizer)
-    held = memory.state(n, plain, Layout(), matrices, sum(frozen.values())).total + average
-    flops = trace.count_flops(model, rows).items()
-    (unit, row), config, cache = unit_of(model), model.config, 0
-    if unit == "token":  # a decoder, which generates from keys and values
-        cache = 2 * config.G * config.K
-    return Module(
-        name, trace.count_parts(model), frozen, n, n - sum(p.numel() for p in outer),
-        matrices, max(sizes, default=n), {part: (f / rows, b / rows) for part, (f, b) in flops},
-        average, fixed_bytes=2 * one - two - held, row_bytes=(two - one) // rows,
-        update_bytes=update - held, unit=unit, row=row,
-        shape={"window": getattr(config, "window", 0)},
-        stacks=(Stack((), config.n_layer, cache=cache),) if cache else (),
-    )  # fmt: skip
+
+    # Memory: weights, gradients and averages; then the line of the peaks.
+    training = Training(dtype="fp32", optimizer=optim.optimizer)
+    state = memory.state_memory(n, training, Layout(), matrices, sum(frozen.values()))
+    held = state.total + average
+    peak, update = trace.step_bytes(model, optim, rows, accumulate, at_once, dtype=dtype)
+    peak_of_twice, _ = trace.step_bytes(model, optim, 2 * rows, accumulate, at_once, dtype=dtype)
+
+    flops = {
+        part: (forward / rows, backward / rows)
+        for part, (forward, backward) in trace.count_flops(model, rows).items()
+    }
+    unit, units_per_row = data_unit(model)
+    stacks = ()
+    if unit == "token":  # a decoder, which caches keys and values in generation
+        config = model.config
+        stacks = (Stack((), config.n_layer, cache=2 * config.G * config.K),)
+    return MeasuredModule(
+        name=name,
+        parts=trace.count_parts(model),
+        frozen=frozen,
+        parameters=n,
+        non_embedding=n - table_parameters(model),
+        matrices=matrices,
+        largest_block=largest_block(model),
+        flops=flops,
+        average=average,
+        fixed_bytes=2 * peak - peak_of_twice - held,
+        row_bytes=(peak_of_twice - peak) // rows,
+        update_bytes=update - held,
+        unit=unit,
+        row=units_per_row,
+        shape={"window": getattr(model.config, "window", 0)},
+        stacks=stacks,
+    )
+
+
+def table_parameters(model: nn.Module) -> int:
+    """Parameters of the embedding tables and of the head, a tied one once."""
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    if hasattr(model, "head"):
+        tables.append(model.head)
+    return sum(p.numel() for p in {p for table in tables for p in table.parameters()})
+
+
+def largest_block(model: nn.Module) -> int:
+    """Parameters of the largest child of an nn.ModuleList; of the model, if it has no such list."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    sizes = [sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks]
+    if not sizes:
+        return sum(p.numel() for p in model.parameters())
+    return max(sizes)

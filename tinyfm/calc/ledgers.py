@@ -1,24 +1,25 @@
-"""Networks as ledgers: which numbers they learn, and how often each is used.
+"""Networks as ledgers: which numbers a network learns, and how often each one is used.
 
-A network is a list of matrices. One of m x n, used at P positions of a row (tokens of a text,
-pixels of an image), holds m n numbers and costs m n P multiply-adds; biases, gains and tables hold
-numbers and cost next to nothing; attention holds none and costs 2 N K T S multiply-adds between T
-queries and S keys, half for the scores and half for their sums. So one line of the ledger answers
-three questions: how many parameters, how many FLOPs, how many numbers wait for the backward pass.
+A network is a list of matrices. A matrix of m x n that is applied at P positions of a row (the
+tokens of a text, the pixels of an image) holds m n parameters and costs m n P multiply-adds.
+Biases, gains and tables hold parameters but cost next to nothing. Attention itself holds no
+parameters, but costs 2 N K T S multiply-adds between T queries and S keys: half for the scores,
+half for the weighted sums. So one line of the ledger answers three questions: how many parameters
+there are, how many FLOPs they cost, and how many numbers are kept for the backward pass.
 
     attention   q and out of D x N K, k and v of D x G K     2 D N K + 2 D G K
     MLP         two matrices of D x F, or three for SwiGLU   2 D F, or 3 D F
     tables      tokens and positions                         V D + T D
 
-With N K = G K = D and F = 4 D that is 12 D^2 a layer: the 12 L D^2 of the GPT papers. Convolutions
-are matrices of k^2 C_in x C_out used at every pixel.
+With N K = G K = D and F = 4 D that is 12 D^2 a layer, the 12 L D^2 of the GPT papers. A convolution
+is a matrix of k^2 C_in x C_out that is applied at every pixel.
 
-Each function here writes the ledger of a family from the numbers of a shape (systems.py has them).
-Counted is what is learnt: a tied head once, fixed sinusoids not at all.
+Each function below writes the ledger of one family from the sizes in a shape (see systems.py). Only
+trained parameters are counted: a tied head once, fixed sinusoids not at all.
 
 Letters: B batch, T tokens, S keys, D model width, N query heads, G key/value heads, K head width,
-F feed-forward width, V vocabulary, C channels, L layers.
-Left out: text encoders of MusicGen, and what a system does around its network.
+F feed-forward width, V vocabulary, E embedding width, C channels, Z latent channels, L layers.
+Left out: the text encoder of MusicGen, and everything a system does around its network.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ from types import SimpleNamespace as Shape
 
 @dataclass(frozen=True)
 class Layer:
-    """One line. Counts are of one layer, and, from `products` on, of one row of the batch."""
+    """One line of a ledger.
 
-    part: str  # what it is called in sums; "embedding" and "head" are the tables of tokens
-    weights: int = 0  # numbers in matrices
-    vectors: int = 0  # biases, gains, tables: learnt, but not multiplied by what passes
-    positions: int = 0  # how often a row uses each weight
-    products: int = 0  # multiply-adds between activations
-    kept: int = 0  # numbers kept for the backward pass ...
-    split: int = 0  # ... and those of them that tensor parallelism divides
-    scores: int = 0  # attention scores: kept too, unless attention is fused
-    masks: int = 0  # numbers that dropout may zero: each keeps a byte
+    All counts are for one layer; `products`, `kept`, `split`, `scores` and `masks` are also for one
+    row of the batch.
+    """
+
+    part: str  # the name under which it is summed; "embedding" and "head" are the token tables
+    weights: int = 0  # parameters in matrices
+    vectors: int = 0  # parameters outside matrices: biases, gains, tables
+    positions: int = 0  # positions of a row at which each weight is applied
+    products: int = 0  # multiply-adds between activations, as in attention
+    kept: int = 0  # numbers kept for the backward pass, whole on every GPU
+    split: int = 0  # numbers kept for the backward pass that tensor parallelism divides
+    scores: int = 0  # attention scores, kept only where attention is not fused
+    masks: int = 0  # numbers that dropout may zero: each keeps one byte of mask
 
     @property
     def parameters(self) -> int:
@@ -50,31 +55,34 @@ class Layer:
 
     @property
     def macs(self) -> int:
+        """Multiply-adds of a forward pass over one row."""
         return self.weights * self.positions + self.products
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that are repeated n times: a block of a Transformer, or, once, all the rest."""
+    """Layers that are repeated n times: the block of a Transformer. With n = 1, other layers."""
 
     layers: tuple[Layer, ...]
     n: int = 1
-    boundary: int = 0  # numbers that enter a block, a row: what activation checkpointing keeps
-    cache: int = 0  # numbers that generation keeps of each token, in each block
-    cross_cache: int = 0  # ... and of each row: keys and values of what the encoder read
+    boundary: int = 0  # numbers of a row that enter a block: what full checkpointing keeps
+    cache: int = 0  # numbers that each block caches for each token in generation
+    cross_cache: int = 0  # and for each row: keys and values of the encoder's output
 
     def total(self, quantity: str) -> int:
+        """Sum of one quantity of Layer, such as "parameters" or "macs", over all repetitions."""
         return self.n * sum(getattr(layer, quantity) for layer in self.layers)
 
 
 def vary(c: Shape, **changes: int) -> Shape:
+    """A copy of a shape with some fields changed."""
     return Shape(**vars(c) | changes)
 
 
 def conv(part: str, C: int, out: int, at: int, taps: int = 1, bias: int = 1) -> Layer:
-    """C channels become `out` at `at` positions, each reading `taps` of them; 1 is a linear layer.
+    """A map from C to `out` channels at `at` positions, each reading `taps` positions.
 
-    A square kernel of width k has k^2 taps.
+    A square kernel of width k has k^2 taps; a linear layer has 1.
     """
     return Layer(part, taps * C * out, bias * out, at, kept=C * at)
 
@@ -83,57 +91,93 @@ def conv(part: str, C: int, out: int, at: int, taps: int = 1, bias: int = 1) -> 
 
 
 def attention(c: Shape, T: int, S: int = 0) -> Iterator[Layer]:
-    """T queries look at S keys of another stack, or at their own stack's (Vaswani et al. 2017).
+    """T queries attend to their own stack, or to S keys of another one (Vaswani et al. 2017).
 
-    With relative positions (Dai et al. 2019) one matrix more turns distances into keys, to which
-    the queries compare too; without causality there are twice as many distances.
+    With relative positions (Dai et al. 2019) one more matrix turns distances into keys, and the
+    queries are compared with these too; without a causal mask there are twice as many distances.
     """
-    D, NK, GK = c.d_model, c.heads * c.d_head, c.kv_heads * c.d_head
-    keys, part = S or min(T, c.window or T), "cross-attention" if S else "attention"
+    D = c.d_model
+    NK = c.heads * c.d_head
+    GK = c.kv_heads * c.d_head
+    part = "cross-attention" if S else "attention"
+    sources = S or T  # positions from which keys and values are computed
+    keys = S or min(T, c.window or T)  # keys that a query is compared with
     distances = c.relative * (1 if c.causal else 2) * keys
-    vectors = c.bias * (NK + D + (2 - c.no_k_bias) * GK) + c.relative_biases * NK
+    vectors = c.bias * (NK + D + (2 - c.no_k_bias) * GK)
+    vectors += c.relative_biases * NK
+    vectors += 2 * c.qk_norm * c.d_head
+    # Queries, output and the products of attention; all biases and gains.
     yield Layer(
-        part, 2 * D * NK, vectors + 2 * c.qk_norm * c.d_head, T, NK * T * (2 * keys + distances),
-        kept=D * T, split=2 * NK * T + 2 * GK * (S or T), scores=c.heads * T * keys, masks=D * T,
-    )  # fmt: skip
-    yield Layer(part, 2 * D * GK, positions=S or T)  # keys and values
+        part,
+        weights=2 * D * NK,
+        vectors=vectors,
+        positions=T,
+        products=NK * T * (2 * keys + distances),
+        kept=D * T,
+        split=2 * NK * T + 2 * GK * sources,
+        scores=c.heads * T * keys,
+        masks=D * T,
+    )
+    # Keys and values.
+    yield Layer(part, weights=2 * D * GK, positions=sources)
     if c.relative:
-        yield Layer(part, D * NK, positions=distances)
+        yield Layer(part, weights=D * NK, positions=distances)
 
 
 def mlp(c: Shape, T: int) -> Iterator[Layer]:
-    """Two matrices, or three for SwiGLU (Shazeer 2020); of several experts a token passes `active`
-    (Shazeer et al. 2017)."""
-    D, F = c.d_model, c.d_ff
-    weights, inside = (3 * D * F, 4 * F) if c.mlp == "swiglu" else (2 * D * F, 2 * F)
-    if c.mlp == "relu":  # its output tells its gradient: one copy serves as input of the next too
+    """Two matrices, or three for SwiGLU (Shazeer 2020).
+
+    In a mixture of experts each token passes `active` of them (Shazeer et al. 2017).
+    """
+    D = c.d_model
+    F = c.d_ff
+    if c.mlp == "swiglu":
+        weights = 3 * D * F
+        inside = 4 * F
+    else:
+        weights = 2 * D * F
+        inside = 2 * F
+    if c.mlp == "relu":
+        # Its output determines its gradient, so one copy also serves as the input of what follows.
         inside = F
-    biases = c.mlp_bias * (F + D)
     yield Layer(
-        "mlp", c.active * weights, biases, T, kept=D * T, split=c.active * inside * T, masks=D * T
+        "mlp",
+        weights=c.active * weights,
+        vectors=c.mlp_bias * (F + D),
+        positions=T,
+        kept=D * T,
+        split=c.active * inside * T,
+        masks=D * T,
     )
     if c.experts > 1:
-        yield Layer("router", D * c.experts, positions=T)
+        yield Layer("router", weights=D * c.experts, positions=T)
         yield Layer("idle experts", vectors=(c.experts - c.active) * weights)
 
 
 def norms(c: Shape, n: int, T: int, width: int = 0) -> Layer:
-    """n normalisations: a gain, and with LayerNorm a bias, for each of `width` channels."""
+    """n normalisations of `width` channels: each a gain, and for LayerNorm also a bias."""
     width = width or c.d_model
     return Layer("norm", vectors=n * c.norm * width, kept=n * width * T)
 
 
 def block(c: Shape, T: int, S: int = 0) -> Stack:
-    """The blocks of attention (and cross-attention, if there are S keys to look at) and an MLP."""
-    layers = [*attention(c, T), *(attention(c, T, S) if S else ()), *mlp(c, T)]
+    """All blocks of a Transformer: attention, cross-attention if there are S keys, and an MLP."""
+    layers = list(attention(c, T))
+    if S:
+        layers += attention(c, T, S)
+    layers += mlp(c, T)
     layers.append(norms(c, c.norms + bool(S), T))
     cache = 2 * c.kv_heads * c.d_head if c.causal else 0
     return Stack(tuple(layers), c.layers, c.d_model * T, cache, cache * S)
 
 
 def output(c: Shape, T: int, E: int) -> Iterator[Layer]:
-    """What reads the last hidden states; "tied" is the table of tokens once more."""
-    D, V = c.d_model, c.vocab
+    """The layers after the last block, by the kind of head.
+
+    A tied head uses the table of tokens, of width E, once more.
+    """
+    D = c.d_model
+    V = c.vocab
     dense = Layer("output", D * D, D, T, kept=D * T)
     tied = Layer("head", products=V * E * T, kept=E * T)
     match c.head:
@@ -141,19 +185,22 @@ def output(c: Shape, T: int, E: int) -> Iterator[Layer]:
             yield tied
         case "untied":
             yield Layer("head", V * D, positions=T, kept=D * T)
-        case "pooler":  # of BERT: the first token's state, for sentences
+        case "pooler":  # BERT: the state of the first token represents the sentence
             yield replace(dense, positions=1, kept=D)
-        case "masked":  # of RoBERTa, and of BERT while it is pretrained
+        case "masked":  # RoBERTa, and BERT in pretraining: predict masked tokens
             yield from (dense, norms(c, 1, T), tied, Layer("output", vectors=V))
-        case "biased":  # of XLNet; and the vector that stands for a hidden token
+        case "biased":  # XLNet, which also learns the vector that stands for a hidden token
             yield from (tied, Layer("output", vectors=V + D))
-        case "binary":  # of ELECTRA: was this token replaced?
+        case "binary":  # ELECTRA: was this token replaced?
             yield from (dense, conv("output", D, 1, T))
 
 
 def transformer(c: Shape) -> Iterator[Stack]:
-    """One stack: GPT and all that came of it, BERT and all that came of it."""
-    T, V, D, E = c.context, c.vocab, c.d_model, c.d_embed or c.d_model
+    """A single stack of blocks: the decoders after GPT and the encoders after BERT."""
+    T = c.context
+    V = c.vocab
+    D = c.d_model
+    E = c.d_embed or D
     tables = V * E + (c.positions + c.types) * (c.d_position or E)
     before = [Layer("embedding", vectors=tables)]
     if c.embed_norm:
@@ -169,9 +216,14 @@ def transformer(c: Shape) -> Iterator[Stack]:
 
 
 def t5(c: Shape) -> Iterator[Stack]:
-    """Encoder and decoder share one table; the bias of each distance is shared by all layers
-    (Raffel et al. 2020)."""
-    S, T, D, buckets = c.context, c.targets, c.d_model, 32
+    """T5 (Raffel et al. 2020): an encoder and a decoder.
+
+    The two share one table of tokens; within each, all layers share the biases of the distances.
+    """
+    S = c.context
+    T = c.targets
+    D = c.d_model
+    buckets = 32  # of distances
     yield Stack((Layer("embedding", vectors=c.vocab * D + 2 * buckets * c.heads),))
     yield block(vary(c, causal=0), S)
     yield block(c, T, S)
@@ -179,9 +231,13 @@ def t5(c: Shape) -> Iterator[Stack]:
 
 
 def whisper(c: Shape) -> Iterator[Stack]:
-    """Two convolutions halve the frames of a spectrogram; positions of the encoder are fixed
-    (Radford et al. 2022)."""
-    S, T, D = c.frames, c.context, c.d_model
+    """Whisper (Radford et al. 2022): two convolutions halve the frames of a spectrogram.
+
+    The positions of the encoder are fixed.
+    """
+    S = c.frames
+    T = c.context
+    D = c.d_model
     first = conv("convolutions", c.mels, D, 2 * S, 3)
     yield Stack((first, conv("convolutions", D, D, S, 3)))
     yield block(vary(c, causal=0), S)
@@ -191,17 +247,22 @@ def whisper(c: Shape) -> Iterator[Stack]:
 
 
 def musicgen(c: Shape) -> Iterator[Stack]:
-    """A decoder of four streams of codes, which looks at an encoded text (Copet et al. 2023)."""
-    T, D = c.context, c.d_model
-    yield Stack((Layer("embedding", vectors=c.streams * (c.vocab + 1) * D),))  # one to start with
+    """MusicGen (Copet et al. 2023): a decoder of four streams of codes that attends to a text."""
+    T = c.context
+    D = c.d_model
+    codes = c.vocab + 1  # and one that starts a stream
+    yield Stack((Layer("embedding", vectors=c.streams * codes * D),))
     yield block(c, T, c.text)
     yield Stack((norms(c, 1, T), Layer("head", c.streams * c.vocab * D, positions=T, kept=D * T)))
 
 
 def vision(c: Shape) -> Iterator[Stack]:
-    """ViT: square patches of the image are the tokens, after one that will stand for them all
-    (Dosovitskiy et al. 2021)."""
-    patches, D = (c.image // c.patch) ** 2, c.d_model
+    """ViT (Dosovitskiy et al. 2021): the tokens are square patches of the image.
+
+    One more token in front of them comes to represent the whole image.
+    """
+    patches = (c.image // c.patch) ** 2
+    D = c.d_model
     T = patches + 1
     patch = conv("patches", 3, D, patches, c.patch**2, c.patch_bias)
     yield Stack((patch, Layer("embedding", vectors=D + T * D), norms(c, c.embed_norm, T)))
@@ -210,23 +271,36 @@ def vision(c: Shape) -> Iterator[Stack]:
 
 
 def clip(c: Shape) -> Iterator[Stack]:
-    """Two towers that project into one space, and the scale of their products (Radford et al.
-    2021)."""
-    D, N = c.image_width, c.image_width // 64
-    image = vary(c, embed_norm=1, layers=c.image_layers, d_model=D, heads=N, kv_heads=N, d_head=64)
-    yield from vision(vary(image, d_ff=4 * D))
+    """CLIP (Radford et al. 2021): two towers that project into one space, and a learned scale."""
+    D = c.image_width
+    N = D // 64
+    image = vary(
+        c,
+        embed_norm=1,
+        layers=c.image_layers,
+        d_model=D,
+        heads=N,
+        kv_heads=N,
+        d_head=64,
+        d_ff=4 * D,
+    )
+    yield from vision(image)
     yield from transformer(c)
-    scale = Layer("scale", vectors=1, products=c.outputs)  # of a text and its own image
+    scale = Layer("scale", vectors=1, products=c.outputs)  # a text times its own image
     yield Stack((conv("output", c.d_model, c.outputs, 1, bias=0), scale))
 
 
 def dit(c: Shape) -> Iterator[Stack]:
-    """A Transformer on patches of a latent; time and class set gain, shift, gate of its norms
-    (Peebles and Xie 2023)."""
-    T, D = (c.image // c.patch) ** 2, c.d_model
+    """DiT (Peebles and Xie 2023): a Transformer on the patches of a latent.
+
+    Time and class set the gain, shift and gate of every norm.
+    """
+    T = (c.image // c.patch) ** 2
+    D = c.d_model
     inside = block(c, T)
-    modulation, time = conv("modulation", D, 6 * D, 1), conv("time", 256, D, 1)
-    classes = Layer("embedding", vectors=(c.classes + 1) * D)  # one for "any class"
+    modulation = conv("modulation", D, 6 * D, 1)
+    time = conv("time", 256, D, 1)
+    classes = Layer("embedding", vectors=(c.classes + 1) * D)  # one means "any class"
     patches = conv("patches", c.channels, D, T, c.patch**2)
     yield Stack((patches, time, conv("time", D, D, 1), classes))
     yield replace(inside, layers=(*inside.layers, modulation))
@@ -237,53 +311,63 @@ def dit(c: Shape) -> Iterator[Stack]:
 # ---- convolutional networks ---------------------------------------------------------------------
 
 
-def group_norm(C: int, at: int) -> Layer:
-    """Normalisation, then a nonlinearity: each keeps what enters it."""
+def image_norm(C: int, at: int) -> Layer:
+    """Group or batch normalisation of C channels at `at` pixels: a gain and a bias.
+
+    The norm and the nonlinearity after it each keep their input.
+    """
     return Layer("norm", vectors=2 * C, kept=2 * C * at)
 
 
 def residual(c: Shape, C: int, out: int, at: int) -> Iterator[Layer]:
-    """Norm, convolution, what the time adds (or scales by, too), norm, convolution."""
-    yield group_norm(C, at)
+    """Norm, convolution, the embedding of the time (added, or a scale and a shift), and again norm
+    and convolution."""
+    yield image_norm(C, at)
     yield conv("convolutions", C, out, at, 9)
     if c.time:
         yield conv("time", c.time, (1 + c.scale_shift) * out, 1)
-    yield group_norm(out, at)
+    yield image_norm(out, at)
     yield conv("convolutions", out, out, at, 9)
     if out != C:
         yield conv("convolutions", C, out, at)
 
 
 def pixel_attention(c: Shape, C: int, at: int, depth: int) -> Iterator[Layer]:
-    """Every pixel looks at every other; with a text (`cross` wide), also at its tokens.
+    """Every pixel attends to every other one.
 
-    With a text it is `depth` Transformer blocks whose MLP is gated (GEGLU).
+    Where there is a text, of width `cross`, these are `depth` Transformer blocks with a gated MLP
+    (GEGLU), and every pixel also attends to the tokens.
     """
     heads = C // c.d_head if c.d_head else c.heads
-    look = Layer("attention", products=2 * C * at * at, scores=heads * at * at)
+    pairs = Layer("attention", products=2 * C * at * at, scores=heads * at * at)
     yield Layer("norm", vectors=2 * C, kept=C * at)
     if not c.cross:
-        yield from (conv("attention", C, 3 * C, at), look, conv("attention", C, C, at))
+        yield from (conv("attention", C, 3 * C, at), pairs, conv("attention", C, C, at))
         return
     yield conv("attention", C, C, at)
     for _ in range(depth):
         yield Layer("norm", vectors=6 * C, kept=3 * C * at)
-        yield from (conv("attention", C, 3 * C, at, bias=0), look, conv("attention", C, C, at))
+        # Pixels to pixels.
+        yield from (conv("attention", C, 3 * C, at, bias=0), pairs, conv("attention", C, C, at))
+        # Pixels to tokens.
         yield conv("cross-attention", C, C, at, bias=0)
         yield conv("cross-attention", c.cross, 2 * C, c.text, bias=0)
-        yield replace(look, part="cross-attention", products=2 * C * at * c.text, scores=0)
+        yield replace(pairs, part="cross-attention", products=2 * C * at * c.text, scores=0)
         yield conv("cross-attention", C, C, at)
+        # GEGLU: 8 C wide before the gate, 4 C after it.
         yield from (conv("mlp", C, 8 * C, at), conv("mlp", 4 * C, C, at))
     yield conv("attention", C, C, at)
 
 
 def contract(c: Shape, at: int) -> tuple[list[Layer], list[int]]:
-    """Image to middle: `blocks` residual blocks a level, half the side after each but the last.
+    """From the image, of `at` pixels, to the middle of a U-Net.
 
-    Also returns the channels of what the way back may read.
+    Each level has `blocks` residual blocks; after each level but the last the side is halved.
+    Returns the layers, and the channels of each map that the way back may read.
     """
     C = c.channels[0]
-    layers, skips = [conv("convolutions", c.inputs, C, at, 9)], [C]
+    layers = [conv("convolutions", c.inputs, C, at, 9)]
+    skips = [C]
     for level, out in enumerate(c.channels):
         for _ in range(c.blocks):
             layers += residual(c, C, out, at)
@@ -293,94 +377,123 @@ def contract(c: Shape, at: int) -> tuple[list[Layer], list[int]]:
             skips.append(C)
         if level < len(c.channels) - 1:
             at //= 4
-            layers += residual(c, C, C, at) if c.updown else [conv("convolutions", C, C, at, 9)]
+            layers += resample(c, C, at)
             skips.append(C)
     return layers, skips
 
 
+def resample(c: Shape, C: int, at: int) -> list[Layer]:
+    """The change to `at` pixels: a residual block, or a single convolution."""
+    if c.updown:
+        return list(residual(c, C, C, at))
+    return [conv("convolutions", C, C, at, 9)]
+
+
 def middle(c: Shape, at: int) -> list[Layer]:
+    """The lowest level: two residual blocks with attention between them."""
     C = c.channels[-1]
-    look = pixel_attention(c, C, at, c.depth[-1])
-    return [*residual(c, C, C, at), *look, *residual(c, C, C, at)]
+    between = pixel_attention(c, C, at, c.depth[-1])
+    return [*residual(c, C, C, at), *between, *residual(c, C, C, at)]
 
 
 def expand(c: Shape, at: int, skips: list[int]) -> list[Layer]:
-    """Middle to image: one residual block more a level, each beside a skip if there are any."""
-    layers, C = [], c.channels[-1]
+    """From the middle, of `at` pixels, back to the image.
+
+    Each level has one residual block more than on the way down; each of them also reads a map of
+    `skips`, if there are any.
+    """
+    skips = list(skips)
+    layers: list[Layer] = []
+    C = c.channels[-1]
     for level, out in reversed(list(enumerate(c.channels))):
         for _ in range(c.blocks + 1):
-            layers += residual(c, C + (skips.pop() if skips else 0), out, at)
+            skip = skips.pop() if skips else 0
+            layers += residual(c, C + skip, out, at)
             C = out
             if level in c.attention:
                 layers += pixel_attention(c, C, at, c.depth[level])
         if level:
             at *= 4
-            layers += residual(c, C, C, at) if c.updown else [conv("convolutions", C, C, at, 9)]
-    return [*layers, group_norm(C, at), conv("convolutions", C, c.outputs, at, 9)]
+            layers += resample(c, C, at)
+    return [*layers, image_norm(C, at), conv("convolutions", C, c.outputs, at, 9)]
 
 
 def unet(c: Shape) -> Iterator[Stack]:
-    """DDPM's U-Net (Ho et al. 2020, appendix B) and its heirs: down, middle, and up beside what was
-    kept on the way down."""
-    first, at = c.first or c.channels[0], c.side**2
+    """The U-Net of DDPM (Ho et al. 2020, appendix B) and its successors.
+
+    On the way up each block also reads a map that was kept on the way down.
+    """
+    first = c.first or c.channels[0]
+    at = c.side**2
     time = [conv("time", first, c.time, 1), conv("time", c.time, c.time, 1)]
     if c.added:  # SDXL: sizes and crops of the image, and a vector of the whole text
         time += [conv("time", c.added, c.time, 1), conv("time", c.time, c.time, 1)]
     time.append(Layer("embedding", vectors=c.classes * c.time))
     down, skips = contract(c, at)
-    least = at // 4 ** (len(c.channels) - 1)
-    yield Stack((*time, *down, *middle(c, least), *expand(c, least, skips)))
+    lowest = at // 4 ** (len(c.channels) - 1)
+    yield Stack((*time, *down, *middle(c, lowest), *expand(c, lowest, skips)))
 
 
 def vae(c: Shape) -> Iterator[Stack]:
-    """Stable Diffusion's autoencoder: a U-Net without skips, through a latent of `latent` channels
-    whose mean and variance the encoder gives (Rombach et al. 2022)."""
-    at, C, Z = c.side**2, c.channels[-1], c.latent
-    least = at // 4 ** (len(c.channels) - 1)
+    """Stable Diffusion's autoencoder (Rombach et al. 2022): a U-Net without skips.
+
+    The encoder gives the mean and the variance of a latent of Z = `latent` channels.
+    """
+    at = c.side**2
+    C = c.channels[-1]
+    Z = c.latent
+    lowest = at // 4 ** (len(c.channels) - 1)
     down, _ = contract(c, at)
-    down += [*middle(c, least), group_norm(C, least), conv("convolutions", C, 2 * Z, least, 9)]
-    yield Stack((*down, conv("convolutions", 2 * Z, 2 * Z, least)))
-    up = [conv("convolutions", Z, Z, least), conv("convolutions", Z, C, least, 9)]
-    yield Stack((*up, *middle(c, least), *expand(c, least, [])))
-
-
-def batch_norm(C: int, at: int) -> Layer:
-    return Layer("norm", vectors=2 * C, kept=2 * C * at)
+    down += middle(c, lowest)
+    down += [image_norm(C, lowest), conv("convolutions", C, 2 * Z, lowest, 9)]
+    yield Stack((*down, conv("convolutions", 2 * Z, 2 * Z, lowest)))
+    up = [conv("convolutions", Z, Z, lowest), conv("convolutions", Z, C, lowest, 9)]
+    yield Stack((*up, *middle(c, lowest), *expand(c, lowest, [])))
 
 
 def resnet(c: Shape) -> Iterator[Stack]:
-    """Bottlenecks: 1x1 to a quarter of the channels, 3x3, 1x1 back (He et al. 2016)."""
-    at, C = (c.image // 2) ** 2, 64
-    layers = [conv("convolutions", 3, C, at, 49, bias=0), batch_norm(C, at)]
+    """ResNet (He et al. 2016): bottlenecks of 1x1 to a quarter of the channels, 3x3, 1x1 back."""
+    C = 64
+    at = (c.image // 2) ** 2
+    layers = [conv("convolutions", 3, C, at, 49, bias=0), image_norm(C, at)]
     at //= 4
     for level, blocks in enumerate(c.blocks):
-        inside, out = 64 * 2**level, 256 * 2**level
+        inside = 64 * 2**level
+        out = 256 * 2**level
         for i in range(blocks):
             before = at
-            at = at // 4 if level and not i else at
+            if level and i == 0:  # the first block of a level halves the side
+                at //= 4
+            # (channels in, channels out, pixels, taps)
             steps = [(C, inside, before, 1), (inside, inside, at, 9), (inside, out, at, 1)]
-            steps += [(C, out, at, 1)] if not i else []
-            for cin, cout, where, taps in steps:
-                layers.append(conv("convolutions", cin, cout, where, taps, bias=0))
-                layers.append(batch_norm(cout, where))
+            if i == 0:
+                steps.append((C, out, at, 1))  # the skip changes its channels too
+            for channels_in, channels_out, pixels, taps in steps:
+                layers.append(conv("convolutions", channels_in, channels_out, pixels, taps, bias=0))
+                layers.append(image_norm(channels_out, pixels))
             C = out
     yield Stack((*layers, conv("output", C, c.outputs, 1)))
 
 
 def mobilenet(c: Shape) -> Iterator[Stack]:
-    """Inverted residuals: 1x1 to 6 times the channels, 3x3 on each alone, 1x1 to few (Sandler et
-    al. 2018, table 2)."""
-    at, C = (c.image // 2) ** 2, 32
-    layers = [conv("convolutions", 3, C, at, 9, bias=0), batch_norm(C, at)]
+    """MobileNetV2 (Sandler et al. 2018, table 2): inverted residuals.
+
+    A 1x1 convolution to 6 times the channels, a 3x3 one on each channel alone, 1x1 back to few.
+    """
+    C = 32
+    at = (c.image // 2) ** 2
+    layers = [conv("convolutions", 3, C, at, 9, bias=0), image_norm(C, at)]
     for level, (out, blocks) in enumerate(zip(c.channels, c.blocks)):
         for i in range(blocks):
-            wide, before = C * (6 if level else 1), at
-            at = at // 4 if not i and level in c.halving else at
+            wide = C * (6 if level else 1)
+            before = at
+            if i == 0 and level in c.halving:
+                at //= 4
             if wide != C:
-                layers += [conv("convolutions", C, wide, before, bias=0), batch_norm(wide, before)]
-            alone = replace(conv("convolutions", 1, wide, at, 9, bias=0), kept=wide * before)
-            layers += [alone, batch_norm(wide, at)]
-            layers += [conv("convolutions", wide, out, at, bias=0), batch_norm(out, at)]
+                layers += [conv("convolutions", C, wide, before, bias=0), image_norm(wide, before)]
+            depthwise = conv("convolutions", 1, wide, at, 9, bias=0)
+            layers += [replace(depthwise, kept=wide * before), image_norm(wide, at)]
+            layers += [conv("convolutions", wide, out, at, bias=0), image_norm(out, at)]
             C = out
-    layers += [conv("convolutions", C, 1280, at, bias=0), batch_norm(1280, at)]
+    layers += [conv("convolutions", C, 1280, at, bias=0), image_norm(1280, at)]
     yield Stack((*layers, conv("output", 1280, c.outputs, 1)))

@@ -1,68 +1,80 @@
-"""What the calculators found about one model: as text, JSON, a line of a table, or a picture."""
+"""Print an estimate: as text, as JSON, as a line of a table, or as a picture.
+
+Nothing is computed here beyond the conversion of units.
+"""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from tinyfm.calc import memory
-from tinyfm.calc.memory import Layout, Memory, Network, Training
+from tinyfm.calc.memory import Fit, Layout, MemoryUse, Training
+from tinyfm.calc.network import Network
+from tinyfm.common import gpus
 from tinyfm.common.gpus import GPU, Assumptions, Bill
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything about one model under one set of options."""
+class Estimate:
+    """Everything computed about one network under one set of options."""
 
     network: Network
     training: Training
     layout: Layout
-    memory: Memory  # of training, on the fullest GPU
-    serving: Memory  # of one row at full length
-    units: float  # to train on; 0 = not said, and not published
+    memory: MemoryUse  # of training, on the fullest GPU
+    serving: MemoryUse  # of one row of full length
+    # Bytes of a row that a block keeps, with fused and with unfused attention; None without blocks.
+    block_bytes: tuple[float, float] | None
+    units: float  # to train on; 0 = neither given nor published
     flops: float  # of that training
     assumed: Assumptions
     gpu: GPU | None = None
     bill: Bill | None = None
 
 
+# ---- numbers and units --------------------------------------------------------------------------
+
+
 def short(n: float) -> str:
-    """12345678 -> 12.35 M, for a unit to follow."""
+    """12345678 -> "12.35 M", so that a unit can follow."""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= scale:
             return f"{n / scale:.4g} {letter}"
     return f"{n:.4g} "
 
 
-def figure(n: float) -> str:
+def decimal(n: float) -> str:
     """1234.5 -> 1,234; 0.012345 -> 0.0123"""
     return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
 
 
-def plural(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def plural(n: int, noun: str) -> str:
+    ending = "" if n == 1 else "s"
+    return f"{n:,} {noun}{ending}"
 
 
 def rows_text(n: int, network: Network) -> str:
     """3 rows of 1,024 tokens, or 3 images."""
-    rows = f"{plural(n, 'row')} of {plural(network.row, network.unit)}"
-    return rows if network.row > 1 else plural(n, network.unit)
+    if network.row == 1:
+        return plural(n, network.unit)
+    return f"{plural(n, 'row')} of {plural(network.row, network.unit)}"
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
-def to_json(report: Report) -> dict[str, float | str | None]:
-    """Plain numbers; None for what was not asked or is not known."""
-    network, bill = report.network, report.bill
+def to_json(estimate: Estimate) -> dict[str, float | str | None]:
+    """Plain numbers; None for those that are not known, such as the days without a GPU."""
+    network = estimate.network
+    bill = estimate.bill
     return {
         "name": network.name,
         "params_total": network.parameters,
         "params_non_embedding": network.non_embedding,
-        "weights_bytes": int(report.serving.weights),
-        "train_bytes_per_gpu": int(report.memory.total),
-        "kv_cache_bytes": int(report.serving.cache),
-        "train_flops": report.flops or None,
+        "weights_bytes": int(estimate.serving.weights),
+        "train_bytes_per_gpu": int(estimate.memory.total),
+        "kv_cache_bytes": int(estimate.serving.cache),
+        "train_flops": estimate.flops or None,
         "gpu_hours": bill.gpu_hours if bill else None,
         "days": bill.days if bill else None,
         "cost_usd": bill.cost_usd or None if bill else None,
@@ -72,164 +84,196 @@ def to_json(report: Report) -> dict[str, float | str | None]:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def memory_text(amount: Memory) -> str:
-    """One line a term that is not zero, and their sum."""
-    lines = [f"  {name:12} {short(size):>9}B" for name, size in asdict(amount).items() if size]
-    total = f"  {'in all':12} {short(amount.total):>9}B = {amount.total / 2**30:.4g} GiB"
-    return "\n".join([*lines, total])
+def to_text(estimate: Estimate) -> str:
+    """All that is known, with the assumptions it rests on."""
+    lines = parameter_lines(estimate.network)
+    lines += training_lines(estimate)
+    lines += serving_lines(estimate)
+    lines += flops_lines(estimate)
+    lines += bill_lines(estimate)
+    return "\n".join(lines)
+
+
+def memory_lines(use: MemoryUse) -> list[str]:
+    """A line for each term that is not zero, and their sum."""
+    lines = [f"  {name:12} {short(size):>9}B" for name, size in asdict(use).items() if size]
+    lines.append(f"  {'in all':12} {short(use.total):>9}B = {use.total / 2**30:.4g} GiB")
+    return lines
 
 
 def parameter_lines(network: Network) -> list[str]:
     n = network.parameters
     published = f" (published: {network.published})" if network.published else ""
     lines = [f"{network.name}: {n:,} parameters{published}"]
-    lines += [f"  note: {network.note}"] if network.note else []
-    for part, size in network.by_part("parameters").items():
-        frozen = network.frozen.get(part)
-        lines.append(f"  {part:16} {size:>19,}{f'  frozen: {frozen:,}' if frozen else ''}")
+    if network.note:
+        lines.append(f"  note: {network.note}")
+    for part, size in network.parameters_by_part().items():
+        line = f"  {part:16} {size:>19,}"
+        if part in network.frozen:
+            line += f"  frozen: {network.frozen[part]:,}"
+        lines.append(line)
     lines.append(f"  {'not embeddings':16} {network.non_embedding:>19,}")
-    for what, size in (("active a token", network.active), ("trained", network.learnt)):
-        lines += [f"  {what:16} {size:>19,}"] if size != n else []
-    sizes = f"{short(4 * n)}B in fp32, {short(2 * n)}B in bf16 or fp16"
-    whole = short(2 * n + 12 * network.learnt)
-    lines.append(f"checkpoint: {sizes}, {whole}B with master weights and AdamW's averages")
+    if network.active != n:
+        lines.append(f"  {'active a token':16} {network.active:>19,}")
+    if network.learnt != n:
+        lines.append(f"  {'trained':16} {network.learnt:>19,}")
+    with_optimizer = short(2 * n + 12 * network.learnt)
+    lines.append(
+        f"checkpoint: {short(4 * n)}B in fp32, {short(2 * n)}B in bf16 or fp16, "
+        f"{with_optimizer}B with master weights and AdamW's averages"
+    )
     return lines
 
 
-def training_line(report: Report) -> str:
-    training, layout, network = report.training, report.layout, report.network
+def training_lines(estimate: Estimate) -> list[str]:
+    """The memory of training."""
+    network = estimate.network
+    training = estimate.training
+    layout = estimate.layout
+    gpu = estimate.gpu
     how = f"{training.dtype}, {training.optimizer}, checkpointing: {training.checkpoint}"
-    if layout.gpus > 1:
+    if layout.data > 1:
         stage = ("DDP", "ZeRO-1", "ZeRO-2", "FSDP2")[layout.zero]
-        how += f", {stage} over {layout.data}" if layout.data > 1 else ""
-        how += f", tensor {layout.tensor}" if layout.tensor > 1 else ""
-        how += f", pipeline {layout.pipeline}" if layout.pipeline > 1 else ""
+        how += f", {stage} over {layout.data}"
+    if layout.tensor > 1:
+        how += f", tensor {layout.tensor}"
+    if layout.pipeline > 1:
+        how += f", pipeline {layout.pipeline}"
     where = f"each of {layout.gpus:,} GPUs" if layout.gpus > 1 else "one GPU"
-    return f"to train, on {where}, micro-batches of {rows_text(training.rows, network)} ({how}):"
+    rows = rows_text(training.rows, network)
+    lines = [f"to train, on {where}, micro-batches of {rows} ({how}):"]
+    lines += memory_lines(estimate.memory)
+    if estimate.block_bytes:
+        fused, unfused = estimate.block_bytes
+        lines.append(
+            f"  not checkpointed, a block keeps {short(fused)}B of a row, {short(unfused)}B if "
+            "attention is unfused"
+        )
+    if gpu and estimate.memory.total > 1e9 * gpu.memory:
+        lines.append(f"  more than {gpu.name} has; --fit {gpu.memory:g}GB says what it can hold")
+    return lines
 
 
-def block_lines(report: Report) -> list[str]:
-    """What a block keeps of a row, with attention fused and not; nothing where none repeats."""
-    blocks = [stack for stack in report.network.stacks if stack.boundary]
-    ways = [replace(report.training, checkpoint="none", fused=fused) for fused in (True, False)]
-    sizes = [[memory.kept_by_block(block, way, report.layout) for block in blocks] for way in ways]
-    fused, stored = (short(max(size, default=0)) for size in sizes)
-    text = f"  not checkpointed, a block keeps {fused}B of a row, {stored}B if attention is unfused"
-    return [text] if blocks else []
+def serving_lines(estimate: Estimate) -> list[str]:
+    rows = rows_text(1, estimate.network)
+    return [f"to serve {rows} ({estimate.assumed.dtype}):", *memory_lines(estimate.serving)]
 
 
-def flops_lines(report: Report) -> list[str]:
-    network, unit = report.network, report.network.unit
-    each = network.flops_per_row() / network.row
+def flops_lines(estimate: Estimate) -> list[str]:
+    """FLOPs of a unit of the data, of each part of the network, and of the whole training."""
+    network = estimate.network
+    unit = network.unit
     article = "an" if unit[0] in "aeiou" else "a"
-    lines = [f"FLOPs, 2 a multiply-add, no discount for causality: {short(each)}FLOP {article} "
-             f"{unit}, forward and backward"]  # fmt: skip
-    if unit == "token" and not any(stack.cross_cache for stack in network.stacks):
-        lines[0] += f"; the rule of 6 N gives {short(6 * network.active)}FLOP"
+    each = network.flops_per_row() / network.row
+    first = (
+        f"FLOPs, 2 a multiply-add, no discount for causality: {short(each)}FLOP {article} "
+        f"{unit}, forward and backward"
+    )
+    has_encoder = any(stack.cross_cache for stack in network.stacks)
+    if unit == "token" and not has_encoder:
+        rule = gpus.rule_of_six(network.active, tokens=1)
+        first += f"; the rule of 6 N gives {short(rule)}FLOP"
+    lines = [first]
     for part, (forward, backward) in network.flops_by_part().items():
-        forward, backward = (f"{short(n / network.row):>9}FLOP" for n in (forward, backward))
-        lines.append(f"  {part:16} {forward} forward, {backward} backward")
-    if not report.units:
-        return [*lines, f"--tokens says how many {unit}s to train on: then, what it takes in all"]
-    return [*lines, f"training on {report.units:.4g} {unit}s: {report.flops:.4g} FLOP"]
+        lines.append(
+            f"  {part:16} {short(forward / network.row):>9}FLOP forward, "
+            f"{short(backward / network.row):>9}FLOP backward"
+        )
+    if estimate.units:
+        lines.append(f"training on {estimate.units:.4g} {unit}s: {estimate.flops:.4g} FLOP")
+    else:
+        lines.append(f"to see the FLOPs of the whole training, add --tokens, the number of {unit}s")
+    return lines
 
 
-def bill_lines(bill: Bill, gpu: GPU, assumed: Assumptions) -> list[str]:
+def bill_lines(estimate: Estimate) -> list[str]:
+    """Days, energy and cost, if a GPU is given."""
+    gpu = estimate.gpu
+    bill = estimate.bill
+    assumed = estimate.assumed
+    if gpu is None:
+        return ["to see days, energy and cost, add --gpu, the GPU to train on"]
+    if bill is None:
+        return []
     lines = [
         f"on {assumed.gpus:,} x {gpu.name}, at MFU {assumed.mfu:g} of {gpu.peaks[assumed.dtype]:g} "
         f"dense {assumed.dtype} TFLOP/s and availability {assumed.availability:g}: "
-        f"{figure(bill.days)} days, {figure(bill.gpu_hours)} GPU-hours"
+        f"{decimal(bill.days)} days, {decimal(bill.gpu_hours)} GPU-hours"
     ]
     if gpu.bandwidth:
         links = f", links of {gpu.link:g} GB/s" if gpu.link else ""
         lines.append(f"  {gpu.memory:g} GB of memory at {gpu.bandwidth:g} GB/s{links}")
     if gpu.watts:
-        use = f"{gpu.watts:g} W a GPU and a PUE of {assumed.pue:g}"
-        lines.append(f"  {short(1000 * bill.energy_kwh)}Wh at {use}")
-    if not bill.cost_usd:
-        return [*lines, "  no price is known for it: --price says it, in USD a GPU-hour"]
-    rate = bill.cost_usd / bill.gpu_hours
-    when = "" if assumed.price else f" ({gpu.priced}; --price says otherwise)"
-    return [*lines, f"  {figure(bill.cost_usd)} USD at {rate:.2f} USD a GPU-hour{when}"]
+        energy = f"{short(1000 * bill.energy_kwh)}Wh"
+        lines.append(f"  {energy} at {gpu.watts:g} W a GPU and a PUE of {assumed.pue:g}")
+    if bill.cost_usd:
+        rate = bill.cost_usd / bill.gpu_hours
+        source = "" if assumed.price else f" ({gpu.priced}; --price sets another)"
+        lines.append(f"  {decimal(bill.cost_usd)} USD at {rate:.2f} USD a GPU-hour{source}")
+    else:
+        lines.append("  its price is not known: add --price, in USD a GPU-hour")
+    return lines
 
 
-def to_text(report: Report) -> str:
-    network, gpu = report.network, report.gpu
-    lines = [*parameter_lines(network), training_line(report)]
-    lines += [memory_text(report.memory), *block_lines(report)]
-    if gpu and report.memory.total > 1e9 * gpu.memory:
-        lines.append(f"  more than {gpu.name} has; --fit {gpu.memory:g}GB says what it can hold")
-    lines += [f"to serve {rows_text(1, network)} ({report.assumed.dtype}):"]
-    lines += [memory_text(report.serving), *flops_lines(report)]
-    if gpu and report.bill:
-        lines += bill_lines(report.bill, gpu, report.assumed)
-    elif not gpu:
-        lines.append("--gpu says what to train on: then, days, energy and cost")
-    return "\n".join(lines)
-
-
-def fit_text(report: Report, size: str) -> str:
-    """Whether training fits into GPUs of `size` ("24GiB"), and how it would."""
-    network, training, n = report.network, report.training, report.layout.gpus
-    budget = memory.read_bytes(size)
-    fewest = memory.fewest_gpus(network, budget, training)
-    if not fewest:
-        can = any(stack.boundary for stack in network.stacks)
-        row = replace(training, rows=1, checkpoint="full" if can else "none")
-        filled = memory.training_memory(network, row)
-        need = (filled.activations + filled.logits) / 2**30
+def fit_text(network: Network, fit: Fit, size: str) -> str:
+    """Whether training fits into GPUs of `size` ("24GiB"), and how."""
+    if fit.fewest_plan is None:
         return (
             f"{network.name} does not fit into {size} on any number of GPUs: the activations of "
-            f"one row take {need:.4g} GiB; try a shorter --context"
+            f"one row take {fit.row_bytes / 2**30:.4g} GiB; try a shorter --context"
         )
-    best = memory.fit(network, budget, training, n)
-    fits = f"{network.name} fits into {size}" if best else (
-        f"{network.name} does not fit into {size} on {plural(n, 'GPU')}, but does"
-    )  # fmt: skip
-    best = best or memory.fit(network, budget, training, fewest)
-    assert best
-    return (
-        f"{fits}: {best.way}, micro-batches of up to {rows_text(best.training.rows, network)}; it "
-        f"takes at least {plural(fewest, 'GPU')}\n{memory_text(best.memory)}"
+    if fit.plan:
+        best = fit.plan
+        verdict = f"{network.name} fits into {size}"
+    else:
+        best = fit.fewest_plan
+        verdict = f"{network.name} does not fit into {size} on {plural(fit.gpus, 'GPU')}, but does"
+    rows = rows_text(best.training.rows, network)
+    first = (
+        f"{verdict}: {best.way}, micro-batches of up to {rows}; it takes at least "
+        f"{plural(fit.fewest_gpus, 'GPU')}"
     )
+    return "\n".join([first, *memory_lines(best.memory)])
 
 
 # ---- side by side -------------------------------------------------------------------------------
 
 
-def table(reports: list[Report]) -> str:
-    """One line a model."""
+def table(estimates: list[Estimate]) -> str:
+    """A line for each network."""
     rows = [("", "parameters", "16 bits", "to train", "cache", "FLOP", "of a", "days", "USD")]
-    for report in reports:
-        network, bill = report.network, report.bill
-        rows.append((
-            network.name, f"{network.parameters:,}", short(2 * network.parameters) + "B",
-            short(report.memory.total) + "B", short(report.serving.cache / network.row) + "B",
-            short(network.flops_per_row() / network.row).strip(), network.unit,
-            figure(bill.days) if bill else "-",
-            figure(bill.cost_usd) if bill and bill.cost_usd else "-",
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
+    for estimate in estimates:
+        network = estimate.network
+        bill = estimate.bill
+        row = (
+            network.name,
+            f"{network.parameters:,}",
+            short(2 * network.parameters) + "B",
+            short(estimate.memory.total) + "B",
+            short(estimate.serving.cache / network.row) + "B",
+            short(network.flops_per_row() / network.row).strip(),
+            network.unit,
+            decimal(bill.days) if bill else "-",
+            decimal(bill.cost_usd) if bill and bill.cost_usd else "-",
+        )
+        rows.append(row)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join(lines)
 
 
-def plot(reports: list[Report], path: str) -> None:
-    """A bar for each model: the memory of training on the fullest GPU, by term, in GiB."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a window system
-    from matplotlib.figure import Figure
+def plot(estimates: list[Estimate], path: str | Path) -> None:
+    """A bar for each network: the memory of training on the fullest GPU, by term, in GiB."""
+    from tinyfm.common.figures import new_figure
 
-    figure = Figure(figsize=(3 + 1.5 * len(reports), 5), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot(ylabel="GiB to train, on the fullest GPU")
-    names, bottom = [report.network.name for report in reports], [0.0] * len(reports)
-    for term in asdict(reports[0].memory):
-        sizes = [getattr(report.memory, term) / 2**30 for report in reports]
+    figure = new_figure(3 + 1.5 * len(estimates), 5)
+    axes = figure.add_subplot(ylabel="GiB to train, on the fullest GPU")
+    names = [estimate.network.name for estimate in estimates]
+    bottom = [0.0] * len(estimates)
+    for term in asdict(estimates[0].memory):
+        sizes = [getattr(estimate.memory, term) / 2**30 for estimate in estimates]
         if any(sizes):
             axes.bar(names, sizes, bottom=bottom, label=term, width=0.6)
             bottom = [low + size for low, size in zip(bottom, sizes)]
     axes.legend()
     figure.savefig(path, dpi=110)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)

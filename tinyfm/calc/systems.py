@@ -1,7 +1,8 @@
-"""Published models by name: their parameters, FLOPs and activations, from their ledgers.
+"""Published models by name: parameters, FLOPs and activations, counted from their ledgers.
 
-systems.csv holds the shapes and what was published of them, with a word where sources disagree. A
-family is the function that writes its ledger, and the numbers that all its members share.
+systems.csv holds the sizes of each model, the published number of parameters, and a note where
+sources disagree. A family is the function that writes its ledger, with the sizes that all of its
+members share.
 """
 
 from __future__ import annotations
@@ -16,30 +17,31 @@ from types import SimpleNamespace as Shape
 
 from tinyfm.calc import ledgers
 from tinyfm.calc.ledgers import Stack
+from tinyfm.calc.network import Network
 
 
 @dataclass(frozen=True)
-class System:
-    """A published model. A row of its data is `row` units (tokens of a text, or 1 image)."""
+class System(Network):
+    """A published model. All of its parameters are trained, and none are averaged."""
 
     name: str
     family: str
     stacks: tuple[Stack, ...]
-    shape: dict = field(compare=False)  # the fields of systems.csv, with the family's defaults
+    shape: dict = field(compare=False)  # the fields of systems.csv, over the family's defaults
     unit: str = "image"
     row: int = 1
-    logits: int = 0  # numbers that the head puts out, a row
-    published: str = ""  # parameters, as its authors or the released weights say
-    trained: int = 0  # units it was trained on; 0 = not published
-    note: str = ""  # where sources disagree: which is right
+    logits: int = 0
+    published: str = ""
+    trained: int = 0
+    note: str = ""
     source: str = ""
-    average, frozen = 0, {}  # bytes of a moving average, parameters not trained: see memory.Module
 
     def total(self, quantity: str) -> int:
+        """Sum of one quantity of Layer, such as "parameters" or "macs", over the network."""
         return sum(stack.total(quantity) for stack in self.stacks)
 
     def by_part(self, quantity: str) -> dict[str, int]:
-        """Sum of a quantity of Layer for each part, in the order of the network."""
+        """The same sum for each part, in the order of the network; parts of 0 are left out."""
         sums: dict[str, int] = {}
         for stack in self.stacks:
             for layer in stack.layers:
@@ -51,31 +53,36 @@ class System:
     def parameters(self) -> int:
         return self.total("parameters")
 
+    def parameters_by_part(self) -> dict[str, int]:
+        return self.by_part("parameters")
+
     @property
     def non_embedding(self) -> int:
-        """Without the tables of tokens and positions and an untied head, as Kaplan et al. count."""
-        parts = self.by_part("parameters")
+        """As Kaplan et al. (2020) count: without the tables and an untied head."""
+        parts = self.parameters_by_part()
         return self.parameters - parts.get("embedding", 0) - parts.get("head", 0)
 
     @property
     def active(self) -> int:
         """Parameters that a token passes: without the experts that it is not sent to."""
-        return self.parameters - self.by_part("parameters").get("idle experts", 0)
+        return self.parameters - self.parameters_by_part().get("idle experts", 0)
 
     @property
-    def learnt(self) -> int:
-        return self.parameters
+    def frozen(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def average(self) -> int:
+        return 0
 
     @property
     def matrices(self) -> int:
-        """Numbers in the matrices between hidden states: what Muon updates."""
+        """Numbers in the matrices between hidden states, which Muon updates."""
         idle = self.by_part("vectors").get("idle experts", 0)
         return self.total("weights") - self.by_part("weights").get("head", 0) + idle
 
     @property
     def largest_block(self) -> int:
-        """Parameters of the largest repeated block, or of all if nothing repeats: what FSDP2
-        gathers at a time."""
         return max(stack.total("parameters") // stack.n for stack in self.stacks)
 
     def flops_per_row(self, backward: bool = True) -> int:
@@ -86,11 +93,10 @@ class System:
         return (6 if backward else 2) * self.total("macs")
 
     def flops_by_part(self) -> dict[str, tuple[int, int]]:
-        """Forward and backward FLOPs of a row, for each part that has any."""
-        return {part: (2 * n, 4 * n) for part, n in self.by_part("macs").items()}
+        return {part: (2 * macs, 4 * macs) for part, macs in self.by_part("macs").items()}
 
 
-# ---- families: the code, and what all its members share ------------------------------------------
+# ---- families: the code, and the sizes that all members share -----------------------------------
 
 BASE = {
     "causal": 1, "norm": 2, "norms": 2, "final_norm": 1, "bias": 1, "no_k_bias": 0, "mlp_bias": 1,
@@ -136,74 +142,106 @@ FAMILIES = {
     "mobilenet": (ledgers.mobilenet, {"image": 224, "outputs": 1000}),
 }  # fmt: skip
 
+# Units of the data, by the function that writes the ledger; all others read images.
 UNITS = {
-    ledgers.transformer: "token", ledgers.t5: "token", ledgers.musicgen: "step",
-    ledgers.whisper: "segment", ledgers.clip: "pair",
-}  # fmt: skip  # all others read images
+    ledgers.transformer: "token",
+    ledgers.t5: "token",
+    ledgers.musicgen: "step",
+    ledgers.whisper: "segment",
+    ledgers.clip: "pair",
+}
 
 
 # ---- the table ----------------------------------------------------------------------------------
 
 
 def read_option(text: str) -> int | str | tuple[int, ...]:
-    """8 -> 8; 320:640: -> (320, 640); anything else is a word."""
+    """8 -> 8; 320:640 and 320:640: -> (320, 640); 320: -> (320,); anything else stays text."""
     if ":" in text:
         return tuple(int(value) for value in text.split(":") if value)
     return int(text) if text.lstrip("-").isdigit() else text
 
 
 def read_shape(row: dict[str, str]) -> Shape:
-    """The numbers of a row of systems.csv, over the defaults of its family and the usual ratios."""
-    options = dict(option.split("=") for option in row["options"].split())
-    columns = ("layers", "d_model", "heads", "kv_heads", "d_head", "d_ff", "vocab", "context",
-               "positions")  # fmt: skip
-    given = {name: row[name] for name in columns if row[name]} | options
-    values = BASE | FAMILIES[row["family"]][1]
+    """The sizes in a row of systems.csv, over the defaults of its family and the usual ratios."""
+    columns = (
+        "layers", "d_model", "heads", "kv_heads", "d_head", "d_ff", "vocab", "context",
+        "positions",
+    )  # fmt: skip
+    given = {name: row[name] for name in columns if row[name]}
+    given |= dict(option.split("=") for option in row["options"].split())
+    _, defaults = FAMILIES[row["family"]]
+    values = BASE | defaults
     values |= {name: read_option(text) for name, text in given.items()}
     if "d_model" in values:
-        D, N = values["d_model"], values["heads"]
+        D = values["d_model"]
+        N = values["heads"]
         values = {"kv_heads": N, "d_head": D // N, "d_ff": 4 * D} | values
     return Shape(**values)
 
 
 @functools.cache
 def rows() -> dict[str, dict[str, str]]:
+    """The rows of systems.csv, by name."""
     path = Path(__file__).with_name("systems.csv")
     with path.open(encoding="utf-8", newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """For an error message: the likeliest of `names`, or where to see them all."""
-    names, name = [*names], name.lower()
+    """A hint for an error message: the most similar of `names`, or how to list them all."""
+    names = list(names)
+    name = name.lower()
     near = [other for other in names if other.startswith(f"{name}-")][:3]
-    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else "--list shows all names"
+    if not near:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if not near:
+        return "--list shows all names"
+    return f"did you mean {' or '.join(near)}?"
 
 
 def get(name: str, context: int = 0) -> System:
-    """The system of that name; with a context, on rows of that many tokens.
+    """The system of that name. A context other than 0 changes the number of tokens in a row.
 
-    Raises ValueError, with the nearest names, if there is none, or if the context does not fit it.
+    Raises ValueError for an unknown name, with the nearest ones, and for a context that it cannot
+    take.
     """
     if name not in rows():
         raise ValueError(f"there is no system {name!r}; {nearest(name, rows())}")
     row = rows()[name]
-    code, _ = FAMILIES[row["family"]]
     if context:
-        most = int(row["positions"] or context)
-        if code is not ledgers.transformer:
-            raise ValueError(f"{name} has rows of a fixed size; leave out the context")
-        if not 1 <= context <= most:
-            sizes = f"takes 1 to {most} tokens" if row["positions"] else "takes at least 1 token"
-            raise ValueError(f"context {context}: {name} {sizes}")
-        row = {**row, "context": str(context)}
+        row = {**row, "context": str(check_context(name, context))}
+    family = row["family"]
+    ledger, _ = FAMILIES[family]
     c = read_shape(row)
-    stacks, unit = tuple(code(c)), UNITS.get(code, "image")
+    stacks = tuple(ledger(c))
+    unit = UNITS.get(ledger, "image")
     logits = 0
     if any(layer.part == "head" for stack in stacks for layer in stack.layers):
         logits = getattr(c, "targets", c.context) * c.vocab * getattr(c, "streams", 1)
     return System(
-        name, row["family"], stacks, vars(c), unit, c.context if unit in ("token", "step") else 1,
-        logits, row["published"], int(float(row["trained"] or 0)), row["note"], row["source"],
-    )  # fmt: skip
+        name=name,
+        family=family,
+        stacks=stacks,
+        shape=vars(c),
+        unit=unit,
+        row=c.context if unit in ("token", "step") else 1,
+        logits=logits,
+        published=row["published"],
+        trained=int(float(row["trained"] or 0)),
+        note=row["note"],
+        source=row["source"],
+    )
+
+
+def check_context(name: str, context: int) -> int:
+    """The context. Raises ValueError if a row of this system cannot have so many tokens."""
+    row = rows()[name]
+    ledger, _ = FAMILIES[row["family"]]
+    if ledger is not ledgers.transformer:
+        raise ValueError(f"{name} has rows of a fixed size; leave out the context")
+    most = int(row["positions"] or context)
+    if not 1 <= context <= most:
+        sizes = f"takes 1 to {most} tokens" if row["positions"] else "takes at least 1 token"
+        raise ValueError(f"context {context}: {name} {sizes}")
+    return context

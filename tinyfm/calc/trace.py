@@ -1,18 +1,18 @@
-"""What a module of our own costs, found by running it on tensors that have no memory.
+"""The cost of a module, measured by running it on tensors that have no memory.
 
-A fake tensor knows its shape, number format and device, and every operation on it gives another, so
-a training step of any size "runs" in a second on any machine. Beside it two things are counted:
+A fake tensor has a shape, a dtype and a device but no data; operations on fake tensors give fake
+tensors. So a training step of any size "runs" in a second on any machine. Meanwhile two things are
+counted:
 
-- FLOPs: of each matrix product by torch's own formulas, 2 a multiply-add. Attention is unfused
-  here, so that what a fused kernel computes twice is not counted twice.
-- bytes: each new storage is added when it appears and subtracted when its last tensor is gone; the
-  highest sum is the peak. Activations are what it holds beyond weights, gradients and optimizer.
+- FLOPs, by torch's own formulas for matrix products, 2 a multiply-add. Attention is unfused here,
+  so that the products which a fused kernel computes twice are counted once.
+- Bytes: a storage is added when it appears and subtracted when its last tensor is gone. The highest
+  sum is the peak. Activations are the part of it beyond weights, gradients and optimizer.
 
-So nothing about a family stands here. Of a module it asks what the trainer asks,
-`loss(batch, generators)`, and `example_batch(rows)`: any batch of that many rows, as data would
-give it.
+Nothing here depends on a family. A module needs loss(batch, generators), as for the trainer, and
+example_batch(rows): any batch of that many rows with the shapes that its data have.
 
-Left out: scratch space inside a kernel, what an allocator keeps, and torch itself.
+Left out: scratch memory inside a kernel, memory that an allocator keeps, and torch itself.
 """
 
 from __future__ import annotations
@@ -37,68 +37,107 @@ CPU = torch.device("cpu")
 
 
 def without_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy with fake parameters and buffers, tied where the model ties them.
+    """A copy, in training mode, with fake parameters and buffers; tied ones stay tied.
 
-    To be called under a FakeTensorMode.
+    Call it under a FakeTensorMode.
     """
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {}  # by the id of the original, as deepcopy's memo is
     for tensor in (*model.parameters(), *model.buffers()):
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, tensor.requires_grad)
         copies[id(tensor)] = fake
     model = copy.deepcopy(model, copies).train()
-    if getattr(model, "whole_batch", False):  # as the trainer sets it, but alone
-        model.rows_at_once, model.gather = 0, lambda rows: rows
+    if getattr(model, "whole_batch", False):  # as the trainer prepares it, but for one rank
+        model.rows_at_once = 0
+        model.gather = lambda rows: rows
     return model
 
 
 def run_loss(model: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The loss of an example batch, in the number format that the trainer would use."""
+    """The loss of an example batch, with products in the given dtype, as in the trainer."""
     batch = {name: tensor.to(device) for name, tensor in model.example_batch(rows).items()}
     generators = [torch.Generator().manual_seed(row) for row in range(rows)]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return model.loss(batch, generators)[0]
+        loss, _ = model.loss(batch, generators)
+    return loss
 
 
-def naming(model: nn.Module) -> Callable[[str], str]:
-    """From the name of a parameter or module to that of the component it is in: a submodule of the
-    top level, or of the next, if there is but one."""
-    alone = len({name.split(".")[0] for name, _ in model.named_parameters()}) == 1
-    return lambda name: ".".join(name.split(".")[: 1 + alone])
+# ---- components ---------------------------------------------------------------------------------
 
 
-class Products(TorchDispatchMode):
-    """Counts FLOPs, forward and backward, for the component of `model` that each belongs to.
+def component_namer(model: nn.Module) -> Callable[[str], str]:
+    """A function from the name of a parameter or submodule to the name of its component.
 
-    Forward that is the one which runs; "loss" is what none of them does. Backward it is the one
-    which ran when the node of autograd was made: nodes are numbered in that order.
+    Components are the submodules of the top level; or of the next level, if the top has only one.
+    """
+    top = {name.split(".")[0] for name, _ in model.named_parameters()}
+    depth = 2 if len(top) == 1 else 1
+    return lambda name: ".".join(name.split(".")[:depth])
+
+
+def count_parts(model: nn.Module, frozen: bool = False) -> dict[str, int]:
+    """Parameters of each component, or only the frozen ones.
+
+    A tied parameter counts for the component that comes first.
+    """
+    parts: dict[str, int] = {}
+    component = component_namer(model)
+    for name, parameter in model.named_parameters():
+        if frozen and parameter.requires_grad:
+            continue
+        part = component(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts FLOPs, forward and backward, by component of `model`.
+
+    A forward operation belongs to the component that is running, and to "loss" if none is. A
+    backward operation belongs to the component that was running when its autograd node was made:
+    autograd numbers its nodes in the order in which they are made.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.flops: dict[str, list[int]] = {}
-        self.running, self.began = ["loss"], [(0, "loss")]  # who runs, from which node on
-        component = naming(model)
+        self.flops: dict[str, list[int]] = {}  # component: [forward, backward]
+        self.running = ["loss"]  # components being run, the innermost last
+        self.changes = [(0, "loss")]  # (number of an autograd node, component from that node on)
+        component = component_namer(model)
         for name, module in model.named_modules():
             if part := component(name):
-                module.register_forward_pre_hook(lambda *_, part=part: self.turn(part))
-                module.register_forward_hook(lambda *_: self.turn())
+                module.register_forward_pre_hook(lambda *_, part=part: self.enter(part))
+                module.register_forward_hook(lambda *_: self.leave())
 
-    def turn(self, part: str = "") -> None:
-        """A module begins, or, without a name, ends."""
-        self.running.append(part) if part else self.running.pop()
-        self.began.append((torch.autograd._get_sequence_nr(), self.running[-1]))
+    def enter(self, part: str) -> None:
+        self.running.append(part)
+        self.note_change()
+
+    def leave(self) -> None:
+        self.running.pop()
+        self.note_change()
+
+    def note_change(self) -> None:
+        self.changes.append((torch.autograd._get_sequence_nr(), self.running[-1]))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
-            node, part = torch._C._current_autograd_node(), self.running[-1]
-            if node and part == "loss":
-                after = bisect(self.began, node._sequence_nr(), key=lambda began: began[0])
-                part = self.began[after - 1][1]
-            sums = self.flops.setdefault(part, [0, 0])
-            sums[node is not None] += count(*args, **(kwargs or {}), out_val=result)
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        count = flop_registry.get(function._overloadpacket)
+        if count is None:
+            return result
+        node = torch._C._current_autograd_node()  # None in the forward pass
+        part = self.running[-1]
+        if node and part == "loss":
+            after = bisect(self.changes, node._sequence_nr(), key=lambda change: change[0])
+            part = self.changes[after - 1][1]
+        sums = self.flops.setdefault(part, [0, 0])
+        direction = 0 if node is None else 1
+        sums[direction] += count(*args, **kwargs, out_val=result)
         return result
 
 
@@ -106,18 +145,22 @@ def count_flops(model: nn.Module, rows: int = 1) -> dict[str, list[int]]:
     """FLOPs of each component for `rows` rows: [forward, backward], 2 a multiply-add."""
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         fake = without_memory(model, CPU)
-        with Products(fake) as counted:
+        with FlopCounter(fake) as counter:
             run_loss(fake, rows, CPU, torch.float32).backward()
-    return counted.flops
+    return counter.flops
+
+
+# ---- bytes --------------------------------------------------------------------------------------
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make while it is entered."""
+    """Counts the bytes of all storages that operations make while it is entered."""
 
     def __init__(self):
         super().__init__()
         self.alive: set[int] = set()
-        self.now = self.most = 0
+        self.now = 0
+        self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -127,9 +170,10 @@ class Peak(TorchDispatchMode):
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self.alive:
             return
+        size = storage.nbytes()
         self.alive.add(key)
         self.now += size
         self.most = max(self.most, self.now)
@@ -141,57 +185,65 @@ class Peak(TorchDispatchMode):
 
 
 def average_bytes(model: nn.Module, optim: OptimConfig) -> tuple[int, int]:
-    """Bytes of the optimizer's averages, AdamW's two and Muon's one, and of the moving average.
+    """Bytes of (the optimizer's averages, the moving average of the weights), all in float32.
 
-    What is frozen has none of them.
+    AdamW keeps two averages of a parameter, Muon one. Frozen parameters have none.
     """
     learnt = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in hidden_matrices(model, optim.kernels) if p.requires_grad]
-    muons = sum(p.numel() for p in hidden) if optim.optimizer == "muon" else 0
-    average = sum(p.nbytes for p in learnt) if optim.ema_half_life else 0
-    return 4 * (2 * sum(p.numel() for p in learnt) - muons), average
+    numbers = 2 * sum(p.numel() for p in learnt)
+    if optim.optimizer == "muon":
+        numbers -= muon_parameters(model, optim)
+    moving = sum(p.nbytes for p in learnt) if optim.ema_half_life else 0
+    return 4 * numbers, moving
+
+
+def muon_parameters(model: nn.Module, optim: OptimConfig) -> int:
+    """Number of trained parameters that Muon would update."""
+    matrices = hidden_matrices(model, optim.kernels)
+    return sum(p.numel() for p in matrices if p.requires_grad)
 
 
 def step_bytes(
-    model: nn.Module, optim: OptimConfig, rows: int, accumulate: bool = False, at_once: int = 0,
-    device: torch.device = CPU, dtype: torch.dtype = torch.float32,
-) -> tuple[int, int]:  # fmt: skip
-    """Peak bytes of a step of the trainer with micro-batches of `rows` rows, weights and all.
+    model: nn.Module,
+    optim: OptimConfig,
+    rows: int,
+    accumulate: bool = False,
+    at_once: int = 0,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """Peak bytes of a training step with micro-batches of `rows` rows, weights included.
 
-    Returns the peak of the forward and backward passes, and that of the update after them.
-    accumulate: there are several micro-batches, so gradients are there when the last one comes.
-    at_once: rows that a model which takes whole batches cuts them into; 0 = all.
+    Returns the peak of the forward and backward passes, and the peak of the update after them.
+    accumulate: there are several micro-batches, so gradients exist when the last one starts.
+    at_once: rows that a model which takes the whole batch processes at a time; 0 = all.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = without_memory(model, device)
         fake.rows_at_once = at_once
         parameters = [p for p in fake.parameters() if p.requires_grad]
-        optimizers, peak = build_optimizers(fake, optim), Peak()
+        optimizers = build_optimizers(fake, optim)
+        peak = Peak()
         for tensor in (*fake.parameters(), *fake.buffers()):
             peak.add(tensor.untyped_storage())
-        peak.now += average_bytes(fake, optim)[1]
+        _, moving_average = average_bytes(fake, optim)
+        peak.now += moving_average
         with peak:
-            for parameter in parameters:  # an update of nothing, to have the optimizers' averages
+            # An update with gradients of 0, so that the optimizers have their averages.
+            for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             for optimizer in optimizers:
                 optimizer.step()
             if not accumulate:
                 fake.zero_grad()
+            # Forward and backward.
             peak.most = peak.now
             run_loss(fake, rows, device, dtype).backward()
-            backward, peak.most = peak.most, peak.now
+            passes = peak.most
+            # The update.
+            peak.most = peak.now
             scale_and_clip(fake, 1.0, optim.clip)
             for optimizer in optimizers:
                 optimizer.step()
-        return backward, peak.most
-
-
-def count_parts(model: nn.Module, frozen: bool = False) -> dict[str, int]:
-    """Parameters, or frozen ones, of each component, a tied one where it comes first."""
-    parts: dict[str, int] = {}
-    component = naming(model)
-    for name, parameter in model.named_parameters():
-        if not frozen or not parameter.requires_grad:
-            part = component(name)
-            parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts
+            update = peak.most
+    return passes, update
