@@ -37,6 +37,7 @@ import tyro
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
+from tinyfm.common.figures import new_figure
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
 from tinyfm.recipes.classify import score_untrained
@@ -177,10 +178,7 @@ def to_table(rows: list[Row], labels: tuple[int, ...]) -> str:
 
 def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> None:
     """Accuracy by number of labels, a line for each method, and the range of its seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a window system
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     places = range(len(labels))
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -199,7 +197,7 @@ def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> No
     axes.set_xticks(places, [f"{n or 'all'} labels" for n in labels])
     axes.set(ylabel="held-out examples right, %", title=title)
     axes.legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int | str:
