@@ -244,7 +244,7 @@ def test_time_of_llama_65b():
     """380 tokens/s on each of 2048 A100: about 21 days (Touvron et al. 2023, section 2.4)."""
     a100, llama = gpus.get("a100"), systems.get("llama-65b")
     flops = gpus.rule_of_six(llama.parameters, 1)
-    mfu = gpus.utilisation(380 * flops, a100)
+    mfu = 380 * flops / a100.peak("bf16")
     assert mfu == pytest.approx(0.477, abs=5e-4)
     busy = gpus.busy_hours(flops * 1.4e12, a100, "bf16", mfu)
     assert gpus.bill(busy, a100, 2048).days == pytest.approx(20.8, abs=0.05)
@@ -263,7 +263,7 @@ def test_cost_and_energy_of_stable_diffusion():
 def test_time_of_bloom():
     """Three and a half months on 384 A100 at 150 TFLOP/s, of which 3/4 are the model's."""
     a100, bloom = gpus.get("a100-80gb"), systems.get("bloom-176b")
-    mfu = gpus.utilisation(150e12 * 3 / 4, a100)
+    mfu = 150e12 * 3 / 4 / a100.peak("bf16")
     busy = gpus.busy_hours(gpus.rule_of_six(bloom.parameters, bloom.trained), a100, mfu=mfu)
     found = gpus.bill(busy, a100, 384)
     assert found.days / 30.4 == pytest.approx(3.5, abs=0.1)

@@ -1,4 +1,7 @@
-"""What the run stands on: device, number format, memory, and the peak it is measured against."""
+"""The device of a run: how to choose it and its number format, its peak speed and memory.
+
+Also `Compiled`, which is torch.compile with a fallback for machines where compiling fails.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,17 @@ from tinyfm.common import gpus
 
 
 def choose_device(name: str) -> torch.device:
-    """The named device; "auto" is CUDA, else MPS, else the CPU. ValueError if it is not there."""
+    """The device of that name; "auto" is CUDA if there is any, else MPS, else the CPU.
+
+    Raises ValueError if the device does not exist on this machine.
+    """
     if name == "auto":
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -30,14 +40,17 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself, rather than by emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type == "cpu":  # the flags have no public name in torch yet
+    if device.type == "cpu":  # torch has no public name for these flags yet
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named type; "auto" is bfloat16 where fast, else float32. ValueError if asked in vain."""
+    """The number format of that name; "auto" is bfloat16 where it is fast, else float32.
+
+    Raises ValueError for bfloat16 on a device that only emulates it.
+    """
     if name == "auto":
         name = "bfloat16" if bfloat16_is_fast(device) else "float32"
     if name == "bfloat16" and not bfloat16_is_fast(device):
@@ -46,47 +59,57 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe_device(device: torch.device) -> str:
+    """Name of the device for the log, such as "cpu (x86_64, 2 threads)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{device.type} ({platform.processor() or platform.machine()}{threads})"
+    processor = platform.processor() or platform.machine()
+    if device.type == "cpu":
+        return f"cpu ({processor}, {torch.get_num_threads()} threads)"
+    return f"{device.type} ({processor})"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak in FLOP/s, or None where it is not known: no utilisation is stated then."""
+    """Dense peak of the device in FLOP/s, or None if it is unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     gpu = gpus.by_driver_name(torch.cuda.get_device_name(device))
-    return gpu.peak("bf16") if gpu and "bf16" in gpu.peaks else None
+    if gpu is None or "bf16" not in gpu.peaks:
+        return None
+    return gpu.peak("bf16")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step.
+    """Let glibc keep freed memory for the next step; no effect on other systems.
 
-    By default it returns large buffers to the system at once, and every step pays to have them
-    mapped and zeroed again: on a small model a fifth of the time, or far more. No effect elsewhere.
+    By default glibc returns large buffers to the system at once, and in every step they must be
+    mapped and set to zero again: for a small model that takes a fifth of the time or more.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_MAX = -4
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU, or of this process."""
+    """Largest memory held so far, in bytes: of the GPU, or of this process; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0
-    import resource
+    import resource  # Windows does not have it
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 class Compiled:
-    """torch.compile, or the function as it is once a call, mostly the first, fails to compile."""
+    """A function compiled by torch.compile; if compiling fails, the function uncompiled.
+
+    Compilation happens at the first call, and again for new shapes. When a call fails, a line is
+    printed, and this call and all later ones run the function itself.
+    """
 
     def __init__(self, function: Callable, **options: Any):
         self.function = function
@@ -96,8 +119,8 @@ class Compiled:
         if self.call is not self.function:
             try:
                 return self.call(*args)
-            except Exception as error:  # the compiler's; the function's own comes again below
+            except Exception as error:  # of the compiler; the function's own is raised again below
                 reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                print(f"torch.compile fails here ({reason}); going on without it", flush=True)
+                print(f"torch.compile fails here ({reason}); continuing without it", flush=True)
                 self.call = self.function
         return self.function(*args)

@@ -1,15 +1,15 @@
-"""Accelerators: what they compute, hold and draw, and what so many FLOPs cost on them.
+"""Accelerators: their speed, memory and power, and the time and cost of a number of FLOPs on them.
 
-    busy hours of a GPU = FLOPs / (peak x MFU) / 3600
-    hours that are paid = busy hours / availability
+    busy GPU-hours = FLOPs / (peak x MFU) / 3600
+    paid GPU-hours = busy GPU-hours / availability
 
 MFU, the model FLOPs utilisation, is the share of the dense peak that the model's own FLOPs reach;
-what activation checkpointing computes twice does not count (Chowdhery et al. 2022, appendix B).
+activations that checkpointing computes twice count once (Chowdhery et al. 2022, appendix B).
 Availability is the share of the wall time in which the job runs at all. Published GPU-hours give
 only the product of the two.
 
 Peaks are dense, from the vendors' data sheets; "with sparsity" they claim twice as much. GB are
-10^9 bytes. Prices move: they are an input, and those here have a date.
+10^9 bytes. Prices change: they are an input, and those of the table carry a date.
 """
 
 from __future__ import annotations
@@ -17,31 +17,35 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a number
 
 
 @dataclass(frozen=True)
 class GPU:
+    """One accelerator. Where a number is 0, it is not known."""
+
     name: str
-    peaks: dict[str, float]  # TFLOP/s of matrix products by dtype; what is not here does not exist
+    peaks: dict[str, float]  # TFLOP/s of matrix products, by the dtypes that the hardware has
     memory: float  # GB
-    bandwidth: float  # GB/s of that memory; 0 = not known to us, as below
+    bandwidth: float  # GB/s of that memory
     link: float  # GB/s to other devices, both directions together
-    watts: float  # of the device, at most
-    price: float = 0.0  # USD an hour, rented
-    priced: str = ""  # when; on demand, and where a range was seen, its upper end
+    watts: float  # power limit of the device
+    price: float = 0.0  # USD per hour, rented on demand; the upper end of a range
+    priced: str = ""  # date of the price
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s. Raises ValueError for a number format that it does not compute in."""
+        """Dense peak in FLOP/s. Raises ValueError for a dtype that the hardware does not have."""
         if dtype not in self.peaks:
             raise ValueError(f"{self.name} has no {dtype}; use {' or '.join(self.peaks)}")
         return self.peaks[dtype] * 1e12
 
 
+# ---- the table ----------------------------------------------------------------------------------
+
 V100 = {"fp16": 125, "fp32": 15.7}
 A100 = {"bf16": 312, "fp16": 312, "fp32": 19.5}
 H100 = {"bf16": 989, "fp16": 989, "fp32": 67}
-GPUS = {gpu.name: gpu for gpu in (
+GPUS = {gpu.name: gpu for gpu in (  # name, peaks, memory, bandwidth, link, watts, price, priced
     GPU("v100-16gb", V100, 16, 900, 300, 300),
     GPU("v100-32gb", V100, 32, 900, 300, 300),
     GPU("a100-40gb", A100, 40, 1555, 600, 400, 2.0, "May 2023"),
@@ -57,7 +61,8 @@ GPUS = {gpu.name: gpu for gpu in (
     GPU("tpu-v5e", {"bf16": 197}, 16, 819, 400, 0),
 )}  # fmt: skip
 ALIASES = {"v100": "v100-32gb", "a100": "a100-80gb"}
-# Part of the name that the driver gives, the first that fits: H100 stands for its SXM form.
+# Part of the name that the driver gives -> name here. The first match counts, so that "H100" is the
+# SXM form.
 DRIVER_NAMES = {
     "H100 PCIe": "h100-pcie", "H100": "h100", "H200": "h200", "A100": "a100-80gb",
     "V100": "v100-32gb", "MI300X": "mi300x", "3090": "rtx-3090", "4090": "rtx-4090",
@@ -65,7 +70,7 @@ DRIVER_NAMES = {
 
 
 def get(name: str) -> GPU:
-    """The accelerator of that name. Raises ValueError, with the known ones, if there is none."""
+    """The accelerator of that name. Raises ValueError with the known names if there is none."""
     key = ALIASES.get(name.lower(), name.lower())
     if key not in GPUS:
         near = difflib.get_close_matches(key, GPUS, n=1)
@@ -75,8 +80,11 @@ def get(name: str) -> GPU:
 
 
 def by_driver_name(name: str) -> GPU | None:
-    """The accelerator that torch.cuda.get_device_name calls so, or None if it is not known."""
-    return next((GPUS[key] for part, key in DRIVER_NAMES.items() if part in name), None)
+    """The accelerator with that torch.cuda.get_device_name, or None if it is not in the table."""
+    for part, key in DRIVER_NAMES.items():
+        if part in name:
+            return GPUS[key]
+    return None
 
 
 # ---- time and cost ------------------------------------------------------------------------------
@@ -84,35 +92,37 @@ def by_driver_name(name: str) -> GPU | None:
 
 @dataclass(frozen=True)
 class Bill:
-    gpu_hours: float  # paid, with the time in which nothing runs
-    days: float  # of wall time
+    """Time, energy and cost of a job."""
+
+    gpu_hours: float  # paid GPU-hours, those in which nothing runs included
+    days: float  # days of wall time
     energy_kwh: float
     cost_usd: float  # 0 if no price is known
 
 
 def check_shares(**shares: float) -> None:
-    """Raise ValueError unless each is above 0 and at most 1."""
+    """Raise ValueError unless every share is above 0 and at most 1."""
     for name, share in shares.items():
         if not 0 < share <= 1:
             raise ValueError(f"{name} is {share}; it must be above 0 and at most 1, such as 0.4")
 
 
 def check_pue(pue: float) -> None:
-    """Raise ValueError for a building that uses less energy than what is in it."""
+    """Raise ValueError for a power usage effectiveness below 1: no building can have that."""
     if not pue >= 1:
         raise ValueError(f"pue is {pue}; it must be at least 1, such as 1.1")
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no formula gives: stated with every result that rests on it."""
+    """Inputs that no formula gives; reports state them with every result that depends on them."""
 
     gpus: int = 1
-    dtype: str = "bf16"  # of the products
-    mfu: float = 0.4  # share of the peak that is reached
-    availability: float = 1.0  # share of the time in which it runs
-    price: float | None = None  # USD a GPU-hour; None = the dated one of the table
-    pue: float = 1.1  # energy of the building over that of its GPUs
+    dtype: str = "bf16"  # number format of the matrix products
+    mfu: float = 0.4  # share of the peak that the model's FLOPs reach
+    availability: float = 1.0  # share of the wall time in which the job runs
+    price: float | None = None  # USD per GPU-hour; None = the dated price of the table
+    pue: float = 1.1  # power usage effectiveness: energy of the building over that of its GPUs
 
     def __post_init__(self):
         check_shares(mfu=self.mfu, availability=self.availability)
@@ -120,37 +130,49 @@ class Assumptions:
 
 
 def rule_of_six(parameters: float, tokens: float) -> float:
-    """FLOPs of training by Kaplan et al.'s (2020) rule: 2 a weight and token forward, 4 backward.
+    """FLOPs of training by the rule of Kaplan et al. (2020): 6 per parameter and token.
 
-    It leaves attention out; the tables of embeddings, which multiply nothing, are usually left in.
+    2 are of the forward pass, 4 of the backward pass. The rule leaves attention out; embeddings,
+    which multiply nothing, are usually counted as parameters.
     """
     return 6 * parameters * tokens
 
 
 def busy_hours(flops: float, gpu: GPU, dtype: str = "bf16", mfu: float = 0.4) -> float:
-    """GPU-hours of computing for so many model FLOPs. Raises ValueError for a dtype it has not."""
+    """GPU-hours of computing for a number of model FLOPs.
+
+    Raises ValueError for a dtype that the GPU does not have, and an mfu not in (0, 1].
+    """
     check_shares(mfu=mfu)
     return flops / (gpu.peak(dtype) * mfu) / 3600
 
 
-def utilisation(flops_per_s: float, gpu: GPU, dtype: str = "bf16") -> float:
-    """MFU of a GPU that was measured to do so many model FLOPs a second: the inverse question."""
-    return flops_per_s / gpu.peak(dtype)
+def bill(
+    busy: float,
+    gpu: GPU,
+    gpus: int = 1,
+    availability: float = 1.0,
+    price: float | None = None,
+    pue: float = 1.1,
+) -> Bill:
+    """The bill of a number of busy GPU-hours on `gpus` GPUs, at a price in USD per GPU-hour.
 
-
-def bill(busy: float, gpu: GPU, gpus: int = 1, availability: float = 1.0,
-         price: float | None = None, pue: float = 1.1) -> Bill:  # fmt: skip
-    """What so many busy GPU-hours cost on `gpus` of them, at a price in USD for each hour of one.
-
-    The energy is that of GPUs at their limit, times the power usage effectiveness (pue) of the
-    building: 1.1 is what Patterson et al. (2021) take for GPT-3. Raises ValueError for counts and
-    shares that cannot be.
+    The energy is that of GPUs at their power limit, times the power usage effectiveness (pue) of
+    the building; Patterson et al. (2021) assume 1.1 for GPT-3. Raises ValueError for impossible
+    counts, shares and prices.
     """
     check_shares(availability=availability)
     check_pue(pue)
     if gpus < 1:
         raise ValueError(f"{gpus} GPUs; there must be at least 1")
-    if (price or 0) < 0:
-        raise ValueError(f"a price of {price} USD a GPU-hour; it must be at least 0")
-    hours, rate = busy / availability, gpu.price if price is None else price
-    return Bill(hours, hours / gpus / 24, hours * gpu.watts / 1000 * pue, hours * rate)
+    if price is None:
+        price = gpu.price
+    if price < 0:
+        raise ValueError(f"a price of {price} USD per GPU-hour; it must be at least 0")
+    hours = busy / availability
+    return Bill(
+        gpu_hours=hours,
+        days=hours / gpus / 24,
+        energy_kwh=hours * gpu.watts / 1000 * pue,
+        cost_usd=hours * price,
+    )

@@ -1,7 +1,7 @@
-"""Pictures of what an image model has learnt, row by row.
+"""Sheets of pictures that show what an image model has learnt, row by row.
 
-All randomness comes from `seed`, a stream a picture: picture i stays the same however many are
-drawn. Letters: B pictures, C channels, H W rows and columns.
+All randomness comes from `seed`, with one random stream per picture: picture i is the same however
+many are drawn. Letters: B pictures, C channels, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from data import pictures
 from tinyfm.common.seeds import row_generators
 
-AT_ONCE = 64  # pictures that a diffusion model draws at a time: more only takes memory
-FILMED, MOMENTS = 8, 10  # most samples in a film, and most moments of each
+AT_ONCE = 64  # pictures that a diffusion model draws at a time; more would only take memory
+FILMED = 8  # most samples in a film
+MOMENTS = 10  # most moments of each sample in a film
 
 
 class Sheet(NamedTuple):
     """Pictures in rows."""
 
-    images: Tensor  # (B, C, H, W), shown from -1, black, to 1, white
+    images: Tensor  # (B, C, H, W) from -1, black, to 1, white
     columns: int
-    about: str  # which rows are what
-    titles: tuple[str, ...] = ()  # one a picture; with them small pictures are enlarged
+    about: str  # what the rows are
+    titles: tuple[str, ...] = ()  # one per picture; small pictures with titles are enlarged
 
     def save(self, path: str | Path) -> None:
-        """Write it as a PNG; a single picture without a frame, to go on from."""
+        """Write the sheet as a PNG; a single picture has no frame, so it can be an input again."""
         levels = (self.images.float().cpu().clamp(-1, 1) + 1) * 127.5
         pixels = levels.round().byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         if len(pixels) == 1 and not self.titles:
@@ -40,13 +41,13 @@ class Sheet(NamedTuple):
 
 
 def noise(shape: Iterable[int], n: int, seed: int) -> Tensor:
-    """Standard normal (n, *shape), row i from its own stream."""
+    """Standard normal noise (n, *shape); row i comes from its own stream."""
     shape = tuple(shape)
     return torch.stack([torch.randn(shape, generator=g) for g in row_generators(seed, 0, range(n))])
 
 
-def in_parts(n: int) -> list[range]:
-    """0 .. n - 1, AT_ONCE at a time."""
+def split_range(n: int) -> list[range]:
+    """The numbers 0 .. n - 1, AT_ONCE at a time."""
     return [range(first, min(n, first + AT_ONCE)) for first in range(0, n, AT_ONCE)]
 
 
@@ -55,80 +56,101 @@ def in_parts(n: int) -> list[range]:
 
 @torch.no_grad()
 def reconstructions(model: nn.Module, images: Tensor) -> Sheet:
-    """Rows of 8 of `images` (B, C, H, W), each row above what the model makes of it.
+    """`images` (B, C, H, W) in rows of 8, each row above its reconstructions.
 
-    What does not fill a row is left out, but for the only one.
+    An incomplete last row is left out, unless it is the only one.
     """
+    device = next(model.parameters()).device
     columns = min(8, len(images))
     images = images[: len(images) // columns * columns]
-    rebuilt = model.decode(model.encode(images.to(next(model.parameters()).device))[0])
-    pairs = zip(images.split(columns), rebuilt.float().cpu().split(columns))
-    rows = torch.cat([row for pair in pairs for row in pair])
-    return Sheet(rows, columns, "originals above their reconstructions")
+    mean, _ = model.encode(images.to(device))
+    rebuilt = model.decode(mean).float().cpu()
+    rows = []
+    for originals, copies in zip(images.split(columns), rebuilt.split(columns)):
+        rows += [originals, copies]
+    return Sheet(torch.cat(rows), columns, "originals above their reconstructions")
 
 
 @torch.no_grad()
 def latent_space(model: nn.Module, images: Tensor, seed: int) -> Sheet:
-    """`images` (B, C, H, W), what the model makes of them, B draws from the prior, and B steps from
-    the first one's latent to the last one's.
+    """Four rows: `images` (B, C, H, W), their reconstructions, B samples from the prior, and B
+    steps from the latent of the first image to that of the last.
 
-    A plain autoencoder has no prior: noise of its latents' mean and scale stands in for it.
+    A plain autoencoder has no prior; noise with the mean and scale of its latents replaces it.
     """
-    n, device = len(images), next(model.parameters()).device
+    n = len(images)
+    device = next(model.parameters()).device
     mean = model.encode(images.to(device))[0].float()
-    drawn, source = noise(mean.shape[1:], n, seed).to(device), "the prior"
+
+    # Samples.
+    drawn = noise(mean.shape[1:], n, seed).to(device)
+    source = "the prior"
     if not model.config.variational:
-        drawn, source = model.restore(drawn), "noise, as there is no prior"
-    way = torch.linspace(0, 1, n, device=device)[:, None, None, None]
-    z = torch.cat((mean, drawn, torch.lerp(mean[:1], mean[-1:], way)))
+        drawn = model.restore(drawn)
+        source = "noise, as there is no prior"
+
+    # The way from the first latent to the last.
+    t = torch.linspace(0, 1, n, device=device)[:, None, None, None]
+    between = torch.lerp(mean[:1], mean[-1:], t)
+
+    decoded = model.decode(torch.cat((mean, drawn, between))).float().cpu()
     rows = ("originals", "reconstructions", f"samples from {source}", "from the first to the last")
-    titles = tuple(text for row in rows for text in (row, *[""] * (n - 1)))
-    images = torch.cat((images, model.decode(z).float().cpu()))
-    return Sheet(images, n, f"rows: {'; '.join(rows)}", titles)
+    titles = []
+    for row in rows:  # the title of a row is that of its first picture
+        titles += [row] + [""] * (n - 1)
+    return Sheet(torch.cat((images, decoded)), n, f"rows: {'; '.join(rows)}", tuple(titles))
 
 
 # ---- diffusion ----------------------------------------------------------------------------------
 
 
 def samples(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet:
-    """n pictures in rows of 8. Raises ValueError for a sampler or steps that the model has not."""
+    """n samples in rows of 8. Raises ValueError if the model does not have the sampler or steps."""
     drawn = [
         model.sample(len(part), steps, sampler, generators=row_generators(seed, 0, part))
-        for part in in_parts(n)
+        for part in split_range(n)
     ]
     return Sheet(torch.cat(drawn), min(8, n), f"{n} samples by {sampler} in {steps} steps")
 
 
 def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet:
-    """The first of those pictures, a row each, as they lose their noise. Raises ValueError as
-    `samples` does."""
-    n, moments = min(n, FILMED), min(MOMENTS, steps + 1)
+    """The first pictures of `samples`, one per row, as they lose their noise.
+
+    Raises ValueError as `samples` does.
+    """
+    n = min(n, FILMED)
+    moments = min(MOMENTS, steps + 1)
     generators = row_generators(seed, 0, range(n))
     states = model.sample(n, steps, sampler, generators=generators, film=True)  # (S + 1, B, ...)
     shown = np.linspace(0, steps, moments).round().astype(int).tolist()
     titles = tuple(f"after {i} of {steps}" for i in shown) * n
     about = f"{n} samples, a row each, after {', '.join(map(str, shown))} of {steps} steps"
-    return Sheet(states[shown].transpose(0, 1).flatten(0, 1), moments, about, titles)
+    images = states[shown].transpose(0, 1).flatten(0, 1)  # the moments of a sample are a row
+    return Sheet(images, moments, about, titles)
 
 
 # ---- text to image ------------------------------------------------------------------------------
 
 
 def illustrate(
-    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how
+    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **options
 ) -> Tensor:
-    """A picture (B, C, H, W) for each prompt. how: options of TextToImage.generate, as its errors
-    are."""
-    drawn = [
-        model.generate([prompts[i] for i in part], steps=steps,
-                       generators=row_generators(seed, 0, part), **how)
-        for part in in_parts(len(prompts))
-    ]  # fmt: skip
+    """One picture per prompt, (B, C, H, W) on the CPU.
+
+    options: those of TextToImage.generate. Raises ValueError as it does.
+    """
+    drawn = []
+    for part in split_range(len(prompts)):
+        generators = row_generators(seed, 0, part)
+        texts = [prompts[i] for i in part]
+        drawn.append(model.generate(texts, steps=steps, generators=generators, **options))
     return torch.cat(drawn).cpu()
 
 
-def prompted(model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **how) -> Sheet:
-    """The pictures of `illustrate` in rows of 8, with their prompts."""
-    images = illustrate(model, prompts, steps, seed, **how)
-    about = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {steps} steps"
-    return Sheet(images, min(8, len(prompts)), about, tuple(prompts))
+def prompted(
+    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **options
+) -> Sheet:
+    """The pictures of `illustrate` in rows of 8, with their prompts as titles."""
+    images = illustrate(model, prompts, steps, seed, **options)
+    count = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
+    return Sheet(images, min(8, len(prompts)), f"{count} in {steps} steps", tuple(prompts))
