@@ -74,7 +74,7 @@ def test_activations_of_mt_nlg():
     assert kept[0] / GB == pytest.approx(4.110, abs=5e-4)
 
 
-def test_full_checkpointing_keeps_what_enters_a_block_and_one_block():
+def test_full_checkpointing_keeps_the_inputs_of_all_blocks_and_one_block():
     gpt3, c = systems.get("gpt3-175b"), systems.get("gpt3-175b").shape
     T, D, L = 2048, 12288, c["layers"]
     got = memory.activation_bytes(gpt3, Training(rows=3, checkpoint="full"), Layout())
@@ -150,7 +150,7 @@ def test_logits():
 @pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "sd1-unet"])
 @pytest.mark.parametrize("gib", [8, 24, 80])
 @pytest.mark.parametrize("n", [1, 8])
-def test_fit_is_the_largest_micro_batch(name, gib, n):
+def test_a_plan_has_the_largest_micro_batch(name, gib, n):
     system, budget = systems.get(name), gib * GiB
     best = memory.plan_training(system, budget, Training(), n)
     if best is None:
@@ -164,7 +164,7 @@ def test_fit_is_the_largest_micro_batch(name, gib, n):
     assert 1 <= memory.fewest_gpus(system, budget, Training()) <= n
 
 
-def test_fit_takes_the_plainest_way():
+def test_the_simplest_plan_is_taken():
     def plan(name, budget, n=1):
         return memory.plan_training(systems.get(name), budget, Training(), n)
 
@@ -179,7 +179,7 @@ def test_fit_takes_the_plainest_way():
     assert memory.fewest_gpus(systems.get("llama3.1-405b"), 1 * GB, Training()) == 0
 
 
-def test_fit_of_what_is_bound_by_its_update():
+def test_largest_rows_where_the_update_takes_most_memory():
     """A few rows take less memory than the update, so one row and two rows take the same."""
     sizes = {"fixed_bytes": 100, "row_bytes": 10, "update_bytes": 1000}
     module = MeasuredModule(
@@ -291,8 +291,8 @@ def test_time_scales_as_it_should():
     assert many.cost_usd == pytest.approx(many.gpu_hours * h100.price)
 
 
-def test_names_that_drivers_give():
-    """An H100 in a PCIe slot is slower than one in its own."""
+def test_gpus_are_known_by_the_names_of_their_drivers():
+    """The PCIe form of an H100 is slower than the SXM form."""
     assert gpus.by_driver_name("NVIDIA H100 80GB HBM3").peaks["bf16"] == 989
     assert gpus.by_driver_name("NVIDIA H100 PCIe").peaks["bf16"] == 756
     assert gpus.by_driver_name("NVIDIA GeForce GTX 1080") is None
@@ -323,7 +323,7 @@ VARIANTS += [replace(SMALL, position="learned", norm="layernorm", bias=True, n_k
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_flops_are_counted_exactly(config):
-    """On tensors without memory as on real ones, and as the closed form of the GPT."""
+    """The counts on fake tensors equal those on real ones, and the closed form of the GPT."""
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(2))[0].backward()
@@ -335,7 +335,7 @@ def test_flops_are_counted_exactly(config):
 
 @pytest.mark.parametrize("name", ["clip", "autoencoder", "ddpm", "text2image"])
 def test_flops_of_every_family_are_counted_exactly(name):
-    """As torch counts them on real tensors; and of each component, what is known of it."""
+    """The sum equals torch's count on real tensors; components are checked within bounds."""
     model, rows = registry.get_preset(name).run.build_model(), 2
     found = trace.count_flops(model, rows)
     if hasattr(model, "whole_batch"):
@@ -346,10 +346,10 @@ def test_flops_of_every_family_are_counted_exactly(name):
     assert found.keys() - {"loss"} <= trace.count_parts(model).keys()
     frozen = trace.count_parts(model, frozen=True)
     for part, (forward, backward) in found.items():
-        # What reads the data itself passes no gradient on to it: half of its backward pass.
+        # A layer that reads the data passes no gradient on: half of its backward pass.
         least, most = (0, 0) if part in frozen else (forward, 2 * forward)
         assert least <= backward <= most, part
-    if name == "clip":  # all pairs of an image and a text, once for the images, once for the texts
+    if name == "clip":  # all pairs of an image and a text, in both directions
         columns, E = rows + model.config.memory, model.config.embed_dim
         assert found["loss"] == [2 * n * rows * columns * E for n in (2, 4)]
 
@@ -368,14 +368,14 @@ class Enlarge(nn.Module):
         return self.up(self.down(batch["images"])).square().mean(), {}
 
 
-def test_flops_of_enlarging_are_those_of_its_stamp():
-    """4 x 4 numbers for each pair of channels and pixel that enters; nothing at the pixels made."""
+def test_flops_of_upsampling():
+    """4 x 4 multiply-adds for each pair of channels and input pixel, none at output pixels."""
     forward = 2 * (16 * 8 * 8) * (5 * 6)
     assert trace.count_flops(Enlarge(), 3)["up"] == [3 * forward, 3 * 2 * forward]
 
 
 def real_peak(model, optim, rows, accumulate):
-    """Peak bytes of a step, by the allocations that torch's profiler saw."""
+    """Peak bytes of a step, from the allocations that torch's profiler records."""
     optimizers = build_optimizers(model, optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -420,7 +420,7 @@ def test_a_copy_without_memory_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig("adamw", ema_half_life=9.0)])
-def test_measured_memory_goes_through_the_peaks_it_was_not_measured_at(optim):
+def test_measured_memory_predicts_the_peak_of_other_micro_batches(optim):
     model, rows = GPT(SMALL), 7
     network = estimate.measured("small", model, optim, accumulate=True)
     training = Training(rows, "fp32", optim.optimizer)
@@ -446,7 +446,7 @@ def test_average_bytes_are_those_of_the_optimizers(optimizer):
 
 
 class Pairs(nn.Module):
-    """A model of no family of ours: convolutions, random numbers, a loss that compares rows."""
+    """A model of no family: convolutions, random numbers, a loss that compares rows."""
 
     outer, whole_batch = (), True
 
@@ -476,7 +476,7 @@ def test_any_module_can_be_measured():
     counted = trace.count_flops(model, 6)
     assert sum(done for done, _ in counted.values()) == forward
     assert counted["loss"] == [2 * 6 * 6 * 16, 4 * 6 * 6 * 16]
-    assert counted["frozen"] == [6 * 2 * 16 * 16] * 2  # it hands gradients on, and has none
+    assert counted["frozen"] == [6 * 2 * 16 * 16] * 2  # gradients pass through it, but it has none
     assert "640 parameters, 368 of them trained" in line and "for 2 rows at once" in line
     assert estimate.micro_batch(model, train) == (6, False)  # it takes the batch whole
     assert estimate.micro_batch(GPT(SMALL), train) == (2, True)
@@ -505,7 +505,7 @@ def test_description_of_a_run():
     assert f"a peak of {peak:.2f} GiB" in line and "for 4 rows at once in float32" in line
     assert f"{32 * model.flops_per_row() * 10:.3g} FLOP in all" in line and "\n" not in line
     away = estimate.describe(model, optim, replace(train, device="cuda", dtype="auto"))
-    assert "peak of" in away  # a dry run for a machine that is not this one
+    assert "peak of" in away  # a dry run for another machine
 
 
 def ask(*words):
@@ -531,13 +531,13 @@ def test_json_of_a_system():
     assert found["train_bytes_per_gpu"] == int(spread.total)
 
 
-def test_json_of_what_is_not_known():
+def test_json_is_null_where_nothing_is_known():
     found = json.loads(ask("mistral-7b", "--json"))
     assert found["train_flops"] is found["gpu_hours"] is found["days"] is found["cost_usd"] is None
     assert json.loads(ask("gpt2", "--json", "--gpu", "tpu-v4", "--tokens", 1))["cost_usd"] is None
 
 
-def test_text_says_what_was_taken_for_granted():
+def test_text_states_its_assumptions():
     text = ask("gpt3-13b", "--gpu", "h100", "--gpus", 8)
     for part in (
         "12,853,386,240 parameters (published: 12.85B)", "Table 2.1 has a width of 5140",
@@ -556,7 +556,7 @@ def test_text_says_what_was_taken_for_granted():
     assert "FLOP an image, forward" in ask("sd1-unet")
 
 
-def test_text_tells_components_and_blocks_apart():
+def test_text_has_lines_for_components_and_for_a_block():
     text, gpt3 = ask("gpt3-175b"), systems.get("gpt3-175b")
     attention = 2 * gpt3.by_part("macs")["attention"] / 2048 / 1e9
     assert f"{attention:.4g} GFLOP forward,   {2 * attention:.4g} GFLOP backward" in text
@@ -613,7 +613,7 @@ def test_presets_are_names_too():
 
 
 @pytest.mark.parametrize("name", ["text2image-clip", "sweep-1"])
-def test_what_a_preset_takes_is_that_of_its_module(name):
+def test_the_estimate_of_a_preset_is_measured_on_its_module(name):
     run = registry.get_preset(name).run
     model = run.build_model()
     found = json.loads(ask(name, "--json"))
@@ -625,8 +625,8 @@ def test_what_a_preset_takes_is_that_of_its_module(name):
     assert found["train_bytes_per_gpu"] == max(peak)
 
 
-def test_what_is_frozen_has_no_gradients_and_no_averages():
-    """Of text-to-image only the denoiser is trained."""
+def test_frozen_parameters_have_no_gradients_and_no_averages():
+    """In text-to-image only the denoiser is trained."""
     run = registry.get_preset("text2image").run
     network, training = calc.measure_run("text2image", run)
     model = run.build_model()
@@ -643,7 +643,7 @@ def test_what_is_frozen_has_no_gradients_and_no_averages():
     states = sum(value.nbytes for each in optimizers for state in each.state.values()
                  for name, value in state.items() if name != "step")  # fmt: skip
     assert held.weights == 4 * network.parameters and held.gradients == 4 * network.learnt
-    assert held.optimizer == states + 4 * network.learnt  # with the average of the weights
+    assert held.optimizer == states + 4 * network.learnt  # with the moving average
     assert all(backward == 0 for part, (_, backward) in network.flops.items() if part in sizes)
     lines = [line.split() for line in report.parameter_lines(network)]
     for part, size in sizes.items():
@@ -651,6 +651,26 @@ def test_what_is_frozen_has_no_gradients_and_no_averages():
     assert ["diffusion", f"{network.learnt:,}"] in lines
     assert ["trained", f"{network.learnt:,}"] in lines
     assert report.rows_text(training.rows, network) == "64 pairs"
+
+
+@pytest.mark.parametrize(
+    ("preset", "task", "unit"),
+    [
+        ("gpt", "", ("token", 256)),
+        ("gpt", "classify", ("token", 256)),
+        ("clip", "", ("pair", 1)),
+        ("clip", "classify", ("image", 1)),
+        ("autoencoder", "", ("image", 1)),
+        ("ddpm", "", ("image", 1)),
+        ("ddpm", "classify", ("image", 1)),
+        ("text2image", "", ("pair", 1)),
+    ],
+)
+def test_the_unit_of_the_data(preset, task, unit):
+    run = registry.get_preset(preset, task).run
+    with torch.device("meta"):
+        model = run.build_model()
+    assert estimate.data_unit(model) == unit
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scaling laws: published constants give the published optima; fits find laws that are there."""
+"""Scaling laws: published constants give the published optima, and fits recover known laws."""
 
 import json
 import math
@@ -40,11 +40,11 @@ def test_optima_at_chinchillas_budget(law, parameters, tokens, ratio):
      (5.2e11, 3.43e25, 1.1e13), (1e12, 1.27e26, 2.12e13), (1e13, 1.3e28, 2.162e14)],
 )  # fmt: skip
 def test_first_approach_is_table_3(parameters, flops, tokens):
-    """Hoffmann et al. 2022; only the refit of the third agrees with it."""
+    """Of Hoffmann et al. 2022. Of the third approach, only the refit agrees with it."""
     best = next(law for law in LAWS if law.law == "Chinchilla 1").optimum(flops)
     assert best.parameters == pytest.approx(parameters, rel=0.07)
     assert best.tokens == pytest.approx(tokens, rel=0.08)
-    if parameters > 6e10:  # where the budgets were
+    if parameters > 6e10:  # at the budget of Chinchilla and above
         assert REFIT.optimum(flops).parameters == pytest.approx(parameters, rel=0.25)
         assert CHINCHILLA.optimum(flops).parameters < 0.5 * parameters
 
@@ -91,9 +91,11 @@ def test_least_squares_finds_the_bottom_of_a_valley():
 
 @pytest.mark.parametrize("form", scaling_laws.FORMS)
 @pytest.mark.parametrize(("floor", "exponent"), [(1.7, 0.15), (0.8, 0.08), (3.0, 0.3)])
-def test_a_power_law_is_found_and_continued(form, floor, exponent):
-    """From seven budgets over two decades, each with 0.3% of noise, to four times the largest;
-    the broken law, with twice the parameters, is less sure."""
+def test_a_power_law_is_recovered_and_extrapolated(form, floor, exponent):
+    """From seven budgets over two decades, with 0.3% of noise, to four times the largest.
+
+    The broken law has twice the parameters, and is less certain.
+    """
     flops = np.geomspace(1e13, 1e15, 7)
 
     def truth(C):
@@ -108,7 +110,7 @@ def test_a_power_law_is_found_and_continued(form, floor, exponent):
     assert exact.loss(flops) == pytest.approx(truth(flops), rel=2e-4)
 
 
-def test_a_break_is_found_by_the_broken_law_alone():
+def test_only_the_broken_law_finds_a_break():
     flops = np.geomspace(1e12, 1e18, 25)
     truth = 0.5 + 40 * flops**-0.1 * (1 + (flops / 1e15) ** 2) ** (-0.15 * 0.5)
     plain, broken = (fit_law(form, flops, truth, replicas=5) for form in scaling_laws.FORMS)
@@ -117,7 +119,7 @@ def test_a_break_is_found_by_the_broken_law_alone():
     assert np.exp(broken.theta[3] + broken.centre) == pytest.approx(1e15, rel=0.05)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_contain_the_truth_about_as_often_as_stated():
     flops, hits = np.geomspace(1e13, 1e15, 10), 0
     truth = 1.0 + 2 * (flops / 1e14) ** -0.2
     random = np.random.default_rng(3)
@@ -126,7 +128,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         law = fit_law("power law", flops, losses, replicas=40)
         low, high = law.interval(1e14)
         hits += low < 1 + 2 < high
-    assert 13 <= hits <= 20  # of 20; 18 is what is meant
+    assert 13 <= hits <= 20  # of 20; 18 are expected of a 90% interval
 
 
 def test_more_noise_widens_the_interval_and_a_seed_repeats_it():
@@ -146,12 +148,12 @@ def test_too_few_budgets():
         fit_law("power law", np.array([1e9, 1e9, 2e9, 3e9]), np.array([3.0, 3.0, 2.5, 2.0]))
 
 
-# ---- one's own runs -----------------------------------------------------------------------------
+# ---- fits of run directories --------------------------------------------------------------------
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Directories as train.py leaves them, of GPTs whose losses obey a law."""
+    """Run directories as train.py writes them, of GPTs whose losses follow a law."""
     folders = []
     for i, steps in enumerate((10, 20, 40, 80, 160, 640)):
         folder = tmp_path / f"sweep-{i}"

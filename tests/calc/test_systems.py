@@ -17,7 +17,7 @@ from tinyfm.recipes import registry
 
 
 def decoder(name, c):
-    """Classes of transformers whose configs have the usual names."""
+    """Classes of transformers whose configs share the field names of Llama."""
     rope = {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"], "vocab_size": c["vocab"],
             "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"],
             "head_dim": c["d_head"], "intermediate_size": c["d_ff"],
@@ -205,7 +205,7 @@ def test_parameters_are_those_of_the_reference(name):
 
 
 def test_dit_with_one_embedding_of_time_and_class_a_block_is_that_of_diffusers():
-    """diffusers repeats in every block what the authors' code, and the count here, has once."""
+    """diffusers repeats the embedding in every block; the authors' code has it once."""
     for name in ("dit-s2", "dit-b2", "dit-l2", "dit-xl2"):
         c = systems.get(name).shape
         with torch.device("meta"):
@@ -252,7 +252,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_forward_flops_are_those_that_torch_counts(name):
-    """On shapes without numbers: meta tensors, or fake ones where the code asks for a CPU."""
+    """On meta tensors, or on fake ones where the reference code needs a CPU device."""
     system, counter = systems.get(name), FlopCounterMode(display=False)
     empty = FakeTensorMode() if name in ("gpt2", "xlnet-base") else torch.device("meta")
     with empty, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -299,7 +299,7 @@ def test_published_figures_hold_within_their_rounding():
 
 
 def test_figures_that_count_something_else():
-    """Where a source counts otherwise, the difference is what the note says it is."""
+    """Where a source counts something else, the difference is the one in the note."""
     get = systems.get
     assert get("llama2-70b").parameters == 68_976_653_312 - 80 * 64  # rotary frequencies
     head = 65_024 * get("falcon-180b").shape["d_model"]

@@ -262,15 +262,20 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", help="activation checkpointing: none (default), selective or full")
     add("--unfused", action="store_true", help="use attention that stores its scores")
     # The layout on several GPUs.
-    add("--zero", type=int, help="ZeRO stage: 0 = DDP, 1, 2, 3 = FSDP2 (default on several GPUs)")
+    add("--zero", type=int, help="ZeRO stage: 0 = DDP, 1, 2, or 3 = FSDP2 (default on many GPUs)")
     add("--tensor", type=count, default=1, help="GPUs that divide each matrix (default 1)")
-    add("--sequence", action="store_true", help="divide activations between matrices among them")
+    add("--sequence", action="store_true", help="these also divide activations between matrices")
     add("--pipeline", type=count, default=1, help="groups that divide the blocks (default 1)")
     # Assumptions about time and cost.
     add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
     add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
     add("--price", type=amount, help="USD a GPU-hour (default a dated price of the GPU)")
-    add("--pue", type=amount, default=1.1, help="energy of building over GPUs' (default 1.1)")
+    add(
+        "--pue",
+        type=amount,
+        default=1.1,
+        help="energy of the building over the GPUs' (default 1.1)",
+    )
     options = parser.parse_args(argv)
     check_options(options)
     return options

@@ -171,7 +171,7 @@ def measured(
     }
     unit, units_per_row = data_unit(model)
     stacks = ()
-    if unit == "token":  # a decoder, which caches keys and values in generation
+    if hasattr(model.config, "n_kv_head"):  # a decoder, which caches keys and values
         config = model.config
         stacks = (Stack((), config.n_layer, cache=2 * config.G * config.K),)
     return MeasuredModule(

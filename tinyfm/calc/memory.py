@@ -328,7 +328,9 @@ def largest_rows(network: Network, budget: float, training: Training, layout: La
     return int((budget - at_many) // per_row + many)
 
 
-def plan_training(network: Network, budget: float, training: Training, gpus: int = 1) -> Plan | None:
+def plan_training(
+    network: Network, budget: float, training: Training, gpus: int = 1
+) -> Plan | None:
     """The simplest way to train on `gpus` GPUs of `budget` bytes each; None if there is none.
 
     Tried in this order: the whole model on each GPU (DDP), the same with activation checkpointing,
