@@ -1,0 +1,32 @@
+"""Several processes: how they divide the rows, and what one process alone does."""
+
+import pytest
+import torch
+
+from tinyfm.training import distributed
+
+
+def test_ranks_divide_the_rows():
+    parts = [distributed.World(rank, 4).rows(12) for rank in range(4)]
+    assert [row for part in parts for row in part] == list(range(12))
+    assert [distributed.World(rank, 4).first for rank in range(4)] == [True, False, False, False]
+
+
+def test_one_process_does_not_communicate(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    world = distributed.start()
+    with distributed.first_rank_first(world):
+        assert distributed.total(torch.ones(2)).tolist() == [1, 1]
+    distributed.stop()
+    assert world == distributed.World()
+    assert world.first
+    assert world.rows(5) == range(5)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--nproc_per_node=2 or less"):
+        distributed.start()

@@ -1,0 +1,72 @@
+"""The records of a run: metrics.jsonl, the curve, printed lines and the progress bar."""
+
+import json
+import math
+import sys
+
+import matplotlib.image
+import pytest
+
+from tinyfm.training import log
+
+
+def open_log(run, start=0, first=True, **options) -> log.Logbook:
+    return log.Logbook(run, 30, start, first, **options)
+
+
+def test_rows_lines_and_curve(tmp_path, capsys):
+    logbook = open_log(tmp_path)
+    logbook.add({"step": 0, "val_loss": 5.5})
+    logbook.add({"step": 10, "loss": 3.25, "lr": 0.5})
+    logbook.say("--- step 10 writes: naïve")
+    logbook.draw()
+    logbook.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0/30  val_loss 5.5",
+        "step 10/30  loss 3.25  lr 0.5",
+        "--- step 10 writes: naïve",
+    ]
+    rows = log.read_metrics(tmp_path / "metrics.jsonl")
+    times = [row.pop("time") for row in rows]
+    assert rows == [{"step": 0, "val_loss": 5.5}, {"step": 10, "loss": 3.25, "lr": 0.5}]
+    assert times[0] > 1.7e9  # seconds since 1970
+    image = matplotlib.image.imread(tmp_path / "loss.png")
+    assert image.ndim == 3 and 0.5 < image.mean() < 1 and image.min() < 0.5  # ink on white
+
+
+def test_resuming_drops_later_rows_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (10, 20, 30)]
+    path.write_text("".join(lines) + lines[0][:9], encoding="utf-8")
+    logbook = open_log(tmp_path, start=20)
+    logbook.add({"step": 25, "loss": 0.5})
+    logbook.close()
+    assert [row["step"] for row in log.read_metrics(path)] == [10, 20, 25]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    logbook = open_log(tmp_path / "run", first=False)
+    logbook.add({"step": 1, "loss": math.pi})
+    logbook.say("hello")
+    logbook.draw()
+    logbook.close()
+    out = capsys.readouterr()
+    assert not (tmp_path / "run").exists() and not out.out and not out.err
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    logbook = open_log(tmp_path)
+    logbook.add({"step": 10, "loss": 3.25})
+    logbook.bar.update(10)
+    logbook.say("a line")
+    logbook.close()
+    out = capsys.readouterr()
+    assert out.out == "a line\n" and "10/30" in out.err and "loss=3.25" in out.err
+
+
+def test_a_missing_tensorboard_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        log.summary_writer()
