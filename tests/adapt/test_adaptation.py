@@ -206,7 +206,7 @@ def test_ways_are_compared_and_kept(tiny_run, reviews, tmp_path, capsys):
     ways = ["--methods", "head", "lora 1", "from scratch", "--labels", "4", "0"]
     ways += ["--steps", "2", "2"]
     data = ["--data.path", str(reviews), "--data.val-fraction", "0.3", "--batch-size", "2"]
-    arguments = [str(tiny_run), *ways, *data, "--seeds", "1", "--out", str(out)]
+    arguments = ["compare", str(tiny_run), *ways, *data, "--seeds", "1", "--out", str(out)]
     assert compare.main(arguments) == 0
     rows = lines_of(out / "results.jsonl")
     assert [row["method"] for row in rows][:5] == [
@@ -242,7 +242,7 @@ def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, 
     for wrong, reason in (
         (["--adapt", "lora"], "add --init-from RUN"),
         (["--init-from", tiny_run, "--model.d-model", "64"], "has 32"),
-        (["--init-from", tiny_run, "--data.tokenizer", "bpe"], "leave that out"),
+        (["--init-from", tiny_run, "--data.tokenizer", "bpe"], "remove this option"),
         (["--init-from", tmp_path], "no complete checkpoint"),
         (["--init-from", tiny_run, "--adapt", "lora", "--adapter.rank", "99"], "rank 99"),
         (["--init-from", tiny_run, "--adapt", "lora", "--adapter.targets", "zz"], "match no layer"),

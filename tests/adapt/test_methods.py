@@ -12,6 +12,7 @@ from torch import nn
 
 from tinyfm import adapt
 from tinyfm.adapt import AdapterConfig, lora, soft_prompt
+from tinyfm.adapt import __main__ as adapt_command
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
@@ -496,4 +497,4 @@ def test_adapters_that_cannot_be_added_merged_or_loaded():
 
 
 def test_the_command_knows_compare_alone():
-    assert adapt.main(["x"]).startswith("usage")
+    assert adapt_command.main(["x"]).startswith("usage")

@@ -118,7 +118,7 @@ WRONG = {
     "empty": (["--data.path", "empty.txt"], "no text in 'empty.txt': 1 found, 0 used; 1 skipped"),
     "short": (["--data.path", "short.txt"], "tokens, need > 32: use --model.context-length <="),
     "binary": (["--data.path", "binary.bin"], "skipped: binary, it has NUL bytes (binary.bin)"),
-    "tokenizer": (["--data.tokenizer", "bites"], "--data.tokenizer 'bites' is no folder and no kind of tokenizer"),
+    "tokenizer": (["--data.tokenizer", "bites"], "--data.tokenizer 'bites' is no folder"),
     "vocabulary": (["--data.tokenizer", "sentencepiece", "--model.vocab-size", "90000"],
                    "vocab_size 90000 does not suit the text: use at most"),
     "small vocabulary": (["--model.vocab-size", "200"], "set --model.vocab-size 257"),
@@ -403,7 +403,7 @@ class Bomb:
 def test_mistakes_of_sampling(run, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     assert "the prompt is empty: give text" in fails(sample, run, "--prompt", "")
-    assert "-n is 0; ask for at least 1" in fails(sample, run, "-n", 0)
+    assert "-n is 0; use at least 1" in fails(sample, run, "-n", 0)
     assert "temperature is -1.0; it must be 0" in fails(sample, run, "--temperature", "-1")
     assert "top_p is 2.0" in fails(sample, run, "--top-p", 2)
     assert "device 'nonsense' cannot be used" in fails(sample, run, "--device", "nonsense")

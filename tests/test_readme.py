@@ -1,6 +1,5 @@
-"""The prose: house rules hold, and the README's commands run as written."""
+"""The commands of the README and of the rooms' pages run as written."""
 
-import ast
 import os
 import re
 import shlex
@@ -8,79 +7,28 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import processes
-import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/**/*.py"), *ROOT.glob("data/*.py")]
-ALL = [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("tinyfm/*/README.md")),
+]
 
 
-@pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_every_text_file_is_opened_as_utf8(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call):
-            continue
-        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        text = called in ("read_text", "write_text")
-        if called == "open":
-            inner = [n.value for a in node.args for n in ast.walk(a) if isinstance(n, ast.Constant)]
-            binary = {"rb", "wb", "ab"} & {value for value in inner if isinstance(value, str)}
-            text = not binary and getattr(getattr(node.func, "value", None), "id", "") != "os"
-        if called == "write_text" and isinstance(node.func, ast.Name):
-            text = False  # the house's own, of files.py
-        if text:
-            keywords = {k.arg for k in node.keywords}
-            assert "encoding" in keywords, f"{name_of(path)}:{node.lineno}"
+def blocks(language: str) -> list[str]:
+    """The code blocks of that language, of all pages in their order."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def imported(path: Path) -> set[str]:
-    """Modules that a file imports at its top level."""
-    names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize(
-    ("family", "own"),
-    [("gpt", ()), ("clip", ("vit",)), ("vit", ()), ("autoencoder", ()), ("unet", ()),
-     ("ddpm", ("unet",)), ("text2image", ("clip", "autoencoder", "ddpm", "unet"))],
-)  # fmt: skip
-def test_a_family_can_be_lifted_out(family, own):
-    """It imports torch, einops and numpy, and the other files of its lesson if it has more."""
-    allowed = sys.stdlib_module_names | {"torch", "einops", "numpy"}
-    found = imported(ROOT / f"tinyfm/{family}.py")
-    house = {name for name in found if name.startswith("tinyfm.")}
-    assert {".".join(name.split(".")[:2]) for name in house} <= {f"tinyfm.{file}" for file in own}
-    assert {name.split(".")[0] for name in found - house} <= allowed
-    assert not any("torch.distributed" in name for name in found)
-
-
-def test_the_trainer_names_no_family():
-    families = ("gpt", "clip", "ddpm", "autoencoder", "tokenizer", "presets", "data", "generate")
-    assert not {f"tinyfm.{family}" for family in families} & imported(ROOT / "tinyfm/trainer.py")
-    text = (ROOT / "tinyfm/trainer.py").read_text(encoding="utf-8").lower()
-    assert not re.search(r"\bgpt\b|\bclip\.py|\bvae\b|\bddpm\b", text)
-
-
-# ---- the README ---------------------------------------------------------------------------------
-
-
-def readme_commands() -> list[str]:
-    """The commands of the README's bash blocks, without those that install."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+def documented_commands() -> list[str]:
+    """The commands of all bash blocks, without those that install."""
+    lines = [line.split("  #")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [command.strip() for line in lines for command in line.split("&&")]
     return [command for command in commands if command.startswith(("python ", "torchrun "))]
 
@@ -145,7 +93,7 @@ def test_commands_that_share_a_run_keep_their_order():
     assert chains([a, b, c, d, e]) == [[b], [a, c, d, e]]
 
 
-def test_every_readme_command_runs(tmp_path):
+def test_every_documented_command_runs(tmp_path):
     """In a copy, as a user would; what trains does so for two steps on a tiny model. Two at a
     time, each with one thread."""
     for name in ("train.py", "sample.py", "tinyfm", "data", "benchmarks"):
@@ -170,17 +118,20 @@ def test_every_readme_command_runs(tmp_path):
         process = processes.start(after, outputs, tmp_path, environment)
         status, (out, err) = process.wait(300), process.said()
         assert status == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-2000:]}"
+        assert out.strip(), f"{shlex.join(words)} says nothing"
+        for option, name in pairwise(words):  # what it is told to write is there
+            if option in ("--out", "--picture"):
+                assert (tmp_path / name).exists(), f"{shlex.join(words)} wrote no {name}"
 
     def run_chain(chain: list[list[str]]) -> None:
         for words in chain:
             run(words)
 
-    commands = [shlex.split(command) for command in readme_commands()]
+    commands = [shlex.split(command) for command in documented_commands()]
     commands = [words + small(words) for words in commands if "pytest" not in words]  # this is it
-    assert len(commands) > 8
+    assert len(commands) > 40
     longest_first = sorted(chains(commands), key=len, reverse=True)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run_chain, longest_first))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for block in blocks("python"):
         run(["python", "-c", block])
