@@ -43,7 +43,7 @@ class AutoencoderConfig:
     channels: tuple[int, ...] = (32, 64, 128)  # width of each level; sizes halve in between
     n_block: int = 1  # residual blocks per level of the encoder; the decoder has one more
     latent_channels: int = 4  # channels of a latent
-    groups: int = 16  # groups of channels that are normalised together
+    groups: int = 16  # number of groups of channels, each of which is normalised together
     attention: bool = True  # attention between all places, in the middle of encoder and decoder
     quant_conv: bool = True  # 1x1 convolutions on both sides of the latent
     variational: bool = True  # noise and KL in the loss; False = a plain autoencoder
@@ -130,8 +130,9 @@ class Upsample(nn.Conv2d):
         super().__init__(width, width, 3, padding=1)
 
     def forward(self, x):
-        # Alone, an output pixel of the repeated image contributes by the flipped 3 x 3 kernel. The
-        # sum of that kernel and its shifts by one row, one column and both is the 4 x 4 kernel.
+        # A pixel of the repeated image contributes to the result by the flipped 3 x 3 kernel. A
+        # pixel of x is four of these, so its kernel is the sum of four copies: one in place, one
+        # shifted by a row, one by a column, and one by both.
         kernel = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C, 5, 5)
         kernel = kernel[:, :, 1:] + kernel[:, :, :-1]  # (C, C, 4, 5)
         kernel = kernel[..., 1:] + kernel[..., :-1]  # (C, C, 4, 4)

@@ -1,10 +1,10 @@
 """CLIP: images and texts in one space, learnt from pairs (Radford et al. 2021).
 
 Two towers, a Vision Transformer (vit.py) for images and a causal Transformer for texts, each turn
-their input into a unit vector of E numbers. Training on pairs of an image and its caption turns the
-vectors of a pair in the same direction, and those of different pairs apart (InfoNCE):
+their input into a unit vector of E numbers. Training on pairs of an image and its caption makes the
+two vectors of a pair point the same way, and those of different pairs apart (InfoNCE):
 
-    z_ij = exp(s) x_i . y_j                      logit of image i and text j; s is a learnt scale
+    z_ij = exp(s) x_i . y_j                      logit of image i and text j; the scale is learnt
     L(z) = -mean_i ln softmax_j(z_ij) at j = i   each row is a classification: which text is mine?
     loss = (L(z) + L(z')) / 2                    z' transposed: which image is mine?
 
@@ -22,8 +22,8 @@ captions: a pair is one image, changed twice at random.
 
 Negatives. The positive of an image is its own text, or any equal caption; all other texts of the
 batch are its negatives. They are few, and after some training easy to classify. Then the batch has
-little left to teach, although the image might still be nearer to another of the data's M texts. Two
-remedies, for InfoNCE, which can be combined:
+little left to teach, although the image might still be nearer to another of the data's M texts.
+InfoNCE has two remedies, named here after their options, and they can be combined:
 
     memory     A cross-batch memory (XBM, Wang et al. 2020) keeps the vectors of the last Q rows as
                further columns of z. They cost no pass through a tower. They were computed with
@@ -82,7 +82,7 @@ class CLIPConfig:
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # nonlinearity of the MLPs
     norm_eps: float = 1e-5  # small number added to the variance in each norm
     image_mean: tuple[float, ...] = (0.5,)  # mean of pixels in [0, 1]; 1 number, or 1 per channel
-    image_std: tuple[float, ...] = (0.5,)  # their standard deviation, by which they are divided
+    image_std: tuple[float, ...] = (0.5,)  # deviation of pixels in [0, 1]; numbers as in image_mean
     end_token: int = -1  # id that ends a text; -1 = the last id of its row, -2 = the highest
     loss: Literal["infonce", "siglip", "simclr"] = "infonce"  # contrastive loss
     temperature: float = 0.07  # initial temperature: logits start as cosines / temperature

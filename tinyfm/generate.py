@@ -34,7 +34,7 @@ class Sampling:
     top_k: int = 0  # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0  # keep the fewest likeliest tokens whose probabilities sum to this; 1 = all
     min_p: float = 0.0  # keep tokens with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1, tokens already in the text become less likely
+    repetition_penalty: float = 1.0  # penalty on tokens that are in the text already; 1 = none
     stop_tokens: tuple[int, ...] = ()  # ids that end a text
     seed: int = 0  # seed of the random streams, one per text
 
