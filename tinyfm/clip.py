@@ -257,10 +257,11 @@ class CrossBatchMemory(nn.Module):
 
 
 def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
-    """ln of the number of negatives in the data that each column stands for as a negative.
+    """For each column, the ln of the number of the data's negatives that it stands for, (n,).
 
-    ids (n,): of the columns, -1 where one is empty; its ln is -inf. n_pairs: M, the pairs in the
-    data; where it is no larger than the number of columns, each stands for itself, and the ln is 0.
+    ids (n,) are those of the columns, -1 where a column is empty: its result is -inf. n_pairs is M,
+    the number of pairs in the data. If M does not exceed the number of columns, each column stands
+    for itself alone, and the result is 0.
     """
     known = ids >= 0
     count = ((n_pairs - 1) / (known.sum() - 1)).clamp(min=1)
@@ -271,7 +272,7 @@ def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
 
 
 def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE: the sum over rows of z (R, n) of -ln softmax, averaged over the row's positives."""
+    """InfoNCE: the sum over rows of z (R, n) of the mean of -ln softmax at the row's positives."""
     at_positives = z.masked_fill(~positive, 0).sum(1) / positive.sum(1)  # (R,)
     return (z.logsumexp(1) - at_positives).sum()
 
