@@ -1,4 +1,4 @@
-"""What several test files share: a small real text, a tiny run trained on it, an oracle, ranks."""
+"""Shared by several test files: a small real text, a tiny run trained on it, two ranks."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch loads: tests share out the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; tests run in parallel
 
 import processes
 import torch
@@ -19,15 +19,17 @@ import torch
 import train
 
 ROOT = Path(__file__).parent.parent
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
 --model.d-model 32 --model.context-length 32 --train.batch-size 4 --train.steps 4
 --train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
 
 
 def call(module, *arguments: str) -> int:
-    """module.main() as `python module.py ARGUMENTS` would run it: its exit status; 1 and the
-    message on stderr where main returns one."""
+    """Run module.main() as `python module.py ARGUMENTS` would, and return its exit status.
+
+    If main returns a message, it goes to stderr and the status is 1.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         try:
@@ -41,8 +43,10 @@ def call(module, *arguments: str) -> int:
 
 
 def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) -> torch.nn.Module:
-    """The model that build() makes, for evaluation, with norms and biases made random too: ones
-    and zeros, as they begin, would hide that two of them were taken for each other."""
+    """The model that build() makes, in evaluation mode, with random norms and biases too.
+
+    Their initial ones and zeros would hide a mistake that exchanges two of them.
+    """
     torch.manual_seed(0)
     model = build().eval()
     with torch.no_grad():
@@ -52,24 +56,33 @@ def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) 
 
 
 def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
-    """Run Python code in two processes that find each other; what each wrote to stdout, and to
-    stderr with its exit status."""
+    """Run Python code in two processes that find each other.
+
+    Returns for each process its stdout, and its stderr followed by its exit status.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/training"))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # fmt: skip
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/training")),
+    }
     with TemporaryDirectory() as folder:
-        ranks = [
-            processes.start(["-c", script, *arguments], Path(folder), ROOT,
-                            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]  # fmt: skip
+        ranks = []
+        for rank in range(2):
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            words = ["-c", script, *arguments]
+            ranks.append(processes.start(words, Path(folder), ROOT, environment))
         try:
-            ended = [f"exit status {rank.wait(100)}\n" for rank in ranks]
-            said = [rank.said() for rank in ranks]
-            return [(out, err + status) for (out, err), status in zip(said, ended)]
+            statuses = [rank.wait(100) for rank in ranks]
+            results = []
+            for rank, status in zip(ranks, statuses):
+                out, err = rank.said()
+                results.append((out, f"{err}exit status {status}\n"))
+            return results
         finally:
             for rank in ranks:
                 rank.running.kill()
@@ -77,7 +90,7 @@ def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
-    """What a killed process wrote, the system keeps: only a power cut would tell the difference."""
+    """The system keeps what a killed process wrote: fsync matters only when the power fails."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -87,7 +100,7 @@ def no_waiting_for_the_disk():
 def no_forecast():
     """What training will cost, said before each run, takes longer than tiny trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.calc, "describe", lambda *arguments: "")
+        patch.setattr("tinyfm.calc.estimate.describe", lambda *arguments: "")
         yield
 
 
@@ -108,7 +121,7 @@ def options(text, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(options, tmp_path_factory) -> Path:
-    """The directory of such a run, complete; not to be changed."""
+    """The directory of a complete run with these options. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     assert call(train, *options, "--out", out) == 0
     return out

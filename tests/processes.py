@@ -1,8 +1,9 @@
-"""Processes that need not load PyTorch first: copies of one that has, made in milliseconds.
+"""Python processes that start in milliseconds, because PyTorch is already loaded.
 
-`python WORDS` takes seconds until its first own line, most of them for torch. Here a server loads
-what is not ours, once; its copies become `python WORDS`, import our own files from where they
-stand, and run. Where a system has no such server (Windows), each process starts by itself.
+`python WORDS` needs seconds before it runs its first line, most of them to load torch. Here a
+server process loads torch and other libraries once. It then makes copies of itself, and each copy
+does what `python WORDS` would do. The project's own files are loaded by the copy, from the given
+folder. On a system without such a server (Windows), every process starts from scratch.
 """
 
 import multiprocessing
@@ -23,32 +24,34 @@ CONTEXT.set_forkserver_preload(
 
 
 def become(words: Sequence[str], cwd: str, env: dict[str, str], outputs: tuple[str, str]) -> None:
-    """What `python WORDS` does in that folder."""
+    """Do what `python WORDS` does in the folder `cwd`. outputs: files for stdout and stderr."""
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    first, sys.argv = words[0], list(words[words[0] == "-m" :])
     sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(os.pathsep)]
-    if first == "-m":
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    elif first == "-c":
+    elif words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(words[1], {"__name__": "__main__"})
     else:
-        runpy.run_path(first, run_name="__main__")
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 class Process(NamedTuple):
     running: multiprocessing.Process
-    outputs: tuple[Path, Path]  # what it writes to stdout and to stderr
+    outputs: tuple[Path, Path]  # the files that receive its stdout and stderr
 
     def said(self) -> tuple[str, str]:
+        """Its stdout and stderr so far."""
         return tuple(path.read_text(encoding="utf-8") for path in self.outputs)
 
     def wait(self, seconds: float) -> int:
-        """Its exit status, once it has ended; TimeoutError, and its end, if it has not by then."""
+        """Wait for its end and return its exit status. Kills it and raises TimeoutError if late."""
         self.running.join(seconds)
         if self.running.is_alive():
             self.running.kill()
@@ -56,14 +59,14 @@ class Process(NamedTuple):
         return self.running.exitcode
 
     def wait_for(self, text: str, seconds: float) -> None:
-        """Until it says so on stdout, or has ended."""
+        """Wait until `text` is in its stdout, or it has ended, or the time is up."""
         end = time.monotonic() + seconds
         while text not in self.said()[0] and self.running.is_alive() and time.monotonic() < end:
             time.sleep(0.02)
 
 
 def start(words: Sequence[str], folder: Path, cwd: Path, env: dict[str, str]) -> Process:
-    """Start `python WORDS`; what it writes goes to files in `folder`."""
+    """Start `python WORDS` in the folder `cwd`. Its output goes to files in `folder`."""
     name = uuid.uuid4().hex
     outputs = tuple(folder / f"{name}.{kind}" for kind in ("out", "err"))
     for path in outputs:
