@@ -1,4 +1,4 @@
-"""The judge: it learns, it is kept as it was, and its measures measure what they say."""
+"""The judge: its training, its cache, and the measures of generated pictures."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -32,12 +32,16 @@ def drawn(letters: str, styles=STYLES) -> list[Record]:
 
 
 class Reader(Judge):
-    """A judge whose answers are written in the first pixels of a picture: the brightest of M, then
-    the brightest of 16."""
+    """A judge whose answers stand in the first pixels of a picture.
+
+    The brightest of the first M pixels is the character, that of the next 16 the style.
+    """
 
     def __init__(self, names):
         super().__init__(TINY, names)
-        M, S, pixels = len(names), len(STYLES), glyphs.SIZE**2
+        M = len(names)
+        S = len(STYLES)
+        pixels = glyphs.SIZE**2
         self.features = nn.Flatten()
         self.character = nn.Linear(pixels + len(judging.KNOWN), M)
         self.style = nn.Linear(pixels, S)
@@ -46,7 +50,7 @@ class Reader(Judge):
             layer.weight.data = torch.eye(layer.in_features)[first : first + layer.out_features]
 
     def write(self, answers):
-        """Pictures of pairs (names from the likeliest on, style)."""
+        """Pictures with these answers: (names, the likeliest first; style) each."""
         images = -torch.ones(len(answers), glyphs.SIZE**2)
         for image, (names, style) in zip(images, answers):
             for i, name in enumerate(names):
@@ -74,8 +78,8 @@ def test_a_tiny_judge_learns_40_drawings():
     }  # fmt: skip
 
 
-def test_one_shape_is_read_in_the_style_that_was_asked_for():
-    """As the zero of one font is the capital O of another."""
+def test_one_shape_is_read_in_the_style_of_the_prompt():
+    """The zero of one font is the capital O of another."""
     (zero,) = drawn("a", ["sans"])
     capital = zero._replace(captions=(f"mono {LETTER['b']}",), label=LETTER["b"])
     config = replace(TINY, width=16, features=64, steps=60, batch_size=16, lr=5e-3)
@@ -86,22 +90,23 @@ def test_one_shape_is_read_in_the_style_that_was_asked_for():
     assert judging.prompt_following(judge, images, names, styles[::-1])["character"] == 0
 
 
-def test_training_repeats_itself_and_leaves_the_global_stream_alone():
+def test_training_is_repeatable_and_leaves_the_global_generator_alone():
     records = drawn("ab", STYLES[:2])
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first = judging.train(records, TINY)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
-    again, other = judging.train(records, TINY), judging.train(records, replace(TINY, seed=1))
+    again = judging.train(records, TINY)
+    other = judging.train(records, replace(TINY, seed=1))
     assert first.names == tuple(sorted(CHARACTERS))
     weights = [judge.state_dict() for judge in (first, again, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["style.weight"], weights[2]["style.weight"])
 
 
-def test_the_further_fonts_have_every_character_once():
-    records = judging.further_records()
+def test_the_extra_fonts_have_every_character_once():
+    records = judging.extra_records()
     assert len({r.captions[0] for r in records}) == len(records) == 5 * 62
     assert len({r.image.tobytes() for r in records}) > 300  # sans I and l are one
     assert not {r.captions[0] for r in records} & {f"{s} {n}" for s in STYLES for n in CHARACTERS}
@@ -134,12 +139,12 @@ def four_fonts(monkeypatch):
     monkeypatch.setattr(glyphs, "FILES", fonts)
 
 
-def test_a_judge_is_kept(tmp_path, monkeypatch, four_fonts):
+def test_a_judge_is_cached(tmp_path, monkeypatch, four_fonts):
     judge, scores = judging.load_or_train(tmp_path, TINY)
     (folder,) = tmp_path.iterdir()
     assert {*scores} == {"character", *judging.ASPECTS}
     assert len(judge.names) > 700
-    monkeypatch.setattr(judging, "train", None)  # it is not called again
+    monkeypatch.setattr(judging, "train", None)  # not called again: the judge is cached
     again, same_scores = judging.load_or_train(tmp_path, TINY)
     assert (again.names, same_scores) == (judge.names, scores)
     x = torch.rand(3, 1, 32, 32)
@@ -152,12 +157,17 @@ def test_a_judge_is_kept(tmp_path, monkeypatch, four_fonts):
         judging.load_or_train(tmp_path, TINY)
 
 
-def test_its_own_scores_are_those_of_drawings_that_it_did_not_see(
+def test_its_scores_are_measured_on_drawings_that_it_has_not_seen(
     tmp_path, monkeypatch, four_fonts
 ):
     seen = []
     train = judging.train
-    monkeypatch.setattr(judging, "train", lambda r, config: train(seen.extend(r) or r, config))
+
+    def watched_train(records, config):
+        seen.extend(records)
+        return train(records, config)
+
+    monkeypatch.setattr(judging, "train", watched_train)
     judge, scores = judging.load_or_train(tmp_path, TINY)
     captions = {record.captions[0] for record in seen}
     unseen = [r for r in glyphs.records(letters=True) if r.captions[0] not in captions]
@@ -168,7 +178,7 @@ def test_its_own_scores_are_those_of_drawings_that_it_did_not_see(
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def test_prompt_following_counts_what_was_asked_for():
+def test_prompt_following_compares_with_the_prompts():
     judge = Reader([*CHARACTERS, "latin small letter thorn"])
     a, b, thorn = "digit one", "digit two", "latin small letter thorn"
     images = judge.write([
@@ -189,8 +199,9 @@ def test_prompt_following_counts_what_was_asked_for():
         assert scores["character"] == right
 
 
-def test_the_weakest_style_is_that_of_most_mistakes():
-    judge, a, b = Reader(CHARACTERS), "digit one", "digit two"
+def test_the_weakest_style_has_the_most_mistakes():
+    judge = Reader(CHARACTERS)
+    a, b = "digit one", "digit two"
     images = judge.write([([a], "sans"), ([b], "sans"), ([a], "mono"), ([b], "mono")])
     styles = ["sans", "sans", "mono", "mono"]
     for names, share in (([a, b, a, b], 1), ([a, a, a, b], 0.5), ([b, a, a, b], 0)):
@@ -198,7 +209,8 @@ def test_the_weakest_style_is_that_of_most_mistakes():
 
 
 def test_bytes_and_floats_are_the_same_pictures():
-    judge, images = Judge(TINY, CHARACTERS), judging.stack(drawn("ab"))[0]
+    judge = Judge(TINY, CHARACTERS)
+    images, _, _ = judging.stack(drawn("ab"))
     floats = images.float() / 127.5 - 1
     expected = judging.embed(judge, images)
     assert expected.shape == (32, TINY.features)
@@ -254,12 +266,12 @@ def test_copies_are_found():
     assert [generated.copies(white, black, t)[0] for t in (1.99, 2.01)] == [0, 1]
 
 
-def test_samples_of_a_model_that_takes_no_prompts(monkeypatch):
+def test_samples_of_a_model_without_prompts(monkeypatch):
     torch.manual_seed(0)
     judge = Judge(TINY, CHARACTERS)
     monkeypatch.setattr(judging, "load_or_train", lambda cache: (judge, {}))
     monkeypatch.setattr(generated, "COUNT", 24)
-    images = judging.stack(drawn("abcdefgh"))[0]  # the first 64 are for training
+    images, _, _ = judging.stack(drawn("abcdefgh"))  # the first 64 are the training split
     floats = images.float() / 127.5 - 1
 
     def batches(split, count, rows):
@@ -273,11 +285,13 @@ def test_samples_of_a_model_that_takes_no_prompts(monkeypatch):
 
     train = SimpleNamespace(images=images[:64].numpy())
     data = SimpleNamespace(splits={"train": 0, "held out": 1}, fixed_batches=batches, train=train)
-    copied, best = measure(floats[:64]), measure(floats[64:])
+    copied = measure(floats[:64])
+    best = measure(floats[64:])
     assert copied["samples: copies of training pictures"] == 1
     assert best["samples: copies of training pictures"] == 0
     distance, among = "samples: Frechet distance", "other real pictures: Frechet distance"
-    assert best[distance] == pytest.approx(0, abs=1e-4) and best[among] > 1e-3
+    assert best[distance] == pytest.approx(0, abs=1e-4)
+    assert best[among] > 1e-3
     worst = measure(torch.zeros(24, 1, 32, 32))
     assert worst[distance] > copied[distance] > best[distance]
     assert worst[among] == copied[among] == best[among]
@@ -308,8 +322,9 @@ def test_wrong_colours_and_blank_pictures_are_not_counted():
     image = glyphs.paint(drawn("a")[0].image, "red", "blue")
     blank = np.full_like(image, 0) + np.array(glyphs.COLORS["blue"], np.uint8)
     images = np.stack([image, image, image, blank]).transpose(0, 3, 1, 2)
-    asked = ["red", "blue", "red", "red"], ["blue", "red", "green", "blue"]
-    scores = colors(images, *asked)
+    inks = ["red", "blue", "red", "red"]
+    papers = ["blue", "red", "green", "blue"]
+    scores = colors(images, inks, papers)
     assert scores == {"ink": 0.5, "paper": 0.5, "both": 0.25}
 
 
@@ -322,9 +337,9 @@ A = ["digit one"]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda j: JudgeConfig(width=12), "width is 12, .*: use a multiple of 8"),
-        (lambda j: JudgeConfig(held_out=0), "held_out 0: .* share between 0 and 1"),
-        (lambda j: JudgeConfig(fold=10), "fold is 10; there are 0 to 9"),
+        (lambda j: JudgeConfig(width=12), "width is 12; use a multiple of 8"),
+        (lambda j: JudgeConfig(held_out=0), "held_out is 0; .*between 0 and 1"),
+        (lambda j: JudgeConfig(fold=10), "fold is 10; use 0 to 9"),
         (lambda j: judging.embed(j, ONE[0]), r"\(1, 32, 32\); they must be \(B, 1, H, W\)"),
         (lambda j: judging.embed(j, ONE[:0]), "B at least 1"),
         (lambda j: judging.prompt_following(j, ONE, A * 2, ["sans"] * 2), "1 pictures, 2 prompts"),

@@ -416,11 +416,12 @@ def test_perfect_drawings_are_as_the_real_ones(asked):
     scores = generated.measure(Copier(), asked, config, guidance=2.0)
     assert scores["the judge on real drawings: character"] == 0.5
     assert scores["letters and digits: Frechet distance"] == pytest.approx(0, abs=1e-3)
-    copies = {what: scores[f"{what}: copies of training pictures"] for what in generated.ASKED}
+    sets = generated.PROMPT_SETS
+    copies = {what: scores[f"{what}: copies of training pictures"] for what in sets}
     assert copies == {"letters and digits": 1, "held-out pairs": 0, "held-out characters": 0}
     prompts = generated.prompts_of(asked)
-    assert [len(prompts[what]) for what in generated.ASKED] == [12, 12, 3]
-    for what in generated.ASKED:
+    assert [len(prompts[what]) for what in sets] == [12, 12, 3]
+    for what in sets:
         assert {f"{what}: {key}" for key in ("character", "bold", "italic", "family")} <= {*scores}
     least = [scores[f"letters and digits: character{key}"] for key in (", weakest style", "")]
     assert least == sorted(least)
@@ -446,5 +447,5 @@ def test_characters_that_were_held_out_are_shown(asked, run, tmp_path, capsys, m
 def test_colours_that_are_drawn_as_asked_are_all_found(asked):
     config = SimpleNamespace(color=True, cache="")
     scores = generated.measure(Copier(), asked, config, guidance=2.0)
-    for what in generated.ASKED:
+    for what in generated.PROMPT_SETS:
         assert scores[f"{what}: both"] == 1
