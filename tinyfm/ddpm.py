@@ -56,7 +56,7 @@ class DiffusionConfig(UNetConfig):
     learned_null: bool = True  # learn the empty context; False: the caller gives null_context
     clip: bool = True  # clip estimates of x_0 to [-1, 1]; False for latents
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"  # choice of a sampler's levels
-    offset: int = 0  # number added to the levels of leading
+    offset: int = 0  # number added to each level with leading spacing
     end_clean: bool = True  # let DDIM end without noise; False: with the noise of level 0
     variance: Literal["small", "large"] = "small"  # noise of DDPM's steps (Ho et al. 2020, 3.2)
 
@@ -78,6 +78,7 @@ class DiffusionConfig(UNetConfig):
             raise ValueError(f"out_channels is {self.out_channels}; it must be in_channels, or 0")
 
     def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+        """Raise ValueError unless a field lies in [low, high]."""
         value = getattr(self, name)
         if not low <= value <= high:
             allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"

@@ -84,6 +84,7 @@ class TextToImageConfig:
             raise ValueError("clip.loss is 'simclr', which trains no text tower; use 'infonce'")
 
     def check_denoiser(self, name: str, needed: object, reason: str) -> None:
+        """Raise ValueError unless a field of the diffusion config has the needed value."""
         value = getattr(self.diffusion, name)
         if value != needed:
             raise ValueError(f"diffusion.{name} is {value}; it must be {needed}: {reason}")
@@ -167,7 +168,7 @@ def check_given(config: TextToImageConfig, B: int, H: int, W: int, given: Given)
     }
     for name, x in given.items():
         if name in ("init_images", "upscale") and x.ndim == 4:
-            check_images(x.shape, C, 1)  # names the channels
+            check_images(x.shape, C, 1)  # its message names the channels
         shape = shapes[name]
         if x.shape not in ((B, *shape), (1, *shape)):
             needed = f"({B} or 1, {', '.join(map(str, shape))})"

@@ -67,7 +67,7 @@ class UNetConfig:
     in_channels: int = 1  # channels of an image: 1 grey, 3 colour, or those of a latent
     out_channels: int = 0  # channels of the prediction; 0 = in_channels
     patch_size: int = 1  # rows and columns of a patch, which becomes one pixel of many channels
-    channels: tuple[int, ...] = (32, 64, 128)  # width of each level; sizes halve in between
+    channels: tuple[int, ...] = (32, 64, 128)  # width per level; each next level halves the size
     attend: tuple[bool, ...] = (False, False, True)  # attention per level; the middle always has it
     n_block: int = 2  # residual blocks per level on the way down; the way up has one more
     n_head: int = 4  # attention heads
@@ -111,11 +111,13 @@ class UNetConfig:
         check_images(shape, self.in_channels, self.factor)
 
     def check_least(self, name: str, least: int) -> None:
+        """Raise ValueError if a field is below `least`."""
         value = getattr(self, name)
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
 
     def check_divisible(self, width: int, name: str) -> None:
+        """Raise ValueError unless the value of a field divides `width`."""
         value = getattr(self, name)
         if width < 1 or width % value:
             raise ValueError(f"{width} channels cannot be divided by {name} {value}")

@@ -42,7 +42,7 @@ STEPS = 20
 COUNT = 400  # samples of a model without prompts
 COPY = 0.006  # mean difference of pixels (black to white is 2); real drawings are seldom closer
 PROMPT_SETS = ("letters and digits", "held-out pairs", "held-out characters")
-Prompts = list[tuple[str, str]]  # (style, name) of each prompt
+StyledNames = list[tuple[str, str]]  # (style, name) of each prompt
 
 
 # ---- measures: shares from 0 to 1 ---------------------------------------------------------------
@@ -134,7 +134,7 @@ def style_in(caption: str, name: str) -> str:
     return max((style for style in judge.STYLES if f"{style} {name}" in caption), key=len)
 
 
-def prompts_of(data: LatentData) -> dict[str, Prompts]:
+def prompts_of(data: LatentData) -> dict[str, StyledNames]:
     """The prompts of each of the PROMPT_SETS.
 
     They are all CHARACTERS in all styles of the training split; the pairs of both that were held
@@ -160,7 +160,7 @@ def prompts_of(data: LatentData) -> dict[str, Prompts]:
 
 
 def captions_of(
-    prompts: Prompts, color: bool, seed: int = 0
+    prompts: StyledNames, color: bool, seed: int = 0
 ) -> tuple[list[str], list[str], list[str]]:
     """(captions, inks, papers) of prompts. In colour, ink and paper are any two colours; else both
     lists are empty."""
@@ -178,7 +178,7 @@ def captions_of(
     return captions, inks, papers
 
 
-def real_drawings(prompts: Prompts) -> Tensor:
+def real_drawings(prompts: StyledNames) -> Tensor:
     """The fonts' own drawings of prompts, uint8 (B, 1, H, W)."""
     drawn = [glyphs.draw(unicodedata.lookup(name), glyphs.FILES[style]) for style, name in prompts]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
