@@ -58,7 +58,8 @@ class Options:
 
 def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
     """The loss of the validation split, as training measures it."""
-    rows, sums = run.train.batch_size, torch.zeros(2)
+    rows = run.train.batch_size
+    sums = torch.zeros(2)
     for i, batch in enumerate(data.val_batches(rows)):
         n = len(next(iter(batch.values())))
         generators = row_generators(run.train.seed, -1, range(i * rows, i * rows + n))

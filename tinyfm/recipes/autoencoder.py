@@ -68,7 +68,8 @@ class AutoencoderRun(ImageRun):
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n held-out pictures, their reconstructions, samples from the prior, and a walk
         between two latents."""
-        val, seed = self.open_data().val, options.sampling.seed
+        val = self.open_data().val
+        seed = options.sampling.seed
         rows = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
         save_sheet(sheets.latent_space(opened.model, val.batch(rows)["images"], seed), options)
 

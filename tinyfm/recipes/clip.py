@@ -51,9 +51,9 @@ class CLIPRun(Run):
         return CLIP(self.model)
 
     def open_data(self) -> PairData:
-        m, c = self.model, self.train
+        m = self.model
         sizes = (m.image_size, m.channels, m.vocab_size, m.context_length)
-        return PairData.prepare(self.data, *sizes, c.batch_size, c.seed)
+        return PairData.prepare(self.data, *sizes, self.train.batch_size, self.train.seed)
 
     def write_files(self, folder: Path, data: PairData) -> None:
         super().write_files(folder, data)
@@ -141,7 +141,8 @@ class CLIPRun(Run):
         """By the names of the classes, in the captions of the training data."""
         if shots:
             raise ValueError("--shots puts examples into a prompt, which CLIP does not read")
-        model, held_out = opened.model, SPLITS[1]
+        model = opened.model
+        held_out = SPLITS[1]
         names = next(iter(data.classes.values()))
         templates = files.read_json(opened.folder / TEMPLATES)
         x = zero_shot.embed_images(model, data.inputs[held_out])
@@ -172,7 +173,8 @@ def read_labels(labels: str) -> list[str]:
 
 def name_image(opened: OpenRun, image_file: str, labels: str) -> None:
     """Print how probable each label is."""
-    names, config = read_labels(labels), opened.model.config
+    names = read_labels(labels)
+    config = opened.model.config
     image = pictures.read(image_file, config.image_size, config.channels)
     x = zero_shot.embed_images(opened.model, image.transpose(2, 0, 1)[None])
     if len(names) < 2:

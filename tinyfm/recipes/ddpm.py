@@ -90,14 +90,8 @@ def middle_states(diffusion: Diffusion, batch: Batch) -> Tensor:
     """States in the middle of the U-Net, over a coarse grid. images (B, C, H, W) -> (B, D).
 
     To remove noise, one must know what is drawn (Baranchuk et al. 2022; Xiang et al. 2023). The
-    U-Net is given a noise level, but no noise is added, so nothing is random. Raises ValueError
-    for a model that also reads a context.
+    U-Net is given a noise level, but no noise is added, so nothing is random.
     """
-    if width := diffusion.config.d_context:
-        raise ValueError(
-            f"this diffusion model reads a context of width {width} beside images: classify with "
-            "one trained on images alone"
-        )
     images = batch["images"]
     share = torch.full((len(images),), NOISE, dtype=torch.double)
     t, alpha, _ = (n.float().to(images.device) for n in level(diffusion.config, share))

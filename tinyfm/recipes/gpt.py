@@ -66,11 +66,12 @@ class GPTRun(Run):
         return PromptedData(data, self.prompt_ids) if self.prompt_ids else data
 
     def open_data(self) -> TextData:
-        m, c = self.model, self.train
-        length = m.context_length - len(self.prompt_ids)
-        return self.with_prompt(
-            TextData.prepare(self.data, m.vocab_size, length, c.batch_size, c.seed)
+        train = self.train
+        length = self.model.context_length - len(self.prompt_ids)
+        data = TextData.prepare(
+            self.data, self.model.vocab_size, length, train.batch_size, train.seed
         )
+        return self.with_prompt(data)
 
     def learn_from(self, model: GPT, data: TextData, teacher: OpenRun) -> None:
         """Make the teacher's predictions part of the model's training loss."""
@@ -196,10 +197,10 @@ class ChatRun(GPTRun):
     def open_data(self) -> ChatData:
         if not self.data.tokenizer:
             raise ValueError("an untrained model cannot chat: start from a run, --init-from RUN")
-        m, c = self.model, self.train
-        length = m.context_length - len(self.prompt_ids)
+        train = self.train
+        length = self.model.context_length - len(self.prompt_ids)
         own = tokenizer.load(self.data.tokenizer)
-        return self.with_prompt(ChatData(self.data, own, length, c.batch_size, c.seed))
+        return self.with_prompt(ChatData(self.data, own, length, train.batch_size, train.seed))
 
     def show(self, model: GPT, data: ChatData, folder: Path, step: int) -> str:
         """Answer the first questions of held-out conversations; return one with its answer."""
@@ -247,9 +248,12 @@ class GPTClassifyRun(ClassifyRun):
     SAMPLE_OPTIONS = frozenset({"prompt"})
 
     def open_data(self) -> TaskData:
-        m, c, saved = self.model, self.train, self.data.tokenizer
-        own = tokenizer.load(saved) if saved else tokenizer.ByteTokenizer()
-        return labelled.texts(self.data, own, m.context_length, c.batch_size, c.seed)
+        train = self.train
+        own = tokenizer.ByteTokenizer()
+        if self.data.tokenizer:
+            own = tokenizer.load(self.data.tokenizer)
+        length = self.model.context_length
+        return labelled.texts(self.data, own, length, train.batch_size, train.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
         """Write held-out texts, each with its class and the predicted one."""

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,9 @@ class Plan:
     run: Run  # final: nothing replaces it later
     base: OpenRun | None = None
     teacher: OpenRun | None = None
-    given: dict[str, OpenRun] | None = None  # option -> trained run that supplies this part
-    first: dict[str, Plan] | None = None  # option -> plan of a part to train first
+    # By option: trained runs that supply parts, and plans of the parts to train first.
+    given: dict[str, OpenRun] = field(default_factory=dict)
+    first: dict[str, Plan] = field(default_factory=dict)
     data: Any = (
         None  # opened; None in a dry run, or if they need a part that is still to be trained
     )
@@ -68,16 +68,18 @@ def resolve(
         changes["resume"] = run_dir.check_directory(Path(run.out), run.resume)
         device = devices.choose_device(run.train.device)
         devices.choose_dtype(run.train.dtype, device)  # refuses what this machine does not have
-    base = teacher = None
+    base = None
     if run.init_from:
         base = run_dir.open_base(run.init_from)
         changes |= from_base(run, preset.run, base)
     elif run.adapt != "full":
         raise ValueError(f"--adapt {run.adapt} changes a trained model: add --init-from RUN")
+    teacher = None
     if getattr(run, "teacher", ""):
         teacher = run_dir.open_run(run.teacher)
         changes |= from_teacher(run, preset.run, teacher, changes)
-    given, first = {}, {}
+    given = {}
+    first = {}
     if run.PARTS:
         source = run.out if changes.get("resume") else run.init_from
         if source:
@@ -165,7 +167,7 @@ def open_part(option: str, folder: str) -> OpenRun:
 
 def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], dict[str, Plan]]:
     """The parts that are given, opened, and plans for the others."""
-    given, first = {}, {}
+    given = {}
     for option in run.PARTS:
         if getattr(run, option):
             given[option] = open_part(option, getattr(run, option))
@@ -175,10 +177,12 @@ def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], 
         autoencoder = given["autoencoder"].run.model
     if len(given) < len(run.PARTS) and not run.dry_run:
         run.check_parts()
+    first = {}
     for option, name in run.PARTS.items():
         if option not in given:
             preset = registry.find_preset(name)
-            part = replace(run.part_run(option, preset.run, autoencoder), dry_run=run.dry_run)
+            part = run.part_run(option, preset.run, autoencoder)
+            part = replace(part, dry_run=run.dry_run)
             first[option] = resolve(name, preset, part, world, resume_with="the same command")
     return given, first
 
@@ -206,9 +210,9 @@ def describe(plan: Plan) -> str:
         lines.append(f"starts from {plan.base.folder}")
     if plan.teacher:
         lines.append(f"learns from {plan.teacher.folder}")
-    for option, part in (plan.given or {}).items():
+    for option, part in plan.given.items():
         lines.append(f"takes the {option} from {part.folder}")
-    for option, part in (plan.first or {}).items():
+    for option, part in plan.first.items():
         lines.append(f"first trains the {option}, in {part.run.out}")
     return "\n".join(lines)
 
@@ -251,9 +255,14 @@ def make_trainer(
 def train(plan: Plan, world: distributed.World) -> int:
     """Carry a plan out. Returns the exit status: 0, or 128 + the signal that stopped training."""
     started = time.perf_counter()
-    run, out = plan.run, Path(plan.run.out)
-    say: Callable[[str], None] = print if world.first else lambda line: None
-    for option, part in (plan.first or {}).items():
+    run = plan.run
+    out = Path(run.out)
+
+    def say(line: str) -> None:
+        if world.first:
+            print(line)
+
+    for option, part in plan.first.items():
         say(f"--- the {option}, in {part.run.out}")
         status = train(part, world)
         if status:

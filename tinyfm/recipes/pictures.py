@@ -40,7 +40,8 @@ def mean_metrics(run: Run, model: nn.Module, data: Any) -> Scores:
     """Mean of the metrics of model.loss, over the pictures and the noise that val_loss is from."""
     device = next(model.parameters()).device
     rows = run.train.micro_batch_size or run.train.batch_size
-    sums, count = Counter(), 0
+    sums = Counter()
+    count = 0
     for batch in data.val_batches(rows):
         n = len(next(iter(batch.values())))
         generators = row_generators(run.train.seed, -1, range(count, count + n))
@@ -57,8 +58,9 @@ class ImageRun(NoTokenizer, Run):
     data: ImageConfig = field(default_factory=ImageConfig)
 
     def open_data(self) -> ImageData:
-        m, c = self.model, self.train
-        return ImageData.load(self.data, m.image_size, m.in_channels, c.batch_size, c.seed)
+        m, train = self.model, self.train
+        sizes = (m.image_size, m.in_channels)
+        return ImageData.load(self.data, *sizes, train.batch_size, train.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,8 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
         return getattr(self.model, "in_channels", 0) or self.model.channels
 
     def open_data(self) -> TaskData:
-        size, c = self.model.image_size, self.train
-        return labelled.pictures(self.data, size, self.channels, c.batch_size, c.seed)
+        size, train = self.model.image_size, self.train
+        return labelled.pictures(self.data, size, self.channels, train.batch_size, train.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
         """Draw held-out pictures, each with its class and the predicted one."""

@@ -122,7 +122,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]
 
     run: the run that `new` records.
     """
-    old, new = flatten(old), flatten(new)
+    old = flatten(old)
+    new = flatten(new)
     compared = (old.keys() | new.keys()) - set(find_changeable(run))
     return [
         f"{key} was {old.get(key)} and is {new.get(key)}"

@@ -59,8 +59,14 @@ class TextToImageRun(Run):
         return TextToImage(self.model)
 
     def open_data(self) -> LatentData:
-        a, c = self.model.autoencoder, self.model.clip
-        sizes = (a.image_size, a.in_channels, c.vocab_size, c.context_length)
+        autoencoder = self.model.autoencoder
+        clip = self.model.clip
+        sizes = (
+            autoencoder.image_size,
+            autoencoder.in_channels,
+            clip.vocab_size,
+            clip.context_length,
+        )
         own = tokenizer.load(checkpoint.find(self.clip))
         data = LatentData.prepare(self.data, *sizes, self.train.batch_size, self.train.seed, own)
         data.val_images = self.data.val_images
@@ -99,7 +105,8 @@ class TextToImageRun(Run):
         usual: the preset of the part. autoencoder: the config that the pictures have to suit. A
         run that is in that folder already is resumed, or used as it is if it is complete.
         """
-        data, model = {"cache": self.data.cache}, {"image_size": autoencoder.image_size}
+        data = {"cache": self.data.cache}
+        model = {"image_size": autoencoder.image_size}
         for name in ("path", "color", "val_fraction"):
             data[name] = getattr(self.data, name)
         channels = 3 if self.data.color else autoencoder.in_channels
@@ -201,7 +208,8 @@ def halve_batch(part: Run) -> Run:
     """
     if part.data.path in GLYPHS:
         return part
-    rows, batch_size = training_rows(part), part.train.batch_size
+    rows = training_rows(part)
+    batch_size = part.train.batch_size
     while batch_size > max(2, rows // 2):
         batch_size //= 2
     return replace(part, train=replace(part.train, batch_size=batch_size))
@@ -223,7 +231,8 @@ def read_given(
     init_images in the model's size; mask with 1 where the file is white; upscale, a small picture,
     in its own size. Raises ValueError for files that do not go together.
     """
-    size, channels = config.autoencoder.image_size, config.autoencoder.in_channels
+    size = config.autoencoder.image_size
+    channels = config.autoencoder.in_channels
     given = {}
     if init_image:
         given["init_images"] = to_images(pictures.read(init_image, size, channels))
