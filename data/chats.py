@@ -1,14 +1,15 @@
 """Questions and answers about the standard library: a small real instruction set, no download.
 
-A conversation is about one documented function or class, so that a split by conversations holds out
-whole functions. Its answers are read off the source, which is never imported:
+Each conversation is about one documented function or class, so that a split by conversations holds
+out whole functions. The answers are read from the source code, which is never imported:
 
     user: What does filecmp.cmp do?       assistant: Compare two files.
     user: Which arguments does it take?   assistant: f1, f2, shallow
     user: In which module is it?          assistant: It is in the module filecmp.
 
-In some a system message asks for a short form. Which questions come, in which words and order, is
-drawn from the name alone: the same on every machine with this Python.
+In a quarter of the conversations a system message asks for short answers. The choice, order and
+wording of the questions are drawn by a generator whose seed is the name of the function. So they
+are the same on every machine with the same Python.
 
     python -m data.chats
 """
@@ -28,6 +29,7 @@ from data.stdlib import library_folder, python_files
 MAX_ANSWER_CHARS = 200
 SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
 SHORT = "Answer as briefly as you can."
+SHORT_SHARE = 0.25  # of the conversations
 WHAT = ("What does {} do?", "What is {}?", "Explain {}.", "Tell me what {} is for.")
 WHERE = ("In which module is {}?", "Where do I find {}?", "What do I import for {}?")
 ARGUMENTS = ("Which arguments does {} take?", "What are the arguments of {}?")
@@ -36,12 +38,12 @@ Conversation = dict[str, list[dict[str, str]]]  # {"messages": [{"role": ..., "c
 
 
 def name_in(heading: str) -> str:
-    """`class json.JSONDecoder(object)`, as data/docs.py writes it -> json.JSONDecoder"""
+    """`class json.JSONDecoder(object)`, a heading of data/docs.py -> json.JSONDecoder"""
     return heading.removeprefix("class ").split("(")[0]
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, or all of that if it is none; on one line."""
+    """The first sentence of the first paragraph, on one line; the whole paragraph if none ends."""
     paragraph = " ".join(inspect.cleandoc(docstring).strip().split("\n\n")[0].split())
     found = SENTENCE.match(paragraph)
     return found[0] if found else paragraph
@@ -50,49 +52,67 @@ def first_sentence(docstring: str) -> str:
 def argument_names(signature: str) -> list[str]:
     """`self, a, *, b=1, **rest` -> a, b, rest"""
     arguments = ast.parse(f"def f({signature}): 0").body[0].args
-    named = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs]
-    names = [a.arg for a in [*named, arguments.kwarg] if a]
+    listed = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        arguments.vararg,
+        *arguments.kwonlyargs,
+        arguments.kwarg,
+    ]
+    names = [argument.arg for argument in listed if argument]
     return [name for name in names if name not in ("self", "cls")]
 
 
 def conversation(heading: str, meaning: str, module: str) -> Conversation:
-    """One to three questions about what a heading of data/docs.py names."""
+    """One to three questions about the function or class of a heading of data/docs.py."""
     name = name_in(heading)
     draw = random.Random(name)
-    short = draw.random() < 0.25
-    exchanges = [(WHAT, meaning), (WHERE, module if short else f"It is in the module {module}.")]
+    short = draw.random() < SHORT_SHARE
+
+    # The possible exchanges: each is several wordings of a question, and the answer.
+    place = module if short else f"It is in the module {module}."
+    exchanges = [(WHAT, meaning), (WHERE, place)]
     if not heading.startswith("class "):
         arguments = ", ".join(argument_names(heading.partition("(")[2][:-1]))
-        exchanges.append((ARGUMENTS, arguments or ("none" if short else "It takes none.")))
-    messages = [{"role": "system", "content": SHORT}] if short else []
-    asked = draw.sample(exchanges, draw.randint(1, len(exchanges)))
-    for i, (questions, answer) in enumerate(asked):
-        question = draw.choice(questions).format("it" if i else name)
+        none = "none" if short else "It takes none."
+        exchanges.append((ARGUMENTS, arguments or none))
+
+    messages = []
+    if short:
+        messages.append({"role": "system", "content": SHORT})
+    chosen = draw.sample(exchanges, draw.randint(1, len(exchanges)))
+    for i, (questions, answer) in enumerate(chosen):
+        subject = name if i == 0 else "it"
+        question = draw.choice(questions).format(subject)
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     return {"messages": messages}
 
 
 def version() -> str:
-    """What the conversations depend on."""
+    """A name for the exact conversations: it changes if they do."""
     return f"chats-1 python-{platform.python_version()}"
 
 
 def conversations(report: Report | None = None) -> Iterator[Conversation]:
     """Yield a conversation for each public function, method and class with a docstring."""
-    report = report if report is not None else Report()
-    names, meanings = set(), set()
-    for path in python_files(library_folder(), SKIPPED):
-        module = module_name(path, library_folder(), "")
+    if report is None:
+        report = Report()
+    names = set()
+    meanings = set()
+    root = library_folder()
+    for path in python_files(root, SKIPPED):
+        module = module_name(path, root, "")
         try:
             entries = docstrings(path.read_bytes(), module)
         except (SyntaxError, ValueError) as error:
             report.skip(f"does not parse: {type(error).__name__}", module)
             continue
         for heading, docstring in entries:
-            name, meaning = name_in(heading), first_sentence(docstring)
             if heading.startswith("module "):
                 continue
+            name = name_in(heading)
+            meaning = first_sentence(docstring)
             report.found += 1
             if name.startswith("_") or "._" in name:
                 report.skip("private", name)

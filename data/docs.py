@@ -1,12 +1,13 @@
 """Technical English that is already on your disk: the documentation of Python, numpy and torch.
 
-The default text, as it needs no download: Python's language reference (the topics of `help()`) and
-the docstrings of the standard library, numpy and torch. The packages are never imported, which
-would be slow and run their code: `ast` parses each file and we read the docstrings off the tree.
+This is the default text, because it needs no download. It consists of Python's language reference
+(the topics of `help()`) and of the docstrings of the standard library, numpy and torch. To import
+all these modules would be slow and would run their code. So `ast` parses each file, and the
+docstrings are read from the syntax tree.
 
-One document a source file, so that a split by documents holds out whole modules. In it, each
-module, class and function with a docstring has a heading, its dotted name and signature, and below
-it the docstring. A docstring that was seen before, letter for letter, is left out.
+Each source file becomes one document, so that a split by documents holds out whole modules. In a
+document, each module, class and function with a docstring has a heading (its dotted name and
+signature), followed by the docstring. An exact copy of an earlier docstring is left out.
 
     python -m data.docs
 """
@@ -30,20 +31,28 @@ PACKAGES = ("numpy", "torch")
 SKIPPED = SKIP_FOLDERS | {"testing", "_vendor"}
 # Functions of torch and numpy written in C get their docstring from a call: add_docstr(f, "...").
 ATTACHERS = {"add_docstr", "add_docstr_all", "add_newdoc"}
-# A line such as "    {input}", a template that only running the package would fill in.
+# A line such as "    {input}", a template that is filled in only when the package is imported.
 PLACEHOLDER = re.compile(r"^ *\{\w+\} *\n", re.MULTILINE)
 
 Entry = tuple[str, str]  # heading, docstring
 
 
+# ---- a source file -> its docstrings -------------------------------------------------------------
+
+
 def attached_docstring(call: ast.expr) -> Entry | None:
-    """Read `add_docstr(torch.abs, "...")` or numpy's `add_newdoc("module", "name", "...")`."""
+    """Read `add_docstr(torch.abs, "...")` or numpy's `add_newdoc("module", "name", "...")`.
+
+    Strings with several lines are the docstring; those of one line are the name.
+    """
     if not isinstance(call, ast.Call) or not call.args:
         return None
-    if getattr(call.func, "id", getattr(call.func, "attr", None)) not in ATTACHERS:
+    function = getattr(call.func, "id", getattr(call.func, "attr", None))
+    if function not in ATTACHERS:
         return None
-    strings = [n for n in ast.walk(call) if isinstance(n, ast.Constant) and type(n.value) is str]
-    strings = [n.value for n in sorted(strings, key=lambda n: (n.lineno, n.col_offset))]
+    nodes = [n for n in ast.walk(call) if isinstance(n, ast.Constant) and type(n.value) is str]
+    nodes.sort(key=lambda n: (n.lineno, n.col_offset))
+    strings = [n.value for n in nodes]
     text = "".join(s for s in strings if "\n" in s)
     name = ".".join(s for s in strings if "\n" not in s) or ast.unparse(call.args[0])
     return name, PLACEHOLDER.sub("", text)
@@ -53,37 +62,48 @@ def entries_of(body: list[ast.stmt], prefix: str) -> Iterator[Entry]:
     """Yield the documented classes, methods and functions of a body, in the order of the source."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if docstring := ast.get_docstring(node, clean=False):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
                 yield f"{prefix}.{node.name}({ast.unparse(node.args)})", docstring
         elif isinstance(node, ast.ClassDef):
-            if docstring := ast.get_docstring(node, clean=False):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
                 bases = ", ".join(map(ast.unparse, node.bases))
                 yield f"class {prefix}.{node.name}({bases})", docstring
             yield from entries_of(node.body, f"{prefix}.{node.name}")
         elif isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
             yield from entries_of(node.body, prefix)
-        elif isinstance(node, ast.Expr) and (entry := attached_docstring(node.value)):
-            yield entry
+        elif isinstance(node, ast.Expr):
+            entry = attached_docstring(node.value)
+            if entry:
+                yield entry
 
 
 def docstrings(source: bytes, module: str) -> list[Entry]:
-    """All (heading, docstring) of one source file.
+    """The (heading, docstring) pairs of one source file.
 
-    Raises SyntaxError where the source is for another Python.
+    Raises SyntaxError or ValueError for a source that this Python cannot parse.
     """
-    # A syntax tree is many small objects and no cycle: the collector would only look in vain.
+    # A syntax tree is many small objects without a cycle, so the garbage collector would search
+    # it for nothing, again and again.
     collecting = gc.isenabled()
     gc.disable()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            warnings.simplefilter("ignore")  # of invalid escape sequences in other people's code
             tree = ast.parse(source)
+        entries = []
         head = ast.get_docstring(tree, clean=False)
-        entries = [(f"module {module}", head)] if head else []
-        return entries + list(entries_of(tree.body, module))
+        if head:
+            entries.append((f"module {module}", head))
+        entries.extend(entries_of(tree.body, module))
+        return entries
     finally:
         if collecting:
             gc.enable()
+
+
+# ---- packages and topics -> documents ------------------------------------------------------------
 
 
 def module_name(path: Path, root: Path, package: str) -> str:
@@ -93,11 +113,14 @@ def module_name(path: Path, root: Path, package: str) -> str:
 
 
 def package_documents(root: Path, package: str, seen: set[bytes], report: Report) -> Iterator[str]:
-    """Yield a document for each file under `root` with docstrings not yet in `seen`."""
+    """Yield a document for each file below `root` that has a new docstring.
+
+    `seen` has the hashes of the docstrings so far, and is extended.
+    """
     for path in python_files(root, SKIPPED):
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
-            continue  # hardly a docstring there, and parsing is what takes the time
+            continue  # almost certainly no docstring; and parsing is what takes the time
         report.found += 1
         module = module_name(path, root, package)
         try:
@@ -126,6 +149,7 @@ def reference_topics(report: Report) -> Iterator[str]:
         report.skip("not installed", "the language reference")
         return
     tree = ast.parse(path.read_bytes())
+    # The file is a single assignment, `topics = {"TOPIC": "text", ...}`.
     table = next(n.value for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign))
     for topic in ast.literal_eval(table).values():
         report.found += 1
@@ -134,7 +158,7 @@ def reference_topics(report: Report) -> Iterator[str]:
 
 
 def version() -> str:
-    """What the documents depend on."""
+    """A name for the exact documents: it changes if they do."""
     parts = ["docs-1", f"python-{platform.python_version()}"]
     for package in PACKAGES:
         if importlib.util.find_spec(package):
@@ -144,12 +168,13 @@ def version() -> str:
 
 def documents(report: Report | None = None, packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
     """Yield the documents: the language reference, the standard library, then each package."""
-    report = report if report is not None else Report()
+    if report is None:
+        report = Report()
     seen: set[bytes] = set()
     yield from reference_topics(report)
     yield from package_documents(library_folder(), "", seen, report)
     for package in packages:
-        spec = importlib.util.find_spec(package)  # of a top-level name, so nothing is imported
+        spec = importlib.util.find_spec(package)  # a top-level name, so nothing is imported
         if spec is None or not spec.submodule_search_locations:
             report.skip("not installed", package)
             continue

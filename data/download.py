@@ -1,7 +1,8 @@
-"""Fetch a public file once: mirrors, resumed transfers, a checksum, and a way without a network.
+"""Download a public file once, from one of several mirrors; continue a transfer that broke off.
 
-The bytes go to `NAME.part`, which a later call continues (HTTP Range), and get the final name only
-when their SHA-256 is the expected one: a file under its own name is whole and right.
+The bytes are written to `NAME.part`. A later call continues that file (by an HTTP Range request).
+The file gets its final name only when its SHA-256 is the expected one. So a file with its final
+name is complete and correct.
 """
 
 import hashlib
@@ -14,14 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Git-ignored; beside this file, so that the folder does not depend on where you stand.
+# In the same folder as this file, whatever the current directory is. Git ignores data/cache.
 DOWNLOADS = Path(__file__).parent / "cache" / "downloads"
 TIMEOUT_SECONDS = 30
 BLOCK_BYTES = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal, read in blocks."""
+    """The SHA-256 of a file in hexadecimal. The file is read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -30,15 +31,17 @@ def sha256_of(path: Path) -> str:
 
 
 def transfer(url: str, part: Path) -> bool:
-    """Append what `part` lacks of `url`; True if it continued an earlier transfer.
+    """Append to `part` the rest of the file at `url`; True if it continued an earlier transfer.
 
-    Raises OSError if the connection fails or closes early; what has arrived stays in `part`.
+    Raises OSError if the connection fails or closes early. The bytes received stay in `part`.
     """
     offset = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "tinyfm"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    headers = {"User-Agent": "tinyfm"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        # A server that ignores Range sends 200 and everything.
+        # A server that ignores Range answers 200 and sends the whole file.
         resumed = offset > 0 and response.status == 206
         length = int(response.headers.get("Content-Length") or 0)
         received = 0
@@ -55,13 +58,15 @@ def transfer(url: str, part: Path) -> bool:
 
 
 def attempt(url: str, part: Path, sha256: str) -> str | None:
-    """Bring `part` to completion from one mirror; None if it succeeded, else why it did not."""
+    """Complete `part` from one mirror; None if that succeeds, otherwise the reason."""
     resumed = True
-    while resumed:  # if a continued file turns out wrong, its beginning may be to blame: once more
+    # A continued file with a wrong checksum may have had a wrong start. So try it again from the
+    # first byte, and give up when a transfer from the first byte was wrong.
+    while resumed:
         try:
             resumed = transfer(url, part)
         except urllib.error.HTTPError as error:
-            # 416: nothing is left to send, the part is already as long as the file.
+            # 416 (range not satisfiable): `part` is already as long as the file.
             if error.code != 416 or not part.exists():
                 return f"HTTP {error.code} {error.reason}"
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -74,13 +79,16 @@ def attempt(url: str, part: Path, sha256: str) -> str | None:
 
 
 def download(urls: Sequence[str], path: Path, sha256: str) -> Path:
-    """Return `path`, fetched from the first of `urls` that delivers the file with this SHA-256.
+    """Return `path`, downloaded from the first of `urls` that sends a file with this SHA-256.
 
-    Raises ValueError if a file is there but is another one; ConnectionError if no mirror delivers.
+    Raises ValueError if `path` is another file, ConnectionError if every mirror fails.
     """
     if path.exists():
-        if (found := sha256_of(path)) != sha256:
-            raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}: delete it")
+        found = sha256_of(path)
+        if found != sha256:
+            raise ValueError(
+                f"{path} has SHA-256 {found}, expected {sha256}: delete it, and run again"
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -1,7 +1,8 @@
 """Tiny Shakespeare: 1.1 MB of plays, the text on which small language models are compared.
 
-From Andrej Karpathy's char-rnn (2015). One document, so the split is by position: at the default
-fraction, the same first nine tenths that nanoGPT trains on.
+It comes from Andrej Karpathy's char-rnn (2015). It is a single document, so train and validation
+are split by position. With `--data.val-fraction 0.1`, the default, training reads the same first
+nine tenths as in nanoGPT.
 
     python -m data.shakespeare
 """
@@ -20,13 +21,17 @@ PATH = DOWNLOADS / "tinyshakespeare.txt"
 
 
 def version() -> str:
-    """What the documents depend on."""
+    """A name for the exact documents: it changes if they do."""
     return f"shakespeare-1 {SHA256}"
 
 
 def documents(report: Report | None = None) -> Iterator[str]:
-    """Yield the text. Raises ConnectionError if it is not here and cannot be downloaded."""
-    report = report if report is not None else Report()
+    """Yield the text, which is downloaded the first time.
+
+    Raises ConnectionError if the download fails, ValueError if the stored file is another one.
+    """
+    if report is None:
+        report = Report()
     text = download(URLS, PATH, SHA256).read_text(encoding="utf-8")
     report.found += 1
     report.used += 1

@@ -1,7 +1,8 @@
 """The source code of Python's standard library: a small corpus for a code model.
 
-Every installation has it, so it needs no download. One document a file; tests, installed packages
-and the two folders of generated or vendored code are left out; equal files count once.
+Every installation of Python has it, so there is nothing to download. Each source file is one
+document. Left out are tests, installed packages, and the folders of tools and of bundled code in
+SKIP_FOLDERS. Files with the same content count once.
 
     python -m data.stdlib
 """
@@ -15,32 +16,46 @@ from pathlib import Path
 
 from data.report import Report, show
 
-# Not the library itself: its tests, the packages installed beside it, and pip's bundled wheel.
-SKIP_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-                "idlelib", "ensurepip", "lib2to3"}  # fmt: skip
+SKIP_FOLDERS = {
+    # Tests.
+    "test",
+    "tests",
+    "idle_test",
+    # Packages that were installed into the same folder, and compiled files.
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    # IDLE, the bundled pip, and the former 2to3.
+    "idlelib",
+    "ensurepip",
+    "lib2to3",
+}
 
 
 def python_files(root: Path, skip_folders: set[str] = SKIP_FOLDERS) -> Iterator[Path]:
-    """The .py files under `root`, in an order that does not depend on the file system."""
+    """Yield the .py files below `root`, in an order that does not depend on the file system."""
     for folder, subfolders, names in os.walk(root):
-        # os.walk lets us prune and order the descent by editing the list in place.
+        # os.walk visits what is left in this list: here the descent is pruned and sorted.
         subfolders[:] = sorted(set(subfolders) - skip_folders)
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield Path(folder, name)
 
 
 def library_folder() -> Path:
-    """Where this interpreter keeps its standard library."""
+    """The folder of this interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def version() -> str:
-    """What the documents depend on."""
+    """A name for the exact documents: it changes if they do."""
     return f"stdlib-1 python-{platform.python_version()}"
 
 
 def documents(report: Report | None = None) -> Iterator[str]:
     """Yield the text of each source file once."""
-    report = report if report is not None else Report()
+    if report is None:
+        report = Report()
     seen = set()
     root = library_folder()
     for path in python_files(root):
@@ -55,7 +70,8 @@ def documents(report: Report | None = None) -> Iterator[str]:
         else:
             seen.add(digest)
             report.used += 1
-            # A few files declare another encoding; their odd characters are not worth a parser.
+            # A few files declare another encoding. The characters that are lost in them are too
+            # few to be worth reading the declaration.
             yield source.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
