@@ -1,7 +1,7 @@
-"""Faults that come from outside: kills, signals to one rank, other people's files.
+"""Faults that come from outside: kills, signals to one rank, untrusted and damaged files.
 
 Kills and full disks in the middle of a save are in test_checkpoint.py, signals to a single process
-in test_trainer.py, bad text in test_tokenizer.py, bad pictures in test_pairs.py.
+in test_trainer.py, bad text in batches/test_text.py, bad pictures in batches/test_pairs.py.
 """
 
 import copy
@@ -38,10 +38,10 @@ from tinyfm.unet import UNet, UNetConfig
 
 
 def metrics(run: Path) -> list[dict]:
-    """What metrics.jsonl says, without what a clock says."""
+    """The rows of metrics.jsonl, without the fields that depend on the clock."""
     clock = ("time", "tokens_per_s")
-    return [{k: v for k, v in row.items() if k not in clock}
-            for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def equal(a: dict, b: dict) -> bool:
 
 # ---- kills and signals --------------------------------------------------------------------------
 
-# train.py, killed in its fourth step; the checkpoint of the second may still be on its way to disk.
+# Runs train.py and kills it in its fourth step, once the checkpoint of the second is on disk.
 KILLED = """
 import os, signal, sys, time
 import train
@@ -71,19 +71,19 @@ train.main()
 """
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_run, options, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(tiny_run, options, tmp_path):
     out = tmp_path / "run"
     killed = processes.start(["-c", KILLED, *options, "--out", out], tmp_path, ROOT, {})
     assert killed.wait(100) == -signal.SIGKILL, killed.said()
     assert checkpoint.find(out).name == "step-000002"
-    assert metrics(out)[-1]["step"] == 3  # which is done again
+    assert metrics(out)[-1]["step"] == 3  # this step is trained again
     assert call(train, *options, "--out", out, "--resume") == 0
     assert metrics(out) == metrics(tiny_run) and equal(weights(out), weights(tiny_run))
 
 
-# Each process runs train.py thrice: with a SIGTERM that rank 1 alone gets within its second step;
-# with one that rank 0 alone gets as it shows samples after that step; and with a loss that is not a
-# number on rank 1 alone, in the third step. The last line is what the weights are then.
+# Each process runs train.py three times: with a SIGTERM to rank 1 only, within its second step;
+# with a SIGTERM to rank 0 only, while it shows samples after that step; and with a loss that is not
+# a number on rank 1 only, in the third step. The last line is a hash of the final weights.
 RANK = """
 import hashlib, os, signal, sys
 import train
@@ -93,9 +93,14 @@ from tinyfm.recipes.gpt import GPTRun
 from tinyfm.gpt import GPT
 from tinyfm.training.trainer import Trainer
 out, *options = sys.argv[1:]
-rank, now, models = int(os.environ["RANK"]), 0, []
+rank = int(os.environ["RANK"])
+now = 0  # the current step
+models = []
 distributed.stop = lambda: None
-plain_batch, plain_show, plain_loss, fit = TextData.batch, GPTRun.show, GPT.loss, Trainer.fit
+plain_batch = TextData.batch
+plain_show = GPTRun.show
+plain_loss = GPT.loss
+plain_fit = Trainer.fit
 
 def batch(self, step, rows=slice(None)):
     global now
@@ -114,8 +119,14 @@ def loss(self, batch, generators=None):
     poisoned = fault == "nan" and rank == 1 and self.training and now == 2
     return value * float("nan" if poisoned else 1), metrics
 
-TextData.batch, GPTRun.show, GPT.loss = batch, show, loss
-Trainer.fit = lambda self: models.append(self.model) or fit(self)
+def fit(self):
+    models.append(self.model)
+    return plain_fit(self)
+
+TextData.batch = batch
+GPTRun.show = show
+GPT.loss = loss
+Trainer.fit = fit
 for fault in ("step", "samples", "nan"):
     sys.argv = ["train.py", *options, "--out", f"{out}/{fault}"]
     print("status:", train.main(), flush=True)
@@ -124,14 +135,16 @@ for name, tensor in models[-1].state_dict().items():
     assert tensor.isfinite().all(), name
     digest.update(tensor.numpy().tobytes())
 print("weights:", digest.hexdigest(), flush=True)
-os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
 """
 
 
-def test_what_befalls_one_rank_is_decided_by_both(options, tmp_path):
+def test_a_fault_on_one_rank_is_handled_by_both(options, tmp_path):
     (out, err), (second, second_err) = run_two_ranks(RANK, tmp_path, *options)
-    ends = [[line for line in said.splitlines() if line.startswith(("status: ", "weights: "))]
-            for said in (out, second)]  # fmt: skip
+    ends = []
+    for said in (out, second):
+        lines = said.splitlines()
+        ends.append([line for line in lines if line.startswith(("status: ", "weights: "))])
     assert ends[0] == ends[1], err + second_err
     assert ends[0][:-1] == ["status: 143", "status: 143", "status: 0"], out + err
     assert checkpoint.find(tmp_path / "step").name == "step-000002"
@@ -140,11 +153,11 @@ def test_what_befalls_one_rank_is_decided_by_both(options, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "nan") if "loss" in row] == [1, 2, 4]
 
 
-# ---- the same run again -------------------------------------------------------------------------
+# ---- reproducibility ----------------------------------------------------------------------------
 
 
-def test_a_seed_is_a_run(tiny_run, options, tmp_path):
-    """The same one the same run, to the bit; another one another."""
+def test_a_seed_determines_the_run(tiny_run, options, tmp_path):
+    """The same seed gives the same run, bit for bit; another seed gives another run."""
     for name, seed in (("again", 0), ("other", 1)):
         assert call(train, *options, "--train.seed", seed, "--out", tmp_path / name) == 0
     assert metrics(tmp_path / "again") == metrics(tiny_run)
@@ -155,10 +168,11 @@ def test_a_seed_is_a_run(tiny_run, options, tmp_path):
 
 
 def test_threads_change_nothing_but_rounding():
-    """Two threads add up in another order than one: losses and gradients agree to 1e-5."""
+    """Two threads add in another order than one; losses and gradients agree to 1e-5."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, context_length=64, n_layer=1, n_head=2, d_model=128))
-    batch, results = {"tokens": torch.randint(257, (32, 65))}, []
+    batch = {"tokens": torch.randint(257, (32, 65))}
+    results = []
     threads = torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -172,10 +186,12 @@ def test_threads_change_nothing_but_rounding():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-# ---- files of others ----------------------------------------------------------------------------
+# ---- untrusted files ----------------------------------------------------------------------------
 
 
 class Bomb:
+    """An object whose pickle makes a folder when it is read."""
+
     def __init__(self, marker: Path):
         self.marker = str(marker)
 
@@ -185,11 +201,10 @@ class Bomb:
 
 @pytest.fixture
 def bomb(tmp_path):
-    """Bytes that make a folder when they are unpickled, as they do here once; none is there after
-    the test."""
+    """A pickle that makes a folder when it is read. After the test, the folder must not exist."""
     marker = tmp_path / "exploded"
     payload = pickle.dumps(Bomb(marker))
-    pickle.loads(payload)
+    pickle.loads(payload)  # the bomb works
     marker.rmdir()
     yield payload
     assert not marker.exists()
@@ -200,7 +215,7 @@ SMALL = GPTConfig(280, context_length=8, n_layer=1, n_head=2, d_model=8)
 
 @pytest.fixture(scope="module")
 def published(text, tmp_path_factory):
-    """A GPT with its tokenizer, in the layout that others read."""
+    """A GPT with its tokenizer, in the published layout."""
     folder = tmp_path_factory.mktemp("published") / "gpt"
     words = [text.read_text(encoding="utf-8")]
     GPT(SMALL).save_pretrained(folder, tokenizer=tokenizer.train("bpe", words, 280))
@@ -212,8 +227,16 @@ def open_published(folder: Path) -> None:
     tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json",
-                                  "tokenizer.model", "model.safetensors.index.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_pickle_in_a_published_folder(published, tmp_path, bomb, name):
     folder = Path(shutil.copytree(published, tmp_path / "gpt"))
     open_published(folder)
@@ -238,7 +261,7 @@ def test_a_pickle_in_prepared_text(text, tmp_path, bomb):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "pairs.csv", "pairs.jsonl", "text.txt"])
-def test_a_pickle_that_says_it_is_something_else(tmp_path, bomb, name):
+def test_a_pickle_with_the_name_of_another_format(tmp_path, bomb, name):
     path = tmp_path / name
     path.write_bytes(bomb)
     with pytest.raises(ValueError, match=name):
@@ -252,13 +275,14 @@ def test_a_pickle_that_says_it_is_something_else(tmp_path, bomb, name):
 
 
 def test_a_pickle_in_the_state_of_a_shared_run(tiny_run, tmp_path, bomb, capsys):
-    """It is for going on with runs of one's own; whoever samples or exports never reads it."""
+    """The training state is for resuming your own runs; sampling and exporting never read it."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     folder = checkpoint.find(run)
     for path in (folder / "state").rglob("*"):
         path.write_bytes(bomb)
     (folder / "state" / ".metadata").write_bytes(bomb)
-    files.write_json(folder / checkpoint.MANIFEST, checkpoint.make_manifest(folder))  # as a forger would
+    # A forger would make the manifest fit.
+    files.write_json(folder / checkpoint.MANIFEST, checkpoint.make_manifest(folder))
     assert call(sample, run, "--max-new-tokens", 2) == 0
     hub.main([str(run), str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "config.json").exists()
@@ -268,16 +292,20 @@ def test_a_pickle_in_the_state_of_a_shared_run(tiny_run, tmp_path, bomb, capsys)
 
 
 def damaged_latents(path: Path) -> dict[str, bytes]:
+    """Contents of .npy files that are truncated, of another type or shape, or malformed."""
     np.save(path, np.zeros((4, 2, 3, 3), np.float16))
     whole = path.read_bytes()
     objects = np.array([Bomb(path.parent / "exploded")] * 4, dtype=object)
-    few, doubles = np.zeros((3, 2, 3, 3), np.float16), np.zeros((4, 2, 3, 3))
+    few = np.zeros((3, 2, 3, 3), np.float16)
+    doubles = np.zeros((4, 2, 3, 3))
     others = {"objects": objects, "rows": few, "type": doubles}
     damaged = {f"cut at {end}": whole[:end] for end in (0, 5, 60, 128, len(whole) - 1)}
     for name, array in others.items():
         np.save(path, array, allow_pickle=True)
         damaged[name] = path.read_bytes()
-    return {**damaged, "zip": b"PK\3\4" + whole, "header": whole[:10] + b"{[" + whole[12:]}
+    damaged["zip"] = b"PK\3\4" + whole
+    damaged["header"] = whole[:10] + b"{[" + whole[12:]
+    return damaged
 
 
 def test_damaged_latents_are_refused_by_name(tmp_path, bomb):
@@ -292,7 +320,7 @@ def test_damaged_latents_are_refused_by_name(tmp_path, bomb):
 
 
 def places(tree, before=()):
-    """The way to each value of nested tables and lists."""
+    """The path (keys and indices) to every value of nested tables and lists."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in pairs:
         yield (*before, key)
@@ -304,11 +332,11 @@ ODD = (None, True, -1, 0, 0.5, 1e308, 10**30, "x", "", [], {}, [1, 2], {"a": 1},
 
 
 def altered(record: dict, rng: random.Random) -> dict:
-    """The record with an odd value somewhere, without one, or with one too many."""
+    """The record with one value replaced by an odd one, one removed, or one added."""
     record = copy.deepcopy(record)
-    *way, last = rng.choice(list(places(record)))
+    *path, last = rng.choice(list(places(record)))
     table = record
-    for key in way:
+    for key in path:
         table = table[key]
     kind = rng.randrange(8)
     if kind == 0:
@@ -321,12 +349,13 @@ def altered(record: dict, rng: random.Random) -> dict:
 
 
 def test_a_thousand_altered_configs_of_runs():
-    """What is no run of ours is refused in the ways that records.open_run makes a sentence of."""
-    rng, refused = random.Random(0), 0
-    plain = {name: run_dir.to_record(name, registry.find_preset(name).run)
-             for name in ("gpt", "clip", "autoencoder", "ddpm", "text2image")}  # fmt: skip
+    """An invalid record raises one of the errors that open_run turns into a clear message."""
+    rng = random.Random(0)
+    refused = 0
+    names = ("gpt", "clip", "autoencoder", "ddpm", "text2image")
+    records = [run_dir.to_record(name, registry.find_preset(name).run) for name in names]
     for i in range(1000):
-        record = altered(plain[list(plain)[i % 5]], rng)
+        record = altered(records[i % 5], rng)
         try:
             run_dir.from_record(record)
         except files.MALFORMED:
@@ -335,7 +364,7 @@ def test_a_thousand_altered_configs_of_runs():
 
 
 TINY_UNET = UNetConfig(image_size=8, channels=(8, 16), groups=4, n_head=2, attend=(False, True))
-READERS = {  # a model to publish, and who reads its config
+READERS = {  # a model to publish, and the function that reads its config
     "gpt": (lambda: GPT(SMALL), lambda folder: gpt.read_config(GPTConfig, folder)),
     "clip": (
         lambda: CLIP(CLIPConfig(stem="patch", image_size=8, patch_size=4, vocab_size=280)),
@@ -352,15 +381,17 @@ READERS = {  # a model to publish, and who reads its config
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.filterwarnings("ignore:without a tokenizer")
-def test_hundreds_of_altered_configs_of_others(tmp_path, name):
+def test_hundreds_of_altered_published_configs(tmp_path, name):
     build, read = READERS[name]
     build().save_pretrained(tmp_path)
     read(tmp_path)
-    path, rng, refused = tmp_path / "config.json", random.Random(0), 0
+    path = tmp_path / "config.json"
+    rng = random.Random(0)
+    refused = 0
     config = files.read_json(path)
     for i in range(200):
         text = json.dumps(altered(config, rng))
-        if i % 2:  # another character anywhere
+        if i % 2:  # every second time, also change one character anywhere
             cut = rng.randrange(len(text))
             text = text[:cut] + chr(rng.randrange(32, 126)) + text[cut + 1 :]
         path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Optimizers: Muon is PyTorch's, groups hold what they should, schedules turn where they should."""
+"""Optimizers: Muon against PyTorch's, parameter groups, schedules, clipping and averaging."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ def matrices(seed: int) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_muon_is_that_of_pytorch(weight_decay):
+def test_muon_agrees_with_pytorch(weight_decay):
     ours, theirs = matrices(0), matrices(0)
     start = [p.detach().clone() for p in ours]
     settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": weight_decay}
@@ -46,11 +46,12 @@ def test_muon_is_that_of_pytorch(weight_decay):
         for optimizer in optimizers:
             optimizer.step()
     for before, mine, other in zip(start, ours, theirs):
-        moved, difference = other - before, mine - other
+        moved = other - before
+        difference = mine - other
         assert difference.norm() < 0.01 * moved.norm()  # products in bfloat16, in another order
 
 
-def test_muon_decays_by_the_plain_rate_and_leaves_gradients_alone():
+def test_muon_decays_by_the_learning_rate_and_keeps_gradients():
     p = nn.Parameter(torch.ones(60, 20))
     p.grad = torch.zeros(60, 20)
     Muon([p], lr=0.1, weight_decay=0.5).step()
@@ -76,7 +77,7 @@ def test_muon_continues_from_its_saved_state():
     assert all(torch.equal(a, b) for a, b in zip(straight, stopped))
 
 
-def test_muon_skips_what_has_no_gradient_and_refuses_vectors():
+def test_muon_skips_parameters_without_gradient_and_refuses_vectors():
     a, b = matrices(0)[1:3]
     a.grad = torch.ones_like(a)
     before = b.detach().clone()
@@ -87,7 +88,7 @@ def test_muon_skips_what_has_no_gradient_and_refuses_vectors():
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (60, 2, 3, 3)])
-def test_muon_takes_a_kernel_for_a_matrix(shape):
+def test_muon_treats_a_kernel_as_a_matrix(shape):
     kernel = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
     kernel.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -97,7 +98,7 @@ def test_muon_takes_a_kernel_for_a_matrix(shape):
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-def test_newton_schulz_reaches_its_stated_range():
+def test_newton_schulz_ends_in_its_stated_range():
     a, b, c = NEWTON_SCHULZ
     s = torch.linspace(0.002, 1, 100_000, dtype=torch.float64)
     for _ in range(5):
@@ -106,10 +107,10 @@ def test_newton_schulz_reaches_its_stated_range():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 80), (80, 32)])
-def test_orthogonalise_keeps_directions_and_evens_out_lengths(shape):
+def test_orthogonalise_keeps_singular_vectors_and_equalises_values(shape):
     g = torch.Generator().manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(3, *shape, generator=g), full_matrices=False)
-    S = torch.logspace(0, -2, 32)  # a hundred to one
+    S = torch.logspace(0, -2, 32)  # from 1 to 0.01
     M = (U * S) @ Vh
     got = orthogonalise(M).float()
     assert got.shape == M.shape
@@ -138,14 +139,14 @@ def groups_of(model: nn.Module, config: OptimConfig) -> dict[str, tuple[str, flo
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_who_gets_what(tied):
+def test_every_parameter_is_in_the_right_group(tied):
     model = GPT(GPTConfig(64, 16, 2, 2, d_model=32, position="learned", bias=True, tied=tied))
     config = OptimConfig(lr=1e-3, muon_lr=0.05, weight_decay=0.2)
     found = groups_of(model, config)
     assert found.keys() == dict(model.named_parameters()).keys()
-    tables = {"token_embedding.weight", "position_embedding.weight"} | {"head.weight"} - (
-        {"head.weight"} if tied else set()
-    )
+    tables = {"token_embedding.weight", "position_embedding.weight"}
+    if not tied:
+        tables.add("head.weight")
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert found[name] == ("AdamW", 1e-3, 0.0)
@@ -161,11 +162,12 @@ def test_who_gets_what(tied):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_kernels_are_muons_if_asked_for(kernels):
+def test_muon_updates_kernels_only_with_the_option(kernels):
     model = Autoencoder(AutoencoderConfig(image_size=8, channels=(8, 16), groups=4))
     found = groups_of(model, OptimConfig(kernels=kernels))
+    ndims = (2, 4) if kernels else (2,)
     for name, p in model.named_parameters():
-        assert (found[name][0] == "Muon") == (p.ndim in ((2, 4) if kernels else (2,))), name
+        assert (found[name][0] == "Muon") == (p.ndim in ndims), name
 
 
 def test_frozen_parameters_are_in_no_group():
@@ -178,7 +180,7 @@ def test_frozen_parameters_are_in_no_group():
 # ---- schedules ----------------------------------------------------------------------------------
 
 
-def test_wsd_at_its_corners():
+def test_wsd_at_its_turning_points():
     c = OptimConfig(warmup_steps=10, decay_fraction=0.4)
     factors = [lr_factor(step, 100, c) for step in range(100)]
     assert factors[0] == 0.1 and factors[8] == 0.9 and factors[9] == 1.0
@@ -188,7 +190,7 @@ def test_wsd_at_its_corners():
     assert lr_factor(100, 100, replace(c, final_lr=0.1)) == 0.1
 
 
-def test_cosine_at_its_corners():
+def test_cosine_at_its_turning_points():
     c = OptimConfig(schedule="cosine", warmup_steps=20, final_lr=0.1)
     factors = [lr_factor(step, 120, c) for step in range(121)]
     assert factors[19] == factors[20] == 1.0
@@ -230,9 +232,9 @@ def with_gradients(*values: float) -> nn.Module:
 @pytest.mark.parametrize(
     "scale, clip, norm, grads",
     [
-        (1.0, 10.0, 5.0, (3.0, 4.0)),  # short enough
+        (1.0, 10.0, 5.0, (3.0, 4.0)),  # below the limit
         (1.0, 1.0, 5.0, (0.6, 0.8)),
-        (0.1, 1.0, 0.5, (0.3, 0.4)),  # scaled first, then short enough
+        (0.1, 1.0, 0.5, (0.3, 0.4)),  # below the limit after scaling
         (torch.tensor(2.0), 5.0, 10.0, (3.0, 4.0)),
         (2.0, 0.0, 10.0, (6.0, 8.0)),  # 0 = no clipping
     ],
@@ -255,7 +257,7 @@ def test_ema_forgets_half_in_its_half_life():
         torch.testing.assert_close(average, torch.full_like(average, 0.5))
 
 
-def test_ema_lets_go_of_the_random_start():
+def test_ema_soon_forgets_the_initial_weights():
     model = with_gradients(0.0)
     ema = EMA(model, half_life=1e6)
     model[0].data.fill_(1.0)
@@ -276,11 +278,11 @@ def test_ema_swaps_in_and_out_and_loads():
     assert ema.average["0"].item() == 0.25
 
 
-# ---- mistakes, and whether it learns ------------------------------------------------------------
+# ---- wrong settings, and learning ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options, sentence",
+    "options, message",
     [
         ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
         ({"muon_lr": math.inf}, "muon_lr is inf"),
@@ -290,10 +292,10 @@ def test_ema_swaps_in_and_out_and_loads():
         ({"decay_fraction": -1}, "decay_fraction is -1"),
     ],
 )
-def test_mistakes_in_a_config(options, sentence):
+def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         OptimConfig(**options)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -301,14 +303,15 @@ def test_a_small_regression_is_learned(optimizer):
     torch.manual_seed(0)
 
     def network() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(),
-                             nn.Linear(32, 4))  # fmt: skip
+        layers = [nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)]
+        return nn.Sequential(*layers)
 
-    teacher, model = network(), network()
+    teacher = network()
+    model = network()
     model.outer = ()
     x = torch.randn(256, 8)
     y = teacher(x).detach()
-    y = (y - y.mean(0)) / y.std(0)  # so guessing the mean costs 1
+    y = (y - y.mean(0)) / y.std(0)  # then predicting the mean has the loss 1
     config = OptimConfig(optimizer, lr=1e-2, muon_lr=0.02, weight_decay=0.0, warmup_steps=5)
     optimizers = build_optimizers(model, config)
     for step in range(100):

@@ -1,4 +1,4 @@
-"""Many ranks: two are one, in either way; what one saves any number goes on with; none is lost."""
+"""Several ranks: same result as one, with DDP and FSDP2; resume on any number; a rank may die."""
 
 import json
 import os
@@ -61,23 +61,24 @@ def no_drawing(monkeypatch):
 
 
 class Random:
-    """Batches of noise in the form that a model takes: of one seed a step, whoever asks."""
+    """Random batches in the form that a model needs: a function of the step only."""
 
     unit, units_per_row = "rows", 1
 
     def __init__(self, model):
         self.example = model.example_batch(TRAIN.batch_size)
-        if isinstance(model, TextToImage):  # through both frozen parts
+        if isinstance(model, TextToImage):  # images, so that both frozen parts are used
             del self.example["latents"]
             self.example["images"] = torch.zeros(TRAIN.batch_size, 1, 8, 8)
 
     def batch(self, step, part):
         g = torch.Generator().manual_seed(step)
-        values = {
-            name: torch.randn(zeros.shape, generator=g) if zeros.is_floating_point()
-            else torch.randint(61, zeros.shape, generator=g)
-            for name, zeros in self.example.items()
-        }  # fmt: skip
+        values = {}
+        for name, zeros in self.example.items():
+            if zeros.is_floating_point():
+                values[name] = torch.randn(zeros.shape, generator=g)
+            else:
+                values[name] = torch.randint(61, zeros.shape, generator=g)
         return {name: value[part] for name, value in values.items()}
 
     def val_batches(self, rows):
@@ -88,24 +89,33 @@ class Random:
 
 
 def score(model) -> dict[str, float]:
-    """Uses the model as a whole, outside its loss."""
+    """A score that needs all weights, and does not come from the loss."""
     return {"weights": float(sum(p.abs().double().sum() for p in model.parameters()))}
 
 
 def show(model, folder, step) -> str:
-    """Uses it on the first rank alone."""
+    """A sample that the first rank makes alone."""
     assert not any(is_shard(tensor) for tensor in model.state_dict().values())
     with torch.no_grad():
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         return str(model.eval().loss(Random(model).batch(7, slice(2)), generators)[0].item())
 
 
-def make(family: str, out: Path, *changes, **fields) -> Trainer:
+def make(family: str, out: Path, **fields) -> Trainer:
+    """A trainer for a tiny model of that family. `fields` replaces fields of TRAIN."""
     torch.manual_seed(0)
-    model, world = FAMILIES[family](), distributed.start()
-    data = Random(model)
-    return Trainer(model, data, replace(TRAIN, **fields), *(changes or (OPTIM,)), Path(out),
-                   score=score, show=show, world=world)  # fmt: skip
+    model = FAMILIES[family]()
+    config = replace(TRAIN, **fields)
+    return Trainer(
+        model,
+        Random(model),
+        config,
+        OPTIM,
+        Path(out),
+        score=score,
+        show=show,
+        world=distributed.start(),
+    )
 
 
 def same(a, b) -> bool:
@@ -115,7 +125,7 @@ def same(a, b) -> bool:
 
 
 def only_step(run: Path, to: Path, step: int) -> Path:
-    """A run directory with that one checkpoint of another."""
+    """A run directory with one checkpoint, copied from another run."""
     name = f"step-{step:06d}"
     shutil.copytree(run / name, to / name)
     return to
@@ -125,12 +135,12 @@ def only_step(run: Path, to: Path, step: int) -> Path:
 
 
 def train_families(base: Path) -> None:
-    """Each family under both, with blocks computed twice in one of them."""
+    """Each family with DDP and with FSDP2, and with activation checkpointing in one of the two."""
     for family in FAMILIES:
         for parallel in ("ddp", "fsdp"):
             twice = (family in ("gpt", "ddpm")) == (parallel == "fsdp")
-            trainer = make(family, base / f"{family}-{parallel}", parallel=parallel,
-                           activation_checkpointing=twice)  # fmt: skip
+            out = base / f"{family}-{parallel}"
+            trainer = make(family, out, parallel=parallel, activation_checkpointing=twice)
             trainer.fit()
             if parallel == "fsdp":
                 check_shares(trainer)
@@ -138,7 +148,7 @@ def train_families(base: Path) -> None:
 
 
 def check_shares(trainer: Trainer) -> None:
-    """What is frozen is shared out too; all but single numbers are; nothing is kept of it."""
+    """All parameters but single numbers are sharded. Frozen ones have no optimizer state."""
     shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
     for name, p in trainer.model.named_parameters():
         assert is_shard(p) == bool(shapes[name]), name
@@ -150,7 +160,7 @@ def check_shares(trainer: Trainer) -> None:
 
 
 def check_muon() -> None:
-    """Matrices of which the rows, or they, do not divide by two: the update to the last bit."""
+    """Sharded Muon gives the same update, bit for bit, also where nothing divides by two."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -158,8 +168,10 @@ def check_muon() -> None:
     g = torch.Generator().manual_seed(0)
     shapes = [(12, 7), (12, 7), (12, 7), (5, 9), (1, 6), (8, 8), (8, 8), (5, 2, 3, 3)]
     whole = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
-    parts = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
-             for p in whole]  # fmt: skip
+    parts = []
+    for p in whole:
+        part = distribute_tensor(p.detach().clone(), mesh, [Shard(0)])
+        parts.append(torch.nn.Parameter(part))
     optimizers = [Muon(params, lr=0.1, weight_decay=0.1) for params in (whole, parts)]
     for _ in range(3):
         for p, part in zip(whole, parts):
@@ -172,8 +184,10 @@ def check_muon() -> None:
 
 
 def reshard(base: Path) -> None:
-    """What one rank saved, and either way saved, goes on under both ways; loaded and saved again
-    it is the same."""
+    """Checkpoints of one rank, of DDP and of FSDP2, each resumed with DDP and with FSDP2.
+
+    Each is also saved again right after loading, to be compared with the original.
+    """
     for source in ("one", "gpt-ddp", "gpt-fsdp"):
         for parallel in ("ddp", "fsdp"):
             out = base / f"{source}-on-{parallel}"
@@ -190,6 +204,7 @@ def reshard(base: Path) -> None:
 
 
 def ranks(base: str) -> None:
+    """Everything that each of the two processes does."""
     Logbook.draw = lambda self: None
     torch.set_num_threads(1)
     base = Path(base)
@@ -199,12 +214,12 @@ def ranks(base: str) -> None:
     reshard(base)
     print("done", flush=True)
     dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+    os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """The folder in which one rank trained GPT ("one"), and two did all of `ranks`."""
+    """A folder in which one rank has trained GPT ("one") and two ranks have run `ranks`."""
     base = tmp_path_factory.mktemp("ranks")
     make("gpt", base / "one").fit()
     script = "import sys; from test_parallel import ranks; ranks(sys.argv[1])"
@@ -215,50 +230,56 @@ def two(tmp_path_factory) -> Path:
 
 
 def losses(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl, without the fields that depend on the clock."""
+    clock = ("time", "rows_per_s")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "rows_per_s")}
-            for line in lines]  # fmt: skip
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Losses, norms and scores, and the weights and averages at the end, to rounding."""
-    a, b = losses(ours), losses(theirs)
-    b = b[len(b) - len(a) :]
+    """Equal up to rounding: losses, norms, scores, and the weights and averages at the end."""
+    a = losses(ours)
+    b = losses(theirs)[-len(a) :]  # `ours` may have been resumed, and then has the last rows only
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for mine, other in zip(a, b):
         assert mine == pytest.approx(other, rel=2e-5)
     for name in ("model", "ema"):
-        mine, other = (files.load_tensors(run / "step-000004", name) for run in (ours, theirs))
+        mine = files.load_tensors(ours / "step-000004", name)
+        other = files.load_tensors(theirs / "step-000004", name)
         assert mine.keys() == other.keys()
-        for key in [key for key in mine if not key.endswith("k.bias")]:  # whose gradient is 0
-            tensor = mine[key]
+        for key, tensor in mine.items():
+            if key.endswith("k.bias"):  # its gradient is 0 but for rounding errors
+                continue
             torch.testing.assert_close(tensor, other[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_are_one(two, tmp_path, family):
+def test_two_ranks_train_as_one(two, tmp_path, family):
     one = make(family, tmp_path)
     one.fit()
-    for parallel in ("ddp", "fsdp", "copies") if family == "gpt" else ("ddp", "fsdp"):
+    kinds = ("ddp", "fsdp", "copies") if family == "gpt" else ("ddp", "fsdp")
+    for parallel in kinds:
         assert_same_run(two / f"{family}-{parallel}", tmp_path)
 
 
 def everything(folder: Path) -> dict:
-    """All tensors of a checkpoint, whole, by name."""
+    """All tensors of a checkpoint by name, put together from their shards."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     described = FileSystemReader(folder / "state").read_metadata().state_dict_metadata
-    tree = {name: torch.empty(about.size, dtype=about.properties.dtype)
-            for name, about in described.items() if hasattr(about, "size")}  # fmt: skip
+    tree = {}
+    for name, about in described.items():
+        if hasattr(about, "size"):  # a tensor
+            tree[name] = torch.empty(about.size, dtype=about.properties.dtype)
     load(tree, checkpoint_id=folder / "state")
     return {**tree, **files.load_tensors(folder), "ema": files.load_tensors(folder, "ema")}
 
 
 @pytest.mark.parametrize("source", ["one", "gpt-ddp", "gpt-fsdp"])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_any_number_of_ranks_goes_on_with_what_any_saved(two, tmp_path, source):
-    """On one rank here. On two, the numbers that were read are those that were saved, to a bit."""
+def test_any_number_of_ranks_resumes_a_checkpoint_of_any_number(two, tmp_path, source):
+    """One rank resumes here, two in `reshard`. Loading and saving again changes no bit."""
     resumed = make("gpt", only_step(two / source, tmp_path / "run", 2))
     resumed.resume()
     resumed.fit()
@@ -272,12 +293,13 @@ def test_any_number_of_ranks_goes_on_with_what_any_saved(two, tmp_path, source):
         assert same(before, everything(again))
 
 
-# ---- saving beside the training -----------------------------------------------------------------
+# ---- saving in the background -------------------------------------------------------------------
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    """What is written is of the step it is named by; the next save waits for the one before."""
-    held, wrote = threading.Event(), []
+def test_training_continues_while_a_checkpoint_is_written(tmp_path):
+    """The checkpoint holds the weights of its step, although training has changed them since."""
+    held = threading.Event()
+    wrote = []
 
     def slow(folder):
         wrote.append(trainer.counters["step"])
@@ -301,22 +323,22 @@ def checkpoint_names(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("step-*"))
 
 
-def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+def test_an_error_in_the_background_is_raised(tmp_path):
     def broken(folder):
         raise OSError("no room")
 
     trainer = make("gpt", tmp_path)
     trainer.write = broken
     with pytest.raises(files.CheckpointError, match=r"step 2 could not be saved .*no room"):
-        trainer.fit()  # as the save of step 4 begins
+        trainer.fit()  # raised when the save of step 4 starts
     assert trainer.counters["step"] == 4 and not checkpoint_names(tmp_path)
     trainer.save()
     with pytest.raises(files.CheckpointError, match="step 4 could not be saved"):
         trainer.saver.wait()
-    trainer.saver.wait()  # said once
+    trainer.saver.wait()  # raised once only
 
 
-def test_a_signal_waits_for_the_last_save(tmp_path):
+def test_a_stopped_run_waits_for_its_last_save(tmp_path):
     trainer = make("gpt", tmp_path)
     trainer.write = lambda folder: time.sleep(0.3)
     plain = trainer.data.batch
@@ -346,9 +368,9 @@ trainer.fit()
 """
 
 
-def test_a_save_killed_half_way_leaves_the_one_before(tmp_path):
-    killed = processes.start(["-c", KILLED, tmp_path / "run"], tmp_path, ROOT / "tests",
-                             {"PYTHONPATH": str(ROOT)})  # fmt: skip
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path):
+    words = ["-c", KILLED, tmp_path / "run"]
+    killed = processes.start(words, tmp_path, ROOT / "tests", {"PYTHONPATH": str(ROOT)})
     assert killed.wait(60) == -signal.SIGKILL, killed.said()
     assert checkpoint.find(tmp_path / "run").name == "step-000002"
     resumed = make("gpt", tmp_path / "run")
@@ -363,7 +385,7 @@ def test_a_save_killed_half_way_leaves_the_one_before(tmp_path):
 
 # ---- a rank that dies ---------------------------------------------------------------------------
 
-# torchrun's own engine; its ranks are copies of it, which has loaded what they need.
+# The launcher inside torchrun. Its ranks are forked, so that they have all modules loaded.
 JOB = """
 import sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -376,7 +398,7 @@ elastic_launch(config, dying_rank)(*sys.argv[1:])
 
 
 def dying_rank(out: str, *options: str) -> None:
-    """train.py, but rank 1 is killed in step 3, once, when the checkpoint of step 2 is written."""
+    """train.py, with rank 1 killed once, in step 3, after the checkpoint of step 2 is written."""
     plain = TextData.batch
 
     def batch(self, step, part):
@@ -387,27 +409,28 @@ def dying_rank(out: str, *options: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, step, part)
 
-    TextData.batch, Logbook.draw = batch, lambda self: None
+    TextData.batch = batch
+    Logbook.draw = lambda self: None
     status = call(train, *options, "--out", out)
     print(f"rank {os.environ['RANK']} ends with {status}", flush=True)
-    os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+    os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
 
 
-def test_a_job_whose_rank_dies_comes_back(tmp_path, options):
-    """All ranks are started again, and nobody says --resume. No step is lost or done twice."""
-    job = ["-c", JOB, tmp_path / "run", *options, "--train.parallel", "fsdp",
-           "--train.device", "cpu"]  # fmt: skip
+def test_a_job_whose_rank_dies_is_restarted_and_resumes(tmp_path, options):
+    """All ranks start again and resume without --resume. No step is lost or logged twice."""
+    more = ["--train.parallel", "fsdp", "--train.device", "cpu"]
+    job = ["-c", JOB, tmp_path / "run", *options, *more]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     ran = processes.start(job, tmp_path, ROOT, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     for rank in range(2):
         ran.wait_for(f"rank {rank} ends with 0", 60)
-    ran.running.kill()  # it would wait for what the ranks return
+    ran.running.kill()  # the launcher would wait for the ranks' return values
     assert "resumed from" in ran.said()[0] and "step-000002" in ran.said()[0]
     assert [row["step"] for row in losses(tmp_path / "run")] == [0, 1, 2, 2, 3, 4, 4]
     assert checkpoint.find(tmp_path / "run").name == "step-000004"
 
 
-def test_a_run_that_is_started_again_goes_on_or_begins_anew(tmp_path, monkeypatch):
+def test_a_restarted_run_resumes_or_starts_over(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="--resume"):
         run_dir.check_directory(tmp_path, resume=False)
@@ -418,7 +441,7 @@ def test_a_run_that_is_started_again_goes_on_or_begins_anew(tmp_path, monkeypatc
     assert run_dir.check_directory(tmp_path, resume=False)
 
 
-def test_who_finds_no_others_says_so(monkeypatch):
+def test_a_rank_that_reaches_no_others_says_so(monkeypatch):
     numbers = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": 1}
     for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))

@@ -1,9 +1,9 @@
-"""The loop: it learns, and however a run is cut, stopped, spread or hurt, it is the same run."""
+"""The training loop: it learns, and stopping, micro-batches and ranks do not change the result."""
 
 import json
 import math
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ TRAIN = TrainConfig(
 
 @pytest.fixture(scope="module")
 def data(text, tmp_path_factory):
-    """40 windows of 16 bytes: an epoch is five steps of eight rows."""
+    """40 windows of 16 bytes: an epoch has five steps of eight rows."""
     path = tmp_path_factory.mktemp("small") / "small.txt"
     path.write_text(text.read_text(encoding="utf-8")[:730], encoding="utf-8")
     config = TextConfig(str(path), "bytes", cache=str(path.parent / "cache"))
@@ -40,12 +40,12 @@ def data(text, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
-    """test_machine.py and test_cli.py draw; here it would be most of the time."""
+    """Drawing is tested elsewhere; here it would take most of the time."""
     monkeypatch.setattr(Logbook, "draw", lambda self: None)
 
 
 class Wrapped:
-    """Data with something else in one place; what is not given is the data's own."""
+    """Data with some methods replaced."""
 
     def __init__(self, data, **changes):
         self.data = data
@@ -61,7 +61,7 @@ def make(out, data, model=TINY, config=TRAIN, optim=OPTIM, seed=0, cls=GPT, **ot
 
 
 def rows(run) -> list[dict]:
-    """What metrics.jsonl says, without what a clock says."""
+    """The rows of metrics.jsonl, without the fields that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     clock = ("time", "tokens_per_s")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
@@ -75,9 +75,11 @@ def losses(run) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_few_rows_are_learnt_by_heart(tmp_path, data, optimizer):
-    """Of ln 257 = 5.5 nats a token at the start nothing need remain, as each row begins otherwise:
-    what follows is certain. Fifty steps bring it below 0.05."""
+def test_a_few_rows_are_memorised(tmp_path, data, optimizer):
+    """The loss starts at ln 257 = 5.5 nats per token and falls below 0.05 in fifty steps.
+
+    It could reach 0: every row starts with another token, from which all others follow.
+    """
     few = data.batch(0, slice(4))
     few["tokens"][:, 0] = torch.arange(4)
     stub = Wrapped(data, batch=lambda step, part: few, val_batches=lambda n: iter([few]))
@@ -89,17 +91,17 @@ def test_a_few_rows_are_learnt_by_heart(tmp_path, data, optimizer):
     assert scores["val_loss"] < 0.05
 
 
-# ---- stop and go on -----------------------------------------------------------------------------
+# ---- stop and resume ----------------------------------------------------------------------------
 
 
 def show(model, folder, step) -> str:
-    """Draws as sampling does, and from the global generator, which training must not notice."""
+    """Samples, and also draws from the global random generator: training must not be affected."""
     torch.rand(3)
     return str(generate.complete(model, [[1, 2]], generate.Sampling(max_new_tokens=3)))
 
 
 def stopping(data, place: str, number: int, at: int):
-    """Data, and what to show, that raise a signal once at one place of the loop."""
+    """(data, show) that raise a signal once, at one place of the loop."""
     evaluations = []
 
     def batch(step, part):
@@ -137,18 +139,19 @@ def same(a, b) -> bool:
     [
         ("step", 6, 7, signal.SIGTERM, "float32"),
         ("step", 6, 7, signal.SIGINT, "bfloat16"),
-        ("step", 9, 10, signal.SIGTERM, "float32"),  # the last: its evaluation is left to do
+        ("step", 9, 10, signal.SIGTERM, "float32"),  # the last step, before its evaluation
         ("evaluation", 1, 0, signal.SIGTERM, "float32"),
         ("evaluation", 2, 5, signal.SIGINT, "float32"),
         ("samples", 5, 6, signal.SIGTERM, "float32"),
     ],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     tmp_path, data, monkeypatch, place, at, stopped_at, number, dtype
 ):
-    """With dropout, an average, micro-batches of unequal size, two optimizers, over an epoch."""
+    """With dropout, averaged weights, unequal micro-batches and two optimizers, over two epochs."""
     monkeypatch.setattr(machine, "bfloat16_is_fast", lambda device: True)
-    model, optim = replace(TINY, dropout=0.1), replace(OPTIM, ema_half_life=3)
+    model = replace(TINY, dropout=0.1)
+    optim = replace(OPTIM, ema_half_life=3)
     config = replace(TRAIN, micro_batch_size=3, dtype=dtype)
     straight = make(tmp_path / "a", data, model, config, optim, show=show)
     scores = straight.fit()
@@ -170,22 +173,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert len(losses(tmp_path / "a")) == 10
 
 
-def test_a_complete_run_is_left_as_it_is(tmp_path, data):
+def test_resuming_a_complete_run_changes_nothing(tmp_path, data):
     scores = make(tmp_path, data).fit()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    logged, again = rows(tmp_path), make(tmp_path, data)
+    logged = rows(tmp_path)
+    again = make(tmp_path, data)
     again.resume()
     assert again.fit() == scores and rows(tmp_path) == logged
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
-def test_a_second_signal_kills_but_not_at_once(monkeypatch):
-    now, survived = [100.0], False
+def test_a_second_signal_kills_unless_it_follows_at_once(monkeypatch):
+    now = [100.0]
+    survived = False
     monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt), distributed.Signals() as signals:
         signal.raise_signal(signal.SIGINT)
         now[0] += 0.1
-        signal.raise_signal(signal.SIGINT)  # torchrun, passing on the same Ctrl-C
+        signal.raise_signal(signal.SIGINT)  # the same Ctrl-C again, passed on by torchrun
         survived = signals.received == signal.SIGINT and not signals.agreed
         now[0] += 10
         signal.raise_signal(signal.SIGINT)
@@ -193,11 +198,11 @@ def test_a_second_signal_kills_but_not_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# ---- one batch, however it is cut ---------------------------------------------------------------
+# ---- micro-batches ------------------------------------------------------------------------------
 
 
 def masked(data):
-    """Training rows of which the first has one target, the next two, and so on."""
+    """Training rows with 0, 1, 2, ... targets, so that they have unequal weights."""
 
     def batch(step, part):
         counts = torch.arange(TRAIN.batch_size)[part] % TRAIN.batch_size
@@ -208,7 +213,7 @@ def masked(data):
 
 
 class Noisy(GPT):
-    """A GPT with noise of its own on every row's loss, as a denoiser has."""
+    """A GPT with random noise on the loss of every row, as a diffusion model has."""
 
     def loss(self, batch, generators):
         loss, _ = super().loss(batch)
@@ -216,11 +221,12 @@ class Noisy(GPT):
 
 
 @pytest.mark.parametrize(
-    ("weigh", "cls"), [(Wrapped, GPT), (Wrapped, Noisy), (masked, GPT)],
+    ("weigh", "cls"),
+    [(Wrapped, GPT), (Wrapped, Noisy), (masked, GPT)],
     ids=["equal", "noisy", "masked"],
-)  # fmt: skip
-def test_micro_batches_make_one_batch(tmp_path, data, weigh, cls):
-    """Row 0 of the masked batch has no target at all, and as a micro-batch of its own no mean."""
+)
+def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, data, weigh, cls):
+    """Row 0 of the masked batch has no target: alone in a micro-batch it has no mean loss."""
     optim = replace(OPTIM, optimizer="adamw", lr=1e-3)
     results = []
     for size in (0, 1, 3):
@@ -234,7 +240,7 @@ def test_micro_batches_make_one_batch(tmp_path, data, weigh, cls):
         torch.testing.assert_close(weights, results[0][1], rtol=1e-5, atol=1e-5)
 
 
-def test_row_generators_follow_the_row(data):
+def test_random_streams_belong_to_rows(data):
     def draws(part):
         return [torch.rand(1, generator=g).item() for g in row_generators(3, 5, part)]
 
@@ -244,11 +250,11 @@ def test_row_generators_follow_the_row(data):
     assert draws(range(1))[0] not in [torch.rand(1, generator=g).item() for g in others]
 
 
-# ---- what is not a number -----------------------------------------------------------------------
+# ---- losses that are not finite, and spikes -----------------------------------------------------
 
 
 class Poisoned(GPT):
-    """A GPT whose loss is multiplied by batch["factor"] where there is one."""
+    """A GPT whose loss is multiplied by batch["factor"], if the batch has one."""
 
     def loss(self, batch, generators=None):
         loss, metrics = super().loss(batch, generators)
@@ -256,6 +262,8 @@ class Poisoned(GPT):
 
 
 def poison(data, steps, factor=math.nan):
+    """Data whose batches of the given steps multiply the loss by `factor`."""
+
     def batch(step, part):
         extra = {"factor": torch.tensor(factor)} if step in steps else {}
         return {**data.batch(step, part), **extra}
@@ -281,17 +289,23 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, data, capsys, facto
     assert capsys.readouterr().out.count("skipped, no weight was changed") == 3
 
 
-def test_a_spike_is_far_above_what_was_before():
-    flat, wavy = [(2.0, 1.0)] * 64, [(2.0 + i % 2, 1.0) for i in range(64)]
-    assert not is_spike(flat[:63], (1e9, 1.0), 6) and not is_spike(flat, (1e9, 1e9), 0)
-    assert not is_spike(flat, (2.1, 1.05), 6)  # of what never differed 1% is a deviation
-    assert is_spike(flat, (2.2, 1.0), 6) and is_spike(flat, (2.0, 1.1), 6)
-    assert not is_spike(wavy, (5.4, 1.0), 6) and is_spike(wavy, (5.6, 1.0), 6)
+def test_a_spike_is_far_above_the_steps_before():
+    flat = [(2.0, 1.0)] * 64
+    assert not is_spike(flat[:63], (1e9, 1.0), 6)  # too few steps to compare with
+    assert not is_spike(flat, (1e9, 1e9), 0)  # 0 turns the check off
+    # The deviation of a flat curve counts as 1% of its mean.
+    assert not is_spike(flat, (2.1, 1.05), 6)
+    assert is_spike(flat, (2.2, 1.0), 6)
+    assert is_spike(flat, (2.0, 1.1), 6)
+    # Losses of mean 2.5 and deviation 0.5: the limit is 5.5.
+    wavy = [(2.0 + i % 2, 1.0) for i in range(64)]
+    assert not is_spike(wavy, (5.4, 1.0), 6)
+    assert is_spike(wavy, (5.6, 1.0), 6)
     assert not is_spike(wavy, (-1e9, 0.0), 6)
 
 
-def test_a_spike_is_skipped_also_by_who_goes_on(tmp_path, data, capsys, monkeypatch):
-    """What was before a stop is remembered: a spike right after it is one."""
+def test_a_spike_is_skipped_also_after_a_resume(tmp_path, data, capsys, monkeypatch):
+    """A resumed run remembers the steps before it stopped, and compares with them."""
     monkeypatch.setattr("tinyfm.training.trainer.WINDOW", 8)
     config = replace(TRAIN, spike_sigmas=6, eval_every=6)
     stub = poison(data, {6}, 1e9)
@@ -308,7 +322,7 @@ def test_a_spike_is_skipped_also_by_who_goes_on(tmp_path, data, capsys, monkeypa
     assert resumed.update(7)[0] < 10 and not same(resumed.model.state_dict(), before)
 
 
-def test_many_such_steps_end_the_run_and_keep_its_checkpoints(tmp_path, data):
+def test_many_bad_steps_end_the_run_and_keep_its_checkpoints(tmp_path, data):
     config = replace(TRAIN, patience=4, eval_every=2)
     trainer = make(tmp_path, poison(data, range(5, 99)), config=config, cls=Poisoned)
     with pytest.raises(FloatingPointError, match=r"4 steps in a row.*before.*--optim.lr"):
@@ -319,8 +333,9 @@ def test_many_such_steps_end_the_run_and_keep_its_checkpoints(tmp_path, data):
     assert all(p.isfinite().all() for p in resumed.model.parameters())
 
 
-def test_weights_that_blew_up_are_not_saved(tmp_path, data):
-    config, optim = replace(TRAIN, eval_every=1), replace(OPTIM, optimizer="adamw", lr=1e38)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, data):
+    config = replace(TRAIN, eval_every=1)
+    optim = replace(OPTIM, optimizer="adamw", lr=1e38)
     with pytest.raises(FloatingPointError, match="validation loss is nan at step"):
         make(tmp_path, data, config=config, optim=optim).fit()
     assert not [*tmp_path.glob("step-*")]
@@ -329,7 +344,7 @@ def test_weights_that_blew_up_are_not_saved(tmp_path, data):
 # ---- evaluation and checkpoints -----------------------------------------------------------------
 
 
-def test_evaluating_and_sampling_leave_the_training_alone(tmp_path, data):
+def test_evaluating_and_sampling_do_not_affect_training(tmp_path, data):
     modes = []
 
     class Watched(GPT):
@@ -337,7 +352,8 @@ def test_evaluating_and_sampling_leave_the_training_alone(tmp_path, data):
             modes.append(self.training)
             return super().loss(batch, generators)
 
-    model, results = replace(TINY, dropout=0.2), []
+    model = replace(TINY, dropout=0.2)
+    results = []
     for every, shown in ((0, None), (1, show)):
         config = replace(TRAIN, steps=6, eval_every=every)
         trainer = make(tmp_path / str(every), data, model, config, cls=Watched, show=shown)
@@ -348,7 +364,7 @@ def test_evaluating_and_sampling_leave_the_training_alone(tmp_path, data):
     assert same(results[0], results[1])
 
 
-def test_the_loss_is_that_of_the_averaged_weights(tmp_path, data):
+def test_the_validation_loss_is_that_of_the_averaged_weights(tmp_path, data):
     trainer = make(tmp_path, data, optim=replace(OPTIM, ema_half_life=5))
     scores = trainer.fit()
     total = weight = 0
@@ -357,13 +373,14 @@ def test_the_loss_is_that_of_the_averaged_weights(tmp_path, data):
     with torch.no_grad():
         for batch in data.val_batches(8):
             loss, metrics = other.loss(batch)
-            total, weight = total + loss * metrics["weight"], weight + metrics["weight"]
+            total += loss * metrics["weight"]
+            weight += metrics["weight"]
     assert scores["val_loss"] == pytest.approx(float(total / weight), rel=1e-6)
     assert not same(other.state_dict(), trainer.model.state_dict())
 
 
 def test_a_tied_head_is_averaged_once(tmp_path, data):
-    """The head's name must not bring the last step's weights back over the average."""
+    """The checkpoint must not hold the unaveraged weights under the head's name."""
     model = replace(TINY, tied=True)
     trainer = make(tmp_path, data, model, optim=replace(OPTIM, ema_half_life=5))
     trainer.fit()
@@ -373,15 +390,19 @@ def test_a_tied_head_is_averaged_once(tmp_path, data):
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path, data, monkeypatch):
-    script = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 2.0, 6: 3.0}
+    losses_by_step = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 2.0, 6: 3.0}
+
+    def evaluate(self):
+        if self.signals.agreed:
+            return {}
+        return {"val_loss": losses_by_step[self.counters["step"]]}
 
     def folders():
         return sorted(path.name for path in tmp_path.glob("step-*"))
 
     config = replace(TRAIN, steps=6, eval_every=1, keep=1)
     stub, _ = stopping(data, "step", signal.SIGTERM, 3)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: (
-        {} if self.signals.agreed else {"val_loss": script[self.counters["step"]]}))  # fmt: skip
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     make(tmp_path, stub, config=config).fit()
     assert folders() == ["step-000002", "step-000004"]
     trainer = make(tmp_path, data, config=config)
@@ -391,7 +412,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, data, monkeypatch):
     assert trainer.counters == {"step": 6, "best_step": 2, "best_loss": 1.0}
 
 
-def test_what_cannot_be_shown_stops_nothing(tmp_path, data, capsys):
+def test_samples_that_fail_do_not_stop_the_run(tmp_path, data, capsys):
     def broken(model, folder, step):
         raise OSError("no room for pictures")
 
@@ -401,7 +422,9 @@ def test_what_cannot_be_shown_stops_nothing(tmp_path, data, capsys):
     assert capsys.readouterr().out.count("no room for pictures") == 2
 
 
-def test_compiling_that_fails_is_told_and_left(tmp_path, data, monkeypatch, capsys):
+def test_a_failed_compilation_is_reported_and_training_continues(
+    tmp_path, data, monkeypatch, capsys
+):
     def compile(module):
         def call(*args):
             raise RuntimeError("no C++ compiler\nlong story")
@@ -417,7 +440,7 @@ def test_compiling_that_fails_is_told_and_left(tmp_path, data, monkeypatch, caps
     assert "long story" not in out and rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
-def test_compiling_that_works_is_used(tmp_path, data, monkeypatch):
+def test_a_compiled_model_is_used(tmp_path, data, monkeypatch):
     calls = []
 
     def compile(module):
@@ -446,10 +469,16 @@ def test_bad_configs(change, message):
         TrainConfig(**change)
 
 
+def test_what_decides_the_result_may_not_change_on_resume():
+    fixed = [f.name for f in fields(TrainConfig) if not f.metadata.get("may_change")]
+    assert fixed == ["steps", "batch_size", "seed", "spike_sigmas"]
+
+
 # ---- two ranks ----------------------------------------------------------------------------------
 
-# Each process runs train.py thrice: whole, counting how often gradients are exchanged; with a
-# signal that only rank 1 gets, and only as it evaluates; and with a batch that cannot be shared.
+# Each process runs train.py three times: a complete run, counting how often gradients are
+# exchanged; a run in which only rank 1 gets a signal, during its evaluation; and a run whose batch
+# size does not divide by the number of ranks.
 RANK = """
 import os, signal, sys
 import torch
@@ -491,13 +520,15 @@ run("--out", out + "-stopped")
 run("--out", out + "-uneven", "--train.batch-size", "3")
 torch.distributed.barrier()
 sys.stdout.flush()
-os._exit(0)  # gloo's threads now and then abort an orderly exit; that is not what we test
+os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
 """
 
 
-def test_two_ranks_are_one_batch_and_stop_together(tmp_path, options):
-    """Two ranks of two micro-batches each give the update of the whole batch, to rounding. AdamW
-    alone: Muon computes in bfloat16, where a last bit of a gradient becomes a thousandth."""
+def test_two_ranks_give_the_update_of_one_and_stop_together(tmp_path, options):
+    """Two ranks with two micro-batches each give the update of the whole batch, up to rounding.
+
+    With AdamW only: Muon computes in bfloat16, where a rounding error of a gradient grows to 0.1%.
+    """
     exact = ["--train.device", "cpu", "--train.dtype", "float32", "--optim.optimizer", "adamw"]
     options = [*options, *exact, "--optim.lr", "1e-3", "--optim.warmup-steps", "0"]
     ranks = run_two_ranks(RANK, tmp_path / "two", *options, "--train.micro-batch-size", "1")
@@ -505,7 +536,8 @@ def test_two_ranks_are_one_batch_and_stop_together(tmp_path, options):
     for (out, err), number in zip(ranks, (signal.SIGTERM, signal.SIGINT)):
         said = [line for line in out.splitlines() if line.startswith(("status", "exchanges"))]
         stopped = f"status: {128 + number}"
-        assert said == ["status: 0", "exchanges: 4", stopped, uneven], out + err  # one a step
+        # One exchange of gradients per step, although a step has two micro-batches.
+        assert said == ["status: 0", "exchanges: 4", stopped, uneven], out + err
     assert "stopped at step 2 and saved" in ranks[0][0]
     assert ranks[1][0].count("\n") == 4  # the second rank is silent
     assert checkpoint.find(tmp_path / "two-stopped").name == "step-000002"
