@@ -1,5 +1,6 @@
 """Shared by several test files: a small real text, a tiny run trained on it, two ranks."""
 
+import json
 import os
 import signal
 import socket
@@ -53,6 +54,36 @@ def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) 
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else matrices))
     return model
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def assert_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Both models have tensors of the same names, equal bit for bit."""
+    tensors = ours.state_dict()
+    expected = theirs.state_dict()
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normally distributed numbers, always the same for one shape and seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generators(n: int, seed: int = 0) -> list[torch.Generator]:
+    """n generators with different seeds, one per row of a batch."""
+    return [torch.Generator().manual_seed(100 * seed + i) for i in range(n)]
+
+
+def edit_json(path: Path, **fields) -> None:
+    """Change fields of a JSON file; the value `...` removes a field."""
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
+    content = {name: value for name, value in content.items() if value is not ...}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
