@@ -193,9 +193,10 @@ def prune(run: str | Path, keep_last: int = 2, best: int | None = None) -> list[
 
 @contextmanager
 def _dcp_errors() -> Iterator[None]:
-    """Around a call of DCP: raise the error that went wrong inside it.
+    """Around a call of DCP: raise the original error instead of DCP's wrapper around it.
 
-    DCP wraps it in an exception of its own, which `except Exception` would not catch.
+    The wrapper is not an Exception, so `except Exception` would not catch it. (BaseException is its
+    base class.) A warning about a run of one process is suppressed.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

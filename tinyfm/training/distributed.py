@@ -116,8 +116,8 @@ def first_rank_first(world: World) -> Iterator[None]:
 def meet(world: World, backend: str) -> None:
     """Join the other ranks, at the address in torchrun's environment.
 
-    torchrun restarts all ranks if one dies. Each attempt gets a prefix of its own in the shared
-    store, so that it does not find the addresses of ranks that no longer run.
+    torchrun restarts all ranks if one dies. Each attempt uses another prefix in the shared store,
+    so that it does not find the addresses of ranks that no longer run.
     """
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -294,9 +294,10 @@ class Trainer:
         torch.manual_seed(mix(self.train.seed, step, -1 - self.world.rank))  # for dropout
         set_lr(self.optimizers, lr_factor(step, self.train.steps, self.optim))
 
-        # Gradients. The ranks have to agree on three numbers: the total loss, the total weight, and
-        # whether a signal to stop has reached any of them. `signals.total` sums all three over the
-        # ranks in one small message, so that stopping together costs no message of its own.
+        # Gradients, and three numbers on which the ranks have to agree: the total loss, the total
+        # weight, and whether a signal to stop has reached any rank. `signals.total` appends this
+        # rank's signal to the two sums and adds up all three over the ranks, in one small message.
+        # So it costs nothing extra to learn that another rank has a signal.
         sums = self.backward(step)
         total, weight, signalled = self.signals.total(sums)
 
@@ -356,7 +357,7 @@ class Trainer:
                     scores = self.score(self.model)
         self.model.train()
 
-        # As in a step, one sum over ranks also says whether any rank has had a signal.
+        # As in `update`, the sum over ranks also says whether a signal has reached any rank.
         total, weight, signalled = self.signals.total(sums).tolist()
         self.signals.agree(signalled)
         if signalled:
