@@ -1,4 +1,4 @@
-"""Compiled decoding computes the same sums in another order, so it generates the same tokens."""
+"""Compiled decoding: matrix-vector products equal a linear layer, generation gives equal tokens."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tinyfm.gpt import GPT, GPTConfig
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Forget what earlier tests compiled."""
+    """Remove the functions that earlier tests compiled."""
     torch.compiler.reset()
 
 
@@ -51,5 +51,7 @@ def test_a_compiled_model_generates_the_same_tokens(monkeypatch):
     compile_decoding(model)
     assert complete(model, prompts, s) == expected
     assert complete(model, prompts[:1], s) == complete(model, prompts[:1], s, use_cache=False)
-    torch.testing.assert_close(model(tokens), logits)  # whole texts are read uncompiled
+    torch.testing.assert_close(
+        model(tokens), logits
+    )  # a text of several tokens takes the uncompiled path
     assert len(compiled) == 5  # two parts of two blocks, and the head
