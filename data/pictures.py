@@ -1,12 +1,14 @@
-"""One image file -> pixels, whoever made it; and pixels -> one PNG to look at.
+"""An image file of any origin -> pixels; and pixels -> one PNG to look at.
 
-Reading is where other people's bytes come in. Only common formats are tried, the pixels are counted
-before any is decoded, and what cannot be read is refused with a reason. What a file says of itself
-is heeded: orientation, palette, transparency (laid on white), depth, printer's ink (CMYK).
+Image files may come from strangers, so they are read with care. Only common formats are tried. The
+number of pixels is checked before any pixel is decoded. A file that cannot be read is refused with
+a reason. The information in a file is respected: orientation, palette, transparency (the picture
+is laid on white), bit depth and printer's inks (CMYK).
 
-The picture becomes a square as CLIP wants it (Radford et al. 2021) and transformers computes it:
-the short side is made `size` with a bicubic filter, the long side scaled alike and rounded down,
-and the middle square cut out. Left out: colour profiles, so that wide-gamut photos pale a little.
+The picture becomes a square as in CLIP (Radford et al. 2021), with the same pixels as the
+library transformers gives: the short side is resized to `size` with a bicubic filter, the long
+side is scaled by the same factor and rounded down, and the square in the middle is cut out. Left
+out: colour profiles, so that photos with a wide gamut look a little pale.
 """
 
 import contextlib
@@ -25,16 +27,17 @@ from PIL.Image import open as open_image
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
-# matplotlib's fonts, found without importing it.
+COLORED = 32  # a pixel whose channels differ by more than this is not grey
+# The fonts that come with matplotlib. This finds them without importing matplotlib.
 FONTS = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
 
 
 class Record(NamedTuple):
-    """A picture and what is said of it."""
+    """A picture with its captions."""
 
     image: np.ndarray  # uint8 (H, W, C)
-    captions: tuple[str, ...]  # the first is the one that training reads
-    label: str  # what it shows, without how
+    captions: tuple[str, ...]  # training reads the first one
+    label: str  # the thing that is shown, without the way in which it is shown
     split: str
 
 
@@ -42,20 +45,26 @@ class Record(NamedTuple):
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Pixels of any kind as RGB: 8 bits a channel, opaque."""
-    if image.mode.startswith(("I", "F")):  # deep grey, which Pillow would clip instead of scale
+    """An image of any mode as RGB: 8 bits per channel, opaque."""
+    # Grey with more than 8 bits: Pillow would clip it, so scale it here.
+    if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0, posinf=1, neginf=0)
-        white = max(1 if image.mode == "F" else 65535, grey.max())
+        largest = 1 if image.mode == "F" else 65535
+        white = max(largest, grey.max())
         image = Image.fromarray((grey.clip(0, white) / white * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
 
 
 def load(path: str | Path) -> tuple[Image.Image, int]:
-    """The first picture of a file, upright and flat, and how many there are (an animation's frames,
-    a document's pages). Raises ValueError with the reason where that fails."""
+    """The first picture of a file, upright and flat, and the number of pictures in the file.
+
+    An animation has several pictures (frames), and so may a document (pages). Raises ValueError
+    with the reason if that fails.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which do no harm
@@ -70,24 +79,30 @@ def load(path: str | Path) -> tuple[Image.Image, int]:
         reason = f"more than {MAX_PIXELS:,} pixels, make it smaller"
     except UnidentifiedImageError:
         reason = f"not an image in one of the formats {', '.join(FORMATS)}"
-    except Exception as error:  # decoders raise all sorts, and one bad file must not stop the rest
+    except Exception as error:  # decoders raise all kinds, and one bad file must not stop the rest
         reason = getattr(error, "strerror", None) or "truncated or damaged"
     raise ValueError(reason)
 
 
 def middle_square(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture whose short side is made `size`: (size, size) pixels."""
-    width, height = (size * side // min(image.size) for side in image.size)
+    """Resize the short side to `size`, and cut out the middle: (size, size) pixels.
+
+    Raises ValueError if the other side would become too long.
+    """
+    short = min(image.size)
+    width = size * image.width // short
+    height = size * image.height // short
     if width * height > MAX_PIXELS:
         raise ValueError("far too long for its width, crop it")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def is_colored(image: np.ndarray) -> bool:
-    """Is there a pixel of uint8 (H, W, 3) that is far from any grey?"""
-    return bool(np.ptp(image, axis=2).max() > 32)
+    """Whether an image, uint8 (H, W, 3), has a pixel that is far from any grey."""
+    return bool(np.ptp(image, axis=2).max() > COLORED)
 
 
 def to_grey(image: np.ndarray) -> np.ndarray:
@@ -96,16 +111,20 @@ def to_grey(image: np.ndarray) -> np.ndarray:
 
 
 def decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int]:
-    """uint8 (size, size, channels), 1 channel for grey or 3 for colour, and the number of pictures
-    in the file, of which this is the first. Raises ValueError with nothing but the reason."""
+    """The first picture of a file, uint8 (size, size, channels), and the number of pictures.
+
+    One channel is grey, three are colour. Raises ValueError with the reason, without the path.
+    """
     image, count = load(path)
     square = np.array(middle_square(image, size))
-    return to_grey(square) if channels == 1 else square, count
+    if channels == 1:
+        square = to_grey(square)
+    return square, count
 
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Let an error name the file."""
+    """Add the path to the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -113,25 +132,32 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """The picture alone, as `decode` has it. Raises ValueError that names the file; warns where
-    colours are lost."""
+    """The first picture of a file, uint8 (size, size, channels).
+
+    Raises ValueError that names the file. Warns if colours are lost.
+    """
     with named(path):
         image, _ = decode(path, size, 3)
-    if channels == 1 and is_colored(image):
+    if channels != 1:
+        return image
+    if is_colored(image):
         warnings.warn(f"{path} is in colour, the model in grey: read as grey", stacklevel=2)
-    return to_grey(image) if channels == 1 else image
+    return to_grey(image)
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height of a picture in pixels. Raises ValueError that names the file."""
+    """The width and height of a picture in pixels. Raises ValueError that names the file."""
     with named(path):
-        return load(path)[0].size
+        image, _ = load(path)
+        return image.size
 
 
 # ---- looking -------------------------------------------------------------------------------------
 
-TITLE_SIZE, TITLE_LINES = 10, 6
-TILE = 96  # the least width of a picture with a title
+TITLE_SIZE = 10  # pixels
+TITLE_LINES = 6  # a longer title is cut
+TITLE_WIDTH = 0.6 * TITLE_SIZE  # pixels of an average character
+TILE = 96  # pixels: an image with a title is enlarged at least to this width
 
 
 def save(image: np.ndarray, path: str | Path) -> None:
@@ -144,22 +170,33 @@ def save_grid(
 ) -> None:
     """Write a PNG of the images, uint8 (B, H, W, C) with C 1 or 3, row by row.
 
-    Titles are set small above the images, which are then enlarged to be wide enough for a few
-    words; what does not fit in TITLE_LINES lines is cut.
+    Titles are set in small letters above the images, which are then enlarged to have room for a
+    few words. A title of more than TITLE_LINES lines is cut.
     """
     n, height, width, channels = images.shape
-    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", TITLE_SIZE)
-    zoom = math.ceil(TILE / width) if titles else 1
-    tile, gap = width * zoom, 4 if titles else 1
-    characters = int(tile / (0.6 * TITLE_SIZE))
-    cut = {"max_lines": TITLE_LINES, "placeholder": "…"}
-    lines = [textwrap.wrap(title, characters, **cut) for title in titles or ()]
+
+    # The sizes of a tile, and the lines of each title.
+    zoom = 1
+    gap = 1
+    if titles:
+        zoom = math.ceil(TILE / width)
+        gap = 4
+    tile = width * zoom
+    lines = []
+    for title in titles or ():
+        characters = int(tile / TITLE_WIDTH)
+        lines.append(textwrap.wrap(title, characters, max_lines=TITLE_LINES, placeholder="…"))
     head = max(map(len, lines), default=0) * (TITLE_SIZE + 2)
-    step_x, step_y = tile + gap, height * zoom + head + gap
+    step_x = tile + gap
+    step_y = height * zoom + head + gap
+
+    # Draw the tiles.
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", TITLE_SIZE)
     grid = Image.new("RGB", (columns * step_x + gap, math.ceil(n / columns) * step_y + gap), "grey")
     pen = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
-        x, y = gap + i % columns * step_x, gap + i // columns * step_y
+        x = gap + i % columns * step_x
+        y = gap + i // columns * step_y
         picture = Image.fromarray(image if channels == 3 else image[:, :, 0])
         picture = picture.resize((tile, height * zoom), Image.Resampling.NEAREST)
         grid.paste(picture, (x, y + head))

@@ -1,16 +1,17 @@
-"""Which script is this letter of, or which character is it? Two picture tasks, on your disk.
+"""Which script is this letter from, or which character is it? Two picture tasks, no download.
 
-The pictures are the drawings of data/glyphs.py, the answer is read off their names: "serif bold
-greek small letter alpha with tonos" is of the script "greek". Two questions:
+The pictures are the drawings of data/glyphs.py, and the answers come from their names: "serif bold
+greek small letter alpha with tonos" belongs to the script "greek". There are two tasks:
 
-    scripts       Latin, Greek, Arabic ... and beside the scripts arrows, and signs of mathematics.
-                  In training all classes have nearly the same number of drawings.
-    characters    which of the characters that all sixteen fonts draw, each in its own way
+    scripts       Latin, Greek, Arabic and other scripts, and two classes that are no scripts:
+                  arrows and signs of mathematics. In training, all classes have nearly the same
+                  number of drawings.
+    characters    The characters that all sixteen fonts draw, each font in a different way.
 
-What is held out are whole fonts, of characters that training has in other fonts: the four in bold
-italic, which no training on glyphs sees, and mono bold, as Arabic has no other to spare (and
-which a model trained on glyphs has seen). A letter that looks the same in two scripts is drawn as
-that of the first alone, see glyphs.py.
+Whole fonts are held out; training has the same characters in other fonts. They are the four fonts
+in bold italic, which no training on glyphs sees, and mono bold, because Arabic has no other font to
+spare. (A model that was trained on glyphs has seen mono bold.) A letter that looks the same in two
+scripts is drawn as a letter of the first one only, see glyphs.py.
 
     python -m data.scripts [contact-sheet.png]
 """
@@ -29,30 +30,42 @@ from data.pictures import Record, save_grid
 from data.report import Report
 
 TASKS = ("scripts", "characters")
-SCRIPTS = ("arabic", "armenian", "canadian syllabics", "cyrillic", "georgian", "greek", "hebrew",
-           "lao", "latin")  # fmt: skip
-PER_SCRIPT = 250  # training drawings of each, nearly
+SCRIPTS = (
+    "arabic",
+    "armenian",
+    "canadian syllabics",
+    "cyrillic",
+    "georgian",
+    "greek",
+    "hebrew",
+    "lao",
+    "latin",
+)
+PER_SCRIPT = 250  # training drawings of each script, at most
 HELD_OUT_STYLES = tuple(
     style for style in glyphs.FILES if style.endswith(glyphs.HELD_OUT_STYLE) or style == "mono bold"
 )
 
 
 def script_of(name: str) -> str:
-    """Of a character by its Unicode name in lower case; "" for one of no class here."""
+    """The class of a character by its Unicode name in lower case; "" if it is in no class."""
     for script in SCRIPTS:
         if name.startswith(f"{script} "):
             return script
-    if "arrow" in name.split() or "arrows" in name.split():
+    words = name.split()
+    if "arrow" in words or "arrows" in words:
         return "arrow"
-    return "mathematics" if unicodedata.category(unicodedata.lookup(name)) == "Sm" else ""
+    if unicodedata.category(unicodedata.lookup(name)) == "Sm":  # symbol, mathematical
+        return "mathematics"
+    return ""
 
 
 def version(task: str) -> str:
-    """What the records depend on."""
+    """A name for the exact records: it changes if they do."""
     return f"{task}-1 {glyphs.version()}"
 
 
-def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+def resized(image: np.ndarray, size: int, channels: int) -> np.ndarray:
     """A drawing, uint8 (H, W, 1), as (size, size, channels)."""
     if image.shape[0] != size:
         picture = Image.fromarray(image[:, :, 0])
@@ -61,47 +74,68 @@ def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
 
 
 def by_character(drawn: list[Record]) -> dict[str, dict[str, list[Record]]]:
-    """{name: {split: drawings}} of the characters that are in both, in the order of a hash."""
+    """{name: {split: drawings}} of the characters that are in both splits.
+
+    The characters are in the order of a hash.
+    """
     found: dict[str, dict[str, list[Record]]] = {}
-    for record in sorted(drawn, key=lambda record: glyphs.number_of(record.label)):
+    for record in sorted(drawn, key=lambda record: glyphs.stable_hash(record.label)):
         style = record.captions[0].removesuffix(f" {record.label}")
         split = HELD_OUT if style in HELD_OUT_STYLES else TRAIN
         found.setdefault(record.label, {}).setdefault(split, []).append(record)
     return {name: splits for name, splits in found.items() if len(splits) == len(SPLITS)}
 
 
+def choose_scripts(characters: dict[str, dict[str, list[Record]]]) -> Iterator[tuple[str, str]]:
+    """Yield (class, name) of the characters of the scripts task.
+
+    A character is left out if it would give its class more than PER_SCRIPT training drawings.
+    """
+    taken: Counter[str] = Counter()  # class -> training drawings
+    for name, splits in characters.items():
+        script = script_of(name)
+        count = len(splits[TRAIN])
+        if script and taken[script] + count <= PER_SCRIPT:
+            taken[script] += count
+            yield script, name
+
+
+def choose_characters(characters: dict[str, dict[str, list[Record]]]) -> Iterator[tuple[str, str]]:
+    """Yield (class, name), which are equal, of the characters that all fonts draw."""
+    for name, splits in characters.items():
+        if sum(map(len, splits.values())) == len(glyphs.FILES):
+            yield name, name
+
+
 def choose(task: str, drawn: list[Record]) -> Iterator[tuple[str, str, Record]]:
-    """Yield (class, split, drawing) of those that belong to a task."""
-    taken: Counter[str] = Counter()  # training drawings of a script
-    for name, splits in by_character(drawn).items():
-        if task == "characters":
-            label = name if sum(map(len, splits.values())) == len(glyphs.FILES) else ""
-        else:
-            label, count = script_of(name), len(splits[TRAIN])
-            label = label if taken[label] + count <= PER_SCRIPT else ""
-            taken[label] += count
-        if not label:
-            continue
-        yield from ((label, split, record) for split in SPLITS for record in splits[split])
+    """Yield (class, split, drawing) of the drawings that belong to a task."""
+    characters = by_character(drawn)
+    chosen = choose_scripts(characters) if task == "scripts" else choose_characters(characters)
+    for label, name in chosen:
+        for split in SPLITS:
+            for record in characters[name][split]:
+                yield label, split, record
 
 
 def records(
     task: str, size: int = glyphs.SIZE, channels: int = 1, report: Report | None = None
 ) -> Iterator[Record]:
-    """Yield a record for each drawing of a task; its caption is its class.
+    """Yield a record for each drawing of a task (one of TASKS). Its caption is its class.
 
     Images are uint8 (size, size, channels). Raises ValueError as glyphs.records does.
     """
     assert task in TASKS
-    report, counts = report if report is not None else Report(), {}
+    if report is None:
+        report = Report()
+    labels = {}  # split -> the class of each drawing
     drawn = list(glyphs.records(Report()))
     report.found += len(drawn)
     for label, split, record in choose(task, drawn):
         report.used += 1
-        counts.setdefault(split, []).append(label)
-        yield Record(fit(record.image, size, channels), (label,), record.label, split)
-    for split, labels in counts.items():
-        report.notes.append(f"{split}: {len(labels):,} drawings of {len(set(labels)):,} classes")
+        labels.setdefault(split, []).append(label)
+        yield Record(resized(record.image, size, channels), (label,), record.label, split)
+    for split, own in labels.items():
+        report.notes.append(f"{split}: {len(own):,} drawings of {len(set(own)):,} classes")
 
 
 if __name__ == "__main__":

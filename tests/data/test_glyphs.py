@@ -269,7 +269,7 @@ def test_paint_blends_as_the_antialiasing_does():
     painted = glyphs.paint(image, "red", "cyan")
     assert painted.tolist() == [[[255, 0, 0], [204, 51, 51], [0, 255, 255]]]
     assert np.array_equal(glyphs.paint(image, "black", "white"), image.repeat(3, axis=2))
-    with pytest.raises(ValueError, match=r"no colour pink; there are black, .*white"):
+    with pytest.raises(ValueError, match=r"no colour pink: choose from black, .*white"):
         glyphs.paint(image, "red", "pink")
 
 
