@@ -1,11 +1,12 @@
-"""CLIP: the losses equal the papers' formulas, and a batch that is cut into parts is one batch."""
+"""CLIP: losses against plain formulas, batches in parts and on two ranks, augmentation, towers."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_two_ranks
+from conftest import assert_equal_weights, generators, run_two_ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,7 @@ from tinyfm.training.optim import OptimConfig, build_optimizers, lr_factor, scal
 
 LOSSES = ("infonce", "siglip", "simclr")
 KINDS = (*LOSSES, "memory")
-V, T, B, END = 40, 10, 8, 7  # END among the other ids, neither highest nor lowest
+V, T, B, END = 40, 10, 8, 7  # END is neither the highest id nor the lowest
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -49,20 +50,20 @@ def make(seed: int = 0, **options) -> CLIP:
 
 
 def make_kind(kind: str) -> CLIP:
-    """A model with one of the losses, or with a memory that already holds two batches."""
+    """A model with one of the losses, or one whose memory holds two batches already."""
     if kind in LOSSES:
         return make(loss=kind, stem="conv")
     model = make(memory=12, rivals="all", stem="conv")
     model.n_pairs = 1000
     generator = torch.Generator().manual_seed(2)
-    for i in range(2):
+    for i in range(2):  # some ids equal labels of make_batch()
         x, y = torch.nn.functional.normalize(torch.randn(2, B, 12, generator=generator), dim=-1)
         model.memory.add(x, y, torch.arange(B) + B * i - 2)
     return model
 
 
 def make_batch(rows: int = B, seed: int = 0, channels: int = 1) -> dict[str, torch.Tensor]:
-    """Random pairs. Rows 1 and 6 share a caption, and so do 2, 3 and 7, across the two halves."""
+    """Random pairs. Of 8 rows, 1 and 6 share a caption, and so do 2, 3 and 7."""
     g = torch.Generator().manual_seed(seed)
     images = 2 * torch.rand(rows, channels, 8, 8, generator=g) - 1
     tokens = torch.randint(8, V, (rows, T), generator=g)
@@ -72,7 +73,8 @@ def make_batch(rows: int = B, seed: int = 0, channels: int = 1) -> dict[str, tor
 
 
 def streams(rows: int = B) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(100 + row) for row in range(rows)]
+    """The generators of the rows of a batch."""
+    return generators(rows, seed=1)
 
 
 def gradients(model: CLIP, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,13 +96,16 @@ def assert_same_gradients(ours, theirs):
 # ---- the losses against plain formulas -----------------------------------------------------------
 
 
-def plain_loss(model: CLIP, batch, generators) -> torch.Tensor:
+def plain_loss(model: CLIP, batch, row_generators) -> torch.Tensor:
     """The loss from the embeddings, pair by pair, in float64."""
-    images, s = batch["images"], model.logit_scale.double().exp()
+    images = batch["images"]
+    s = model.logit_scale.double().exp()
     if model.config.loss == "simclr":
-        first, second = (augment(images, generators, 1.0) for _ in range(2))
+        first = augment(images, row_generators, 1.0)
+        second = augment(images, row_generators, 1.0)
         v = torch.cat([model.encode_image(first), model.encode_image(second)]).double()
-        total, n = 0, len(v)
+        n = len(v)
+        total = 0
         for i in range(n):
             others = [j for j in range(n) if j != i]
             z = torch.stack([s * (v[i] @ v[j]) for j in others])
@@ -126,7 +131,8 @@ def plain_loss(model: CLIP, batch, generators) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_is_the_plain_formula(loss):
-    model, batch = make(loss=loss, augment=0.0), make_batch()
+    model = make(loss=loss, augment=0.0)
+    batch = make_batch()
     ours, metrics = model.loss(batch, streams())
     theirs = plain_loss(model, batch, streams())
     assert metrics == {} and theirs > 0.5
@@ -134,18 +140,21 @@ def test_loss_is_the_plain_formula(loss):
     assert_same_gradients(gradients(model, ours), gradients(model, theirs))
 
 
-def test_different_captions_make_the_published_loss():
+def test_with_different_captions_the_loss_is_the_published_one():
     """Radford et al. 2021, figure 3: the mean of two cross-entropies with labels 0, 1, 2, ..."""
-    model, batch = make(), make_batch(6)
+    model = make()
+    batch = make_batch(6)
     z = model(batch["images"], batch["tokens"])
     labels = torch.arange(6)
     entropies = [torch.nn.functional.cross_entropy(logits, labels) for logits in (z, z.T)]
     torch.testing.assert_close(model.loss(batch)[0], sum(entropies) / 2, **CLOSE)
 
 
-def test_a_negative_stands_for_many():
-    """As if each negative of the batch were there three times; in evaluation, only once."""
-    model, plain, batch = make(rivals="all"), make(), make_batch(6)
+def test_a_negative_counts_as_many():
+    """Of 16 pairs, each of the 5 negatives in the batch counts three times; in evaluation, once."""
+    model = make(rivals="all")
+    plain = make()
+    batch = make_batch(6)
     plain.load_state_dict(model.state_dict())
     model.n_pairs = 1 + 3 * 5
     z = model(batch["images"], batch["tokens"]).double()
@@ -157,12 +166,12 @@ def test_a_negative_stands_for_many():
     torch.testing.assert_close(model.loss(batch)[0].double(), total / 12, **CLOSE)
     expected = plain.loss(batch)[0]
     assert model.eval().loss(batch)[0] == expected
-    model.train().n_pairs = 3  # fewer than the rows of the batch: nothing to estimate
+    model.train().n_pairs = 3  # fewer pairs than rows: nothing to estimate
     assert model.loss(batch)[0] == expected
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
-    """Random pairs with different captions, but the first caption is the same in every batch."""
+    """Random pairs with different captions, except that all batches share the first caption."""
     found = [make_batch(6, seed=i) for i in range(count)]
     for i, batch in enumerate(found):
         batch["labels"] = torch.tensor([0, *range(1 + 5 * i, 6 + 5 * i)])
@@ -170,9 +179,10 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("rivals", ["batch", "all"])
-def test_the_memory_is_the_last_rows_as_more_columns(rivals):
-    """Ten rows: six of the last batch and four of the one before. The first two batches are not
-    stored; the third is the first to be remembered."""
+def test_the_memory_adds_the_latest_rows_as_columns(rivals):
+    """It has ten rows: six of the last batch and four of the one before. With memory_after 2, the
+    third batch is the first that is stored.
+    """
     model = make(memory=10, memory_after=2, rivals=rivals, augment=0.0)
     plain = make(rivals=rivals, augment=0.0)
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -181,21 +191,21 @@ def test_the_memory_is_the_last_rows_as_more_columns(rivals):
     for i, batch in enumerate(batches(6)):
         x, y = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
         own = (x, y, batch["labels"])
-        known = [torch.cat(parts)[:16] for parts in zip(own, *past)]  # the newest first
+        all_x, all_y, all_labels = (torch.cat(parts)[:16] for parts in zip(own, *past))
         s = model.scale()
-        n = len(known[0])
+        weight = (100 - 1) / (len(all_x) - 1) if rivals == "all" else 1  # of a negative
         total = 0
-        stands_for = (100 - 1) / (n - 1) if rivals == "all" else 1
-        for a, b in ((x, known[1]), (y, known[0])):
-            same = batch["labels"][:, None] == known[2]
+        for a, b in ((x, all_y), (y, all_x)):
+            same = batch["labels"][:, None] == all_labels
             z = (s * a @ b.T).double()
-            z = z + math.log(stands_for) * ~same
+            z = z + math.log(weight) * ~same
             total = total - ((z.log_softmax(1) * same).sum(1) / same.sum(1)).mean() / 2
         ours = model.loss(batch)[0]
         torch.testing.assert_close(ours.double(), total, **CLOSE)
         if not past:
             torch.testing.assert_close(ours, plain.loss(batch)[0], **CLOSE)
-        past = [[tensor.detach() for tensor in own], *past] if i >= 2 else []
+        if i >= 2:
+            past = [[tensor.detach() for tensor in own], *past]  # the newest first
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain.eval()
     model.eval()
@@ -205,18 +215,21 @@ def test_the_memory_is_the_last_rows_as_more_columns(rivals):
 
 
 def test_the_memory_is_saved_and_loaded():
-    first, second = make(memory=10), make(1, memory=10)
+    first = make(memory=10)
+    second = make(1, memory=10)
     *early, last = batches(4)
     for batch in early:
         first.loss(batch, streams(6))
     load_model(second, first.state_dict())
-    ours, theirs = (model.loss(last, streams(6))[0] for model in (first, second))
-    assert torch.equal(ours, theirs) and ours != make().loss(last, streams(6))[0]
-    assert all(torch.equal(t, second.state_dict()[n]) for n, t in first.state_dict().items())
+    loss = first.loss(last, streams(6))[0]
+    assert torch.equal(second.loss(last, streams(6))[0], loss)
+    assert loss != make().loss(last, streams(6))[0]  # without a memory
+    assert_equal_weights(first, second)
 
 
 def test_rows_that_are_not_finite_are_not_stored():
-    model, (first, second, third) = make(memory=20), batches(3)
+    model = make(memory=20)
+    first, second, third = batches(3)
     model.loss(first, streams(6))
     second["images"] = second["images"].index_fill(0, torch.tensor([2]), math.nan)
     assert model.loss(second, streams(6))[0].isnan()  # the trainer would skip this step
@@ -224,9 +237,10 @@ def test_rows_that_are_not_finite_are_not_stored():
     assert model.loss(third, streams(6))[0].isfinite()
 
 
-def test_equal_captions_are_no_negatives():
+def test_equal_captions_are_not_negatives():
     """With one caption for all images, every text is a positive, and the loss is ln B."""
-    model, batch = make(), make_batch()
+    model = make()
+    batch = make_batch()
     batch["tokens"][:] = batch["tokens"][0].clone()
     batch["labels"][:] = 3
     x = model.encode_image(batch["images"])
@@ -237,9 +251,10 @@ def test_equal_captions_are_no_negatives():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bfloat16_and_autocast_are_near_float32(loss):
-    model, batch = make(loss=loss, stem="conv"), make_batch()
+    model = make(loss=loss, stem="conv")
+    batch = make_batch()
     with torch.no_grad():
-        model.logit_scale.fill_(4.5)  # logits up to 90, which bfloat16 rounds to halves
+        model.logit_scale.fill_(4.5)  # logits up to 90, which bfloat16 rounds to multiples of 0.5
     exact = model.loss(batch, streams())[0]
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model.loss(batch, streams())[0]
@@ -249,13 +264,14 @@ def test_bfloat16_and_autocast_are_near_float32(loss):
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
 
 
-# ---- a batch in parts is one batch ---------------------------------------------------------------
+# ---- a batch in parts gives the loss and gradients of one batch ---------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_rows_at_once_change_nothing(kind, rows):
-    model, batch = make_kind(kind), make_batch()
+def test_rows_at_once_changes_no_gradient(kind, rows):
+    model = make_kind(kind)
+    batch = make_batch()
     whole = model.loss(batch, streams())[0]
     expected = gradients(model, whole)
     model = make_kind(kind)
@@ -266,7 +282,7 @@ def test_rows_at_once_change_nothing(kind, rows):
 
 
 class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returned."""
+    """Records the size of the largest tensor that an operation returned."""
 
     numbers = 0
 
@@ -278,7 +294,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_whole_matrix_is_never_made():
+def test_the_whole_matrix_of_logits_is_never_made():
     n, rows = 256, 16
     x, y = torch.randn(2, n, 4).requires_grad_().unbind()
     ids = torch.arange(n)
@@ -291,11 +307,11 @@ def test_the_whole_matrix_is_never_made():
 
 
 def test_towers_keep_one_part_at_a_time():
-    """What the forward pass saves for the backward pass grows with the rows; in parts, only their
-    inputs and vectors are saved."""
-    model, batch = make(), make_batch()
+    """The forward pass saves activations of all rows; in parts, only their inputs and vectors."""
+    model = make()
+    batch = make_batch()
 
-    def kept(rows):
+    def saved_numbers(rows):
         sizes = {}
 
         def record(tensor):
@@ -305,17 +321,16 @@ def test_towers_keep_one_part_at_a_time():
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             model.rows_at_once = rows
             model.in_parts(model.encode_image, batch["images"])
-        own = {p.data_ptr() for p in model.parameters()}
-        return sum(size for place, size in sizes.items() if place not in own)
+        weights = {p.data_ptr() for p in model.parameters()}
+        return sum(size for place, size in sizes.items() if place not in weights)
 
-    assert kept(2) < kept(0) / 10
+    assert saved_numbers(2) < saved_numbers(0) / 10
 
 
-# Each rank takes its half of the batch and prints its losses; rank 0 writes DDP's gradients.
+# Each rank takes half of the batch and prints its losses. Rank 0 writes the gradients of DDP.
 RANK = """
 import os, sys
 import torch
-from conftest import run_two_ranks
 from safetensors.torch import save_file
 from test_clip import KINDS, B, make_batch, make_kind, streams
 from tinyfm.training import distributed, parallel
@@ -338,11 +353,11 @@ for kind in KINDS:
 print(model.memory.x.abs().sum().item(), model.memory.ids.sum().item(), flush=True)
 torch.distributed.barrier()
 sys.stdout.flush()
-os._exit(0)  # an orderly exit sometimes crashes in gloo's threads, which is not tested here
+os._exit(0)  # a normal exit sometimes crashes in gloo's threads, which this test is not about
 """
 
 
-def test_two_ranks_are_one_batch(tmp_path):
+def test_two_ranks_give_the_gradients_of_one_batch(tmp_path):
     outputs = run_two_ranks(RANK, tmp_path)
     values = [list(map(float, out.split())) for out, _ in outputs]
     assert [len(row) for row in values] == [10, 10], outputs[0][1] + outputs[1][1]
@@ -355,30 +370,31 @@ def test_two_ranks_are_one_batch(tmp_path):
             assert mean == pytest.approx(whole.item(), rel=1e-5)
             assert values[0][place] != values[1][place]
             assert_same_gradients(load_file(tmp_path / f"{kind}-{part}.safetensors"), expected)
-    memory = model.memory.x.abs().sum().item(), model.memory.ids.sum().item()
+    memory = [model.memory.x.abs().sum().item(), model.memory.ids.sum().item()]
     assert values[0][8:] == values[1][8:] == pytest.approx(memory, rel=1e-5)
 
 
 def test_evaluation_does_not_communicate():
     def gather(rows):
-        raise AssertionError
+        raise RuntimeError("gather was called")
 
-    model, batch = make().eval(), make_batch()
+    model = make().eval()
+    batch = make_batch()
     model.gather = gather
     assert model.loss(batch)[0].isfinite()
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="gather was called"):
         model.train().loss(batch)
 
 
-# ---- random views --------------------------------------------------------------------------------
+# ---- augmentation --------------------------------------------------------------------------------
 
 
-def test_strength_zero_is_the_identity():
+def test_augmentation_of_strength_zero_is_the_identity():
     images = make_batch(channels=3)["images"]
     torch.testing.assert_close(augment(images, streams(), 0.0), images, **CLOSE)
 
 
-def test_an_image_depends_on_its_own_stream_alone():
+def test_an_augmented_image_depends_on_its_own_generator_alone():
     images = make_batch(channels=3)["images"]
     views = augment(images, streams(), 1.0)
     alone = torch.cat([augment(images[i : i + 1], streams()[i : i + 1], 1.0) for i in range(B)])
@@ -387,26 +403,28 @@ def test_an_image_depends_on_its_own_stream_alone():
     distances = torch.pdist(same.flatten(1))
     assert distances.min() > 0.5
     assert views.abs().max() <= 1
-    generators = streams()
-    first, second = (augment(images, generators, 1.0) for _ in range(2))
-    assert not torch.equal(first, second)  # the generators move on
+    row_generators = streams()
+    first = augment(images, row_generators, 1.0)
+    second = augment(images, row_generators, 1.0)
+    assert not torch.equal(first, second)  # the generators have advanced
 
 
-def test_how_far_an_image_is_altered():
-    """A grey channel shows the contrast; a ramp from -1 to 1 shows where the middle comes from."""
+def test_the_range_of_contrast_and_shift():
+    """A constant channel shows the contrast. A ramp from -1 to 1 shows how far the middle moved."""
     n = 500
     ramp = (torch.arange(16) + 0.5) / 8 - 1
     image = 0.5 * torch.stack((torch.ones(16, 16), ramp.expand(16, 16)))
-    generators = [torch.Generator().manual_seed(i) for i in range(n)]
-    views = augment(image.expand(n, -1, -1, -1), generators, 1.0)
+    views = augment(image.expand(n, -1, -1, -1), generators(n), 1.0)
     middle = views[:, :, 7:9, 7:9].mean((2, 3)) / 0.5
-    contrast, shift = middle[:, 0], middle[:, 1] / middle[:, 0] / 2  # in frames
+    contrast = middle[:, 0]
+    shift = middle[:, 1] / middle[:, 0] / 2  # as a share of the image's width
     assert 0.6 <= contrast.min() < 0.62 and 1.38 < contrast.max() <= 1.4
     assert 0.12 < shift.abs().max() <= 1 / 8 + 1e-4 and abs(shift.mean()) < 0.02
 
 
 def test_training_augments_and_evaluation_does_not():
-    model, batch = make(), make_batch()
+    model = make()
+    batch = make_batch()
     plain = model.loss(batch)[0]
     assert abs(model.loss(batch, streams())[0] - plain) > 1e-3
     assert model.eval().loss(batch, streams())[0] == plain
@@ -418,13 +436,15 @@ def test_training_augments_and_evaluation_does_not():
 
 @torch.no_grad()
 def test_a_token_changes_no_state_before_it():
-    model, tokens = make(), make_batch()["tokens"]
+    model = make()
+    tokens = make_batch()["tokens"]
     states = model.text_tower.states(tokens)
     for t in (0, 4, T - 1):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % V
         difference = (model.text_tower.states(changed) - states).abs().amax(-1)
-        assert difference[:, :t].sum() == 0 and (difference[:, t:] > 0).all()
+        assert difference[:, :t].sum() == 0
+        assert (difference[:, t:] > 0).all()
 
 
 @torch.no_grad()
@@ -444,9 +464,10 @@ def test_padding_changes_nothing(end_token):
 
 
 @torch.no_grad()
-def test_padding_that_all_rows_share_costs_nothing():
-    """The blocks read as many tokens as the longest text has, even if all rows are longer."""
-    tower, tokens = make(end_token=END).text_tower, torch.full((3, 2 * T), END)
+def test_padding_of_all_rows_costs_nothing():
+    """The blocks read only as many tokens as the longest text has."""
+    tower = make(end_token=END).text_tower
+    tokens = torch.full((3, 2 * T), END)
     tokens[0, :4] = 9
     tokens[1, :2] = 9
     read = []
@@ -456,7 +477,7 @@ def test_padding_that_all_rows_share_costs_nothing():
 
 
 @pytest.mark.parametrize("end_token", [-1, -2, 0, END])
-def test_the_example_has_texts_of_full_length(end_token):
+def test_the_example_batch_has_texts_of_full_length(end_token):
     tower = make(end_token=end_token).text_tower
     read = []
     tower.blocks[0].register_forward_hook(lambda block, inputs, output: read.append(output.size(1)))
@@ -465,7 +486,7 @@ def test_the_example_has_texts_of_full_length(end_token):
 
 
 @torch.no_grad()
-def test_which_token_ends_a_text():
+def test_the_token_that_ends_a_text():
     tokens = torch.tensor([[3, 9, 5, 8, 5, 9]])
     for end_token, place in ((-1, 1), (-2, 1), (5, 2), (8, 3), (3, 0)):
         tower = make(end_token=end_token).text_tower
@@ -474,10 +495,13 @@ def test_which_token_ends_a_text():
 
 @torch.no_grad()
 def test_one_position_alone_equals_that_position_among_all():
-    model, batch, at = make(), make_batch(), torch.arange(B) % 5
-    towers = (model.text_tower, batch["tokens"]), (model.image_tower, batch["images"])
+    model = make()
+    batch = make_batch()
+    at = torch.arange(B) % 5
+    towers = ((model.text_tower, batch["tokens"]), (model.image_tower, batch["images"]))
     for tower, inputs in towers:
-        alone, states = tower.states(inputs, at), tower.states(inputs)
+        alone = tower.states(inputs, at)
+        states = tower.states(inputs)
         torch.testing.assert_close(alone[:, 0], states[torch.arange(B), at], **CLOSE)
     torch.testing.assert_close(model.image_tower(batch["images"]), states[:, 0], **CLOSE)
 
@@ -485,7 +509,8 @@ def test_one_position_alone_equals_that_position_among_all():
 @torch.no_grad()
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_vectors_have_unit_length_and_rows_are_independent(stem):
-    model, batch = make(stem=stem, channels=3), make_batch(channels=3)
+    model = make(stem=stem, channels=3)
+    batch = make_batch(channels=3)
     for name, rows in (("encode_image", batch["images"]), ("encode_text", batch["tokens"])):
         encode = getattr(model, name)
         vectors = encode(rows)
@@ -500,7 +525,9 @@ def test_vectors_have_unit_length_and_rows_are_independent(stem):
 
 @torch.no_grad()
 def test_the_tower_normalises_pixels_by_its_config():
-    images, mean, std = make_batch(channels=3)["images"], (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    images = make_batch(channels=3)["images"]
+    mean = (0.5, 0.4, 0.3)
+    std = (0.2, 0.25, 0.3)
     model = make(channels=3, image_mean=mean, image_std=std)
     pixels = (images + 1) / 2
     pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
@@ -511,7 +538,8 @@ def test_the_tower_normalises_pixels_by_its_config():
 
 @torch.no_grad()
 def test_the_scale_is_clamped():
-    model, batch = make(max_scale=20.0), make_batch()
+    model = make(max_scale=20.0)
+    batch = make_batch()
     assert model.scale().item() == pytest.approx(1 / 0.07)
     model.logit_scale.fill_(9.0)
     assert model.scale().item() == pytest.approx(20)
@@ -523,17 +551,22 @@ def test_the_scale_is_clamped():
 def test_every_parameter_learns(loss, stem):
     model = make(loss=loss, stem=stem)
     assert hasattr(model, "text_tower") == (loss != "simclr")
-    for name, gradient in gradients(model, model.loss(make_batch(), streams())[0]).items():
-        if not name.endswith(".k.bias"):  # adds the same to all scores of a row
-            assert gradient.isfinite().all() and gradient.abs().max() > 1e-6, name
+    loss, _ = model.loss(make_batch(), streams())
+    for name, gradient in gradients(model, loss).items():
+        if name.endswith(".k.bias"):
+            continue  # it adds the same number to all scores of a row, so it cannot learn
+        assert gradient.isfinite().all() and gradient.abs().max() > 1e-6, name
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_random_pairs_are_memorised(loss):
-    """Image and text are unrelated, so only seen pairs can be learnt: new pairs stay at chance."""
-    model, batch = make(loss=loss, augment=0.0, image_width=48, text_width=48), make_batch(32)
-    config, steps = OptimConfig(lr=0.01, warmup_steps=5, weight_decay=0.0), 50
-    optimizers, first = build_optimizers(model, config), model.loss(batch)[0].item()
+    """Images and texts are unrelated: only seen pairs can be learnt, new ones stay at chance."""
+    model = make(loss=loss, augment=0.0, image_width=48, text_width=48)
+    batch = make_batch(32)
+    config = OptimConfig(lr=0.01, warmup_steps=5, weight_decay=0.0)
+    steps = 50
+    optimizers = build_optimizers(model, config)
+    first = model.loss(batch)[0].item()
     for step in range(steps):
         set_lr(optimizers, lr_factor(step, steps, config))
         model.loss(batch)[0].backward()
@@ -544,10 +577,11 @@ def test_random_pairs_are_memorised(loss):
     with torch.no_grad():
         z = model(batch["images"], batch["tokens"])
         other = make_batch(32, seed=1)
-        chance = model(other["images"], other["tokens"]).argmax(1) == torch.arange(32)
+        other_z = model(other["images"], other["tokens"])
+    diagonal = torch.arange(32)
     assert model.loss(batch)[0] < 0.05 < 1 < first
-    assert (z.argmax(1) == torch.arange(32)).all() and (z.argmax(0) == torch.arange(32)).all()
-    assert chance.float().mean() < 0.2
+    assert (z.argmax(1) == diagonal).all() and (z.argmax(0) == diagonal).all()
+    assert (other_z.argmax(1) == diagonal).float().mean() < 0.2
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -556,42 +590,42 @@ def test_random_pairs_are_memorised(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_batch_of_one_is_refused(loss):
     for model in (make(loss=loss), make(loss=loss).eval()):
-        with pytest.raises(ValueError, match="a batch of 2 rows or more"):
+        with pytest.raises(ValueError, match="2 rows or more"):
             model.loss(make_batch(1), streams(1))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError) as error:
+    message = f"{re.escape(str(shape))}.*{re.escape('(1, 8, 8)')}"
+    with pytest.raises(ValueError, match=message):
         make().encode_image(torch.zeros(2, *shape))
-    assert f"images are {shape}, the model takes (1, 8, 8)" in str(error.value)
 
 
 def test_texts_that_cannot_be_encoded():
-    with pytest.raises(ValueError, match="11 tokens exceed context_length 10"):
+    with pytest.raises(ValueError, match=r"11 tokens .*context_length 10"):
         make().encode_text(torch.arange(11)[None])
-    with pytest.raises(ValueError, match="images alone: it has no text tower"):
+    with pytest.raises(ValueError, match="no text tower"):
         make(loss="simclr").encode_text(torch.zeros(2, 5, dtype=torch.long))
 
 
 MISTAKES = [
-    ({"image_layer": 0}, "image_layer is 0; it must be at least 1"),
-    ({"vocab_size": -2}, "vocab_size is -2; it must be at least 1"),
+    ({"image_layer": 0}, "image_layer is 0; .*at least 1"),
+    ({"vocab_size": -2}, "vocab_size is -2; .*at least 1"),
     ({"embed_dim": 0}, "embed_dim is 0"),
-    ({"context_length": 1}, "context_length is 1; it must be at least 2"),
-    ({"augment": -0.1}, "augment is -0.1; it must be at least 0"),
-    ({"memory": -1}, "memory is -1; it must be at least 0"),
-    ({"end_token": -3}, "end_token is -3; it must be at least -2"),
-    ({"image_width": 25}, "image_width 25 is not divisible by image_head 3; use 24"),
-    ({"text_width": 17}, "text_width 17 is not divisible by text_head 2; use 16"),
-    ({"image_size": 10}, "image_size 10 is not divisible by patch_size 4; use 8"),
-    ({"image_size": 9, "patch_size": 3, "stem": "conv"}, "patch_size is 3; the conv stem needs a"),
-    ({"channels": 4}, "channels is 4; use 1 for grey, 3 for colour images"),
-    ({"image_mean": (0.5, 0.5)}, "image_mean is (0.5, 0.5); give 1 number, or 1"),
-    ({"channels": 3, "image_std": ()}, "image_std is (); give 1 number, or 3"),
-    ({"image_std": (0.0,)}, "image_std is (0.0,); each number must be above 0"),
-    ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-    ({"max_scale": -1.0}, "max_scale is -1.0; it must be above 0"),
+    ({"context_length": 1}, "context_length is 1; .*at least 2"),
+    ({"augment": -0.1}, "augment is -0.1; .*at least 0"),
+    ({"memory": -1}, "memory is -1; .*at least 0"),
+    ({"end_token": -3}, "end_token is -3; .*at least -2"),
+    ({"image_width": 25}, "image_width 25 .*image_head 3; use 24"),
+    ({"text_width": 17}, "text_width 17 .*text_head 2; use 16"),
+    ({"image_size": 10}, "image_size 10 .*patch_size 4; use 8"),
+    ({"image_size": 9, "patch_size": 3, "stem": "conv"}, "patch_size is 3; .*power of 2"),
+    ({"channels": 4}, "channels is 4; use 1 .* 3"),
+    ({"image_mean": (0.5, 0.5)}, r"image_mean is \(0.5, 0.5\); give 1 number"),
+    ({"channels": 3, "image_std": ()}, r"image_std is \(\); give 1 number, or 3"),
+    ({"image_std": (0.0,)}, r"image_std is \(0.0,\); .*above 0"),
+    ({"temperature": 0.0}, "temperature is 0.0; .*above 0"),
+    ({"max_scale": -1.0}, "max_scale is -1.0; .*above 0"),
     ({"loss": "triplet"}, "loss is 'triplet'; use one of"),
     ({"stem": "linear"}, "stem is 'linear'; use one of"),
     ({"activation": "relu"}, "activation is 'relu'; use one of"),
@@ -600,12 +634,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES)
 def test_mistakes_in_a_config(options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message) as error:
         small(**options)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_config_comes_back_from_json():
+def test_a_config_is_equal_after_json():
+    """JSON has lists, which become tuples."""
     config = small(channels=3, image_mean=(0.1, 0.2, 0.3))
     assert replace(config, image_mean=[0.1, 0.2, 0.3]) == config
     assert CLIPConfig(**{**vars(config), "image_std": [0.5]}) == config
