@@ -250,7 +250,7 @@ def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, 
         assert reason in refusal(capsys, train, *own, *wrong, *out)
     assert "family gpt, not clip" in refusal(capsys, train, "clip", "--init-from", tiny_run, *out)
     assert "it has chat, classify" in refusal(capsys, train, "gpt", "--task", "sing", *out)
-    assert "begin from a run" in refusal(capsys, train, "gpt", "--task", "chat", *out)
+    assert "start from a run, --init-from" in refusal(capsys, train, "gpt", "--task", "chat", *out)
     other = ["--data.tokenizer", "bpe", "--model.vocab-size", "260"]
     assert "teacher" in refusal(capsys, train, *options, *other, "--teacher", tiny_run, *out)
     assert not (tmp_path / "x").exists()

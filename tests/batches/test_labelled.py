@@ -1,4 +1,4 @@
-"""Labelled examples: tables, folders, the offline tasks, splits, batches, and what can go wrong."""
+"""Labelled examples: tables, folders, the offline tasks, splits, batches, and mistakes."""
 
 import json
 import re
@@ -33,8 +33,10 @@ def reviews(tmp_path: Path, n: int = 30, name: str = "reviews.csv") -> Path:
     mark = "\t" if name.endswith("tsv") else ","
     lines = [mark.join(("text", "label", "topic"))]
     for i in range(n):
-        lines.append(mark.join((f"text{i}" + "!" * (i % 9), ("good", "bad", "bad")[i % 3],
-                                ("sea", "sky")[i // 15 % 2])))  # fmt: skip
+        text = f"text{i}" + "!" * (i % 9)
+        label = "good" if i % 3 == 0 else "bad"
+        topic = "sea" if i // 15 % 2 == 0 else "sky"
+        lines.append(mark.join((text, label, topic)))
     return write(tmp_path / name, "\n".join(lines) + "\n")
 
 
@@ -47,7 +49,7 @@ def open_texts(path, length=12, batch_size=4, seed=0, **config) -> tasks.TaskDat
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.integers(0, 9))
-def test_a_beginning_has_every_class_in_proportion(column, seed):
+def test_each_prefix_has_every_class_in_proportion(column, seed):
     labels = np.array(column)[:, None]
     order = np.random.default_rng(seed).permutation(len(labels))
     chosen = stratified(labels, order)
@@ -61,14 +63,16 @@ def test_a_beginning_has_every_class_in_proportion(column, seed):
             assert abs(taken[name] - exact) <= max(2, len(counts))
 
 
-def test_what_is_held_out_depends_on_content_alone():
+def test_the_held_out_share_depends_on_content_alone():
     names = [("a",)] * 20 + [("b",)] * 10
     keys = [f"text {i}" for i in range(30)]
     split = hold_out(names, keys, 0.2)
     assert Counter(zip(names, split)) == {
-        (("a",), "train"): 16, (("a",), "held out"): 4,
-        (("b",), "train"): 8, (("b",), "held out"): 2,
-    }  # fmt: skip
+        (("a",), "train"): 16,
+        (("a",), "held out"): 4,
+        (("b",), "train"): 8,
+        (("b",), "held out"): 2,
+    }
     mixed = np.random.default_rng(0).permutation(30)
     again = hold_out([names[i] for i in mixed], [keys[i] for i in mixed], 0.2)
     assert again == [split[i] for i in mixed]
@@ -79,7 +83,7 @@ def test_what_is_held_out_depends_on_content_alone():
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
-def test_tables_say_the_same_in_all_forms(tmp_path, form):
+def test_all_forms_of_tables_give_the_same_rows(tmp_path, form):
     rows = [('a, "quoted"\ttext', "1"), ("two\nlines", "2"), ("naïve", "1")]
     if form == "jsonl":
         text = "\n".join(json.dumps({"text": t, "label": int(k)}) for t, k in rows)
@@ -102,11 +106,12 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path):
     assert found == [("one", ("a",)), ("seven", ("b",))]
     assert (report.found, report.used) == (8, 2)
     assert report.skipped == {
-        "no text": ["row 2"], "no label": ["row 3"],
+        "no text": ["row 2"],
+        "no label": ["row 3"],
         "not as many fields as the header, or no JSON object": ["row 4", "row 5"],
         "the same text as a row before": ["row 6"],
         "the same text as a row before, with another label": ["row 7"],
-    }  # fmt: skip
+    }
     lines = '{"text": "a", "label": true}\nnot json\n{"text": "b", "label": ["c"]}\n[1]\n'
     lines += '{"text": "d", "label": false}\n'
     report = Report()
@@ -145,10 +150,15 @@ def test_mistakes_in_tables_name_the_fix(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"path": ""}, {"label_columns": ()}, {"label_columns": ("a", "a")}, {"labels": -1},
-     {"val_fraction": 0}],
-)  # fmt: skip
-def test_configs_that_cannot_be_are_refused(config):
+    [
+        {"path": ""},
+        {"label_columns": ()},
+        {"label_columns": ("a", "a")},
+        {"labels": -1},
+        {"val_fraction": 0},
+    ],
+)
+def test_bad_configs_are_refused(config):
     with pytest.raises(ValueError, match="--data"):
         TaskConfig(**config)
 
@@ -180,7 +190,7 @@ def test_batches_of_text(tmp_path):
         assert batch["mask"].any(0).all()  # no longer than the longest row
 
 
-def test_an_epoch_takes_each_once_and_a_batch_is_a_function_of_seed_and_step(tmp_path):
+def test_an_epoch_reads_each_example_once_and_a_batch_is_a_function_of_seed_and_step(tmp_path):
     data = open_texts(reviews(tmp_path), batch_size=9)
 
     def text(batch):
@@ -218,7 +228,7 @@ def test_few_labels(tmp_path):
     assert "9 of 180 training and 20 held-out texts" in data.description
 
 
-def test_what_needs_no_model_is_told(tmp_path):
+def test_baselines_without_a_model(tmp_path):
     data = open_texts(reviews(tmp_path, 300), label_columns=("label", "topic"))
     share = np.mean([batch["labels"][0, 0] == 0 for batch in data.val_batches(1)])
     lines = data.baselines()
@@ -272,8 +282,8 @@ def test_pictures_of_folders_and_of_a_table_are_the_same(tmp_path, capsys):
     assert open_pictures(tmp_path / "pets", tmp_path, channels=3).batch(0)["images"].size(1) == 3
 
 
-def test_labels_of_pictures_are_their_own(tmp_path):
-    """Each is drawn by the number that its two labels make."""
+def test_each_picture_keeps_its_labels(tmp_path):
+    """The grey value of a picture is the number that its two labels make."""
     lines = ["path,tens,ones"]
     for i in range(40):
         Image.fromarray(np.full((8, 8), 5 * i, np.uint8)).save(tmp_path / f"{i}.png")
@@ -343,7 +353,9 @@ def test_no_file_of_a_package_is_in_two_splits(passages):
     for text, (name,), split in found[::20]:
         where = {split_of[source] for source in sources[name].values() if text in source}
         assert split in where
-        assert where == {split} or split == "train"  # what training shows is not asked
+        assert (
+            where == {split} or split == "train"
+        )  # passages that occur in training are not tested
     assert not {p.text for p in found if p.split == "train"} & {
         p.text for p in found if p.split != "train"
     }
@@ -363,7 +375,7 @@ def test_a_library_without_packages_is_refused(tmp_path):
 
 @pytest.fixture
 def few_glyphs(monkeypatch):
-    """Three letters of four scripts, and a sign, in all fonts that have them, each drawn apart."""
+    """A few letters of four scripts and two signs, drawn in all fonts that have them."""
     letters = "ABCΩΔΨЖЩЮאבג∑→"
 
     found = {}
@@ -377,7 +389,7 @@ def few_glyphs(monkeypatch):
     monkeypatch.setattr(glyphs, "records", lambda report: found.values())
 
 
-def test_scripts_are_asked_in_fonts_that_training_has_not(few_glyphs, tmp_path):
+def test_scripts_are_tested_in_fonts_that_training_does_not_see(few_glyphs, tmp_path):
     found = list(scripts.records("scripts"))
     assert {r.captions[0] for r in found} >= {"latin", "greek", "cyrillic", "hebrew"}
     train, held_out = (
@@ -393,7 +405,7 @@ def test_scripts_are_asked_in_fonts_that_training_has_not(few_glyphs, tmp_path):
     assert data.batch(0)["images"].shape == (4, 3, 16, 16)
 
 
-def test_a_script_has_no_more_than_its_share(few_glyphs, monkeypatch):
+def test_each_script_has_at_most_its_share(few_glyphs, monkeypatch):
     monkeypatch.setattr(scripts, "PER_SCRIPT", 22)
     found = Counter(r.captions[0] for r in scripts.records("scripts") if r.split == "train")
     assert found["latin"] == found["greek"] == found["cyrillic"] == 22

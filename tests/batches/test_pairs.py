@@ -1,4 +1,4 @@
-"""Pictures with captions: reading images, one's own pairs, prepared folders, batches, mistakes."""
+"""Pictures with captions: reading images, the user's pairs, prepared folders, batches, mistakes."""
 
 import csv
 import io
@@ -93,12 +93,12 @@ def test_pictures_are_turned_upright(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_what_is_transparent_is_white(tmp_path, mode):
+def test_transparent_pixels_become_white(tmp_path, mode):
     half = np.zeros((8, 8, 4), np.uint8)
     half[:4, :, 3] = 255  # black above, nothing below
     image, options = Image.fromarray(half), {}
     if mode == "RGB":
-        half[4:, :, 0] = 7  # this colour stands for transparent
+        half[4:, :, 0] = 7  # this colour means transparent
         image, options = Image.fromarray(half[..., :3].copy()), {"transparency": (7, 0, 0)}
     elif mode == "P":
         image, options = Image.fromarray(half[..., 3] // 255, "L").convert("P"), {"transparency": 0}
@@ -134,12 +134,14 @@ def test_one_bit_and_every_format(tmp_path):
     assert pictures.read(path, 8, 1).min() == 255
     smooth = Image.linear_gradient("L").convert("RGB")
     for format in pictures.FORMATS:
-        path = write(tmp_path / "mislabelled.png", encoded(smooth, format))  # told by content
+        path = write(
+            tmp_path / "mislabelled.png", encoded(smooth, format)
+        )  # recognised by its content
         pixels = pictures.read(path, 256, 3).astype(int)
         assert np.abs(pixels - np.asarray(smooth, int)).max() <= 8, format
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     for format in ("GIF", "WEBP", "PNG", "TIFF"):
         content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
@@ -186,15 +188,19 @@ def test_missing_images_and_folders_are_refused(tmp_path):
 SEEDS = [
     encoded(Image.fromarray(noise(9, 9)).convert(mode), format)
     for mode, format in [
-        ("RGB", "PNG"), ("P", "GIF"), ("RGB", "JPEG"), ("CMYK", "TIFF"), ("L", "BMP"),
+        ("RGB", "PNG"),
+        ("P", "GIF"),
+        ("RGB", "JPEG"),
+        ("CMYK", "TIFF"),
+        ("L", "BMP"),
         ("RGBA", "WEBP"),
     ]
-]  # fmt: skip
+]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=9))
-def test_whatever_the_bytes_there_is_a_picture_or_a_reason(tmp_path_factory, content, changes):
+def test_any_bytes_give_a_picture_or_a_reason(tmp_path_factory, content, changes):
     damaged = bytearray(content)
     for position, value in changes:
         damaged[position % len(damaged)] = value
@@ -227,7 +233,7 @@ def test_a_grid_of_pictures(tmp_path):
     assert above[:, 100:104].std() == 0  # it does not run into the next
 
 
-# --- One's own pairs ------------------------------------------------------------------------------
+# --- The user's own pairs -------------------------------------------------------------------------
 
 
 def read_all(path, **options):
@@ -235,7 +241,7 @@ def read_all(path, **options):
     return list(captioned.records(path, 8, 3, report, **options)), report
 
 
-def test_a_text_file_beside_each_image(tmp_path):
+def test_a_text_file_next_to_each_image(tmp_path):
     save(tmp_path / "a.png", 0)
     write(tmp_path / "a.txt", "a first caption\r\n\n  and a second \n")
     save(tmp_path / "deep" / "b.JPG", 1)  # a PNG inside
@@ -250,8 +256,9 @@ def test_a_text_file_beside_each_image(tmp_path):
     records, report = read_all(tmp_path)
     captions = {record.captions: record.label for record in records}
     assert captions == {
-        ("a first caption", "and a second"): "a first caption", ("ünïcode",): "ünïcode",
-    }  # fmt: skip
+        ("a first caption", "and a second"): "a first caption",
+        ("ünïcode",): "ünïcode",
+    }
     assert np.array_equal(records[0].image, noise(8, 8, seed=0))
     assert (report.found, report.used) == (5, 2)
     reasons = {why: [Path(name).name for name in names] for why, names in report.skipped.items()}
@@ -264,14 +271,15 @@ def test_a_text_file_beside_each_image(tmp_path):
     assert names == ["none.png"]
 
 
-def test_folders_named_for_what_they_show(tmp_path):
+def test_folders_named_for_their_subject(tmp_path):
     for i in range(6):
         save(tmp_path / ("polar_bear" if i % 2 else "cat") / f"{i}.png", i)
     save(tmp_path / "loose.png", 9)
     records, report = read_all(tmp_path, template="one {} here")
     assert {r.captions: r.label for r in records} == {
-        ("one cat here",): "cat", ("one polar bear here",): "polar bear",
-    }  # fmt: skip
+        ("one cat here",): "cat",
+        ("one polar bear here",): "polar bear",
+    }
     assert report.skipped == {"no caption": [(tmp_path / "loose.png").as_posix()]}
     records, _ = read_all(tmp_path)
     assert records[0].captions == ("a picture of a cat",)
@@ -293,19 +301,25 @@ def test_tables(tmp_path, kind):
     save(tmp_path / "pictures" / "a.png", 0)
     save(tmp_path / "b.png", 1)
     absolute = str(save(tmp_path / "elsewhere" / "c.png", 2))
-    path = table(tmp_path, [
-        {"path": "pictures/a.png", "caption": 'one, with "quotes"'},
-        {"image": "b.png", "caption": "line\nbreak"},
-        {"path": "pictures/a.png", "caption": "two"},
-        {"path": absolute, "caption": "three"},
-        {"path": "missing.png", "caption": "four"},
-        {"path": "b.png", "caption": " "},
-        {"caption": "five"},
-    ], kind)  # fmt: skip
+    path = table(
+        tmp_path,
+        [
+            {"path": "pictures/a.png", "caption": 'one, with "quotes"'},
+            {"image": "b.png", "caption": "line\nbreak"},
+            {"path": "pictures/a.png", "caption": "two"},
+            {"path": absolute, "caption": "three"},
+            {"path": "missing.png", "caption": "four"},
+            {"path": "b.png", "caption": " "},
+            {"caption": "five"},
+        ],
+        kind,
+    )
     records, report = read_all(path)
     assert [r.captions for r in records] == [
-        ('one, with "quotes"', "two"), ("line\nbreak",), ("three",)
-    ]  # fmt: skip
+        ('one, with "quotes"', "two"),
+        ("line\nbreak",),
+        ("three",),
+    ]
     assert np.array_equal(records[0].image, noise(8, 8, seed=0))
     assert (report.found, report.used) == (6, 3)
     assert report.skipped["no path or no caption"] == ["row 6", "row 7"]
@@ -393,12 +407,14 @@ def prepared(path) -> Path:
     return folder
 
 
-def test_what_a_batch_holds(own):
+def test_the_fields_of_a_batch(own):
     data = prepare(own)
     batch = data.batch(0)
     assert {name: (x.dtype, len(x)) for name, x in batch.items()} == {
-        "images": (torch.float32, 8), "tokens": (torch.int64, 8), "labels": (torch.int64, 8),
-    }  # fmt: skip
+        "images": (torch.float32, 8),
+        "tokens": (torch.int64, 8),
+        "labels": (torch.int64, 8),
+    }
     index = shuffle_runs(np.arange(8), 36, seed=0, length=1)
     originals = {f"a picture of a kind {i % 10}": set() for i in range(40)}
     for i in range(40):
@@ -446,7 +462,7 @@ def test_tokens_end_with_the_end_token_and_are_no_longer_than_needed(tmp_path):
     assert [len(captions) for captions in data.train.captions] == [2] * len(data.train.captions)
 
 
-def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(own):
+def test_each_epoch_reads_every_picture_once_in_a_new_order(own):
     def order(steps, **options):
         data = prepare(own, batch_size=5, **options)  # 36 pictures: batches straddle epochs
         return [row.numpy().tobytes() for step in steps for row in data.batch(step)["images"]]
@@ -537,7 +553,10 @@ def test_altered_files_are_refused_by_name(own):
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         good = file.read_bytes()
         for bad in (good[:-1], good[:2] + bytes([good[2] ^ 1]) + good[3:], None):
-            file.write_bytes(bad) if bad is not None else file.unlink()
+            if bad is None:
+                file.unlink()
+            else:
+                file.write_bytes(bad)
             with pytest.raises(ValueError) as error:
                 prepare(own, tokenizer="bpe", vocab_size=270)
             assert str(folder) in str(error.value), file.name
@@ -587,10 +606,13 @@ def test_a_vocabulary_that_the_captions_do_not_fill_is_made_smaller(own, capsys,
 def test_the_tokenizer_learns_from_all_training_captions_only(own, monkeypatch):
     for path in own.rglob("*.png"):
         write(path.with_suffix(".txt"), f"caption of {path.stem}\nsecond of {path.stem}")
-    seen, train = [], tokenizer.train
-    monkeypatch.setattr(
-        tokenizer, "train", lambda kind, texts, size: seen.extend(texts) or train("bytes", [], 257)
-    )
+    seen = []
+
+    def spy(kind, texts, size):
+        seen.extend(texts)
+        return tokenizer.ByteTokenizer()
+
+    monkeypatch.setattr(tokenizer, "train", spy)
     data = prepare(own, tokenizer="bpe")
     assert seen == [caption for captions in data.train.captions for caption in captions]
     assert len(seen) == 72
@@ -647,7 +669,7 @@ def test_mistakes_are_named_with_the_fix(own, options, message):
         prepare(own, **options)
 
 
-def test_whatever_a_caption_holds_it_becomes_tokens(tmp_path):
+def test_any_caption_becomes_tokens(tmp_path):
     texts = ["<|endoftext|>", "\ud800 half a pair", "zero\0byte", "▁", "🎈"]
     for i in range(5):
         save(tmp_path / f"{i}.png", i)
@@ -664,9 +686,11 @@ def test_whatever_a_caption_holds_it_becomes_tokens(tmp_path):
 def test_the_module_reads_a_folder(own):
     for path, status in ((own, 0), (own / "missing", 1)):
         done = subprocess.run(
-            [sys.executable, "-m", "data.captioned", path], cwd=ROOT, capture_output=True,
+            [sys.executable, "-m", "data.captioned", path],
+            cwd=ROOT,
+            capture_output=True,
             encoding="utf-8",
-        )  # fmt: skip
+        )
         assert done.returncode == status
         found = done.stderr if status else done.stdout
         assert ("is not a folder" if status else "a picture of a kind 3") in found

@@ -1,4 +1,4 @@
-"""The text data path: sources, downloads, shards, the order of batches, and what can go wrong."""
+"""The text data path: sources, downloads, shards, the order of batches, damage and mistakes."""
 
 import hashlib
 import http.server
@@ -55,7 +55,7 @@ def cache_folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 63, 64, 65, 1000, 4097])
-def test_permutation_takes_every_value_once(size):
+def test_permutation_has_every_value_once(size):
     for epoch in range(3):
         keys = np.random.SeedSequence((7, epoch)).generate_state(6, np.uint64)
         assert sorted(permute(np.arange(size), size, keys)) == list(range(size))
@@ -87,7 +87,7 @@ def test_permutation_is_uniform():
 @pytest.mark.parametrize(
     ("n_tokens", "length"), [(1000, 16), (33, 32), (40, 32), (64, 32), (65, 1)]
 )
-def test_an_epoch_takes_every_window_once(n_tokens, length):
+def test_an_epoch_reads_every_window_once(n_tokens, length):
     windows = count_windows(n_tokens, length)
     offsets = set()
     for epoch in range(40):
@@ -270,7 +270,7 @@ def test_shards_are_reused_until_something_changes(tmp_path, capsys):
     write(folder, b="more words " * 40)
     assert prepare(tmp_path, folder).fingerprint != first.fingerprint
     prepare(tmp_path, folder, val_fraction=0.2)
-    assert len(list((tmp_path / "cache").iterdir())) == 3  # and no temporary folder is left
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # no temporary folder is left
 
 
 def test_lone_surrogates_are_replaced(tmp_path):
@@ -498,7 +498,7 @@ def test_docs_read_packages_without_importing_them(tmp_path):
     )
     (package / "tests" / "t.py").write_text('"""A test."""', encoding="utf-8")
     (package / "broken.py").write_text('"""Broken."""\ndef (', encoding="utf-8")
-    # A process of its own, in which nothing has been imported yet.
+    # A new process, in which nothing has been imported yet.
     code = """
 import json, sys
 from data import docs

@@ -3,7 +3,7 @@
 A row is one conversation in the template of adapt/chat.py. It starts at position 0, as in sampling.
 So rows are padded to the longest of a batch rather than packed: no row contains parts of two
 conversations. A conversation longer than the context continues in another row, which repeats its
-system messages. An answer that is too long for a row of its own loses its end.
+system messages. An answer that is too long for one row loses its end.
 
 A hash of each conversation decides which are held out, so that the order of a file changes nothing.
 Legend: B batch, T tokens. Left out: rows on disk; a token takes nine bytes of memory.
@@ -206,7 +206,7 @@ class ChatData:
             advice = "use a longer --model.context-length, or shorter conversations"
             raise ValueError(f"no answer fits into {context_length} tokens: {advice}")
 
-        # Count: what is trained on, and what val_bpb divides by.
+        # Count the tokens that are trained on, and the bytes of the held-out answers.
         held = np.concatenate([row.ids[row.trained] for row in self.val]).tolist()
         self.val_tokens = len(held)
         self.val_bytes = len(tokenizer.decode_bytes(i for i in held if i != tokenizer.eot))

@@ -106,7 +106,7 @@ def stratified(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
 def hold_out(names: Sequence[Sequence[str]], keys: Sequence[str], val_fraction: float) -> list[str]:
     """The split of each example: TRAIN, or HELD_OUT for a share of `val_fraction`, stratified.
 
-    names: the labels of each example. keys: what is unique to it, and decides by its hash. At least
+    names: the labels of each example. keys: a unique text for each, whose hash decides. At least
     one example is held out, and training keeps one of each class where that is possible.
     """
     by_hash = hash_order([key.encode("utf-8", "replace") for key in keys])

@@ -91,7 +91,7 @@ def build(
     make_tokenizer: Callable[[list[str]], Tokenizer],
     context_length: int,
 ) -> None:
-    """Make the folder, and print what was read.
+    """Make the folder, and print the report.
 
     `make_tokenizer` is given all captions of "train", the first split. The images of `records`
     have one shape. `report` is filled as the records are read.

@@ -254,7 +254,7 @@ class Shards:
     """The tokens of one split, as if its files were one array."""
 
     def __init__(self, folder: Path, split: str):
-        """Map the files. Raises ValueError if one differs from what was written."""
+        """Map the files. Raises ValueError if one was damaged or altered."""
         manifest = read_manifest(folder)
         self.folder = folder
         self.vocab_size = manifest["vocab_size"]
