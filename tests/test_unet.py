@@ -1,4 +1,4 @@
-"""The U-Net: diffusers is the oracle, on random weights, offline."""
+"""The U-Net: equality with the U-Nets of diffusers on random weights, properties, errors."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from conftest import assert_equal_weights, count_parameters, edit_json, random_weights
 from diffusers import UNet2DConditionModel, UNet2DModel
 from einops import rearrange
 from safetensors.torch import load_file, save_file
@@ -21,8 +22,10 @@ PLAIN = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
-DDPM = {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False,
-        "freq_shift": 1, "norm_eps": 1e-6}  # fmt: skip
+DDPM = {
+    "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
+    "norm_eps": 1e-6,
+}  # fmt: skip
 CONTEXT = {
     "sample_size": 16, "layers_per_block": 2, "block_out_channels": (16, 32, 32),
     "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 24,
@@ -33,21 +36,17 @@ VARIANTS = {
     "ddpm": (UNet2DModel, PLAIN | DDPM),
     "ddpm-heads": (UNet2DModel, PLAIN | {"layers_per_block": 1}),
     "stable-diffusion-1": (UNet2DConditionModel, CONTEXT),
-    "stable-diffusion-2": (UNet2DConditionModel, CONTEXT | {
-        "attention_head_dim": (2, 4, 4), "use_linear_projection": True}),
+    "stable-diffusion-2": (
+        UNet2DConditionModel,
+        CONTEXT | {"attention_head_dim": (2, 4, 4), "use_linear_projection": True},
+    ),
     "inpainting": (UNet2DConditionModel, CONTEXT | {"in_channels": 9, "layers_per_block": 1}),
-}  # fmt: skip
+}
 TINY = UNetConfig(image_size=8, channels=(16, 32), attend=(False, True), n_block=1, groups=8)
 
 
 def reference(cls, fields):
-    """A model of diffusers with random weights, norms and biases included."""
-    torch.manual_seed(0)
-    model = cls(**fields).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.03))
-    return model
+    return random_weights(lambda: cls(**fields), matrices=0.03)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -59,34 +58,28 @@ def published(request, tmp_path_factory):
     return model, folder
 
 
-def inputs(config, B=3, H=16, W=8):
+def inputs(config):
+    """Images, times, and a context (None for a model that takes none)."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(B, config["in_channels"], H, W, generator=g)
-    t = torch.tensor([0, 500, 999])[:B]
+    x = torch.randn(3, config["in_channels"], 16, 8, generator=g)
+    t = torch.tensor([0, 500, 999])
     width = config.get("cross_attention_dim")
-    if width is None:
-        return x, t, None
-    return x, t, torch.randn(B, 5, width, generator=g)
+    context = None if width is None else torch.randn(3, 5, width, generator=g)
+    return x, t, context
 
 
 @torch.no_grad()
-def assert_same(ours, theirs, tolerance=1e-4):
+def assert_same(ours, theirs):
     x, t, context = inputs(theirs.config)
     if context is None:
         expected = theirs(x, t).sample
     else:
         expected = theirs(x, t, context).sample
     assert expected.std() > 0.1
-    torch.testing.assert_close(ours(x, t, context), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours(x, t, context), expected, atol=1e-4, rtol=1e-4)
 
 
-def edit(folder, **fields):
-    path = folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) | fields
-    path.write_text(json.dumps(raw), encoding="utf-8")
-
-
-# ---- parity --------------------------------------------------------------------------------------
+# ---- against diffusers ---------------------------------------------------------------------------
 
 
 def test_predictions_of_a_published_folder(published):
@@ -94,7 +87,7 @@ def test_predictions_of_a_published_folder(published):
     ours = UNet.from_pretrained(folder)
     assert not ours.training
     assert_same(ours, theirs)
-    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert count_parameters(ours) == theirs.num_parameters()
 
 
 def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
@@ -106,11 +99,11 @@ def test_export_loads_in_diffusers_and_returns_bit_for_bit(published, tmp_path):
     assert_same(ours, exported)
     again = UNet.from_pretrained(tmp_path)
     assert again.config == ours.config
-    assert all(torch.equal(again.state_dict()[n], t) for n, t in ours.state_dict().items())
+    assert_equal_weights(again, ours)
 
 
 def test_files_from_before_2023(tmp_path):
-    """The attention weights had other names, and config.json had fewer fields."""
+    """In these files the attention weights have other names, and config.json has fewer fields."""
     theirs = reference(*VARIANTS["ddpm"])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -127,18 +120,20 @@ def test_files_from_before_2023(tmp_path):
 
 @torch.no_grad()
 def test_half_precision(tmp_path):
-    """Weights in bfloat16; the waves of t stay exact."""
+    """Weights in bfloat16; the features of the time t stay exact."""
     theirs = reference(*VARIANTS["stable-diffusion-1"]).bfloat16()
     theirs.save_pretrained(tmp_path)
     ours = UNet.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     x, t, context = inputs(theirs.config)
     expected = theirs(x.bfloat16(), t, context.bfloat16()).sample
-    torch.testing.assert_close(ours(x.bfloat16(), t, context.bfloat16()), expected, **HALF)
+    torch.testing.assert_close(
+        ours(x.bfloat16(), t, context.bfloat16()), expected, atol=0.1, rtol=0.1
+    )
 
 
-HALF = {"atol": 0.1, "rtol": 0.1}
-PUBLISHED = {  # by google, CompVis and stabilityai: parameters, class, fields of config.json
+# Of Google, CompVis and Stability AI: parameters, class, fields of config.json.
+PUBLISHED = {
     "ddpm-cifar10-32": (35_746_307, UNet2DModel, DDPM | {
         "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
         "block_out_channels": (128, 256, 256, 256),
@@ -160,7 +155,7 @@ def test_published_sizes(name):
         raw = {key: value for key, value in theirs.config.items() if not key.startswith("_")}
         raw = json.loads(json.dumps(raw))
         ours = UNet(diffusion.read_unet(cls.__name__, raw, UNetConfig))
-    assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
+    assert count_parameters(ours) == parameters == theirs.num_parameters()
     names = diffusion.unet_names(ours.config)
     found = {layout.translate(n, names): p.numel() for n, p in ours.named_parameters()}
     assert found == {name: p.numel() for name, p in theirs.named_parameters()}
@@ -172,25 +167,28 @@ def test_published_sizes(name):
 def test_an_untrained_model_predicts_zero_and_every_weight_learns():
     torch.manual_seed(0)
     model = UNet(TINY)
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    x = torch.randn(2, 1, 8, 8)
+    t = torch.tensor([3, 700])
     assert model(x, t).abs().max() == 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     start = {name: p.clone() for name, p in model.named_parameters()}
-    for _ in range(4):  # zeros that follow each other pass on gradients one after the other
+    for _ in range(4):  # layers that start at zero pass gradients on only after their first step
         (model(x, t) - x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    unchanged = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
-    assert not unchanged
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, start[name]), name
 
 
 @torch.no_grad()
-def test_rows_do_not_depend_on_each_other_and_one_time_serves_all():
+def test_rows_do_not_depend_on_each_other():
+    """Each row alone, with one time for the whole batch, predicts the same."""
     torch.manual_seed(0)
     model = UNet(TINY)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    x, t = torch.randn(3, 1, 8, 16), torch.tensor([3, 700, 41])
+    x = torch.randn(3, 1, 8, 16)
+    t = torch.tensor([3, 700, 41])
     alone = torch.cat([model(x[i : i + 1], t[i]) for i in range(3)])
     torch.testing.assert_close(model(x, t), alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(model(x, t), model(x, t.flip(0)), atol=1e-3)
@@ -202,7 +200,9 @@ def test_training_in_bfloat16_stays_close_to_float32():
     model = UNet(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    x, t, context = torch.randn(2, 1, 8, 8), torch.tensor([3, 700]), torch.randn(2, 4, 12)
+    x = torch.randn(2, 1, 8, 8)
+    t = torch.tensor([3, 700])
+    context = torch.randn(2, 4, 12)
     full = model(x, t, context)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(x, t, context)
@@ -212,7 +212,7 @@ def test_training_in_bfloat16_stays_close_to_float32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_upsampling_equals_the_obvious_way_with_4_of_9_products():
+def test_upsampling_equals_the_obvious_way_at_4_of_9_products():
     torch.manual_seed(0)
     layer = Upsample(6)
     x = torch.randn(2, 6, 5, 3, requires_grad=True)
@@ -230,7 +230,7 @@ def test_upsampling_equals_the_obvious_way_with_4_of_9_products():
 
 
 def test_a_patch_is_a_pixel_of_many_channels():
-    """Compare with the same network on images whose patches the test turns into pixels."""
+    """The same network, on images whose patches the test turns into pixels, predicts the same."""
     torch.manual_seed(0)
     inside = UNet(replace(TINY, in_channels=4))
     patched = UNet(replace(TINY, image_size=16, patch_size=2))
@@ -239,18 +239,18 @@ def test_a_patch_is_a_pixel_of_many_channels():
         for p in inside.parameters():
             p.add_(0.1 * torch.randn_like(p))
     patched.load_state_dict(inside.state_dict())
-    x, t = torch.randn(2, 1, 16, 8), torch.tensor([3.0, 900.0])
+    x = torch.randn(2, 1, 16, 8)
+    t = torch.tensor([3.0, 900.0])
     pixels = rearrange(x, "B 1 (h p) (w q) -> B (p q) h w", p=2, q=2)
     expected = rearrange(inside(pixels, t), "B (p q) h w -> B 1 (h p) (w q)", p=2, q=2)
     torch.testing.assert_close(patched(x, t), expected)
-    with pytest.raises(ValueError, match="16 x 6 cannot be halved 2 times; the nearest"):
+    with pytest.raises(ValueError, match=r"16 x 6 .*halved 2 times; .*nearest"):
         patched(x[..., :6], t)
 
 
 def test_time_features_differ_for_all_times():
-    waves = time_features(torch.arange(1000), 32, 0, cos_first=True).double()
-    distance = torch.cdist(waves, waves) + 10 * torch.eye(1000, dtype=torch.float64)
-    assert distance.min() > 0.1
+    features = time_features(torch.arange(1000), 32, 0, cos_first=True).double()
+    assert torch.pdist(features).min() > 0.1
     slowest = time_features(torch.ones(1), 32, 1, cos_first=False)[0, 15]
     torch.testing.assert_close(slowest.item(), 1e-4, rtol=1e-4, atol=0)
 
@@ -261,20 +261,17 @@ def test_time_features_differ_for_all_times():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"channels": (16, 24)}, "24 channels cannot be divided by n_head 16"),
-        ({"channels": (16, 36)}, "36 channels cannot be divided by groups 8"),
-        ({"d_head": 12}, "32 channels cannot be divided by d_head 12"),
+        ({"channels": (16, 24)}, "24 channels .*n_head 16"),
+        ({"channels": (16, 36)}, "36 channels .*groups 8"),
+        ({"d_head": 12}, "32 channels .*d_head 12"),
         ({"attend": (True,)}, "one value a level"),
         ({"channels": (), "attend": ()}, "one value a level"),
         ({"n_block": 0}, "n_block is 0"),
         ({"patch_size": 0}, "patch_size is 0"),
-        ({"patch_size": 3}, "patch_size is 3; it must be a power of two"),
+        ({"patch_size": 3}, "patch_size is 3; .*power of two"),
         ({"d_context": -1}, "d_context is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        (
-            {"image_size": 9},
-            "images of 9 x 9 cannot be halved 1 times; the nearest size that can is 8 x 8",
-        ),
+        ({"image_size": 9}, "9 x 9 .*halved 1 times; .*8 x 8"),
         ({"channels": (7, 14), "groups": 7, "n_head": 1}, "the first level has 7 channels"),
     ],
 )
@@ -284,28 +281,27 @@ def test_configs_that_cannot_be_built(fields, message):
 
 
 def test_inputs_that_do_not_fit():
-    model, t = UNet(UNetConfig(in_channels=3)), torch.zeros(1)
-    with pytest.raises(
-        ValueError, match="30 x 37 cannot be halved 2 times; the nearest size that can is 32 x 36"
-    ):
+    model = UNet(UNetConfig(in_channels=3))
+    t = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"30 x 37 .*halved 2 times; .*32 x 36"):
         model(torch.zeros(1, 3, 30, 37), t)
-    with pytest.raises(ValueError, match=r"1 channel \(grey\), the model takes 3 channels \(col"):
+    with pytest.raises(ValueError, match=r"1 channel .*takes 3 channels \(colour"):
         model(torch.zeros(1, 1, 32, 32), t)
-    with pytest.raises(ValueError, match=r"\(1, 4, 8\); this model takes none"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 8\); .*takes none"):
         model(torch.zeros(1, 3, 32, 32), t, torch.zeros(1, 4, 8))
     model = UNet(UNetConfig(d_context=6))
-    with pytest.raises(ValueError, match=r"3 channels \(colour\), the model takes 1 channel \(gr"):
+    with pytest.raises(ValueError, match=r"3 channels .*takes 1 channel \(grey"):
         model(torch.zeros(1, 3, 32, 32), t)
     with pytest.raises(ValueError, match="needs a context"):
         model(torch.zeros(1, 1, 32, 32), t)
-    with pytest.raises(ValueError, match=r"\(1, 4, 8\); this model takes \(B, T, 6\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 8\); .*takes \(B, T, 6\)"):
         model(torch.zeros(1, 1, 32, 32), t, torch.zeros(1, 4, 8))
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"_class_name": "UNet1DModel"}, "_class_name is 'UNet1DModel'; supported: UNet2DModel"),
+        ({"_class_name": "UNet1DModel"}, "_class_name is 'UNet1DModel'; .*UNet2DModel"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'; supported: 'silu'"),
         ({"add_attention": False}, "add_attention is False; supported: True"),
         ({"num_class_embeds": 10}, "num_class_embeds is 10; supported: None"),
@@ -317,7 +313,7 @@ def test_inputs_that_do_not_fit():
 )
 def test_folders_that_this_model_cannot_express(fields, message, tmp_path):
     reference(*VARIANTS["ddpm"]).save_pretrained(tmp_path)
-    edit(tmp_path, **fields)
+    edit_json(tmp_path / "config.json", **fields)
     with pytest.raises(ValueError, match=message) as error:
         UNet.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -333,7 +329,7 @@ def test_heads_that_diffusers_cannot_express(tmp_path):
 
 
 def test_diffusers_has_no_patches(tmp_path):
-    with pytest.raises(ValueError, match="patch_size is 2; diffusers has none: train with 1"):
+    with pytest.raises(ValueError, match=r"patch_size is 2; .*train with 1"):
         UNet(replace(TINY, patch_size=2)).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
