@@ -1,19 +1,13 @@
-"""Adapt a trained model: the ways to train a part of it. See methods.py."""
+"""Adapt a trained model: the methods that train a part of it. See methods.py."""
 
 from tinyfm.adapt.methods import (
     METHODS,
-    Adapted,
     AdapterConfig,
     apply,
     base_hash,
-    base_values,
-    find_frozen,
-    freeze,
     load_adapter,
-    make_plain,
     merge,
     remove,
-    save_adapter_only,
     select,
     summary,
     train_only,
@@ -22,18 +16,12 @@ from tinyfm.adapt.methods import (
 
 __all__ = [
     "METHODS",
-    "Adapted",
     "AdapterConfig",
     "apply",
     "base_hash",
-    "base_values",
-    "find_frozen",
-    "freeze",
     "load_adapter",
-    "make_plain",
     "merge",
     "remove",
-    "save_adapter_only",
     "select",
     "summary",
     "train_only",

@@ -1,25 +1,29 @@
-"""Distillation: a student learns what a teacher thinks of every token, not only which one came.
+"""Distillation: a student learns to predict what its teacher predicts, besides the next token.
 
-A text says that one token came next; a trained teacher says how likely each of V would have been,
-which is far more to learn from a position. Hinton et al. 2015 soften both with a temperature tau,
-so that small probabilities count, and add the usual loss (section 2 there):
+A text shows which token came next. A trained teacher also says how likely each of the V tokens was,
+so a position carries far more information. Hinton et al. 2015 soften both distributions with a
+temperature tau, so that small probabilities count, and add the usual loss (section 2 there):
 
     loss = (1 - share) CE + share tau^2 KL(p || q),  KL(p || q) = sum_v p_v (ln p_v - ln q_v),
     p = softmax(teacher's logits / tau),   q = softmax(student's logits / tau)
 
-The KL's gradient in a logit is (q - p) / tau, and q - p itself shrinks as 1 / tau: with tau^2 the
-shares mean the same at any tau. The mean is over the positions that the student's own loss counts.
+The gradient of the KL with respect to a logit is (q - p) / tau, and q - p itself shrinks as
+1 / tau. The factor tau^2 makes up for both, so a share means the same at any tau. The mean is over
+the positions that count in the student's own loss.
 
-`distil` changes what the student's `loss` is in training mode; validation, checkpoints and
-parameters know nothing of the teacher. Letters: B batch, T tokens, V vocabulary. Left out: hidden
-states and attention maps (DistilBERT), texts that the teacher writes (Kim and Rush 2016),
-classifiers.
+`distil` changes the student's `loss` in training mode only. Validation and checkpoints stay the
+same, and the teacher's parameters are not among the student's.
+
+Letters: B batch, T tokens, V vocabulary.
+Left out: matching hidden states or attention maps (DistilBERT), training on texts that the teacher
+writes (Kim and Rush 2016), students that classify.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +35,8 @@ from tinyfm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class DistilConfig:
-    temperature: float = 2.0  # softens what the teacher says; above 0
-    share: float = 0.5  # of the teacher's word in the loss: 0 = none, 1 = nothing else counts
+    temperature: float = 2.0  # temperature that softens both distributions; above 0
+    share: float = 0.5  # weight of the teacher's predictions in the loss; 1 - share: of the text
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -41,8 +45,11 @@ class DistilConfig:
             raise ValueError(f"share is {self.share}; it must be between 0 and 1")
 
 
+# ---- the loss -----------------------------------------------------------------------------------
+
+
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """tau^2 KL(teacher || student) of each position, in nats: logits (..., V) -> (...)."""
+    """tau^2 KL(teacher || student) at each position, in nats: logits (..., V) -> (...)."""
     log_q = (student.float() / temperature).log_softmax(-1)
     log_p = (teacher.float() / temperature).log_softmax(-1)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -51,7 +58,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def distillation_loss(
     student: Tensor, teacher: Tensor, targets: Tensor, temperature: float, share: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, {"weight"}) of logits (..., V) and targets (...); those of -100 do not count."""
+    """(loss, {"weight": number of targets that count}) of logits (..., V) and targets (...).
+
+    Targets of -100 do not count.
+    """
     counts = targets != -100
     ce = F.cross_entropy(student.float().flatten(0, -2), targets.flatten(), reduction="sum")
     kl = divergence(student, teacher, temperature).masked_fill(~counts, 0).sum()
@@ -60,50 +70,70 @@ def distillation_loss(
 
 
 def next_tokens(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of rows of tokens, as GPT.loss counts them."""
+    """Inputs and targets (B, T) of a batch of tokens, as in GPT.loss; -100 does not count."""
     tokens = batch["tokens"]
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
     if "mask" in batch:
         targets = targets.masked_fill(~batch["mask"], -100)
     return inputs, targets
 
 
+# ---- teacher and student ------------------------------------------------------------------------
+
+
 def check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
-    """Raise ValueError unless an id is the same bytes to both."""
+    """Raise ValueError unless every id stands for the same bytes in both."""
+    advice = "train the student with --data.tokenizer set to the teacher's folder"
     if student.vocab_size != teacher.vocab_size:
-        sizes = f"{teacher.vocab_size} tokens, the student's {student.vocab_size}"
-        raise ValueError(f"the teacher's tokenizer has {sizes}: both must read with the same one")
+        raise ValueError(
+            f"the teacher's tokenizer has {teacher.vocab_size} tokens, the student's "
+            f"{student.vocab_size}: {advice}"
+        )
     ids = range(student.vocab_size)
     different = [i for i in ids if student.token_bytes(i) != teacher.token_bytes(i)]
     if different or student.specials != teacher.specials:
         raise ValueError(
-            f"the teacher's tokenizer is another one, {len(different):,} tokens differ: train the "
-            "student with --data.tokenizer set to the teacher's folder"
+            f"the teacher's tokenizer is another one, {len(different):,} tokens differ: {advice}"
         )
 
 
-def check_sizes(student, teacher) -> None:
-    """Raise ValueError unless the teacher can judge what the student reads and writes."""
+def check_sizes(student: Any, teacher: Any) -> None:
+    """Raise ValueError unless the teacher can read the student's rows and predicts its tokens."""
     if prompt_ids(student):
         raise ValueError(
-            "a soft prompt is no text to the teacher: use another --adapt, or no teacher"
+            "the student has a soft prompt, which the teacher cannot read: use another --adapt, or "
+            "no teacher"
         )
-    for name, fits in (("vocab_size", int.__eq__), ("context_length", int.__ge__)):
-        have, need = getattr(teacher.config, name), getattr(student.config, name)
-        if not fits(have, need):
-            flag = f"--model.{name.replace('_', '-')} {have}"
-            raise ValueError(f"the teacher's {name} is {have}, the student's {need}; use {flag}")
+    vocabulary = teacher.config.vocab_size
+    if vocabulary != student.config.vocab_size:
+        raise ValueError(
+            f"the teacher's vocab_size is {vocabulary}, the student's "
+            f"{student.config.vocab_size}; use --model.vocab-size {vocabulary}"
+        )
+    context = teacher.config.context_length
+    if context < student.config.context_length:
+        raise ValueError(
+            f"the teacher's context_length is {context}, the student's "
+            f"{student.config.context_length}; use --model.context-length {context}"
+        )
 
 
-def distil(student: nn.Module, teacher: nn.Module, temperature: float = 2.0, share: float = 0.5,
-           tokenizers: tuple[Tokenizer, Tokenizer] | None = None) -> None:  # fmt: skip
-    """Make student.loss, in training mode, also follow the teacher; both are GPTs.
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    temperature: float = 2.0,
+    share: float = 0.5,
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
+) -> None:
+    """Replace student.loss, in training mode, with the distillation loss; both models are GPTs.
 
-    The teacher is frozen, in evaluation mode, and moves to the student's device; it is no part of
-    the student. share 0 is the plain loss, 1 the teacher's word alone. tokenizers: the student's,
-    the teacher's. Raises ValueError if the two do not fit, or for a setting out of range.
+    The teacher is frozen, put into evaluation mode, and moved to the student's device. share: 0 is
+    the plain loss, 1 uses the teacher's predictions alone. tokenizers: (student's, teacher's), to
+    compare. Raises ValueError if the two models or tokenizers do not fit each other, or for a
+    setting out of range.
     """
-    DistilConfig(temperature, share)  # or refuse
+    DistilConfig(temperature, share)  # raises for settings out of range
     check_sizes(student, teacher)
     if tokenizers:
         check_tokenizers(*tokenizers)
@@ -111,14 +141,14 @@ def distil(student: nn.Module, teacher: nn.Module, temperature: float = 2.0, sha
     plain = student.loss.__func__
 
     def loss(self, batch: dict[str, Tensor], generator=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's own loss in evaluation mode, else the sum above."""
         if not self.training:
             return plain(self, batch, generator)
         inputs, targets = next_tokens(batch)
-        if teacher.head.weight.device != inputs.device:  # the student has moved since
+        # The trainer moves the student after this function was built; the teacher follows.
+        if teacher.head.weight.device != inputs.device:
             teacher.to(inputs.device)
         with torch.no_grad():
-            judged = teacher(inputs)
-        return distillation_loss(self(inputs), judged, targets, temperature, share)
+            teacher_logits = teacher(inputs)
+        return distillation_loss(self(inputs), teacher_logits, targets, temperature, share)
 
-    student.loss = MethodType(loss, student)  # bound, so that a copy of the student is its own
+    student.loss = MethodType(loss, student)  # bound, so a copy of the student uses its own weights

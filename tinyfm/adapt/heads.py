@@ -2,9 +2,9 @@
 
 Pretraining names no classes, yet the states of a pretrained model (the body) distinguish many
 things. A `Reader`, which the recipe of each family supplies, turns an example into one vector of
-features. They are normalised over their D numbers to mean 0 and standard deviation 256 / D, which
-gives x (D,). So one learning rate suits all bodies: AdamW moves every weight equally far, whatever
-D is, and D of these steps add up in a logit. Each question has a linear head:
+D features. They are normalised to mean 0 and standard deviation 256 / D, which gives x (D,). So one
+learning rate suits all bodies: AdamW moves every weight equally far, whatever D is, and a logit
+adds up D of these steps. Each question has a linear head:
 
     p(class | example) = softmax(W x + b),       loss = mean over heads of -ln p(label)
 
@@ -81,7 +81,9 @@ class Classifier(nn.Module):
             if len(set(names)) < max(2, len(names)):
                 shown = ", ".join(names) or "none"
                 raise ValueError(f"the classes of {question!r} are {shown}: give two, each once")
-        self.body, self.reader, self.config = body, reader, body.config
+        self.body = body
+        self.reader = reader
+        self.config = body.config
         self.classes = {question: tuple(names) for question, names in classes.items()}
         self.outer = (*body.outer, "heads")  # trained by AdamW, not by Muon
         # Freeze what the features do not depend on. A tied weight has the name that is read.
@@ -95,7 +97,7 @@ class Classifier(nn.Module):
 
     @property
     def unit(self) -> str:
-        """What its data are counted in: pictures, or as its body's."""
+        """The unit in which its data are counted: images, or the body's unit."""
         return "image" if "images" in self.reader.inputs else self.body.unit
 
     def reset_parameters(self):
@@ -109,13 +111,14 @@ class Classifier(nn.Module):
 
     def check(self, batch: Batch) -> None:
         """Raise ValueError for a batch that the body cannot read."""
-        kind, example = type(self.body).__name__, self.example_batch(1)
+        kind = type(self.body).__name__
         missing = [name for name in self.reader.inputs if name not in batch]
         if missing:
             needs, has = ", ".join(self.reader.inputs), ", ".join(batch)
             raise ValueError(f"a {kind} reads {needs}; the batch has {has}, and no {missing[0]}")
-        if "images" in example:
-            found, expected = (tuple(b["images"].shape[1:]) for b in (batch, example))
+        if "images" in self.reader.inputs:
+            found = tuple(batch["images"].shape[1:])
+            expected = tuple(self.example_batch(1)["images"].shape[1:])
             if found != expected:
                 raise ValueError(f"images are {found}, this {kind} takes {expected}")
 
@@ -137,11 +140,12 @@ class Classifier(nn.Module):
         drawn from generators.
         """
         smoothing = SMOOTHING if self.training else 0.0
-        losses, shares = [], {}
+        losses = []
+        accuracies = {}
         for question, z, label in zip(self.classes, self(batch), batch["labels"].unbind(1)):
             losses.append(F.cross_entropy(z, label, label_smoothing=smoothing))
-            shares[f"accuracy {question}"] = (z.detach().argmax(1) == label).float().mean()
-        return torch.stack(losses).mean(), shares
+            accuracies[f"accuracy {question}"] = (z.detach().argmax(1) == label).float().mean()
+        return torch.stack(losses).mean(), accuracies
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Probabilities (B, number of classes) for each question."""
@@ -161,13 +165,16 @@ class Classifier(nn.Module):
 def predictions(
     model: Classifier, batches: Iterable[Batch]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(probabilities (n, classes), labels (n,)) of each question over all batches."""
-    device, found, labels = next(model.parameters()).device, [], []
+    """{question: (probabilities (n, number of classes), labels (n,))} over all batches."""
+    device = next(model.parameters()).device
+    found = []
+    labels = []
     for batch in batches:
         found.append(model.predict({name: x.to(device) for name, x in batch.items()}))
         labels.append(batch["labels"])
-    truth = torch.cat(labels).cpu().numpy()
-    return {
-        question: (torch.cat([p[question] for p in found]).float().cpu().numpy(), truth[:, q])
-        for q, question in enumerate(model.classes)
-    }
+    truth = torch.cat(labels).cpu().numpy()  # (n, M)
+    result = {}
+    for i, question in enumerate(model.classes):
+        p = torch.cat([part[question] for part in found])
+        result[question] = (p.float().cpu().numpy(), truth[:, i])
+    return result

@@ -1,18 +1,20 @@
 """Adaptation: make a trained model do something else by training a small part of it.
 
-Training all weights again ("full") gives a second model as large as the first, and most of that is
-not needed. Four ways to train less, all else frozen:
+Training all weights ("full") gives a second model as large as the first, and most of its weights
+need no change. Four methods train less and freeze the rest:
 
-    lora    a product of two thin matrices beside each hidden matrix (lora.py)
-    bias    biases and the gains of norms, all that has one axis: BitFit (Ben Zaken et al. 2021)
-    head    the last layer alone: a linear probe of what the model knows already
-    prompt  rows that are read before the text as if they were tokens (soft_prompt.py)
+    lora    a product of two thin matrices, added to each hidden matrix (lora.py)
+    bias    the parameters with one axis, biases and the gains of norms: BitFit (Ben Zaken et al.
+            2021)
+    head    the last layer alone: a linear probe of the model's features
+    prompt  vectors that are read before the text as if they were tokens (soft_prompt.py)
 
-What lies below a module named `heads`, which a new task brings along, is trained in all of them.
+A new task brings its own output layers, in a module named `heads` (heads.py). Every method trains
+them.
 
-An adapted model's state_dict() is the adapter alone, so its checkpoints are small, and one base
-serves many tasks. It must be that base: `base_hash` tells. `merge` makes one plain model of both,
-`remove` gives the base back, bit for bit.
+The state_dict() of an adapted model holds the adapter alone. So its checkpoints are small, and one
+base serves many tasks. The adapter fits that base only; `base_hash` identifies it. `merge` makes
+one plain model of base and adapter, and `remove` restores the base, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +37,18 @@ METHODS = ("full", "lora", "bias", "head", "prompt")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    rank: int = 8  # lora: width between its two matrices
-    alpha: float = 8.0  # lora: its product counts alpha / rank
-    dropout: float = 0.0  # lora: share of its input zeroed in training
-    targets: str = ""  # lora: regex found in names of layers; empty = hidden nn.Linear, "." = all
-    prompt_tokens: int = 16  # prompt: rows that stand before a text
+    rank: int = 8  # LoRA: width between its two matrices
+    alpha: float = 8.0  # LoRA: its product is scaled by alpha / rank
+    dropout: float = 0.0  # LoRA: share of its input that is zeroed in training
+    # LoRA: regex for the names of the layers; empty = hidden nn.Linear layers, "." = all layers
+    targets: str = ""
+    prompt_tokens: int = 16  # soft prompt: number of trained vectors before the text
 
     def __post_init__(self):
         for name in ("rank", "prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}; it must be above 0")
         if not 0 <= self.dropout < 1:
@@ -54,45 +59,52 @@ class AdapterConfig:
             raise ValueError(f"targets {self.targets!r} is not a regex: {error}") from error
 
 
-# ---- what is trained, and saved -----------------------------------------------------------------
+# ---- trained and saved parameters ---------------------------------------------------------------
 
 
 @dataclass
 class Adapted:
-    """What an adapted model knows of itself, as `model.adapted`; names are of parameters."""
+    """The record of an adaptation, kept as `model.adapted`. Names are those of parameters."""
 
-    saved: set[str]  # what state_dict() gives: all that is trained
-    frozen: set[str]  # what the base itself did not train
-    changed: dict[str, Tensor]  # the base's own values of what is trained in place
+    saved: set[str]  # the names in state_dict(): all that is trained
+    frozen: set[str]  # parameters that the base did not train either
+    changed: dict[str, Tensor]  # base values of the parameters that are trained in place
 
 
-def save_adapter_only(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata) -> None:
-    """The state-dict hook: nothing of an adapted model is saved, or asked for, but its adapter."""
-    for name in [*state] if model.adapted else []:
+def save_adapter_only(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any
+) -> None:
+    """State-dict hook: remove everything but the adapter from the state of an adapted model."""
+    if not model.adapted:
+        return
+    for name in [*state]:
         if name.removeprefix(prefix) not in model.adapted.saved:
             del state[name]
 
 
 def find_frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters that the base does not train: none, or a part that it only uses."""
+    """Names of the parameters that the base does not train: those of parts that it only uses."""
     if getattr(model, "adapted", None):
         return model.adapted.frozen
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def select(model: nn.Module, method: str, name: str) -> set[str]:
-    """Names of the parameters that a method trains, of which its own are there already."""
+    """Names of the parameters that a method trains; its LoRA or prompt is in the model already.
+
+    name: of the LoRA. Raises ValueError for "head" if the model has no head of its own.
+    """
     frozen = find_frozen(model)
-    own = {n: p for n, p in model.named_parameters() if n not in frozen}
-    chosen = {n for n in own if below(n, "heads")}
+    trainable = {n: p for n, p in model.named_parameters() if n not in frozen}
+    chosen = {n for n in trainable if below(n, "heads")}
     if method == "lora":
-        chosen |= {n for n in own if f".lora.{name}." in n}
+        chosen |= {n for n in trainable if f".lora.{name}." in n}
     elif method == "prompt":
-        chosen |= {n for n in own if below(n, "prompt")}
+        chosen |= {n for n in trainable if below(n, "prompt")}
     elif method == "bias":
-        chosen |= {n for n, p in own.items() if p.ndim == 1}
-    elif not chosen:  # head: of a model that was given none for its task, its own
-        chosen = {n for n in own if below(n, "head")}
+        chosen |= {n for n, p in trainable.items() if p.ndim == 1}
+    elif not chosen:  # "head" of a model without `heads`: the model's own head
+        chosen = {n for n in trainable if below(n, "head")}
         if not chosen:
             tied = hasattr(model, "head")
             why = "is its token embedding (tied)" if tied else "is not there: it has no `heads`"
@@ -101,11 +113,12 @@ def select(model: nn.Module, method: str, name: str) -> set[str]:
 
 
 def train_only(model: nn.Module, chosen: set[str]) -> None:
-    """Freeze all but the chosen parameters, which are what state_dict() gives from now on."""
+    """Freeze all parameters but the chosen ones; state_dict() returns only these from now on."""
     if not hasattr(model, "adapted"):
         model.register_state_dict_post_hook(save_adapter_only)
         model.adapted = None
-    changed, frozen = model.adapted.changed if model.adapted else {}, find_frozen(model)
+    changed = model.adapted.changed if model.adapted else {}
+    frozen = find_frozen(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
         if name in chosen and not below(name, *NEW):
@@ -113,63 +126,59 @@ def train_only(model: nn.Module, chosen: set[str]) -> None:
     buffers = {name for name, _ in model.named_buffers() if below(name, "heads")}
     model.adapted = Adapted(chosen | buffers, frozen, changed)
     outer = tuple(getattr(model, "outer", ()))
-    model.outer = outer if "lora" in outer else (*outer, "lora")  # thin matrices are AdamW's
+    if "lora" not in outer:
+        model.outer = (*outer, "lora")  # thin matrices are for AdamW, not for Muon
 
 
 def apply(
     model: nn.Module, method: str, config: AdapterConfig | None = None, name: str = "default"
 ) -> None:
-    """Adapt a model in place: nothing changes until it is trained. name: of a LoRA.
+    """Adapt a model in place. Its outputs do not change until it is trained.
 
-    Afterwards parameters that are not trained need no gradient, and state_dict() gives what is
-    trained only; "full" leaves the model as it is. Call it once the base has its weights. Raises
-    ValueError for an unknown method, a second one, and what does not fit the model.
+    Call it once the model has the weights of the base. Afterwards only the parameters of the
+    method require gradients, and state_dict() returns only these; "full" leaves the model as it
+    is. name: of the LoRA. Raises ValueError for an unknown method, for a model that is adapted
+    already, and for a config that does not fit the model.
     """
     config = config or AdapterConfig()
     if method not in METHODS:
         raise ValueError(f"the method is {method!r}; use one of {', '.join(METHODS)}")
     if getattr(model, "adapted", None):
         raise ValueError("the model is adapted already; merge or remove that adapter first")
+    if method == "full":
+        return
     if method == "lora":
         layers = find_layers(model, config.targets, find_frozen(model))
         attach(model, dict.fromkeys(layers, config), name)
     elif method == "prompt":
         add_prompt(model, config.prompt_tokens)
-    if method != "full":
-        train_only(model, select(model, method, name))
-
-
-def freeze(model: nn.Module, pattern: str) -> None:
-    """Stop training the parameters in whose names a regex is found. ValueError if it is in none."""
-    found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-    if not found:
-        some = ", ".join(name for name, _ in [*model.named_parameters()][:4])
-        raise ValueError(f"no parameter matches {pattern!r}; there are {some} and others")
-    for parameter in found:
-        parameter.requires_grad_(False)
+    train_only(model, select(model, method, name))
 
 
 def trained(model: nn.Module) -> tuple[int, int]:
-    """How many numbers are trained, and how many there are, a tied weight once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, needed in sizes if needed), sum(n for n, _ in sizes)
+    """(number of trained parameters, number of all parameters); a tied weight counts once."""
+    everything = sum(p.numel() for p in model.parameters())
+    some = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return some, everything
 
 
 def summary(model: nn.Module) -> str:
-    some, all_ = trained(model)
-    return f"trains {some:,} of {all_:,} parameters ({100 * some / all_:.3g}%)"
+    """A line that says how many parameters are trained."""
+    some, everything = trained(model)
+    share = 100 * some / everything
+    return f"trains {some:,} of {everything:,} parameters ({share:.3g}%)"
 
 
 # ---- back to a plain model ----------------------------------------------------------------------
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own values of the parameters that are trained in place."""
+    """The base's values of the parameters that are trained in place; {} for a plain model."""
     return dict(model.adapted.changed) if getattr(model, "adapted", None) else {}
 
 
 def make_plain(model: nn.Module) -> None:
-    """Take off what an adapter added; all is saved again, and trained as the base was."""
+    """Take off LoRAs and prompt; train and save the same parameters as the base did."""
     if not getattr(model, "adapted", None):
         return
     for _, layer in adapted_layers(model):
@@ -183,11 +192,12 @@ def make_plain(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> dict[str, Tensor]:
-    """Make the adapter part of the weights, W + scale B A for each LoRA, as weighted now.
+    """Make the adapter part of the weights: W + scale B A for each LoRA, with its present scale.
 
-    The model is a plain one then, as fast as before, and exports as such. Returns the weights that
-    it had: model.load_state_dict(them, strict=False) is the base again, bit for bit. Raises
-    ValueError for what no weight can hold: a soft prompt, or a LoRA on one side of a tied weight.
+    Then the model is a plain one: as fast as the base, and exported like it. Returns the base's
+    values of all weights that changed: model.load_state_dict(values, strict=False) restores the
+    base, bit for bit. Raises ValueError for an adapter that no weight can hold: a soft prompt, or
+    a LoRA on one of two layers with a tied weight.
     """
     if prompt_ids(model):
         raise ValueError("a soft prompt cannot be merged: it is read as text; use remove()")
@@ -200,14 +210,14 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
         W = layer.weight
         before[f"{name}.weight"] = W.detach()
         added = sum(lora.product() for lora in layer.lora.values() if lora.scale)
-        W.data = (W.float() + added).to(W.dtype)  # in memory of its own
+        W.data = (W.float() + added).to(W.dtype)  # new memory: `before` keeps the old one
     make_plain(model)
     return before
 
 
 @torch.no_grad()
 def remove(model: nn.Module) -> None:
-    """Take every adapter off: the base again, bit for bit, under the heads that there are."""
+    """Take off every adapter: the weights are the base's, bit for bit. Trained `heads` stay."""
     parameters = dict(model.named_parameters())
     for name, value in base_values(model).items():
         parameters[name].copy_(value)
@@ -218,10 +228,10 @@ def remove(model: nn.Module) -> None:
 
 
 def base_hash(model: nn.Module) -> str:
-    """SHA-256 of the weights that the model had before it was adapted, as 64 hex digits.
+    """SHA-256, 64 hex digits, of the weights that the model had before it was adapted.
 
-    Over names, types, shapes and bytes, in the order of the names; without `heads`, and the same
-    for a model that is the `body` of another.
+    It covers the names, dtypes, shapes and bytes of the parameters, sorted by name. `heads` are
+    left out, and the prefix "body." is removed, so a classifier has the hash of its body.
     """
     base = dict(model.named_parameters()) | base_values(model)
     base = {n.removeprefix("body."): p for n, p in base.items() if not below(n, *NEW)}
@@ -234,27 +244,36 @@ def base_hash(model: nn.Module) -> str:
 
 
 def load_adapter(
-    model: nn.Module, tensors: dict[str, Tensor], method: str,
-    config: AdapterConfig | None = None, name: str = "default", base: str = "",
-) -> None:  # fmt: skip
-    """Put an adapter that was saved, as state_dict() gave it, onto its base, in place.
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    method: str,
+    config: AdapterConfig | None = None,
+    name: str = "default",
+    base: str = "",
+) -> None:
+    """Put an adapter on its base, in place. tensors: the state_dict() that was saved.
 
-    A LoRA goes beside those that are there, under a name of its own; lora.set_weights says how much
-    each counts. base: the base_hash that the adapter was trained on, checked if given. Raises
-    ValueError for another base, tensors that do not fit, and what `apply` refuses.
+    A LoRA is added to those that the model has, under a new name; lora.set_weights sets how much
+    each one contributes. base: the base_hash of the weights that the adapter was trained on, to be
+    checked. Raises ValueError for another base, for tensors that do not fit, and where `apply`
+    does.
     """
-    if base and (own := base_hash(model)) != base:
-        raise ValueError(
-            f"the adapter was trained on weights of hash {base[:16]}, and this model's is "
-            f"{own[:16]}; load it onto the run that it was trained from"
-        )
+    if base:
+        own_hash = base_hash(model)
+        if own_hash != base:
+            raise ValueError(
+                f"the adapter was trained on weights of hash {base[:16]}, and this model's is "
+                f"{own_hash[:16]}; load it onto the run that it was trained from"
+            )
     config = config or AdapterConfig()
     if method == "lora" and any(adapted_layers(model)):
+        # One more LoRA: `apply` would refuse a model that is adapted already.
         layers = find_layers(model, config.targets, find_frozen(model))
         attach(model, dict.fromkeys(layers, config), name)
         train_only(model, select(model, method, name))
     else:
         apply(model, method, config, name)
-    own_name = re.compile(r"\.lora\.\w+\.")
-    tensors = {own_name.sub(f".lora.{name}.", n): tensor for n, tensor in tensors.items()}
+    # The LoRA may have been saved under another name.
+    saved_name = re.compile(r"\.lora\.\w+\.")
+    tensors = {saved_name.sub(f".lora.{name}.", n): tensor for n, tensor in tensors.items()}
     files.load_model(model, tensors)

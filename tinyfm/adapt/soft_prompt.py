@@ -1,16 +1,16 @@
-"""Soft prompts: numbers, read as if they were a text before the text.
+"""Soft prompts: trained vectors that a language model reads as if they were a text before the text.
 
-A prompt of words steers a language model; Lester et al. 2021 train one that need not be words: n
-rows of the model's width D, put where the embeddings of n tokens would stand, everything else
-frozen. They begin as embeddings of common tokens (section 3.2 there).
+A prompt of words steers a language model. Lester et al. 2021 train a prompt that need not consist
+of words: n rows of the model's width D, which stand where the embeddings of n tokens would stand.
+The model itself is frozen. The rows start as embeddings of common tokens (their section 3.2).
 
-Here the table of a model simply grows: ids V .. V + n - 1 read the trained rows, and the head gives
-them the least logit there is, as they are never written. A prompt is then a row of ids like others:
-`prompt_ids` go before a text, and generation, cache and loss need not know. They take up places of
-the context.
+Here the token table simply grows: ids V .. V + n - 1 look up the trained rows, and the head gives
+these ids the lowest possible logit, so they are never generated. So a prompt is a row of ids like
+any other: `prompt_ids` go before each text, and generation, cache and loss need no change. They
+take up n positions of the context.
 
-Letters: B batch, T tokens, D model width, V vocabulary of the base.
-Left out: prompts for towers and images, prefixes in every layer (Li & Liang 2021).
+Letters: B batch, T tokens, D width, V vocabulary of the base.
+Left out: prompts for image models, trained prefixes in every layer (Li & Liang 2021).
 """
 
 from __future__ import annotations
@@ -18,47 +18,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COMMON = 5000  # rows begin as some of this many first ids, in a BPE the most common tokens
+COMMON = 5000  # rows start as some of the first COMMON ids: in a BPE, the most common tokens
 
 
 class PromptedEmbedding(nn.Embedding):
-    """A table whose ids V .. V + n - 1 stand for n trained rows; the others read it as before."""
+    """A token table in which ids V .. V + n - 1 look up n trained rows.
+
+    The first V ids look up the weight of `table`, which is shared, not copied.
+    """
 
     def __init__(self, table: nn.Embedding, n: int):
         V, D = table.weight.shape
         super().__init__(V, D, _weight=table.weight)
-        self.weight = table.weight  # the same parameter, to which a head may be tied
-        like = torch.randperm(min(V, COMMON), device=table.weight.device)[:n]
-        self.prompt = nn.Parameter(table.weight.detach()[like].clone())  # (n, D)
+        self.weight = table.weight  # the same parameter: a head may be tied to it
+        start = torch.randperm(min(V, COMMON), device=table.weight.device)[:n]
+        self.prompt = nn.Parameter(table.weight.detach()[start].clone())  # (n, D)
 
     def forward(self, ids):
         V = self.num_embeddings
-        rows = super().forward(ids.clamp(max=V - 1))
-        return torch.where((ids >= V)[..., None], self.prompt[(ids - V).clamp(min=0)], rows)
+        tokens = super().forward(ids.clamp(max=V - 1))  # (B, T, D)
+        prompt = self.prompt[(ids - V).clamp(min=0)]  # (B, T, D)
+        return torch.where((ids >= V)[..., None], prompt, tokens)
 
 
 def never_written(n: int, head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
-    """A hook that gives n more tokens the least logit there is: they are read, never written."""
+    """A forward hook of the head: logits (..., V) -> (..., V + n), the new ones the lowest there
+    are."""
     return F.pad(logits, (0, n), value=torch.finfo(logits.dtype).min)
 
 
 def find_reader(model: nn.Module) -> nn.Module:
-    """The part that reads and writes tokens. Raises ValueError if there is none."""
+    """The module with a token table and a head. Raises ValueError if there is none."""
     for module in model.modules():
-        if {"token_embedding", "head"} <= {name for name, _ in module.named_children()}:
+        children = {name for name, _ in module.named_children()}
+        if {"token_embedding", "head"} <= children:
             return module
     raise ValueError(f"{type(model).__name__} is no language model: a soft prompt needs tokens")
 
 
 def add_prompt(model: nn.Module, n: int) -> None:
-    """Make the vocabulary n tokens larger; all else, generation included, reads config.vocab_size.
+    """Give a model a soft prompt of n rows: its vocabulary, config.vocab_size, grows by n.
 
-    Raises ValueError for a model without tokens, and for more rows than it has tokens to begin as.
+    Raises ValueError for a model without tokens, and if n exceeds the number of tokens to start
+    from or leaves no room for a text in the context.
     """
     reader = find_reader(model)
     room = min(reader.token_embedding.num_embeddings, COMMON, reader.config.context_length - 1)
@@ -70,13 +78,19 @@ def add_prompt(model: nn.Module, n: int) -> None:
 
 
 def prompt_ids(model: nn.Module) -> list[int]:
-    """The ids to put before every text that an adapted model reads; none without a soft prompt."""
-    tables = [m for m in model.modules() if isinstance(m, PromptedEmbedding)]
-    return [m.num_embeddings + i for m in tables for i in range(len(m.prompt))]
+    """The ids to put before each text that the model reads; [] for a model without a prompt.
+
+    The prompt may lie in any module of the model, for instance in the body of a classifier.
+    """
+    for module in model.modules():
+        if isinstance(module, PromptedEmbedding):
+            first = module.num_embeddings
+            return list(range(first, first + len(module.prompt)))
+    return []
 
 
 def drop_prompt(model: nn.Module) -> None:
-    """The inverse of add_prompt, if there is a prompt."""
+    """Undo add_prompt; a model without a prompt stays as it is."""
     if not prompt_ids(model):
         return
     reader = find_reader(model)
@@ -87,20 +101,34 @@ def drop_prompt(model: nn.Module) -> None:
     reader.prompt_hook.remove()
 
 
+# ---- data with a prompt -------------------------------------------------------------------------
+
+
 def prepend(batch: dict[str, Tensor], ids: list[int]) -> dict[str, Tensor]:
-    """batch["tokens"] (B, T + 1) behind ids; as targets they do not count, nor does the first token
-    of the text, which had none before it. batch["mask"] (B, T) grows by as many."""
-    tokens, n = batch["tokens"], len(ids)
-    mask = batch.get("mask", torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+    """The batch with ids before each row of batch["tokens"] (B, T + 1).
+
+    batch["mask"] (B, T) grows by as many columns. The ids do not count as targets, and neither
+    does the first token of a text: without a prompt, no token comes before it.
+    """
+    tokens = batch["tokens"]
+    n = len(ids)
+    mask = batch.get("mask")
+    if mask is None:
+        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
     prompt = torch.tensor(ids, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), n)
-    return batch | {"tokens": torch.cat((prompt, tokens), 1), "mask": F.pad(mask, (n, 0))}
+    tokens = torch.cat((prompt, tokens), 1)  # (B, n + T + 1)
+    return batch | {"tokens": tokens, "mask": F.pad(mask, (n, 0))}
 
 
 class PromptedData:
-    """Data for the trainer whose rows begin with the soft prompt; all else is the data's own."""
+    """Data for the trainer with the soft prompt before each row.
 
-    def __init__(self, data, ids: list[int]):
-        self.data, self.ids = data, ids
+    All other attributes are those of the wrapped data.
+    """
+
+    def __init__(self, data: Any, ids: list[int]):
+        self.data = data
+        self.ids = ids
 
     def __getattr__(self, name):
         return getattr(self.data, name)
