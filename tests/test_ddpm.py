@@ -1,4 +1,4 @@
-"""Diffusion: the oracles are diffusers' schedulers and a mixture with a known denoiser."""
+"""Diffusion: samplers against diffusers and against a mixture in closed form, the loss, folders."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from conftest import assert_equal_weights, edit_json, generators, normal
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -25,27 +26,22 @@ from tinyfm.unet import UNet
 
 diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers'
-TINY = DiffusionConfig(image_size=8, channels=(8, 16), attend=(False, True), n_block=1, groups=4,
-                       n_head=2)  # fmt: skip
-BETAS = {
+TINY = DiffusionConfig(
+    image_size=8, channels=(8, 16), attend=(False, True), n_block=1, groups=4, n_head=2
+)
+BETAS = {  # our name of a schedule -> the fields of a scheduler of diffusers
     "linear": {"beta_schedule": "linear"},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
+# Our name of a prediction -> that of diffusers.
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def config_of(name, **fields):
-    ends = {key: BETAS[name][key] for key in ("beta_start", "beta_end") if key in BETAS[name]}
-    return replace(TINY, schedule=name, **{"clip": False, **ends, **fields})
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def generators(n, seed=0):
-    return [torch.Generator().manual_seed(100 * seed + i) for i in range(n)]
+def config_of(schedule, **fields):
+    """TINY with a schedule of BETAS, and without clipping unless the fields say so."""
+    ends = {key: value for key, value in BETAS[schedule].items() if key != "beta_schedule"}
+    return replace(TINY, schedule=schedule, **{"clip": False, **ends, **fields})
 
 
 def trained(config, seed=0):
@@ -67,16 +63,18 @@ def test_schedules_equal_diffusers(name):
     assert ours.dtype == torch.float64
     theirs = DDPMScheduler(**BETAS[name]).alphas_cumprod
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-7)
-    assert (ours.diff() < 0).all() and 0 < ours[-1] < 0.01 and ours[0] > 0.99
+    assert (ours.diff() < 0).all()
+    assert ours[0] > 0.99
+    assert 0 < ours[-1] < 0.01
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 @settings(deadline=None, max_examples=30)
 @given(share=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
-def test_x0_and_eps_follow_from_x_t_and_any_prediction(prediction, share, seed):
+def test_x0_and_eps_follow_from_x_t_and_a_prediction(prediction, share, seed):
     config = replace(TINY, prediction=prediction)
     _, alpha, sigma = ddpm.level(config, torch.tensor([share], dtype=torch.float64))
-    x0, eps = random(2, 3, 4, 4, seed=seed).double().unbind()
+    x0, eps = normal(2, 3, 4, 4, seed=seed).double().unbind()
     x_t = ddpm.q_sample(x0, eps, alpha, sigma)
     y = ddpm.target(prediction, x0, eps, alpha, sigma)
     found_x0, found_eps = ddpm.separate(prediction, y, x_t, alpha, sigma)
@@ -87,20 +85,20 @@ def test_x0_and_eps_follow_from_x_t_and_any_prediction(prediction, share, seed):
 
 def test_q_sample_keeps_the_variance():
     config = config_of("linear")
-    x0, eps = random(2, 100_000).double()
+    x0, eps = normal(2, 100_000).double()
     for alpha_bar in ddpm.alpha_bars(config)[::250]:
         x_t = ddpm.q_sample(x0, eps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         assert abs(x_t.var() - 1) < 0.02
 
 
-def test_min_snr_weights_equal_errors_of_x0():
+def test_min_snr_weights_errors_of_x0():
     """For each prediction y, the weighted error of y is min(SNR, 5) times the error of x_0."""
     alpha_bar = ddpm.alpha_bars(TINY)[::50]
     alpha = alpha_bar.sqrt()
     sigma = (1 - alpha_bar).sqrt()
     snr = alpha_bar / (1 - alpha_bar)
     assert (snr > 5).any() and (snr < 5).any()
-    x0, eps, y = random(3, len(alpha)).double()
+    x0, eps, y = normal(3, len(alpha)).double()
     x_t = ddpm.q_sample(x0, eps, alpha, sigma)
     for prediction in PREDICTIONS:
         error = (y - ddpm.target(prediction, x0, eps, alpha, sigma)).square()
@@ -110,7 +108,7 @@ def test_min_snr_weights_equal_errors_of_x0():
         torch.testing.assert_close(weighted, expected, rtol=1e-6, atol=1e-9)
 
 
-# ---- samplers against diffusers ------------------------------------------------------------------
+# ---- the samplers against diffusers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -126,7 +124,7 @@ def test_timesteps_equal_diffusers(spacing, steps):
 
 
 def scripted(config, predictions):
-    """A denoiser that returns the given predictions, and the list of times of its calls."""
+    """A denoiser that makes the given predictions, and the list of the times of its calls."""
     times = []
     script = iter(predictions)
 
@@ -141,11 +139,11 @@ def scripted(config, predictions):
 
 
 def assert_same_steps(config, sampler, theirs, steps, options=None, step_options=None):
-    """From the same state, prediction and noise, every step leads to the same state."""
+    """Each step, from the same state, prediction and noise, gives the same state."""
     theirs.set_timesteps(steps)
-    predictions = random(steps, 2, 3, 4, 4, seed=1)
-    x = random(2, 3, 4, 4, seed=2)
-    noises = random(steps, 2, 3, 4, 4, seed=3)
+    predictions = normal(steps, 2, 3, 4, 4, seed=1)
+    x = normal(2, 3, 4, 4, seed=2)
+    noises = normal(steps, 2, 3, 4, 4, seed=3)
     denoise, times = scripted(config, predictions)
     draw = iter(noises)
     path = Diffusion(config).path(steps, sampler)
@@ -165,20 +163,29 @@ def assert_same_steps(config, sampler, theirs, steps, options=None, step_options
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_steps(name, prediction, eta):
-    # The cosine schedule ends at so little signal that eps as a prediction of x_0 overflows.
+    # The cosine schedule ends with so little signal that the x_0 of an eps overflows.
     clip = name == "cosine"
     config = config_of(name, prediction=prediction, clip=clip)
-    theirs = DDIMScheduler(**BETAS[name], prediction_type=PREDICTIONS[prediction],
-                           clip_sample=clip, timestep_spacing="trailing")  # fmt: skip
-    assert_same_steps(config, "ddim", theirs, 20, {"eta": eta},
-                      lambda noise: {"eta": eta, "variance_noise": noise})  # fmt: skip
+    theirs = DDIMScheduler(
+        **BETAS[name],
+        prediction_type=PREDICTIONS[prediction],
+        clip_sample=clip,
+        timestep_spacing="trailing",
+    )
+
+    def step_options(noise):
+        return {"eta": eta, "variance_noise": noise}
+
+    assert_same_steps(config, "ddim", theirs, 20, {"eta": eta}, step_options)
 
 
 def test_ddim_steps_of_stable_diffusion():
-    config = config_of("scaled_linear", prediction="eps", spacing="leading", offset=1,
-                       end_clean=False)  # fmt: skip
-    theirs = DDIMScheduler(**BETAS["scaled_linear"], clip_sample=False, set_alpha_to_one=False,
-                           steps_offset=1)  # fmt: skip
+    config = config_of(
+        "scaled_linear", prediction="eps", spacing="leading", offset=1, end_clean=False
+    )
+    theirs = DDIMScheduler(
+        **BETAS["scaled_linear"], clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
     assert_same_steps(config, "ddim", theirs, 50)
 
 
@@ -187,19 +194,23 @@ def test_ddim_steps_of_stable_diffusion():
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_ddpm_steps(prediction, variance, steps, monkeypatch):
     config = config_of("linear", prediction=prediction, variance=variance, spacing="leading")
-    theirs = DDPMScheduler(prediction_type=PREDICTIONS[prediction], clip_sample=False,
-                           variance_type=f"fixed_{variance}")  # fmt: skip
-    # The float32 tables of diffusers lose the small betas: 1 - 0.9999 keeps three digits.
+    theirs = DDPMScheduler(
+        prediction_type=PREDICTIONS[prediction],
+        clip_sample=False,
+        variance_type=f"fixed_{variance}",
+    )
+    # The float32 tables of diffusers are too coarse for small betas: 1 - 0.9999 has three digits.
     theirs.alphas_cumprod = ddpm.alpha_bars(config)
-    noises = iter(random(steps, 2, 3, 4, 4, seed=3))
+    noises = iter(normal(steps, 2, 3, 4, 4, seed=3))
     scheduling = diffusers.schedulers.scheduling_ddpm
-    monkeypatch.setattr(scheduling, "randn_tensor", lambda *a, **k: next(noises))
+    monkeypatch.setattr(scheduling, "randn_tensor", lambda *args, **options: next(noises))
     assert_same_steps(config, "ddpm", theirs, steps, {"variance": variance})
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps, spacing", [(1, "trailing"), (20, "trailing"), (20, "linspace"),
-                                            (9, "leading")])  # fmt: skip
+@pytest.mark.parametrize(
+    "steps, spacing", [(1, "trailing"), (20, "trailing"), (20, "linspace"), (9, "leading")]
+)
 def test_dpm_solver_steps(prediction, steps, spacing):
     config = config_of("scaled_linear", prediction=prediction, spacing=spacing)
     theirs = DPMSolverMultistepScheduler(
@@ -209,12 +220,13 @@ def test_dpm_solver_steps(prediction, steps, spacing):
 
 
 def test_euler_steps_of_a_flow():
-    steps, config = 10, replace(TINY, prediction="flow", clip=False)
+    steps = 10
+    config = replace(TINY, prediction="flow", clip=False)
     path = Diffusion(config).path(steps, "euler")
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(sigmas=[sigma for _, _, sigma in path[:-1]])
-    velocities = random(steps, 2, 1, 4, 4, seed=1)
-    x = random(2, 1, 4, 4, seed=2)
+    velocities = normal(steps, 2, 1, 4, 4, seed=1)
+    x = normal(2, 1, 4, 4, seed=2)
     denoise, times = scripted(config, velocities)
     states = SAMPLERS["euler"](denoise, x, path, None)
     for t, velocity, ours in zip(theirs.timesteps, velocities, states):
@@ -224,23 +236,25 @@ def test_euler_steps_of_a_flow():
 
 
 def test_the_last_step_of_ddpm_adds_no_noise():
-    drawn = []
+    calls = []
+    x0 = normal(2, 1, 4, 4, seed=9)
 
     def noise():
-        drawn.append(1)
-        return random(2, 1, 4, 4)
+        calls.append("noise")
+        return normal(2, 1, 4, 4)
+
+    def denoise(x, t, alpha, sigma):
+        return x0, x
 
     for variance in ("small", "large"):
-        drawn.clear()
+        calls.clear()
         path = Diffusion(TINY).path(5, "ddpm")
-        answer = random(2, 1, 4, 4, seed=9)
-        denoise = lambda x, *level: (answer, x)  # noqa: B023, E731
-        states = list(SAMPLERS["ddpm"](denoise, answer, path, noise, variance=variance))
-        assert len(drawn) == 4
-        torch.testing.assert_close(states[-1], answer)
+        states = list(SAMPLERS["ddpm"](denoise, x0, path, noise, variance=variance))
+        assert len(calls) == 4
+        torch.testing.assert_close(states[-1], x0)
 
 
-# ---- samplers against a distribution known in closed form ----------------------------------------
+# ---- the samplers against a distribution known in closed form ------------------------------------
 
 MEANS = torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.0]])
 SPREAD = 0.3
@@ -248,7 +262,10 @@ SHARES = (0.2, 0.3, 0.5)
 
 
 def denoise_mixture(x, t, alpha, sigma):
-    """E[x_0 | x_t] for three Gaussians in the plane, here (B, 2, 1, 1), and the eps of that x_0."""
+    """E[x_0 | x_t] for three Gaussians in the plane, and the eps of that x_0.
+
+    A point of the plane is an image (2, 1, 1).
+    """
     points = x.flatten(1)[:, None].double()  # (B, 1, 2)
     variance = alpha**2 * SPREAD**2 + sigma**2
     distance = (points - alpha * MEANS).square().sum(-1)  # (B, 3)
@@ -272,8 +289,9 @@ def denoise_mixture(x, t, alpha, sigma):
     ],
 )
 def test_samplers_recover_a_mixture(sampler, prediction, steps, options):
-    model, n = Diffusion(replace(TINY, prediction=prediction, schedule="cosine")), 4000
-    noise = iter(random(steps + 1, n, 2, 1, 1, seed=5))
+    model = Diffusion(replace(TINY, prediction=prediction, schedule="cosine"))
+    n = 4000
+    noise = iter(normal(steps + 1, n, 2, 1, 1, seed=5))
     start = next(noise)
     path = model.path(steps, sampler)
     *_, x = SAMPLERS[sampler](denoise_mixture, start, path, lambda: next(noise), **options)
@@ -287,8 +305,8 @@ def test_samplers_recover_a_mixture(sampler, prediction, steps, options):
 
 
 def test_higher_orders_need_fewer_steps():
-    """Compare with many small steps from the same noise."""
-    x = random(500, 2, 1, 1, seed=6)
+    """The reference is the result of many small steps from the same noise."""
+    x = normal(500, 2, 1, 1, seed=6)
 
     def run(sampler, prediction, steps):
         path = Diffusion(replace(TINY, prediction=prediction)).path(steps, sampler)
@@ -303,11 +321,12 @@ def test_higher_orders_need_fewer_steps():
 
 def test_euler_is_ddim_on_the_straight_path():
     path = Diffusion(replace(TINY, prediction="flow")).path(10, "euler")
-    start = x = random(50, 2, 1, 1)
-    states = SAMPLERS["ddim"](denoise_mixture, start, path, None)
-    for ((t, a, s), (_, _, s_next)), ours in zip(pairwise(path), states):
-        x0, eps = denoise_mixture(x, t, a, s)
-        x = x + (s_next - s) * (eps - x0)
+    x = normal(50, 2, 1, 1)
+    states = SAMPLERS["ddim"](denoise_mixture, x, path, None)
+    for (level, next_level), ours in zip(pairwise(path), states):
+        t, alpha, sigma = level
+        x0, eps = denoise_mixture(x, t, alpha, sigma)
+        x = x + (next_level[2] - sigma) * (eps - x0)
         torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
 
 
@@ -316,11 +335,13 @@ def test_euler_is_ddim_on_the_straight_path():
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_loss_by_hand(prediction):
-    """Make the same draws in a plain loop over the rows."""
+    """A plain loop over the rows makes the same draws."""
     config = replace(TINY, prediction=prediction)
-    model, images = trained(config), random(3, 1, 8, 8).clamp(-1, 1)
+    model = trained(config)
+    images = normal(3, 1, 8, 8).clamp(-1, 1)
     loss, metrics = model.loss({"images": images}, generators(3))
-    rows, shares = [], []
+    rows = []
+    shares = []
     for x0, g in zip(images, generators(3)):
         share = torch.rand((), generator=g, dtype=torch.float64).item()
         eps = torch.randn(x0.shape, generator=g)
@@ -334,8 +355,8 @@ def test_loss_by_hand(prediction):
             alpha = math.sqrt(alpha_bar)
             sigma = math.sqrt(1 - alpha_bar)
         y = model.unet((alpha * x0 + sigma * eps)[None], torch.tensor([t]))[0]
-        wanted = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
-        rows.append((y - wanted[prediction]).square().mean().item())
+        targets = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+        rows.append((y - targets[prediction]).square().mean().item())
         shares.append(share)
     assert loss.item() == pytest.approx(sum(rows) / 3, rel=1e-4)
     assert metrics.keys() == {"loss_t0", "loss_t1", "loss_t2", "loss_t3"}
@@ -348,33 +369,40 @@ def test_loss_by_hand(prediction):
 def test_loss_does_not_depend_on_the_micro_batch():
     config = replace(TINY, d_context=6, context_dropout=0.5, min_snr=5.0)
     model = trained(config)
-    images, context = random(6, 1, 8, 8), random(6, 3, 6, seed=1)
+    images = normal(6, 1, 8, 8)
+    context = normal(6, 3, 6, seed=1)
     whole, _ = model.loss({"images": images, "context": context}, generators(6))
     parts = []
     for i in (0, 2, 4):
         rows = slice(i, i + 2)
-        part, _ = model.loss(
-            {"images": images[rows], "context": context[rows]}, generators(6)[rows]
-        )
-        parts.append(part)
+        batch = {"images": images[rows], "context": context[rows]}
+        parts.append(model.loss(batch, generators(6)[rows])[0])
     assert whole.item() == pytest.approx(sum(parts).item() / 3, rel=1e-5)
 
 
 def test_contexts_are_left_out_by_row():
     config = replace(TINY, d_context=6, context_dropout=0.3)
-    model, n = trained(config), 200
-    seen = []
-    model.unet.forward = lambda x, t, context: seen.append(context) or x
-    context = random(n, 3, 6, seed=1)
-    model.loss({"images": random(n, 1, 8, 8), "context": context}, generators(n))
-    null = model.null_context.expand(3, 6)
-    dropped = [torch.equal(row, null) for row in seen[0]]
-    assert 0.2 < sum(dropped) / n < 0.4
-    assert all(torch.equal(row, own) for row, own, d in zip(seen[0], context, dropped) if not d)
-    given = torch.full((1, 3, 6), 7.0)
-    batch = {"images": random(n, 1, 8, 8), "context": context, "null_context": given}
+    model = trained(config)
+    n = 200
+    contexts = []  # that the U-Net receives
+
+    def forward(x, t, context):
+        contexts.append(context)
+        return x
+
+    model.unet.forward = forward
+    context = normal(n, 3, 6, seed=1)
+    batch = {"images": normal(n, 1, 8, 8), "context": context}
     model.loss(batch, generators(n))
-    assert [bool((row == 7).all()) for row in seen[1]] == dropped
+    null = model.null_context.expand(3, 6)
+    dropped = [torch.equal(row, null) for row in contexts[0]]
+    assert 0.2 < sum(dropped) / n < 0.4
+    for received, original, is_null in zip(contexts[0], context, dropped):
+        assert is_null or torch.equal(received, original)
+
+    # A batch may bring its own empty context.
+    model.loss(batch | {"null_context": torch.full((1, 3, 6), 7.0)}, generators(n))
+    assert [bool((row == 7).all()) for row in contexts[1]] == dropped
 
 
 @pytest.mark.parametrize("fields", [{}, {"d_context": 6}, {"d_context": 6, "learned_null": False}])
@@ -384,9 +412,10 @@ def test_an_example_batch_fits_the_loss(fields):
     assert loss.isfinite()
 
 
-def test_the_empty_context_is_learned_where_contexts_are_left_out():
+def test_the_empty_context_is_learned():
     model = trained(replace(TINY, d_context=6, context_dropout=1.0))
-    loss, _ = model.loss({"images": random(2, 1, 8, 8), "context": random(2, 3, 6)}, generators(2))
+    batch = {"images": normal(2, 1, 8, 8), "context": normal(2, 3, 6)}
+    loss, _ = model.loss(batch, generators(2))
     loss.backward()
     assert model.null_context.grad.abs().sum() > 0
 
@@ -394,7 +423,7 @@ def test_the_empty_context_is_learned_where_contexts_are_left_out():
 def test_it_overfits_one_picture():
     torch.manual_seed(0)
     model = Diffusion(TINY)
-    picture = random(1, 1, 8, 8, seed=3).clamp(-1, 1)
+    picture = normal(1, 1, 8, 8, seed=3).clamp(-1, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     losses = []
     for step in range(120):
@@ -412,20 +441,21 @@ def test_it_overfits_one_picture():
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler, prediction", [("ddpm", "v"), ("ddim", "eps"), ("dpm++", "x0"),
-                                                 ("heun", "flow")])  # fmt: skip
+@pytest.mark.parametrize(
+    "sampler, prediction", [("ddpm", "v"), ("ddim", "eps"), ("dpm++", "x0"), ("heun", "flow")]
+)
 def test_a_sample_does_not_depend_on_its_batch(sampler, prediction):
     model = trained(replace(TINY, prediction=prediction))
     together = model.sample(3, 4, sampler, generators=generators(3))
     alone = [model.sample(1, 4, sampler, generators=[g]) for g in generators(3)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=0.1)
-    assert together.abs().max() <= 1  # the last estimate is clipped, and no noise is added to it
+    assert together.abs().max() <= 1  # the last x_0 is clipped, and no noise is added
 
 
-def test_film_and_noise_of_another_size():
+def test_film_and_images_of_another_size():
     model = trained(TINY)
-    noise = random(2, 1, 4, 12)
+    noise = normal(2, 1, 4, 12)
     film = model.sample(noise, 5, "ddim", film=True)
     assert film.shape == (6, 2, 1, 4, 12)
     assert torch.equal(film[0], noise)
@@ -437,18 +467,21 @@ def test_film_and_noise_of_another_size():
     assert torch.equal(first, model.sample(1, 2))
 
 
-def test_sampling_restores_the_mode():
+def test_sampling_restores_the_training_mode():
     model = trained(replace(TINY, dropout=0.5)).train()
-    first = model.sample(random(1, 1, 8, 8), 2)
+    first = model.sample(normal(1, 1, 8, 8), 2)
     assert model.training and model.unet.training
-    assert torch.equal(first, model.sample(random(1, 1, 8, 8), 2))
-    assert not model.eval().sample(1, 2).requires_grad and not model.training
+    assert torch.equal(first, model.sample(normal(1, 1, 8, 8), 2))
+    assert not model.eval().sample(1, 2).requires_grad
+    assert not model.training
 
 
 def test_guidance():
     config = replace(TINY, d_context=6, clip=False, prediction="eps")
-    model, x = trained(config), random(2, 1, 8, 8)
-    context, given = random(2, 3, 6, seed=1), random(1, 3, 6, seed=2)
+    model = trained(config)
+    x = normal(2, 1, 8, 8)
+    context = normal(2, 3, 6, seed=1)
+    other_null = normal(1, 3, 6, seed=2)
 
     def eps(guidance, context=context, null=None):
         return model.denoiser(context, guidance, null)(x, 500, 0.6, 0.8)[1]
@@ -459,34 +492,42 @@ def test_guidance():
     torch.testing.assert_close(eps(1.0), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(eps(0.0), empty, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(eps(3.0), empty + 3 * (plain - empty), atol=1e-4, rtol=1e-4)
-    other = model.unet(x, t, given.expand(2, 3, 6))
-    torch.testing.assert_close(eps(2.0, null=given), 2 * plain - other, atol=1e-4, rtol=1e-4)
+    other = model.unet(x, t, other_null.expand(2, 3, 6))
+    torch.testing.assert_close(eps(2.0, null=other_null), 2 * plain - other, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(plain, empty, atol=1e-2)
-    samples = [model.sample(x, 3, "ddim", guidance, context) for guidance in (1.0, 3.0)]
-    assert not torch.allclose(*samples, atol=1e-3)
+    weak = model.sample(x, 3, "ddim", 1.0, context)
+    strong = model.sample(x, 3, "ddim", 3.0, context)
+    assert not torch.allclose(weak, strong, atol=1e-3)
 
 
 # ---- folders of diffusers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [
-    {"prediction": "eps", "schedule": "linear", "variance": "large", "d_head": 8},
-    {"prediction": "v", "spacing": "leading", "offset": 1, "end_clean": False, "clip": False},
-    {"prediction": "flow", "d_context": 6},
-    {"prediction": "x0", "schedule": "scaled_linear", "beta_start": 0.001, "d_context": 6,
-     "learned_null": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prediction": "eps", "schedule": "linear", "variance": "large", "d_head": 8},
+        {"prediction": "v", "spacing": "leading", "offset": 1, "end_clean": False, "clip": False},
+        {"prediction": "flow", "d_context": 6},
+        {
+            "prediction": "x0",
+            "schedule": "scaled_linear",
+            "beta_start": 0.001,
+            "d_context": 6,
+            "learned_null": False,
+        },
+    ],
+    ids=str,
+)
 def test_a_folder_returns_the_same_model(fields, tmp_path):
     config = replace(TINY, **fields)
     model = trained(config)
     model.save_pretrained(tmp_path)
     again = Diffusion.from_pretrained(tmp_path)
-    learned = bool(config.d_context) and config.learned_null
-    assert replace(again.config, n_head=config.n_head, d_head=config.d_head) == replace(
-        config, out_channels=1, learned_null=learned
-    )
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    learned = config.d_context > 0 and config.learned_null
+    expected = replace(config, out_channels=1, learned_null=learned)
+    assert replace(again.config, n_head=config.n_head, d_head=config.d_head) == expected
+    assert_equal_weights(again, model)
     assert not again.training
     with pytest.raises(ValueError, match="holds a model already"):
         model.save_pretrained(tmp_path)
@@ -497,15 +538,15 @@ def test_a_folder_returns_the_same_model(fields, tmp_path):
 
 
 def test_a_pipeline_of_diffusers_draws_the_same(tmp_path):
-    """DDPMPipeline reads our folder; we read its two parts, also in one folder as in old files."""
+    """DDPMPipeline reads our folder. We read its two parts, also when they lie in one folder."""
     model = trained(replace(TINY, prediction="eps", schedule="linear", spacing="leading"))
     model.save_pretrained(tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     pixels = pipeline(1, torch.Generator().manual_seed(4), 10, output_type="np").images
     ours = model.sample(1, 10, "ddpm", generators=[torch.Generator().manual_seed(4)])
-    torch.testing.assert_close(ours[0].permute(1, 2, 0).numpy() / 2 + 0.5, pixels[0], atol=1e-4,
-                               rtol=1e-4)  # fmt: skip
+    ours = ours[0].permute(1, 2, 0).numpy() / 2 + 0.5
+    torch.testing.assert_close(ours, pixels[0], atol=1e-4, rtol=1e-4)
     flat = tmp_path / "flat"
     pipeline.unet.save_pretrained(flat)
     pipeline.scheduler.save_pretrained(flat)
@@ -513,13 +554,17 @@ def test_a_pipeline_of_diffusers_draws_the_same(tmp_path):
     assert again.config == Diffusion.from_pretrained(tmp_path).config
 
 
-@pytest.mark.parametrize("theirs", [
-    DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-    DDPMScheduler(variance_type="fixed_large"),
-    PNDMScheduler(steps_offset=1, beta_schedule="scaled_linear", skip_prk_steps=True),
-    DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
-    FlowMatchEulerDiscreteScheduler(),
-], ids=lambda s: type(s).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        DDPMScheduler(variance_type="fixed_large"),
+        PNDMScheduler(steps_offset=1, beta_schedule="scaled_linear", skip_prk_steps=True),
+        DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
+        FlowMatchEulerDiscreteScheduler(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
 def test_schedulers_of_other_samplers(theirs, tmp_path):
     trained(TINY).save_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "scheduler")
@@ -536,10 +581,11 @@ def test_schedulers_of_other_samplers(theirs, tmp_path):
         torch.testing.assert_close(ddpm.alpha_bars(ours).float(), theirs.alphas_cumprod)
 
 
-@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler, PNDMScheduler,
-                                 DPMSolverMultistepScheduler])  # fmt: skip
+@pytest.mark.parametrize(
+    "cls", [DDPMScheduler, DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler]
+)
 def test_schedulers_without_fields(cls, tmp_path):
-    """The defaults of each class of diffusers hold where the file has no field."""
+    """A field that the file lacks has the default of its class in diffusers."""
     trained(TINY).save_pretrained(tmp_path)
     cls().save_pretrained(tmp_path / "scheduler")
     expected = Diffusion.from_pretrained(tmp_path).config
@@ -548,25 +594,26 @@ def test_schedulers_without_fields(cls, tmp_path):
     assert Diffusion.from_pretrained(tmp_path).config == expected
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'; supported: DDPMScheduler"),
-    ({"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; supported: None"),
-    ({"thresholding": True}, "thresholding is True; supported: False"),
-    ({"beta_schedule": "sigmoid"}, "schedule is 'sigmoid'; supported: linear"),
-    ({"variance_type": "learned"}, "variance is 'learned'; supported: fixed_small"),
-    ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
-    ({"beta_start": 3.0}, "beta_start is 3.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'; .*DDPMScheduler"),
+        ({"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; supported: None"),
+        ({"thresholding": True}, "thresholding is True; supported: False"),
+        ({"beta_schedule": "sigmoid"}, "schedule is 'sigmoid'; supported: linear"),
+        ({"variance_type": "learned"}, "variance is 'learned'; supported: fixed_small"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
+        ({"beta_start": 3.0}, "beta_start is 3.0"),
+    ],
+)
 def test_schedulers_that_this_model_cannot_express(fields, message, tmp_path):
     trained(TINY).save_pretrained(tmp_path)
-    path = tmp_path / "scheduler" / "scheduler_config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) | fields
-    path.write_text(json.dumps(raw), encoding="utf-8")
+    edit_json(tmp_path / "scheduler" / "scheduler_config.json", **fields)
     with pytest.raises(ValueError, match=message):
         Diffusion.from_pretrained(tmp_path)
 
 
-def test_a_config_survives_json():
+def test_a_config_is_equal_after_json():
     config = replace(TINY, prediction="flow", d_context=6)
     assert DiffusionConfig(**json.loads(json.dumps(asdict(config)))) == config
 
@@ -574,38 +621,44 @@ def test_a_config_survives_json():
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"prediction": "noise"}, "prediction is 'noise'; use one of"),
-    ({"schedule": "square"}, "schedule is 'square'; use one of"),
-    ({"diffusion_steps": 0}, "diffusion_steps is 0; use 1 or more"),
-    ({"beta_start": 0.5}, "beta_start is 0.5; use 0 to 0.02"),
-    ({"beta_end": 1.5}, "beta_end is 1.5"),
-    ({"context_dropout": 1.1}, "context_dropout is 1.1; use 0 to 1"),
-    ({"offset": -1}, "offset is -1; use 0 or more"),
-    ({"min_snr": 5.0, "prediction": "flow"}, "min_snr is 5.0; .*use 0"),
-    ({"out_channels": 2}, "out_channels is 2; it must be in_channels"),
-    ({"image_size": 7}, "cannot be halved 1 times; the nearest size that can is 8 x 8"),
-])  # fmt: skip
-def test_configs_that_make_no_sense(fields, message):
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"prediction": "noise"}, "prediction is 'noise'; use one of"),
+        ({"schedule": "square"}, "schedule is 'square'; use one of"),
+        ({"diffusion_steps": 0}, "diffusion_steps is 0; use 1 or more"),
+        ({"beta_start": 0.5}, "beta_start is 0.5; use 0 to 0.02"),
+        ({"beta_end": 1.5}, "beta_end is 1.5"),
+        ({"context_dropout": 1.1}, "context_dropout is 1.1; use 0 to 1"),
+        ({"offset": -1}, "offset is -1; use 0 or more"),
+        ({"min_snr": 5.0, "prediction": "flow"}, "min_snr is 5.0; .*use 0"),
+        ({"out_channels": 2}, "out_channels is 2; .*in_channels"),
+        ({"image_size": 7}, "7 x 7 .*halved 1 times; .*8 x 8"),
+    ],
+)
+def test_refused_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **fields)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"steps": 1001}, "1001 steps do not fit a schedule of 1000; use 1 to 1000"),
-    ({"steps": 0}, "0 steps do not fit"),
-    ({"sampler": "dpm"}, r"no sampler 'dpm'; use one of ddpm, ddim, dpm\+\+"),
-    ({"sampler": "heun"}, "heun follows a flow; this model predicts v"),
-    ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or above"),
-    ({"guidance": 2.0}, "guidance is 2.0, but no context.*use 1"),
-    ({"start": 0}, "0 samples"),
-    ({"start": -1}, "-1 samples"),
-    ({"generators": generators(3)}, "2 samples with 3 generators"),
-    ({"context": torch.zeros(1, 2, 6)}, "2 samples with 2 generators and 1 contexts"),
-    ({"context": torch.zeros(2, 2, 6)}, "this model takes none"),
-    ({"start": torch.zeros(2, 3, 8, 8)}, "3 channels .*takes 1 channel"),
-    ({"start": torch.zeros(2, 1, 8, 9)}, "8 x 9 cannot be halved 1 times"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"steps": 1001}, "1001 steps .*; use 1 to 1000"),
+        ({"steps": 0}, "0 steps .*; use 1 to 1000"),
+        ({"sampler": "dpm"}, r"'dpm'; use one of ddpm, ddim, dpm\+\+"),
+        ({"sampler": "heun"}, "heun .*flow; .*predicts v"),
+        ({"guidance": -1.0}, "guidance is -1.0; .*0 or above"),
+        ({"guidance": 2.0}, "guidance is 2.0.*no context.*use 1"),
+        ({"start": 0}, "0 samples"),
+        ({"start": -1}, "-1 samples"),
+        ({"generators": generators(3)}, "2 samples with 3 generators"),
+        ({"context": torch.zeros(1, 2, 6)}, "2 samples with 2 generators and 1 contexts"),
+        ({"context": torch.zeros(2, 2, 6)}, "this model takes none"),
+        ({"start": torch.zeros(2, 3, 8, 8)}, "3 channels .*takes 1 channel"),
+        ({"start": torch.zeros(2, 1, 8, 9)}, "8 x 9 .*halved 1 times"),
+    ],
+)
 def test_samples_that_cannot_be_drawn(arguments, message):
     with pytest.raises(ValueError, match=message):
         Diffusion(TINY).sample(**{"start": 2, "steps": 3, **arguments})
@@ -616,9 +669,10 @@ def test_a_flow_refuses_too_many_steps():
         Diffusion(replace(TINY, prediction="flow")).path(1001, "euler")
 
 
-def test_contexts_that_are_missing():
+def test_a_missing_context_is_refused():
     model = Diffusion(replace(TINY, d_context=6, learned_null=False))
-    images, context = random(2, 1, 8, 8), random(2, 3, 6)
+    images = normal(2, 1, 8, 8)
+    context = normal(2, 3, 6)
     with pytest.raises(ValueError, match="needs a context"):
         model.loss({"images": images}, generators(2))
     with pytest.raises(ValueError, match="needs a context"):
@@ -628,14 +682,16 @@ def test_contexts_that_are_missing():
     with pytest.raises(ValueError, match="learned no null_context"):
         model.loss({"images": images, "context": context}, generators(2))
     with pytest.raises(ValueError, match="3 channels"):
-        model.loss({"images": random(2, 3, 8, 8), "context": context}, generators(2))
+        model.loss({"images": normal(2, 3, 8, 8), "context": context}, generators(2))
 
 
-def test_the_u_net_alone(tmp_path):
-    """The unet/ of a pipeline is also a folder for UNet.from_pretrained."""
+def test_the_unet_folder_alone(tmp_path):
+    """UNet.from_pretrained reads the unet/ of a pipeline."""
     model = trained(replace(TINY, d_context=6))
     model.save_pretrained(tmp_path)
     unet = UNet.from_pretrained(tmp_path / "unet")
-    x, t, context = random(2, 1, 8, 8), torch.tensor(5), random(2, 3, 6)
+    x = normal(2, 1, 8, 8)
+    t = torch.tensor(5)
+    context = normal(2, 3, 6)
     assert torch.equal(unet(x, t, context), model.unet(x, t, context))
     assert not (tmp_path / "model_index.json").exists()
