@@ -1,31 +1,33 @@
-"""Has this document been seen before, or almost? In memory of a fixed size.
+"""Has this document, or almost the same one, been seen before? In memory of a fixed size.
 
-Two documents are alike as their sets of shingles are, all runs of five words: by the Jaccard index
+The similarity of two documents is that of their sets of shingles. A shingle is a run of five words.
+The similarity of two sets is their Jaccard index:
 
     J(A, B) = |A and B| / |A or B|
 
-Under a random order of all shingles, the smallest of A and the smallest of B are the same one with
-probability J (Broder 1997). MinHash keeps the smallest under each of 112 orders. They are cut into
-b = 14 bands of r = 8, and documents that agree in a whole band are called near duplicates, which is
-so with probability
+Take a random order of all shingles. The first shingle of A and the first shingle of B are the same
+one with probability J (Broder 1997). MinHash stores, for each of 112 random orders, the smallest
+hash of a shingle. These numbers are cut into b = 14 bands of r = 8. Documents that agree in all
+numbers of at least one band are called near duplicates, which happens with probability
 
     1 - (1 - J^r)^b        J 0.6: 21 %    0.7: 56 %    0.8: 92 %    0.9: 99.9 %
 
-the setting of FineWeb (Penedo et al. 2024). The library datasketch computes the minima.
+This is the setting of FineWeb (Penedo et al. 2024). The library datasketch computes the MinHash.
 
-A table of all bands would grow with the corpus. A Bloom filter (Bloom 1970; for this purpose
-LSHBloom, Khan et al. 2024) does not: k = 8 bits, chosen by the key, are set in an array of m bits,
-and a key has been seen if all its bits are set. After n keys a new one looks seen with probability
+A table of all bands would grow with the corpus. A Bloom filter (Bloom 1970; LSHBloom, Khan et al.
+2024, uses it for this purpose) does not. It is an array of m bits. To add a key, set k = 8 bits, at
+places that the key decides. A key has been seen if all of its bits are set. After n keys, a new key
+appears to have been seen with probability
 
     p = (1 - e^(-k n / m))^k
 
-so that about 1 - (1 - p)^15 of the new documents are lost (14 bands, and one key of the exact
-text). At 64 MiB that is 0.1 % after some 1.6 million kept documents; `Seen.lost` tells.
-The keys of what is kept, 120 bytes a document, also go to a file: from there the array is made
-again after a kill, bit for bit.
+A document has 15 keys: its exact text, and 14 bands. So a share of about 1 - (1 - p)^15 of the new
+documents is lost. With 64 MiB that is 0.1 % after some 1.6 million documents; `Seen.lost` computes
+it. The keys of each document that is kept, 120 bytes, are also written to a file. After a kill, the
+array is filled again from that file, and has the same bits as before.
 
-Left out: to compare the candidates themselves, and words of languages that put no space between
-them, whose shingles are of clauses, so that only larger copies are found.
+Left out: a comparison of the documents that share a band. Also, languages that put no spaces
+between words: there a "word" is a whole clause, so that only long copies are found.
 """
 
 import functools
@@ -38,16 +40,22 @@ import numpy as np
 
 from data.files import extra
 
-SHINGLE_WORDS, BANDS, BAND_ROWS, BITS = 5, 14, 8, 8
-KEYS = 1 + BANDS  # of a document: its exact text, then its bands
-BLOCK = 1 << 12  # shingles at a time; a long document has a million
+SHINGLE_WORDS = 5
+BANDS = 14
+BAND_ROWS = 8  # numbers of a band
+BITS = 8  # bits that a key sets in the Bloom filter
+KEYS = 1 + BANDS  # of a document: one for its exact text, then one for each band
+BLOCK = 1 << 12  # shingles that are hashed at a time; a long document has a million
 WORD = re.compile(r"\w+")
 
 
-def shingles(text: str) -> np.ndarray:
-    """A hash of each run of five words, lower case, without punctuation: uint32 (T,), T >= 1.
+# ---- a document -> its keys ----------------------------------------------------------------------
 
-    A text of fewer words is one run, filled up with nothing.
+
+def shingles(text: str) -> np.ndarray:
+    """A hash of each run of five words, without case or punctuation: uint32 (T,), T >= 1.
+
+    A text of fewer words is a single run, padded with zeros.
     """
     words = map(zlib.crc32, map(str.encode, WORD.findall(text.lower())))
     hashes = np.fromiter(words, dtype=np.uint64)
@@ -55,27 +63,30 @@ def shingles(text: str) -> np.ndarray:
     count = len(hashes) - SHINGLE_WORDS + 1
     mixed = np.zeros(count, dtype=np.uint64)
     for i in range(SHINGLE_WORDS):
-        mixed = (mixed ^ hashes[i : i + count]) * np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64
+        # Mix the next word into all runs at once, with the multiplier of splitmix64.
+        mixed = (mixed ^ hashes[i : i + count]) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(29)
     return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
 @functools.cache
 def sketch():
-    """A MinHash without shingles; to make its orders anew for each document would be slow."""
+    """A MinHash to use for one document after another: drawing its orders takes long."""
     return extra("datasketch").MinHash(BANDS * BAND_ROWS, hashfunc=int, scheme="affine32")
 
 
 def digest(content: bytes) -> int:
+    """A hash in [0, 2**64)."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def keys_of(text: str, near: bool) -> np.ndarray:
-    """The text's own key and, if asked, those of its bands: uint64 (KEYS,) or (1,)."""
+    """The key of the exact text and, if `near`, those of its bands: uint64 (1,) or (KEYS,)."""
     keys = [digest(b"text" + text.encode("utf-8"))]
     if near:
-        minhash, found = sketch(), shingles(text)
+        minhash = sketch()
         minhash.clear()
+        found = shingles(text)
         for start in range(0, len(found), BLOCK):
             minhash.update_batch(found[start : start + BLOCK].tolist())
         bands = minhash.hashvalues.astype("<u4").reshape(BANDS, BAND_ROWS)
@@ -83,36 +94,46 @@ def keys_of(text: str, near: bool) -> np.ndarray:
     return np.array(keys, dtype="<u8")
 
 
+# ---- the keys so far -----------------------------------------------------------------------------
+
+
 class Seen:
-    """The keys of the documents so far, as a Bloom filter of `megabytes` MiB."""
+    """The keys of the documents so far, in a Bloom filter of `megabytes` MiB."""
 
     def __init__(self, megabytes: int):
-        self.bits = np.uint64(megabytes << 23)
-        self.table, self.count = np.zeros(megabytes << 20, dtype=np.uint8), 0
+        self.bits = np.uint64(megabytes << 23)  # the filter's size
+        self.table = np.zeros(megabytes << 20, dtype=np.uint8)  # 8 bits in each byte
+        self.count = 0  # keys added
 
     def places(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Byte and bit in it of each of the keys' bits: two arrays (n, BITS).
+        """The bits of keys (n,): the byte and, as a mask, the bit in it; two arrays (n, BITS).
 
-        Two hashes make as many as one likes: h1 + i h2 (Kirsch and Mitzenmacher 2006).
+        Two hashes h1 and h2 are enough for any number of places: h1 + i h2 (Kirsch and
+        Mitzenmacher 2006). A key is a hash, so it serves as h1.
         """
         step = ((keys * np.uint64(0x94D049BB133111EB)) >> np.uint64(20)) | np.uint64(1)
         place = (keys[:, None] + np.arange(BITS, dtype=np.uint64) * step[:, None]) % self.bits
-        return place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+        byte = place >> np.uint64(3)
+        bit = np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+        return byte, bit
 
     def add(self, keys: np.ndarray) -> None:
-        place, bit = self.places(keys)
-        np.bitwise_or.at(self.table, place, bit)
+        """Set the bits of keys (n,)."""
+        byte, bit = self.places(keys)
+        np.bitwise_or.at(self.table, byte, bit)
         self.count += len(keys)
 
-    def find(self, keys: np.ndarray) -> str | None:
-        """What a document with these keys is of one that was added; None if it is new."""
-        place, bit = self.places(keys)
-        seen = ((self.table[place] & bit) > 0).all(axis=1)
+    def look_up(self, keys: np.ndarray) -> str | None:
+        """The kind of duplicate that a document with these keys is; None if it is new."""
+        byte, bit = self.places(keys)
+        seen = ((self.table[byte] & bit) > 0).all(axis=1)
         if seen[0]:
             return "an exact duplicate"
-        return "a near duplicate" if seen.any() else None
+        if seen.any():
+            return "a near duplicate"
+        return None
 
     def lost(self, keys: int) -> float:
-        """The share of new documents, of `keys` keys each, that would be taken for duplicates."""
+        """The share of new documents, with `keys` keys each, that look like duplicates by now."""
         false = (1 - math.exp(-BITS * self.count / int(self.bits))) ** BITS
         return 1 - (1 - false) ** keys

@@ -1,8 +1,8 @@
-"""Long work in many processes that a kill does not undo: results in order, and a journal.
+"""Long work in many processes that survives a kill: results in order, and a journal.
 
-What is written is only ever appended to, by one process. Now and then the journal, replaced whole,
-says how far the work is and how long each file was then; after a kill the files are cut back to
-that, and the work goes on from there.
+A single process writes, and it only appends. From time to time it replaces the journal, which says
+how much of the work is done and how long each file was at that time. After a kill, the files are
+cut back to these lengths, and the work continues from there.
 """
 
 import json
@@ -19,26 +19,41 @@ from pathlib import Path
 # ---- workers -------------------------------------------------------------------------------------
 
 
+def exit_after(process) -> None:
+    """Wait until another process has ended, then end this one."""
+    process.join()
+    os._exit(1)
+
+
 def begin_worker(work: Callable) -> None:
-    """Keep the work, leave Ctrl-C to the parent, and end with it, however it ends."""
+    """Prepare a worker process, which will call `work`.
+
+    It ignores Ctrl-C, which its parent handles. It ends when its parent does, even if that is
+    killed.
+    """
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=exit_after, args=(parent,), daemon=True).start()
 
 
 def work_on(item: object) -> object:
+    """Call the worker's `work`."""
     return _work(item)
 
 
 def ordered(work: Callable, items: Iterable, workers: int) -> Iterator:
-    """Yield work(item) for each item, in order, from `workers` processes, two items each ahead."""
+    """Yield work(item) for each item, in the order of the items, from `workers` processes.
+
+    At most two items per worker are read in advance. Raises ValueError if a worker is killed.
+    """
     if workers == 1:
         yield from map(work, items)
         return
-    context = multiprocessing.get_context("spawn")  # nothing of this process is copied
-    pool, waiting = ProcessPoolExecutor(workers, context, begin_worker, (work,)), deque()
+    context = multiprocessing.get_context("spawn")  # copies nothing of this process
+    pool = ProcessPoolExecutor(workers, context, begin_worker, (work,))
+    waiting = deque()
     try:
         for item in items:
             waiting.append(pool.submit(work_on, item))
@@ -47,39 +62,54 @@ def ordered(work: Callable, items: Iterable, workers: int) -> Iterator:
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        advice = "run the same command again to go on, with fewer --workers if memory was short"
-        raise ValueError(f"a worker process was killed: {advice}") from error
+        raise ValueError(
+            "a worker process was killed: run the same command again to continue, with fewer "
+            "--workers if there was too little memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# ---- what is done --------------------------------------------------------------------------------
+# ---- the journal ---------------------------------------------------------------------------------
 
 
 def check_settings(folder: Path, before: dict, now: dict, late: Iterable[str] = ()) -> None:
-    """Raise ValueError if a folder was begun with other settings, or from other files."""
+    """Raise ValueError if a folder was started with other settings, or from other files.
+
+    The settings named in `late` may differ.
+    """
     names = sorted({*before, *now} - {*late})
-    if other := [name for name in names if before.get(name) != now.get(name)]:
+    different = [name for name in names if before.get(name) != now.get(name)]
+    if different:
         raise ValueError(
-            f"{folder} was made with other settings ({', '.join(other)}): choose another --out, "
-            "delete it, or repeat the command that made it"
+            f"{folder} was made with other settings ({', '.join(different)}): choose another "
+            "--out, delete it, or repeat the command that made it"
         )
 
 
 class Journal:
-    """The state of a folder that is being made: on disk it is always that of one moment."""
+    """The state of a folder that is being made.
+
+    The state on disk is always a consistent one: how much was done at one moment, and how long
+    the files were at that moment.
+    """
 
     def __init__(self, folder: Path, settings: dict, late: Iterable[str] = ()):
-        """Go on where the folder was left, or begin. Raises ValueError for other settings, but of
-        `late` ones, before the stage that is the first to need them."""
-        self.folder, self.path = folder, folder / "journal.json"
+        """Start a folder, or return it to the last state on disk.
+
+        Raises ValueError if the folder was started with other settings. Those named in `late`,
+        which only the last stage ("encode") uses, may differ until that stage.
+        """
+        self.folder = folder
+        self.path = folder / "journal.json"
         self.state = {"settings": settings, "stage": "clean", "done": 0, "lengths": {}}
         if self.path.exists():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
-            free = () if self.state["stage"] == "encode" else late
-            check_settings(folder, self.state["settings"], settings, free)
+            may_differ = () if self.state["stage"] == "encode" else late
+            check_settings(folder, self.state["settings"], settings, may_differ)
             self.state["settings"] = settings
         folder.mkdir(parents=True, exist_ok=True)
+        # Cut each file to its length then, and remove the files that did not exist then.
         for file in filter(Path.is_file, folder.iterdir()):
             length = self.state["lengths"].get(file.name)
             if length is not None:
@@ -88,15 +118,16 @@ class Journal:
                 file.unlink()
 
     def commit(self, **state) -> None:
-        """Force all files onto the disk, then the journal that says how long they are."""
+        """Update the state: force all files onto the disk, then replace the journal."""
         paths = [p for p in self.folder.iterdir() if p.suffix in (".bin", ".jsonl", ".keys")]
         for path in paths:
             with open(path, "ab") as file:
                 os.fsync(file.fileno())
-        self.state |= {**state, "lengths": {path.name: path.stat().st_size for path in paths}}
-        beside = self.path.with_suffix(".new")
-        with open(beside, "w", encoding="utf-8") as file:
+        lengths = {path.name: path.stat().st_size for path in paths}
+        self.state |= {**state, "lengths": lengths}
+        replacement = self.path.with_suffix(".new")
+        with open(replacement, "w", encoding="utf-8") as file:
             file.write(json.dumps(self.state))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        os.replace(replacement, self.path)

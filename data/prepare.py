@@ -1,25 +1,28 @@
-"""Text of any size -> shards to train on, in many processes, and on again after a kill.
+"""Prepare a text corpus of any size for training: clean it, drop duplicates, make it token ids.
 
     python data/prepare.py my-texts/ "part-*.parquet" --out data/cache/mine --workers 8
     python train.py gpt --data.path data/cache/mine
 
-Two passes; a spool, the kept documents as lines of JSON, lies between them:
+There are two passes. Between them lies the spool, a file with the documents that are kept, one
+JSON string a line. Worker processes do the costly work:
 
-    rows -> batches of 1 MiB  ==workers==>  parse, filter, mask, MinHash  -> seen before? -> spool
-    spool -> a tokenizer from a sample -> groups of 1 MiB  ==workers==>  token ids -> shards
+    1. rows -> batches of 1 MiB  ==workers==>  parse, filter, mask, MinHash  -> new? -> spool
+    2. spool -> train a tokenizer on a sample; groups of 1 MiB  ==workers==>  token ids -> shards
 
-The workers' results come back in the order of the input, and only this process decides what is a
-duplicate and writes. So the bytes depend on the input and the settings, not on the workers.
+The results of the workers arrive in the order of the input. Only the main process decides which
+documents are duplicates, and only it writes. So the bytes of the result depend on the input and the
+settings, not on the number of workers.
 
-After a kill: everything is written by appending, in OUT.part. Every few batches a journal, replaced
-whole, says how many batches are done and how long each file was then. The same command cuts the
-files back to that, reads over the batches that are done without parsing them, and goes on. So no
-document is lost or taken twice, and the bytes are those of a run without a kill. OUT appears when
-it is complete.
+After a kill, the same command continues. All files are written by appending, in the folder
+OUT.part. Every few batches, a journal records how many batches are done and how long each file is.
+To continue, the files are cut back to these lengths, and the batches that are done are read again,
+but not parsed. No document is lost or used twice, and the result has the same bytes as without a
+kill. When all is complete, OUT.part is renamed to OUT.
 
-Memory does not depend on the input: a batch or two for each worker, and --index-mb for what has
-been seen (see dedupe.py). A plain file of more than 4 MiB is cut at line ends into documents.
-The spool takes as much disk as the text. Left out: several machines, and languages told apart.
+The memory does not depend on the size of the input. It is that of a few batches per worker, and
+that of the index which recognizes duplicates (--index-mb, see dedupe.py). A plain file of more
+than 4 MiB is cut into several documents, at line ends. The spool takes as much disk space as the
+text. Left out: work on several machines, and the identification of languages.
 """
 
 import dataclasses
@@ -35,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if not __package__:  # as a script: look for modules in the repository, not beside this file
+if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).parents[1])
 
 import numpy as np
@@ -43,43 +46,53 @@ import tyro
 from tqdm import tqdm
 
 from data import dedupe, files
-from data.filters import FILTERS, MASKS, Tally, failed, mask
+from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally, failed, mask
 from data.jobs import Journal, check_settings, ordered
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 
-FORMAT = 1  # of the result: with another number a folder is not gone on with
-BATCH_BYTES, DOCUMENT_BYTES = 1 << 20, 1 << 22
-COMMIT_EVERY = 16  # batches, or groups of tokens
-SPOOL, KEYS = "documents.jsonl", "documents.keys"  # what is kept, and how to know it again
-CONTINUATION = bytes(range(0x80, 0xC0))  # of a letter of several bytes in UTF-8
-LATE = ("tokenizer", "vocab_size", "sample_mb", "val_fraction")  # settings of the second pass alone
+FORMAT = 1  # of the result; a folder with another number is not continued
+BATCH_BYTES = 1 << 20  # the rows that a worker gets at a time
+DOCUMENT_BYTES = 1 << 22  # a longer plain file is cut
+COMMIT_EVERY = 16  # batches, or groups of the second pass
+SPOOL = "documents.jsonl"  # the documents that are kept
+KEYS = "documents.keys"  # their keys, by which duplicates are recognized
+CONTINUATION = bytes(range(0x80, 0xC0))  # in UTF-8, the bytes of a character after its first
+LATE = ("tokenizer", "vocab_size", "sample_mb", "val_fraction")  # settings of the second pass only
 KINDS = ("sentencepiece", "sentencepiece-unigram", "bpe", "bytes")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Which text to read, what to keep of it, and how it becomes tokens."""
+    """Settings: the text to read, what to keep of it, and how to turn it into tokens."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]]  # files, folders, or "globs"
-    out: str  # folder to make; --data.path takes it
-    workers: int = os.cpu_count() or 1  # processes
-    field: str = "text"  # which field of JSON, or column of parquet, is the text
-    tokenizer: str = "sentencepiece"  # a kind, or a folder with a saved tokenizer, or a run
-    vocab_size: int = 4096  # of a tokenizer that learns from the text
-    sample_mb: int = 4  # how much of the text, evenly spread, it learns from
+    # text files (plain, .jsonl, .jsonl.zst, .parquet), folders, or globs in quotes
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    out: str  # folder to make; train.py takes it as --data.path
+    workers: int = os.cpu_count() or 1  # number of worker processes
+    field: str = "text"  # JSON field, or column of a parquet file, that has the text
+    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
+    tokenizer: str = "sentencepiece"
+    vocab_size: int = 4096  # number of tokens, if a tokenizer is trained
+    sample_mb: int = 4  # megabytes of text, evenly spread, to train the tokenizer on
     val_fraction: float = 0.01  # share of the documents held out for validation
-    # quality rules that a document must pass, see filters.py; stop-words is another, for English
-    filters: tuple[Literal[tuple(FILTERS)], ...] = tuple(FILTERS)[:-1]
-    masks: tuple[Literal[tuple(MASKS)], ...] = tuple(MASKS)  # private data
-    dedupe: Literal["near", "exact", "none"] = "near"  # which duplicates to drop
-    index_mb: int = 64  # memory for what was seen: a million documents need about 40
+    # quality rules that a document must pass, see filters.py; without names, none
+    filters: tuple[Literal[tuple(FILTERS)], ...] = tuple(
+        name for name in FILTERS if name not in OFF_BY_DEFAULT
+    )
+    # kinds of private data to replace by [email], [card] and so on; without names, none
+    masks: tuple[Literal[tuple(MASKS)], ...] = tuple(MASKS)
+    # duplicates to drop: exact copies, or also documents that are nearly equal
+    dedupe: Literal["near", "exact", "none"] = "near"
+    # MiB of memory to recognize duplicates; a million documents need about 40
+    index_mb: int = 64
 
     def __post_init__(self):
         for name in ("workers", "sample_mb", "index_mb"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value < 1:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} {getattr(self, name)}: it must be at least 1")
+                raise ValueError(f"{option} {value}: it must be at least 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction}: it must be between 0 and 1")
         if not self.paths or not self.out:
@@ -88,36 +101,58 @@ class PrepareConfig:
             )
 
 
-# ---- first pass: rows -> documents that are kept -------------------------------------------------
+# ---- first pass: rows -> the documents that are kept ---------------------------------------------
+
+
+def cut_position(piece: bytes) -> int:
+    """Where to cut a piece of text: after its last line end, space, or whole UTF-8 character."""
+    after_line = piece.rfind(b"\n") + 1  # 0 if there is none
+    after_space = piece.rfind(b" ") + 1
+    # The last character starts at the last byte that is no continuation. The cut is before it,
+    # unless these are not the at most 4 bytes of a character in UTF-8.
+    last_character = max(len(piece) - 4, len(piece.rstrip(CONTINUATION)) - 1)
+    return after_line or after_space or last_character
 
 
 def plain_rows(path: Path) -> Iterator[files.Row]:
-    """A plain file, in pieces of at most DOCUMENT_BYTES that end at a line's end if they can."""
+    """Yield a plain file in pieces of at most DOCUMENT_BYTES, cut at line ends if possible."""
     with open(path, "rb") as file:
-        start, rest = 0, b""
-        while piece := rest + file.read(DOCUMENT_BYTES - len(rest)):
-            cut = len(piece)
-            if cut == DOCUMENT_BYTES:
-                letter = max(cut - 4, len(piece.rstrip(CONTINUATION)) - 1)  # not within one
-                cut = piece.rfind(b"\n") + 1 or piece.rfind(b" ") + 1 or letter
-            name = f"{path.as_posix()}, from byte {start}" if start else path.as_posix()
+        start = 0
+        rest = b""
+        while True:
+            piece = rest + file.read(DOCUMENT_BYTES - len(rest))
+            if not piece:
+                return
+            cut = cut_position(piece) if len(piece) == DOCUMENT_BYTES else len(piece)
+            name = path.as_posix()
+            if start:
+                name += f", from byte {start}"
             yield files.Row(name, "text", piece[:cut])
             if b"\0" in piece[: files.HEAD_BYTES]:
-                return  # no text; do not read on in a film
-            start, rest = start + cut, piece[cut:]
+                return  # a binary file: read no further
+            start += cut
+            rest = piece[cut:]
+
+
+def rows_of(path: Path, field: str) -> Iterator[files.Row]:
+    """The rows of a table, or the pieces of a plain file."""
+    if files.is_table(path):
+        return files.rows(path, field)
+    return files.to_the_end(path, plain_rows(path))
 
 
 def batches(paths: list[Path], field: str) -> Iterator[list[files.Row]]:
-    """The rows of all files, about BATCH_BYTES at a time."""
-    batch, size = [], 0
+    """The rows of all files, in batches of about BATCH_BYTES."""
+    batch = []
+    size = 0
     for path in paths:
-        table = files.is_table(path)
-        for row in files.rows(path, field) if table else files.to_the_end(path, plain_rows(path)):
+        for row in rows_of(path, field):
             batch.append(row)
-            size += len(row.content) + 100  # a row that is almost empty costs something too
+            size += len(row.content) + 100  # even an almost empty row has a cost
             if size >= BATCH_BYTES:
                 yield batch
-                batch, size = [], 0
+                batch = []
+                size = 0
     if batch:
         yield batch
 
@@ -128,74 +163,91 @@ class Kept(NamedTuple):
     name: str
     line: bytes  # of the spool
     chars: int
-    keys: np.ndarray  # by which a duplicate is known
+    keys: np.ndarray  # to recognize duplicates, see dedupe.py
 
 
-class Clean(NamedTuple):
-    """What a worker does with a batch."""
+def clean_batch(
+    batch: list[files.Row], field: str, filters: tuple[str, ...], masks: tuple[str, ...], near: bool
+) -> tuple[Tally, list[Kept]]:
+    """The work of a worker on a batch: parse the rows, drop some, mask private data, make keys."""
+    tally = Tally(found=len(batch))
+    kept = []
+    for row in batch:
+        try:
+            text, replaced = files.parse(row, field)
+        except ValueError as error:
+            tally.drop(str(error), [row.name])
+            continue
+        if replaced:
+            tally.change("with invalid bytes replaced")
+        reason = failed(text, filters)
+        if reason:
+            tally.drop(reason, [row.name])
+            continue
+        for name in masks:
+            text, count = mask(text, name)
+            if count:
+                tally.change(f"[{name}] masked", count)
+        line = json.dumps(text, ensure_ascii=False).encode("utf-8") + b"\n"
+        kept.append(Kept(row.name, line, len(text), dedupe.keys_of(text, near)))
+    return tally, kept
 
-    field: str
-    filters: tuple[str, ...]
-    masks: tuple[str, ...]
-    near: bool
 
-    def __call__(self, batch: list[files.Row]) -> tuple[Tally, list[Kept]]:
-        tally, kept = Tally(found=len(batch)), []
-        for row in batch:
-            try:
-                text, replaced = files.parse(row, self.field)
-            except ValueError as error:
-                tally.drop(str(error), [row.name])
-                continue
-            if replaced:
-                tally.change("with invalid bytes replaced")
-            if reason := failed(text, self.filters):
-                tally.drop(reason, [row.name])
-                continue
-            for name in self.masks:
-                text, count = mask(text, name)
-                if count:
-                    tally.change(f"[{name}] masked", count)
-            line = json.dumps(text, ensure_ascii=False).encode("utf-8") + b"\n"
-            kept.append(Kept(row.name, line, len(text), dedupe.keys_of(text, self.near)))
-        return tally, kept
+def read_seen(path: Path, index_mb: int, width: int) -> dedupe.Seen:
+    """The index of the documents so far: made from the file of their keys, `width` each."""
+    seen = dedupe.Seen(index_mb)
+    if path.exists():
+        with open(path, "rb") as file:
+            while len(block := np.fromfile(file, "<u8", width << 12)):
+                seen.add(block)
+    return seen
 
 
 def clean(config: PrepareConfig, paths: list[Path], journal: Journal) -> None:
     """The first pass: fill the spool. Raises ValueError if no document is left."""
-    spool, keys = journal.folder / SPOOL, journal.folder / KEYS
-    near, state, seen = config.dedupe == "near", journal.state, dedupe.Seen(config.index_mb)
+    spool = journal.folder / SPOOL
+    keys = journal.folder / KEYS
+
+    # The state, as it was at the last commit.
+    near = config.dedupe == "near"
     width = dedupe.KEYS if near else 1
-    if keys.exists():
-        with open(keys, "rb") as file:
-            while len(block := np.fromfile(file, "<u8", width << 12)):
-                seen.add(block)
-    tally, chars = Tally(**state.get("tally", {})), state.get("chars", 0)
+    seen = read_seen(keys, config.index_mb, width)
+    state = journal.state
+    tally = Tally(**state.get("tally", {}))
+    chars = state.get("chars", 0)
+
+    # Clean the batches that are not done.
+    work = partial(
+        clean_batch, field=config.field, filters=config.filters, masks=config.masks, near=near
+    )
     rest = islice(batches(paths, config.field), state["done"], None)
-    work = Clean(config.field, config.filters, config.masks, near)
     bar = tqdm(desc="reading", unit=" documents", initial=tally.found, leave=False, disable=None)
     for done, (counts, kept) in enumerate(ordered(work, rest, config.workers), state["done"] + 1):
         tally.add(counts)
-        with open(spool, "ab") as lines, open(keys, "ab") as own:
+        with open(spool, "ab") as spool_file, open(keys, "ab") as keys_file:
             for document in kept:
                 if config.dedupe != "none":
-                    if reason := seen.find(document.keys):
+                    reason = seen.look_up(document.keys)
+                    if reason:
                         tally.drop(reason, [document.name])
                         continue
                     seen.add(document.keys)
-                    own.write(document.keys.tobytes())
-                tally.used, chars = tally.used + 1, chars + document.chars
-                lines.write(document.line)
+                    keys_file.write(document.keys.tobytes())
+                tally.used += 1
+                chars += document.chars
+                spool_file.write(document.line)
         bar.update(counts.found)
         if done % COMMIT_EVERY == 0:
             journal.commit(done=done, tally=dataclasses.asdict(tally), chars=chars)
     bar.close()
+
     if not tally.used:
         shutil.rmtree(journal.folder)
         raise ValueError(
             f"no document of {', '.join(config.paths)} is left: {'; '.join(tally.lines())}"
         )
-    if (percent := round(100 * seen.lost(width), 1)) >= 0.1:
+    percent = round(100 * seen.lost(width), 1)
+    if percent >= 0.1:
         tally.change(
             "% of new documents taken for duplicates at the end: raise --index-mb", percent
         )
@@ -206,13 +258,16 @@ def clean(config: PrepareConfig, paths: list[Path], journal: Journal) -> None:
 
 
 def open_tokenizer(config: PrepareConfig) -> tokenizers.Tokenizer | None:
-    """The tokenizer that the config names; None if it is a kind that learns from the text."""
-    folder = Path(config.tokenizer)
+    """The tokenizer that the config names, or None for a kind that must first be trained."""
+    if config.tokenizer == "bytes":
+        return tokenizers.ByteTokenizer()
     if config.tokenizer in KINDS:
-        return tokenizers.train("bytes", [], 257) if config.tokenizer == "bytes" else None
-    if (latest := folder / "latest").is_file():  # a run: its newest checkpoint has it
+        return None
+    folder = Path(config.tokenizer)
+    latest = folder / "latest"
+    if latest.is_file():  # a run: its newest checkpoint has the tokenizer
         folder = folder / latest.read_text(encoding="utf-8").strip()
-    elif (folder / "tokenizer").is_dir():  # made by this program
+    elif (folder / "tokenizer").is_dir():  # a folder that this program made
         folder = folder / "tokenizer"
     if not folder.is_dir():
         kinds = ", ".join(KINDS)
@@ -221,18 +276,35 @@ def open_tokenizer(config: PrepareConfig) -> tokenizers.Tokenizer | None:
 
 
 def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: Journal) -> dict:
-    """The second pass: a tokenizer, the shards and their manifest, which is returned."""
-    folder, state = journal.folder, journal.state
+    """The second pass: train a tokenizer unless one is `fixed`, and write the shards.
+
+    Returns their manifest.
+    """
+    folder = journal.folder
+    state = journal.state
     tally = Tally(**state["tally"])
-    splits = (folder / SPOOL, tally.used, state["chars"], config.val_fraction)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        """(split, text) of the documents."""
+        return shards.split_documents(
+            folder / SPOOL, tally.used, state["chars"], config.val_fraction
+        )
+
+    # The tokenizer.
     if state["stage"] == "learn":
-        texts = (text for split, text in shards.split_documents(*splits) if split == "train")
-        learn = partial(tokenizers.train, config.tokenizer, texts, config.vocab_size)
-        (fixed or learn(config.sample_mb * 1_000_000)).save(folder / "tokenizer")
+        tokenizer = fixed
+        if tokenizer is None:
+            texts = (text for split, text in documents() if split == "train")
+            sample_bytes = config.sample_mb * 1_000_000
+            tokenizer = tokenizers.train(config.tokenizer, texts, config.vocab_size, sample_bytes)
+        tokenizer.save(folder / "tokenizer")
         journal.commit(stage="encode", manifest=shards.begin_manifest())
-    tokenizer, manifest = tokenizers.load(folder / "tokenizer"), state["manifest"]
-    rest = islice(shards.groups(shards.split_documents(*splits)), state["done"], None)
+    tokenizer = tokenizers.load(folder / "tokenizer")
+
+    # The groups that are not done.
+    manifest = state["manifest"]
     work = partial(shards.encode_group, tokenizer)
+    rest = islice(shards.groups(documents()), state["done"], None)
     bar = tqdm(desc="encoding", total=state["chars"], unit_scale=True, leave=False, disable=None)
     bar.update(sum(manifest["utf8_bytes"].values()))
     for done, encoded in enumerate(ordered(work, rest, config.workers), state["done"] + 1):
@@ -241,16 +313,17 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
         if done % COMMIT_EVERY == 0:
             journal.commit(done=done, manifest=manifest)
     bar.close()
-    manifest |= {"settings": state["settings"]}
+
+    manifest["settings"] = state["settings"]
     shards.end_shards(folder, tokenizer, manifest, "; ".join(tally.lines()))
     return manifest
 
 
-# ---- all of it -----------------------------------------------------------------------------------
+# ---- both passes ---------------------------------------------------------------------------------
 
 
 def find_paths(config: PrepareConfig) -> list[Path]:
-    """The files to read, each once. What lies in the folder that is made is not read again."""
+    """The files to read, each once. The files in the folder that is being made are left out."""
     found = dict.fromkeys(path for name in config.paths for path in files.find(name))
     out = Path(config.out).resolve()
     own = {out, out.with_name(f"{out.name}.part")}
@@ -259,8 +332,10 @@ def find_paths(config: PrepareConfig) -> list[Path]:
     return paths
 
 
-def settings_of(config: PrepareConfig, paths: list[Path], fixed) -> dict:
-    """All that the result depends on, as JSON has it."""
+def settings_of(
+    config: PrepareConfig, paths: list[Path], fixed: tokenizers.Tokenizer | None
+) -> dict:
+    """Everything that the result depends on, in the types that JSON has."""
     settings = {"format": FORMAT, "files": files.fingerprint(paths)} | dataclasses.asdict(config)
     for name in ("paths", "out", "workers"):
         del settings[name]
@@ -271,9 +346,14 @@ def settings_of(config: PrepareConfig, paths: list[Path], fixed) -> dict:
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Make the folder, or go on with it; return it. Raises ValueError for what cannot be used."""
-    begin, out = time.perf_counter(), Path(config.out)
-    paths, fixed = find_paths(config), open_tokenizer(config)
+    """Make the folder `config.out`, or complete it; return it.
+
+    Raises ValueError if the input or a setting cannot be used.
+    """
+    start = time.perf_counter()
+    out = Path(config.out)
+    paths = find_paths(config)
+    fixed = open_tokenizer(config)
     settings = settings_of(config, paths, fixed)
     if out.exists() and not (out / "manifest.json").exists():
         raise ValueError(f"{out} was not made by this program: choose another --out")
@@ -282,7 +362,7 @@ def prepare(config: PrepareConfig) -> Path:
         check_settings(out, manifest.get("settings", {}), settings)
     else:
         if config.dedupe == "near":
-            files.extra("datasketch")  # or refuse now, rather than in a worker
+            files.extra("datasketch")  # if it is missing, say so now and not in a worker
         part = out.with_name(f"{out.name}.part")
         journal = Journal(part, settings, LATE)
         if journal.state["stage"] == "clean":
@@ -291,8 +371,10 @@ def prepare(config: PrepareConfig) -> Path:
         os.replace(part, out)
     for name in (SPOOL, KEYS, "journal.json"):
         (out / name).unlink(missing_ok=True)
+
     tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
-    megabytes, seconds = sum(manifest["utf8_bytes"].values()) / 1e6, time.perf_counter() - begin
+    megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
+    seconds = time.perf_counter() - start
     print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")
     print("  " + "\n  ".join(manifest["report"].split("; ")))
     return out
@@ -304,7 +386,7 @@ def main() -> int | str:
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:
-        return "stopped; the same command goes on"
+        return "stopped; run the same command again to continue"
     return 0
 
 

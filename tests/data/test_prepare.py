@@ -232,15 +232,15 @@ def test_duplicates_are_found_and_others_are_not():
     seen = dedupe.Seen(1)
     for i in range(300):
         keys = dedupe.keys_of(document(i), near=True)
-        assert seen.find(keys) is None
+        assert seen.look_up(keys) is None
         seen.add(keys)
     again = dedupe.keys_of(document(7), near=True)
-    assert seen.find(again) == "an exact duplicate"
+    assert seen.look_up(again) == "an exact duplicate"
     words = document(8, 300).split()
     seen.add(dedupe.keys_of(" ".join(words), near=True))
     words[100] = "changed"
-    assert seen.find(dedupe.keys_of(" ".join(words), near=True)) == "a near duplicate"
-    assert seen.find(dedupe.keys_of(" ".join(words), near=False)) is None
+    assert seen.look_up(dedupe.keys_of(" ".join(words), near=True)) == "a near duplicate"
+    assert seen.look_up(dedupe.keys_of(" ".join(words), near=False)) is None
     assert dedupe.keys_of("", near=True)[1] == dedupe.keys_of("...", near=True)[1]  # no words
 
 
@@ -264,7 +264,7 @@ def test_a_full_index_loses_as_many_as_it_says():
     seen.add(keys.reshape(-1))
     new = draw.integers(0, 2**63, (1500, 20), dtype=np.uint64)
     assert seen.lost(20) > 0.1
-    assert abs(np.mean([seen.find(own) is not None for own in new]) - seen.lost(20)) < 0.04
+    assert abs(np.mean([seen.look_up(own) is not None for own in new]) - seen.lost(20)) < 0.04
 
 
 # ---- prepare -------------------------------------------------------------------------------------
