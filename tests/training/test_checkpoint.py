@@ -188,8 +188,12 @@ def test_layout_and_empty_or_strided_tensors(tmp_path):
     assert (tmp_path / "latest").read_text(encoding="utf-8") == "step-000500\n"
     assert files.read_json(folder / "meta.json") == {"step": 500, "val": 2.5}
     assert {path.name for path in folder.iterdir()} == {
-        "model.safetensors", "meta.json", "tokenizer.json", "state", "manifest.json",
-    }  # fmt: skip
+        "model.safetensors",
+        "meta.json",
+        "tokenizer.json",
+        "state",
+        "manifest.json",
+    }
     loaded = files.load_tensors(folder)
     assert all(torch.equal(odd[name], loaded[name]) for name in odd)
     assert all(tensor.device.type == "cpu" for tensor in loaded.values())

@@ -32,16 +32,29 @@ from tinyfm.training.muon import Muon
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer
 
-GPT_TINY = GPTConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True,
-                     zero_init=False)  # fmt: skip
-AUTOENCODER = AutoencoderConfig(image_size=8, channels=(4, 8), n_block=1, groups=2,
-                                latent_channels=2)  # fmt: skip
+GPT_TINY = GPTConfig(
+    61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True, zero_init=False
+)
+AUTOENCODER = AutoencoderConfig(
+    image_size=8, channels=(4, 8), n_block=1, groups=2, latent_channels=2
+)
 CLIP_TINY = CLIPConfig(
-    image_size=8, patch_size=4, image_layer=1, image_width=16, image_head=2, vocab_size=61,
-    context_length=8, text_layer=1, text_width=16, text_head=2, embed_dim=8, memory=12,
-)  # fmt: skip
-DDPM = DiffusionConfig(image_size=8, channels=(8, 16), attend=(False, True), n_block=1, n_head=2,
-                       groups=4)  # fmt: skip
+    image_size=8,
+    patch_size=4,
+    image_layer=1,
+    image_width=16,
+    image_head=2,
+    vocab_size=61,
+    context_length=8,
+    text_layer=1,
+    text_width=16,
+    text_head=2,
+    embed_dim=8,
+    memory=12,
+)
+DDPM = DiffusionConfig(
+    image_size=8, channels=(8, 16), attend=(False, True), n_block=1, n_head=2, groups=4
+)
 LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
@@ -50,8 +63,16 @@ FAMILIES = {
     "ddpm": lambda: Diffusion(DDPM),
     "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
 }
-TRAIN = TrainConfig(steps=4, batch_size=8, micro_batch_size=2, eval_every=2, log_every=1, keep=9,
-                    device="cpu", dtype="float32")  # fmt: skip
+TRAIN = TrainConfig(
+    steps=4,
+    batch_size=8,
+    micro_batch_size=2,
+    eval_every=2,
+    log_every=1,
+    keep=9,
+    device="cpu",
+    dtype="float32",
+)
 OPTIM = OptimConfig("adamw", lr=1e-3, warmup_steps=0, ema_half_life=2.0)
 
 
