@@ -1,16 +1,18 @@
 """Pictures with captions in tar files, as the library webdataset reads them.
 
-    shards-000.tar:  1.png 1.txt  2.jpg 2.json ...    files of one name follow each other
+    shards-000.tar:  1.png 1.txt  2.jpg 2.json ...    the files of one picture stand together
 
-A `.txt` holds a caption a line, a `.json` has them under "caption" or "text". A tar is read from
-its beginning to its end, at the speed of the disk, where as many small files would make it seek.
+A `.txt` has a caption in each line; a `.json` has them under "caption" or "text". A tar is read
+from start to end at the full speed of the disk. The same pictures as small files would take longer.
 
-Several tars, "shards-{000..009}.tar" or a glob, are dealt out: rank r of R takes each R-th, of
-these its worker w of W each W-th, so that every picture is seen once (webdataset: split_by_node,
-split_by_worker). Nothing is unpacked onto the disk, no URL is opened and no command run, though
-the library could. Before it reads a tar, we look through the list of its members: links, devices,
-names that lead out of the folder, and what would take more than MAX_BYTES, as a sparse file of
-nothing may, are skipped and counted, and so are tars that are packed, cut short or no tars.
+Several tars are named as "shards-{000..009}.tar" or by a glob. They are divided so that each
+picture is seen once: rank r of R takes the tars r, r + R, r + 2R ...; and of these, worker w of W
+takes every W-th (webdataset: split_by_node, split_by_worker).
+
+Tars may come from strangers. The library could open URLs and run commands; here it does neither,
+and nothing is unpacked onto the disk. The list of members is checked before a tar is read. Links,
+devices, names that lead out of the folder, and files larger than MAX_BYTES (a sparse file may
+claim any size) are skipped and counted. So are files that are compressed, incomplete or no tar.
 
     python -m data.tars "shards-{000..009}.tar"
 """
@@ -34,44 +36,54 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Sample(NamedTuple):
-    """A picture that was not decoded yet, and what is said of it."""
+    """A picture that is not decoded yet, and its captions."""
 
-    name: str  # of the tar, a slash, and of the picture in it
-    image: bytes
+    name: str  # TAR/PICTURE
+    image: bytes  # the content of the image file
     captions: tuple[str, ...]
 
 
 def is_tar(path: str | Path) -> bool:
+    """Whether a path ends in .tar."""
     return str(path).lower().endswith(".tar")
 
 
+def expand(name: str) -> list[str]:
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar. With several ranges: all combinations."""
+    found = RANGE.search(name)
+    if not found:
+        return [name]
+    first, last = found.groups()
+    expanded = []
+    for number in range(int(first), int(last) + 1):
+        padded = f"{number:0{len(first)}d}"
+        expanded += expand(name[: found.start()] + padded + name[found.end() :])
+    return expanded
+
+
 def find(path: str | Path) -> list[Path]:
-    """The tars that a name, a glob, or a name with {000..009} stands for. Raises ValueError for
-    none, or if one of a range is missing."""
-    names = [str(Path(path).expanduser())]
-    while any(map(RANGE.search, names)):
-        names = [
-            RANGE.sub(f"{number:0{len(first)}d}", name, count=1)
-            for name in names
-            for first, last in [RANGE.search(name).groups()]
-            for number in range(int(first), int(last) + 1)
-        ]
-    if missing := [name for name in names if not glob.glob(name) and not Path(name).is_file()]:
-        raise ValueError(f"there is no file {missing[0]}")
-    found = [p for name in names for p in ([name] if Path(name).is_file() else glob.glob(name))]
-    return [Path(name).resolve() for name in sorted(dict.fromkeys(found))]
+    """The tars that a path names: one file, a glob, or a range such as {000..009}, sorted.
+
+    Raises ValueError if there is none, or if one of a range is missing.
+    """
+    found = []
+    for name in expand(str(Path(path).expanduser())):
+        matches = [name] if Path(name).is_file() else glob.glob(name)
+        if not matches:
+            raise ValueError(f"there is no file {name}: give a .tar, a glob or a range of them")
+        found += matches
+    return [Path(name).resolve() for name in sorted(set(found))]
 
 
 def allowed(path: Path, report: Report) -> set[str]:
-    """The members of a tar that are safe to read; the others are reported."""
+    """The names of the members of a tar that are safe to read; the report has the others."""
     names = set()
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as members:
             for member in members:
-                parts = PurePosixPath(member.name)
                 if member.isdir():
                     continue
-                reason = ""
+                parts = PurePosixPath(member.name)
                 if not member.isreg() or member.issparse():
                     reason = "a link, a device or a sparse file"
                 elif parts.is_absolute() or ".." in parts.parts:
@@ -80,10 +92,11 @@ def allowed(path: Path, report: Report) -> set[str]:
                     reason = f"larger than {MAX_BYTES >> 20} MiB"
                 elif member.name in names:
                     reason = "a second file of that name"
-                if reason:
-                    report.skip(reason, f"{path.name}/{member.name}")
                 else:
                     names.add(member.name)
+                    continue
+                report.skip(reason, f"{path.name}/{member.name}")
+            # A complete tar ends with blocks of zeros. Without them, it was cut short.
             members.fileobj.seek(members.offset)
             if members.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends without its mark")
@@ -93,57 +106,72 @@ def allowed(path: Path, report: Report) -> set[str]:
 
 
 def captions_of(member: dict[str, bytes]) -> tuple[str, ...]:
-    """The captions of a sample, as its .txt or .json has them; none if they cannot be read."""
-    said = member.get("txt", b"").decode("utf-8", "replace").splitlines()
-    try:
-        found = json.loads(member.get("json", b"{}"))
-        said = said or found.get("caption") or found.get("text") or []
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    said = [said] if isinstance(said, str) else said
-    texts = [text.strip() for text in said if isinstance(text, str)]
+    """The captions of a sample, {extension: content}: of its .txt, or else of its .json.
+
+    None if there are none or they cannot be read.
+    """
+    listed = member.get("txt", b"").decode("utf-8", "replace").splitlines()
+    if not listed:
+        try:
+            fields = json.loads(member.get("json", b"{}"))
+            listed = fields.get("caption") or fields.get("text") or []
+        except (ValueError, AttributeError, RecursionError):
+            pass
+    if isinstance(listed, str):
+        listed = [listed]
+    if not isinstance(listed, list):
+        listed = []  # neither a text nor a list of them
+    texts = [text.strip() for text in listed if isinstance(text, str)]
     return tuple(dict.fromkeys(filter(None, texts)))
 
 
-def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[Sample]:
-    """Yield the pictures of all tars in order, with captions or without.
+def grouped(tar: Path, names: set[str]) -> Iterator[dict]:
+    """Yield the samples of a tar as webdataset has them: "__key__", and {extension: content}.
 
-    With `split` only those of this rank (of torch.distributed, or RANK and WORLD_SIZE) and this
-    worker of a DataLoader. Raises ValueError if there is no such tar.
+    Only members in `names` are read, and of several with the same name the first one.
+    """
+    webdataset = files.extra("webdataset")
+    unread = set(names)
+
+    def is_first(name: str) -> bool:
+        if name not in unread:
+            return False
+        unread.remove(name)
+        return True
+
+    # Errors are ignored, because `allowed` has reported them.
+    ignore = webdataset.ignore_and_continue
+    with open(tar, "rb") as stream:  # opened here: the library might take a name for a URL
+        members = webdataset.tariterators.tar_file_expander(
+            [{"url": tar.name, "stream": stream}], select_files=is_first, handler=ignore
+        )
+        yield from webdataset.tariterators.group_by_keys(members, handler=ignore)
+
+
+def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[Sample]:
+    """Yield the pictures of all tars in order, with or without captions.
+
+    With `split`, yield only the share of this rank (of torch.distributed, or by the environment
+    variables RANK and WORLD_SIZE) and of this worker of a DataLoader. Raises ValueError if a tar
+    is missing.
     """
     webdataset = files.extra("webdataset")
     tars = iter(find(path))
     if split:
         tars = webdataset.split_by_worker(webdataset.split_by_node(tars))
     for tar in tars:
-        names = allowed(tar, report)
-
-        def first(name: str, names: set[str] = names) -> bool:
-            known = name in names
-            names.discard(name)
-            return known
-
-        with open(tar, "rb") as stream:  # by us: the library would take a name for a URL
-            read = webdataset.tariterators.tar_file_expander(
-                [{"url": tar.name, "stream": stream}],
-                select_files=first,
-                handler=webdataset.ignore_and_continue,  # `allowed` has told
-            )
-            grouped = webdataset.tariterators.group_by_keys(
-                read, handler=webdataset.ignore_and_continue
-            )
-            for member in grouped:
-                name = f"{tar.name}/{member['__key__']}"
-                image = next((kind for kind in IMAGES if kind in member), None)
-                report.found += 1
-                if image:
-                    yield Sample(f"{name}.{image}", member[image], captions_of(member))
-                else:
-                    report.skip("no picture of that name, or not beside it", name)
+        for member in grouped(tar, allowed(tar, report)):
+            name = f"{tar.name}/{member['__key__']}"
+            image = next((kind for kind in IMAGES if kind in member), None)
+            report.found += 1
+            if image:
+                yield Sample(f"{name}.{image}", member[image], captions_of(member))
+            else:
+                report.skip("no picture of that name, or not beside it", name)
 
 
 def images(path: str | Path, captioned: bool) -> Iterator[io.BytesIO]:
-    """The files of the pictures, in the order of `samples`; perhaps only of those with captions."""
+    """Yield the image files in the order of `samples`; with `captioned`, those with captions."""
     for sample in samples(path, Report()):
         if sample.captions or not captioned:
             yield io.BytesIO(sample.image)
