@@ -49,9 +49,8 @@ class Plan:
     # By option: trained runs that supply parts, and plans of the parts to train first.
     given: dict[str, OpenRun] = field(default_factory=dict)
     first: dict[str, Plan] = field(default_factory=dict)
-    data: Any = (
-        None  # opened; None in a dry run, or if they need a part that is still to be trained
-    )
+    # The opened data; None in a dry run, or if they need a part that is still to be trained.
+    data: Any = None
     resume_with: str = "--resume"  # what the user adds to continue a run that was stopped
 
 
