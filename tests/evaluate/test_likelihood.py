@@ -270,7 +270,7 @@ def test_bad_input_is_refused():
     model = loud()
     with pytest.raises(ValueError, match="stride is 17; it must be 0 to 16"):
         likelihood.score_ids(model, [([1], [2])], stride=T + 1)
-    with pytest.raises(ValueError, match="begin a new text with the end-of-text token"):
+    with pytest.raises(ValueError, match="start a new text with the end-of-text token"):
         likelihood.score_ids(model, [([], [2])])
     with pytest.raises(ValueError, match="a continuation is empty"):
         likelihood.score(model, TOKENIZER, [("context", "")])

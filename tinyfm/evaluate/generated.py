@@ -33,12 +33,12 @@ from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion
 from tinyfm.evaluate import judge
 from tinyfm.evaluate.judge import Judge, Pictures, agreement, as_pixels, indices
-from tinyfm.evaluate.metrics import SHOWN
 from tinyfm.evaluate.zero_shot import ROWS, share
 from tinyfm.text2image import TextToImage
 
 SAMPLER = "dpm++"
 STEPS = 20
+SHOWN = 48  # drawings in the picture
 COUNT = 400  # samples of a model without prompts
 COPY = 0.006  # mean difference of pixels (black to white is 2); real drawings are seldom closer
 PROMPT_SETS = ("letters and digits", "held-out pairs", "held-out characters")

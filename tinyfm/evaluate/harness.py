@@ -1,19 +1,19 @@
-"""EleutherAI's evaluation harness over a run:  python -m tinyfm.harness RUN --tasks NAME ...
+"""EleutherAI's evaluation harness on a run:  python -m tinyfm.evaluate.harness RUN --tasks NAME ...
 
-lm-evaluation-harness (Gao et al. 2021) holds hundreds of published tasks, so that a number found
-here compares with that of any other model. It asks three things of a model, and scoring.py and
-generate.py have the answers:
+lm-evaluation-harness (Gao et al. 2021) holds hundreds of published tasks. So a score from here can
+be compared with that of any other model. The harness sends a model three kinds of requests, which
+likelihood.py and generate.py answer:
 
     loglikelihood(context, continuation)  -> ln p in nats, and whether greedy decoding writes it
     loglikelihood_rolling(text)           -> ln p of a whole text, in windows of the full context
     generate_until(context, settings)     -> a text, up to a stop string
 
-Published tasks are downloaded when they are asked for. One of your own is a folder with a yaml file
-that names a task and its jsonl: --include-path FOLDER, and needs no network. In Python, importing
-this file registers the model as "tinyfm".
+Published tasks are downloaded on first use. A task of your own needs no network: it is a folder
+with a yaml file, which names the task and its jsonl, and --include-path FOLDER. In Python,
+importing this file registers the model with the harness as "tinyfm".
 
-It is no requirement of the rest: pip install lm-eval. Left out: chat templates, which it joins as
-strings, where a message could then write what only the template may.
+The harness is not in requirements.txt: pip install lm-eval. Left out: chat templates. The harness
+joins their parts as strings, so a message could contain text that only the template may write.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import tyro
 
 from tinyfm import generate
 from tinyfm.adapt.soft_prompt import prompt_ids
-from tinyfm.common import device as machine
+from tinyfm.common import device as devices
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
 from tinyfm.recipes import run_dir
+from tinyfm.tokenizer import Tokenizer
 
 try:
     from lm_eval import simple_evaluate
@@ -49,23 +50,42 @@ except ImportError as error:
     raise ImportError(reason) from error
 
 
+# ---- the model, as the harness sees it ----------------------------------------------------------
+
+
 @register_model("tinyfm")
 class TinyFM(LM):
-    """A GPT as the harness sees it: of a run directory, or a model with its tokenizer."""
+    """A GPT for the harness: from a run directory, or a model with its tokenizer."""
 
-    def __init__(self, run: str = "", model=None, tokenizer=None, batch_size: int = 32,
-                 device: str | None = None, max_batch_size: int | None = None):  # fmt: skip
-        """Raises ValueError if the run holds no language model."""
+    def __init__(
+        self,
+        run: str = "",
+        model: GPT | None = None,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        """max_batch_size is ignored; the harness passes it. Raises ValueError if the run holds no
+        language model."""
         super().__init__()
         if model is None:
             opened = run_dir.open_run(run)
             if not isinstance(opened.model, GPT):
-                raise ValueError(f"{run} is of family {opened.run.family}: no language model")
-            model, tokenizer = opened.model, opened.tokenizer
-        self.model = model.to(machine.choose_device(device or "auto"))
-        self.tokenizer, self.rows = tokenizer, int(batch_size)
+                raise ValueError(
+                    f"{run} is of family {opened.run.family}, no language model: give a run of "
+                    "family gpt"
+                )
+            model = opened.model
+            tokenizer = opened.tokenizer
+        self.model = model.to(devices.choose_device(device or "auto"))
+        self.tokenizer = tokenizer
+        self.rows = int(batch_size)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(ln p, greedy) of each request's continuation after its context."""
         pairs = [request.args for request in requests]
         scores = likelihood.score(self.model, self.tokenizer, pairs, rows=self.rows)
         return [(score.log_likelihood, score.greedy) for score in scores]
@@ -73,16 +93,20 @@ class TinyFM(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        whole = self.model.config.context_length - len(prompt_ids(self.model))
+        """ln p of each request's text."""
+        length = self.model.config.context_length - len(prompt_ids(self.model))
         texts = [("", request.args[0]) for request in requests]
-        scores = likelihood.score(self.model, self.tokenizer, texts, whole, self.rows)
+        scores = likelihood.score(self.model, self.tokenizer, texts, length, self.rows)
         return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}  # settings -> places of the requests that have them
+        """The text that each request's context is continued with."""
+        # Requests with equal settings are generated together.
+        groups: dict[str, list[int]] = {}  # settings -> places of the requests
         for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            settings = json.dumps(request.args[1], sort_keys=True)
+            groups.setdefault(settings, []).append(i)
+        texts = [""] * len(requests)
         for settings, places in groups.items():
             for first in range(0, len(places), self.rows):
                 chunk = places[first : first + self.rows]
@@ -92,17 +116,21 @@ class TinyFM(LM):
         return texts
 
     def write(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
-        """Continue each context as the harness's settings say, to a stop string or the text's end.
+        """Continue each context up to a stop string or the end of the text.
 
-        A context keeps its latest tokens: as many as leave room for the new ones, half at least.
+        settings: the harness's names for those of generate.Sampling, and "until", the stop strings.
+        A context is cut on its left: it leaves room for the new tokens, but keeps at least half of
+        the model's context length.
         """
         given = {"temperature": 0.0, **normalize_gen_kwargs(settings)}
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = generate.Sampling(
-            max_new_tokens=given["max_gen_toks"], stop_tokens=(self.tokenizer.eot,),
+            max_new_tokens=given["max_gen_toks"],
+            stop_tokens=(self.tokenizer.eot,),
             **{name: given[name] for name in names if name in given},
-        )  # fmt: skip
-        front, length = prompt_ids(self.model), self.model.config.context_length
+        )
+        front = prompt_ids(self.model)  # a soft prompt stands before everything the model reads
+        length = self.model.config.context_length
         room = max(length - sampling.max_new_tokens, length // 2) - len(front)
         ids = [self.tokenizer.encode(context) or [self.tokenizer.eot] for context in contexts]
         rows = [front + row[-room:] for row in ids]
@@ -124,33 +152,44 @@ class TinyFM(LM):
 class Options:
     run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
     tasks: tuple[str, ...]  # names of the harness's tasks, or of those in --include-path
-    include_path: str = ""  # a folder with tasks of your own, yaml files
-    shots: int | None = None  # examples before each question, else as the task says
-    limit: int | None = None  # questions of each task, else all
-    rows: int = 32  # read at once
+    include_path: str = ""  # folder with the yaml files of your own tasks
+    shots: int | None = None  # examples before each question; default: as the task says
+    limit: int | None = None  # questions to use of each task; default: all
+    rows: int = 32  # rows that the model reads at once
     device: str = "auto"  # cpu, cuda, mps, or auto
-    out: str = ""  # also write the results to this JSON file
+    out: str = ""  # JSON file to write the results to
 
 
 def find_tasks(tasks: Sequence[str], folder: str) -> TaskManager:
-    """What knows the tasks: those of the folder, and if need be the harness's own, which takes it
-    seconds to list. Raises ValueError for a task that neither has."""
-    for own in (True, False) if folder else (False,):
-        manager = TaskManager(include_path=folder or None, include_defaults=not own)
+    """A manager that knows the tasks. Raises ValueError for an unknown task.
+
+    The folder's tasks are tried alone first, because listing the harness's own takes seconds.
+    """
+    for with_defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder or None, include_defaults=with_defaults)
         missing = [task for task in tasks if not manager.match_tasks([task])]
         if not missing:
             return manager
-    raise ValueError(f"there is no task {missing[0]!r}, in the harness or in --include-path")
+    raise ValueError(
+        f"there is no task {missing[0]!r} in the harness or in --include-path: give a name that "
+        "`lm-eval ls tasks` lists, or the folder of your own task"
+    )
 
 
 def main() -> int | str:
+    """Run the command; return the exit status or the message of an error."""
     try:
-        options = tyro.cli(Options, description=__doc__)
+        command = "python -m tinyfm.evaluate.harness"
+        options = tyro.cli(Options, prog=command, description=__doc__)
         model = TinyFM(options.run, batch_size=options.rows, device=options.device)
         results = simple_evaluate(
-            model, tasks=[*options.tasks], num_fewshot=options.shots, limit=options.limit,
-            task_manager=find_tasks(options.tasks, options.include_path), log_samples=False,
-        )  # fmt: skip
+            model,
+            tasks=[*options.tasks],
+            num_fewshot=options.shots,
+            limit=options.limit,
+            task_manager=find_tasks(options.tasks, options.include_path),
+            log_samples=False,
+        )
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -1,20 +1,21 @@
-"""What a CLIP model knows without having been taught it: measures on pictures with captions.
+"""Measures of a CLIP model on pictures with captions: tasks that it was not trained for.
 
-A class is a name. It is put into n templates, "serif bold {}" or "a picture of a {}", and each
-caption is embedded. The model says how probable each of the n M captions is for an image x; a class
-is as probable as its captions together, whichever of them it was:
+Zero-shot classification. A class is a name. It is put into n templates, such as "serif bold {}" or
+"a picture of a {}", and each caption is embedded. For an image x the model gives each of the n M
+captions a probability, and the probability of a class is the sum over its captions:
 
     P(class m | x) ~ sum_k exp(z_km),    z_km = exp(s) x . y_km, as in clip.py
 
-Radford et al. (2021, section 3.1.4) take the mean of a class's vectors instead. Where templates are
-but ways to say the same, that does as well; ours name styles, a picture has one of them, and the
-mean of four styles is no style at all.
+Radford et al. (2021, section 3.1.4) use the mean of a class's caption vectors instead. That does as
+well where all templates mean the same. Ours name styles: a picture has one style, and the mean of
+four styles is no style at all. Both are measured.
 
-Retrieval asks the same of whole captions: is the right one among the k nearest of all? Probes use
-the image tower alone, what it gives before the projection: the class of the nearest training images
-(k-NN), or a linear map from features to classes, fitted by least squares.
+Retrieval compares images with whole captions: is the right one among the k nearest? Probes use the
+features of the image tower before the projection: they predict a class from the nearest training
+images (k-NN), or by a linear map that is fitted by least squares.
 
-Letters: B images, M classes, n templates, E embedding width. Vectors are unit vectors of float32.
+Letters: B images, M classes, n templates, E embedding, D width of the features. All vectors are
+unit vectors in float32.
 """
 
 from __future__ import annotations
@@ -22,69 +23,94 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.pictures import save_grid
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
-from tinyfm.evaluate.metrics import SHOWN, Scores
+from tinyfm.evaluate.metrics import Scores
 from tinyfm.tokenizer import encode_captions
 
-ROWS = 512  # through a tower at once
+ROWS = 512  # rows that go through a model or a matrix product at once
 MAX_TEMPLATES = 16
+RETRIEVAL_IMAGES = 1000  # images, with their captions, among which retrieval searches
+PROBED_IMAGES = 2000  # images that the probes classify
+TIE = 1e-6  # similarities closer than this are equal
+SHOWN = 48  # confusions in the picture
+
+
+# ---- embeddings ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def embed_images(model, images: np.ndarray, encode: Callable | None = None) -> Tensor:
-    """uint8 (B, C, H, W) -> (B, E), by the model's encode_image if nothing else is given."""
-    like, encode = model.logit_scale, encode or model.encode_image
-    parts = (torch.tensor(images[i : i + ROWS]) for i in range(0, len(images), ROWS))
-    return torch.cat([encode(part.to(like) / 127.5 - 1) for part in parts])
+def embed_images(model: Any, images: np.ndarray, encode: Callable | None = None) -> Tensor:
+    """uint8 (B, C, H, W) -> (B, E), by `encode`, which defaults to model.encode_image."""
+    encode = encode or model.encode_image
+    vectors = []
+    for i in range(0, len(images), ROWS):
+        part = torch.tensor(images[i : i + ROWS]).to(model.logit_scale)  # its device and dtype
+        vectors.append(encode(part / 127.5 - 1))
+    return torch.cat(vectors)
 
 
-def image_features(model, images: np.ndarray) -> Tensor:
-    """uint8 (B, C, H, W) -> unit vectors (B, D) before the projection. What the contrast has no use
-    for, the projection drops: for other tasks they are better (Chen et al. 2020, section 4.2)."""
+def image_features(model: Any, images: np.ndarray) -> Tensor:
+    """uint8 (B, C, H, W) -> unit vectors (B, D): the output of the tower before the projection.
+
+    The projection drops what the contrastive loss does not need, so for other tasks the features
+    before it are better (Chen et al. 2020, section 4.2).
+    """
     return F.normalize(embed_images(model, images, model.image_tower).float(), dim=-1)
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, captions: Sequence[str]) -> Tensor:
-    """Captions -> (B, E); short ones first, so that few rows are filled up."""
+def embed_texts(model: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Captions -> (B, E)."""
     tokens, _ = encode_captions(tokenizer, list(captions), model.config.context_length)
-    device, lengths = model.logit_scale.device, (tokens != tokenizer.eot).sum(1)
-    order, vectors = np.argsort(lengths, kind="stable"), []
+    device = model.logit_scale.device
+    lengths = (tokens != tokenizer.eot).sum(1)
+    # Sorted by length, captions in one part need little padding.
+    order = np.argsort(lengths, kind="stable")
+    vectors = []
     for i in range(0, len(order), ROWS):
         rows = order[i : i + ROWS]
-        cut = tokens[rows, : lengths[rows].max() + 1]
-        vectors.append(model.encode_text(torch.from_numpy(cut).to(device)))
-    return torch.cat(vectors)[torch.from_numpy(np.argsort(order))]
+        part = tokens[rows, : lengths[rows].max() + 1]
+        vectors.append(model.encode_text(torch.from_numpy(part).to(device)))
+    return torch.cat(vectors)[torch.from_numpy(np.argsort(order))]  # in the order of the captions
 
 
 def find_templates(split: Split) -> list[str]:
-    """How captions are made of labels, the commonest ways first: ["sans bold {}", ...]."""
-    ways = Counter()
+    """How captions contain their labels, the most common way first: ["sans bold {}", ...]."""
+    counts = Counter()
     for captions, label in zip(split.captions, split.labels):
-        before, label_, after = captions[0].rpartition(label)
-        ways[f"{before}{{}}{after}" if label_ else "{}"] += 1
-    return [way for way, _ in ways.most_common(MAX_TEMPLATES)]
+        before, separator, after = captions[0].rpartition(label)
+        counts[f"{before}{{}}{after}" if separator else "{}"] += 1
+    return [template for template, _ in counts.most_common(MAX_TEMPLATES)]
 
 
-def class_vectors(model, tokenizer, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(n, M, E): each name in each template."""
-    ways = [[template.replace("{}", name) for name in names] for template in templates]
-    return torch.stack([embed_texts(model, tokenizer, captions) for captions in ways])
+def class_vectors(
+    model: Any, tokenizer: Any, names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """(n, M, E): the vector of each name in each template."""
+    vectors = []
+    for template in templates:
+        captions = [template.replace("{}", name) for name in names]
+        vectors.append(embed_texts(model, tokenizer, captions))
+    return torch.stack(vectors)
 
 
-# ---- measures: shares of 1 ----------------------------------------------------------------------
+# ---- measures: shares from 0 to 1 ---------------------------------------------------------------
 
 
-def exactly(measure: Callable) -> Callable:
-    """Compare vectors in full precision under autocast too: bfloat16 makes neighbours equal."""
+def full_precision(measure: Callable) -> Callable:
+    """Decorate a measure to compute in float32 under autocast too.
+
+    In bfloat16, vectors that are close to each other would become equal.
+    """
 
     @wraps(measure)
     def measured(x: Tensor, *rest, **options):
@@ -94,95 +120,116 @@ def exactly(measure: Callable) -> Callable:
     return measured
 
 
-@exactly
-def class_logits(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
-    """(B, M) of x (B, E) and classes (n, M, E): their softmax is how probable each class is."""
-    return torch.stack([scale * x @ captions.T for captions in classes]).logsumexp(0)
+def share(right: Tensor) -> float:
+    """The share of True in a bool tensor."""
+    return right.float().mean().item()
 
 
-def classify(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
-    """The most probable class (B,) of each of x (B, E)."""
-    return torch.cat([class_logits(part, classes, scale).argmax(1) for part in x.split(ROWS)])
-
-
-def numbered(labels: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The different labels in order, and the number of each label among them, (B,)."""
+def number_labels(labels: Sequence[str]) -> tuple[list[str], Tensor]:
+    """(the different labels, sorted; the place of each label among them, int64 (B,))."""
     names = sorted(set(labels))
     place = {name: i for i, name in enumerate(names)}
     return names, torch.tensor([place[label] for label in labels])
 
 
-@exactly
-def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Recall at k between images x (B, E) and captions y; owner (captions,) is a caption's image.
+@full_precision
+def class_logits(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    """Images x (B, E), classes (n, M, E) -> (B, M), whose softmax is P(class | image)."""
+    return torch.stack([scale * x @ captions.T for captions in classes]).logsumexp(0)
 
-    Image to text: one of the image's own captions is among its k nearest. Text to image: the
-    caption's image is among its k nearest. A tie counts against the model.
+
+def classify(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    """The most probable class of each image, int64 (B,)."""
+    return torch.cat([class_logits(part, classes, scale).argmax(1) for part in x.split(ROWS)])
+
+
+@full_precision
+def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> Scores:
+    """Recall at each k between images x (B, E) and captions y (captions, E).
+
+    owner (captions,): the image of each caption. Image to text: a caption of the image is among its
+    k nearest captions. Text to image: the image of the caption is among its k nearest images. A tie
+    counts against the model: if it embeds everything alike, it retrieves nothing.
     """
-    own = torch.full((len(x),), -torch.inf, device=x.device)
-    best = own.scatter_reduce(0, owner, (x[owner] * y).sum(1), "amax")  # of an image's captions
-    ranks = {"image_to_text": [], "text_to_image": []}
+    # Similarity of each image to the nearest of its captions.
+    lowest = torch.full((len(x),), -torch.inf, device=x.device)
+    best = lowest.scatter_reduce(0, owner, (x[owner] * y).sum(1), "amax")  # (B,)
+
+    # The rank of a right answer is the number of wrong ones that are as near. For an image, the
+    # wrong ones are the captions of other images.
+    image_ranks = []
     for i in range(0, len(x), ROWS):
-        z, rows = x[i : i + ROWS] @ y.T, torch.arange(i, min(i + ROWS, len(x)), device=x.device)
-        others = owner[None, :] != rows[:, None]
-        ranks["image_to_text"].append(((z >= best[rows, None] - 1e-6) & others).sum(1))
-    for part, of in zip(y.split(ROWS), owner.split(ROWS)):
-        z = part @ x.T
-        own = z.gather(1, of[:, None])
-        ranks["text_to_image"].append((z >= own - 1e-6).sum(1) - 1)
-    ranks = {way: torch.cat(parts) for way, parts in ranks.items()}
+        z = x[i : i + ROWS] @ y.T  # (rows, captions)
+        rows = torch.arange(i, i + len(z), device=x.device)
+        wrong = owner[None, :] != rows[:, None]
+        image_ranks.append(((z >= best[rows, None] - TIE) & wrong).sum(1))
+
+    # For a caption, the wrong ones are all images but its own.
+    text_ranks = []
+    for part, owners in zip(y.split(ROWS), owner.split(ROWS)):
+        z = part @ x.T  # (rows, B)
+        own = z.gather(1, owners[:, None])
+        text_ranks.append((z >= own - TIE).sum(1) - 1)
+
+    ranks = {"image_to_text": torch.cat(image_ranks), "text_to_image": torch.cat(text_ranks)}
     return {f"{way}_at_{k}": share(rank < k) for way, rank in ranks.items() for k in ks}
 
 
-def share(right: Tensor) -> float:
-    return right.float().mean().item()
-
-
-@exactly
+@full_precision
 def nearest_neighbours(x: Tensor, train_x: Tensor, train_y: Tensor, k: int = 1) -> Tensor:
-    """The class (B,) that most of the k nearest of train_x have, the nearer winning a tie."""
+    """The most common class among the k nearest of train_x, int64 (B,).
+
+    Of equally common classes, that of the nearest wins.
+    """
     found = []
     for part in x.split(ROWS):
-        near = train_y[(part @ train_x.T).topk(k).indices]  # (rows, k)
-        votes = (near[:, :, None] == near[:, None, :]).sum(2)
+        near = train_y[(part @ train_x.T).topk(k).indices]  # (rows, k), the nearest first
+        votes = (near[:, :, None] == near[:, None, :]).sum(2)  # (rows, k)
         found.append(near.gather(1, votes.argmax(1, keepdim=True)).squeeze(1))
     return torch.cat(found)
 
 
-@exactly
+@full_precision
 def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-3) -> Tensor:
-    """The class (B,) by least squares from features, and 1, to one-hot classes.
+    """The classes that a linear map with a bias predicts, int64 (B,).
 
-    W = (X'X + ridge n I)^-1 X'Y; the one-hot Y of many classes is never built.
+    The map is fitted by least squares to one-hot classes Y, in float64:
+
+        W = (X'X + ridge n I)^-1 X'Y,    X = (train_x, 1), of n rows
+
+    X'Y is summed class by class, because Y is too large where there are many classes.
     """
 
-    def with_one(rows):
+    def with_one(rows: Tensor) -> Tensor:
         return torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1).double()
 
-    X, M = with_one(train_x), int(train_y.max()) + 1
-    products = X.new_zeros(M, X.size(1)).index_add(0, train_y, X)  # (M, E + 1) = Y'X
+    X = with_one(train_x)
+    M = int(train_y.max()) + 1
+    products = X.new_zeros(M, X.size(1)).index_add(0, train_y, X)  # Y'X: (M, D + 1)
     gram = X.T @ X + ridge * len(X) * torch.eye(X.size(1), dtype=X.dtype, device=X.device)
-    weights = torch.linalg.solve(gram, products.T)
+    weights = torch.linalg.solve(gram, products.T)  # (D + 1, M)
     return torch.cat([(part @ weights).argmax(1) for part in with_one(x).split(ROWS)])
 
 
-RETRIEVAL_IMAGES = 1000  # among which a caption has to find its own, and the reverse
-PROBED_IMAGES = 2000  # of which the class is told from features
+# ---- a model on its data ------------------------------------------------------------------------
 
 
-def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Scores, dict]:
-    """Top-1 among all names of each held-out split, and what was found in each.
+def by_name(
+    model: Any, tokenizer: Any, data: PairData, x: dict[str, Tensor]
+) -> tuple[Scores, dict[str, list[str]]]:
+    """Zero-shot accuracy among all names of each held-out split, and the names that were found.
 
-    The templates are those of the split's own captions: that a text says "bold italic" is known
-    beforehand of such pictures, as "a satellite photo" would be. Beside it, with the mean vector of
-    a name's captions (zero_shot.py).
+    x: {split: its image vectors}. The templates are those of the split's own captions, as a person
+    who classifies satellite photos would write "a satellite photo of {}". Both ways to combine a
+    class's captions are measured: the sum of their probabilities, and the mean of their vectors.
     """
-    scores, found = {}, {}
+    scores = {}
+    found = {}
     for split in list(data.splits)[1:]:
         templates = find_templates(data.splits[split])
-        names, labels = numbered(data.splits[split].labels)
+        names, labels = number_labels(data.splits[split].labels)
         classes = class_vectors(model, tokenizer, names, templates)
-        means = nn.functional.normalize(classes.mean(0, keepdim=True), dim=-1)
+        means = F.normalize(classes.mean(0, keepdim=True), dim=-1)
         guesses = classify(x[split], classes, model.scale()).cpu()
         by_mean = classify(x[split], means, model.scale()).cpu()
         scores[f"zero-shot, {split}, {len(names):,} names"] = share(guesses == labels)
@@ -191,52 +238,76 @@ def by_name(model, tokenizer, data: PairData, x: dict[str, Tensor]) -> tuple[Sco
     return scores, found
 
 
-def by_caption(model, tokenizer, data: PairData, x: Tensor) -> Scores:
-    """Recall at 1, 5 and 10 in the validation split, both ways, with all captions of an image."""
+def by_caption(model: Any, tokenizer: Any, data: PairData, x: Tensor) -> Scores:
+    """Recall at 1, 5 and 10, both ways, among RETRIEVAL_IMAGES of the validation split.
+
+    x: the vectors of all validation images. An image is compared with all of its captions.
+    """
     rows = np.random.default_rng(0).permutation(len(data.val.labels))[:RETRIEVAL_IMAGES]
-    own = [data.val.captions[i] for i in rows]
-    owner = torch.tensor([i for i, captions in enumerate(own) for _ in captions], device=x.device)
-    captions = [caption for captions in own for caption in captions]
+    captions = []
+    owner = []
+    for i, row in enumerate(rows):
+        captions += data.val.captions[row]
+        owner += [i] * len(data.val.captions[row])
     y = embed_texts(model, tokenizer, captions)
-    found = recall(x[torch.from_numpy(rows).to(x.device)], y, owner, (1, 5, 10))
+    x = x[torch.from_numpy(rows).to(x.device)]
+    found = recall(x, y, torch.tensor(owner, device=x.device), (1, 5, 10))
     return {f"{name.replace('_', ' ')} of {len(rows):,}": value for name, value in found.items()}
 
 
-def by_features(data: PairData, x: dict[str, Tensor], what: str) -> Scores:
-    """Classes of validation images that training shows, from frozen features."""
+def by_features(data: PairData, x: dict[str, Tensor]) -> Scores:
+    """Accuracy of the probes on validation images, among the classes of the training split.
+
+    x: {split: frozen features} of the training and the validation split.
+    """
     train, val = list(data.splits)[:2]
-    names, labels = numbered(data.train.labels)
+    names, labels = number_labels(data.train.labels)
     place = {name: i for i, name in enumerate(names)}
     order = np.random.default_rng(0).permutation(len(data.val.labels))
     rows = [i for i in order.tolist() if data.val.labels[i] in place][:PROBED_IMAGES]
-    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=x[val].device)
-    inputs = (x[val][rows], x[train], labels.to(x[val].device))
-    probes = {"nearest neighbour": nearest_neighbours, "linear": linear_probe}
-    return {
-        f"{name} on {what}, {len(names):,} classes": share(probe(*inputs) == truth)
-        for name, probe in probes.items()
-    }
+    device = x[val].device
+    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=device)
+    scores = {}
+    for name, probe in (("nearest neighbour", nearest_neighbours), ("linear", linear_probe)):
+        guesses = probe(x[val][rows], x[train], labels.to(device))
+        scores[f"{name} on features, {len(names):,} classes"] = share(guesses == truth)
+    return scores
 
 
 def pixels(images: np.ndarray) -> Tensor:
-    """Images (B, C, H, W) as unit vectors, the mean taken away."""
+    """Images (B, C, H, W) -> unit vectors (B, C H W) of their pixels, each image minus its mean.
+
+    They stand in for features, as a baseline of the probes.
+    """
     x = torch.tensor(images).flatten(1).float()
-    return nn.functional.normalize(x - x.mean(1, keepdim=True) + 1e-6, dim=-1)
+    return F.normalize(x - x.mean(1, keepdim=True) + 1e-6, dim=-1)  # not 0 for a blank image
 
 
-def clip_scores(run, model, tokenizer, data: PairData) -> tuple[Scores, dict]:
-    splits, scores, found = data.splits, {}, {}
-    if run.model.loss != "simclr":
+def clip_scores(model: Any, tokenizer: Any, data: PairData) -> tuple[Scores, dict[str, list[str]]]:
+    """All measures of a CLIP model, and the names found in each held-out split.
+
+    A model that was trained by SimCLR has seen no texts: it gets the probes alone.
+    """
+    splits = data.splits
+    scores = {}
+    found = {}
+    if model.config.loss != "simclr":
         x = {name: embed_images(model, split.images) for name, split in splits.items()}
         scores, found = by_name(model, tokenizer, data, x)
-        scores |= by_caption(model, tokenizer, data, x[list(splits)[1]])
-    probed = {name: image_features(model, splits[name].images) for name in [*splits][:2]}
-    return scores | by_features(data, probed, "features"), found
+        val = list(splits)[1]
+        scores |= by_caption(model, tokenizer, data, x[val])
+    probed = {name: image_features(model, splits[name].images) for name in list(splits)[:2]}
+    return scores | by_features(data, probed), found
 
 
 def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:
-    """A grid of images of the last split that were taken for something else: truth, then guess."""
-    split, guesses = data.splits[list(found)[-1]], found[list(found)[-1]]
+    """Write a grid of wrongly named images of the last split, each as "label → guess".
+
+    found: the guesses from clip_scores. Raises ValueError if every name was found.
+    """
+    last = list(found)[-1]
+    split = data.splits[last]
+    guesses = found[last]
     wrong = [i for i, label in enumerate(split.labels) if guesses[i] != label]
     rows = np.random.default_rng(0).permutation(wrong)[:SHOWN]
     if not len(rows):

@@ -25,11 +25,10 @@ from tyro.conf import Suppress
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
 from tinyfm.common.config import may_change
+from tinyfm.evaluate.metrics import Scores
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
-
-Scores = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

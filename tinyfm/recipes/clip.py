@@ -125,7 +125,7 @@ class CLIPRun(Run):
 
         --picture draws what the trained model confuses.
         """
-        scores, found = zero_shot.clip_scores(self, model, opened.tokenizer, data)
+        scores, found = zero_shot.clip_scores(model, opened.tokenizer, data)
         if options.picture and found and model is opened.model:
             zero_shot.draw_confusions(data, found, options.picture)
         return scores
@@ -133,7 +133,7 @@ class CLIPRun(Run):
     def baselines(self, data: PairData) -> dict[str, Scores]:
         """The same probes of the raw pixels."""
         raw = {name: zero_shot.pixels(split.images) for name, split in data.splits.items()}
-        return {"pixels": zero_shot.by_features(data, raw, "features")}
+        return {"pixels": zero_shot.by_features(data, raw)}
 
     def classify_untrained(
         self, opened: OpenRun, data: TaskData, shots: int
