@@ -1,4 +1,4 @@
-"""GPTs in the Hugging Face layout. The oracle is transformers, on random weights, offline."""
+"""GPTs in the Hugging Face layout: equality with transformers on random weights, both ways."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import random_weights
+from conftest import assert_equal_weights, count_parameters, edit_json, random_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import logits_process
@@ -30,6 +30,7 @@ GPT2 = {
     "vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4,
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+QWEN3_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
 VARIANTS = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "n_inner": 80}),
@@ -42,9 +43,8 @@ VARIANTS = {
     "mistral": ("mistral", SIZES | {"sliding_window": None, "head_dim": 8}),
     "qwen3-wide-heads": ("qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 32}),
     "qwen3-tied": ("qwen3", SIZES | {"head_dim": 12, "tie_word_embeddings": True}),
-    "qwen3-window": ("qwen3", SIZES | {"head_dim": 12, "use_sliding_window": True,
-                                       "sliding_window": 5, "max_window_layers": 0}),
-}  # fmt: skip
+    "qwen3-window": ("qwen3", SIZES | {"head_dim": 12} | QWEN3_WINDOW),
+}
 
 
 def reference(model_type: str, fields: dict):
@@ -68,35 +68,25 @@ def llama(tmp_path):
     return tmp_path / "llama"
 
 
-def edit(folder, **fields):
-    """Change fields of config.json; `...` removes one."""
-    path = folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) | fields
-    raw = {name: value for name, value in raw.items() if value is not ...}
-    path.write_text(json.dumps(raw), encoding="utf-8")
-
-
 def tokens(*shape):
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def assert_same_logits(ours, theirs, **tolerance):
+def assert_same_logits(ours, theirs, tolerance=1e-5):
     x = tokens(3, 40)
-    torch.testing.assert_close(ours(x), theirs(x).logits, **tolerance)
+    torch.testing.assert_close(ours(x), theirs(x).logits, atol=tolerance, rtol=tolerance)
 
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-# ---- parity --------------------------------------------------------------------------------------
+# ---- against transformers ------------------------------------------------------------------------
 
 
 def test_logits_of_a_published_folder(published):
     theirs, folder = published
     ours = GPT.from_pretrained(folder)
     assert not ours.training
-    assert_same_logits(ours, theirs, **CLOSE)
-    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert_same_logits(ours, theirs)
+    assert count_parameters(ours) == theirs.num_parameters()
 
 
 def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_path):
@@ -105,15 +95,14 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
     ours.save_pretrained(tmp_path)
     exported, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     if theirs.config.model_type != "mistral" or theirs.config.sliding_window:
-        assert type(exported) is type(theirs)  # Mistral without a window is Llama
+        assert type(exported) is type(theirs)  # a Mistral without a window is a Llama
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_same_logits(ours, exported, **CLOSE)
+    assert_same_logits(ours, exported)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(exported.state_dict()[name], tensor), name
     again = GPT.from_pretrained(tmp_path)
     assert gpt.resolve(again.config) == gpt.resolve(ours.config)
-    assert again.state_dict().keys() == ours.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[n], t) for n, t in ours.state_dict().items())
+    assert_equal_weights(again, ours)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
@@ -162,7 +151,8 @@ def test_filters_equal_transformers_warpers(ours, warper):
 # ---- published sizes -----------------------------------------------------------------------------
 
 ROTARY = {"hidden_act": "silu", "num_hidden_layers": 32, "num_attention_heads": 32}
-PUBLISHED = {  # parameters, and the fields of the published config.json that matter here
+# Parameters, and the fields of the published config.json that matter here.
+PUBLISHED = {
     "gpt2": (124_439_808, {
         "model_type": "gpt2", "activation_function": "gelu_new", "n_embd": 768, "n_head": 12,
         "n_layer": 12, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "vocab_size": 50257}),
@@ -201,7 +191,7 @@ def test_published_sizes(name, tmp_path):
     with torch.device("meta"):
         ours = GPT(config)
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
+    assert count_parameters(ours) == parameters == theirs.num_parameters()
     _, tensors = gpt.their_tensors(ours, raw["model_type"])
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     if config.tied:
@@ -230,11 +220,11 @@ def test_shards_and_half_precision(tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     ours = GPT.from_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    assert_same_logits(ours, theirs, **CLOSE)
+    assert_same_logits(ours, theirs)
     half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_same_logits(half, theirs, atol=0.1, rtol=0.1)
+    assert_same_logits(half, theirs, tolerance=0.1)
     half.save_pretrained(tmp_path / "half")
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -243,8 +233,8 @@ def test_shards_and_half_precision(tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
-def test_gpt2_as_it_was_published(tmp_path):
-    """Without the prefix and the head, and with the buffers of the causal mask."""
+def test_the_published_file_of_gpt2(tmp_path):
+    """Its names have no prefix, it has no head, and it stores the buffers of the causal mask."""
     theirs = reference("gpt2", GPT2)
     theirs.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -252,27 +242,27 @@ def test_gpt2_as_it_was_published(tmp_path):
     stored["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     stored["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    assert_same_logits(GPT.from_pretrained(tmp_path), theirs, **CLOSE)
+    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
 
-def test_files_that_store_more_than_weights(llama):
-    """Rotary frequencies, and the head of a tied model."""
+def test_a_file_that_stores_more_than_weights(llama):
+    """It has rotary frequencies, and the head of a tied model."""
     stored = load_file(llama / "model.safetensors")
     stored = {name: tensor.clone() for name, tensor in stored.items()}
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     save_file(stored, llama / "model.safetensors", {"format": "pt"})
-    edit(llama, tie_word_embeddings=True)
+    edit_json(llama / "config.json", tie_word_embeddings=True)
     model = GPT.from_pretrained(llama)
     assert model.head.weight is model.token_embedding.weight
-    assert_same_logits(model, AutoModelForCausalLM.from_pretrained(llama), **CLOSE)
+    assert_same_logits(model, AutoModelForCausalLM.from_pretrained(llama))
     stored["lm_head.weight"][0] += 1
     save_file(stored, llama / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs"):
         GPT.from_pretrained(llama)
 
 
-def test_a_model_lives_on_without_its_files(llama):
+def test_a_model_does_not_need_its_files_after_loading(llama):
     model = GPT.from_pretrained(llama)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     os.truncate(llama / "model.safetensors", 0)
@@ -297,19 +287,19 @@ def test_a_model_lives_on_without_its_files(llama):
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one for all layers"),
         ({"partial_rotary_factor": 0.5, "rope_parameters": ...}, "whole heads"),
-        ({"rope_scaling": "linear"}, "rope_parameters is 'linear'; supported: an object"),
+        ({"rope_scaling": "linear"}, "rope_parameters is 'linear'; .*object"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-        ({"hidden_size": ...}, "hidden_size is None; supported: a value of type int"),
+        ({"hidden_size": ...}, "hidden_size is None; .*type int"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"num_attention_heads": 5}, "not divisible"),
-        ({"num_hidden_layers": 3}, "llama: 9 tensors do not fit config.json: model.layers.2"),
+        ({"num_hidden_layers": 3}, "llama: 9 tensors .*config.json: model.layers.2"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is unexpected"),
         ({"intermediate_size": 65}, r"gate_proj.weight is \(64, 48\), not \(65, 48\)"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is None"),
     ],
 )
 def test_refused_config(llama, fields, message):
-    edit(llama, **fields)
+    edit_json(llama / "config.json", **fields)
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(llama)
 
@@ -329,7 +319,7 @@ def test_refused_config(llama, fields, message):
 )
 def test_refused_config_of_other_architectures(tmp_path, variant, fields, message):
     reference(*VARIANTS[variant]).save_pretrained(tmp_path)
-    edit(tmp_path, **fields)
+    edit_json(tmp_path / "config.json", **fields)
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(tmp_path)
 
@@ -357,6 +347,7 @@ def test_refused_weights(llama):
 
 # ---- export --------------------------------------------------------------------------------------
 
+LIKE_GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
 SMALL = GPTConfig(
     vocab_size=300, context_length=64, n_layer=2, n_head=4, d_model=32, zero_init=False
 )
@@ -378,20 +369,19 @@ def test_export_of_our_own_configs(tmp_path, changes, architecture):
     model.save_pretrained(tmp_path)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(exported).__name__ == architecture
-    assert_same_logits(model, exported, **CLOSE)
-    assert_same_logits(model, lambda x: exported(x, use_cache=False), **CLOSE)
+    assert_same_logits(model, exported)
+    assert_same_logits(model, lambda x: exported(x, use_cache=False))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mlp": "relu2"}, "Qwen3ForCausalLM, needs mlp 'swiglu', not 'relu2'"),
-        ({"bias": True}, "bias"),
-        ({"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}, "GPT2LMHe"),
-        ({"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "bias": True,
-          "n_kv_head": 2}, "n_kv_head 4, not 2"),
+        ({"mlp": "relu2"}, "Qwen3ForCausalLM.*mlp 'swiglu', not 'relu2'"),
+        ({"bias": True}, "Qwen3ForCausalLM.*bias False, not True"),
+        (LIKE_GPT2, "GPT2LMHeadModel.*bias True, not False"),
+        (LIKE_GPT2 | {"bias": True, "n_kv_head": 2}, "n_kv_head 4, not 2"),
     ],
-)  # fmt: skip
+)
 def test_refused_export(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         GPT(replace(SMALL, **changes)).save_pretrained(tmp_path / "out")
