@@ -1,13 +1,13 @@
-"""Your own examples with labels: texts or pictures, and which class each is of.
+"""Your own examples with labels: texts or pictures, and the class of each.
 
     reviews.csv, reviews.tsv        a header line, a column "text", and a column "label" or several
-    reviews.jsonl                   an object a line with the same as keys
-    pictures.csv, pictures.jsonl    a column "path" or "image" in place of "text": a picture each,
+    reviews.jsonl                   one object a line, with the same names as keys
+    pictures.csv, pictures.jsonl    a column "path" or "image" instead of "text": one picture a row,
                                     relative to the table
     pets/cat/1.png, pets/dog/2.jpg  a folder for each class of pictures
 
-The same text or picture twice is used once. A report says what was found, used and skipped, and
-why. All texts are held in memory; pictures are opened one by one.
+A text or picture that repeats is used once. A report counts the examples that were found, used and
+skipped, with reasons. All texts are in memory at once; pictures are opened one by one.
 
     python -m data.labelled reviews.csv
 """
@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from data import files
 from data.report import Report
 
-# What reads pictures is imported by the functions that need it: a table of texts needs no Pillow.
+# Modules that read pictures are imported in the functions that need them, so that a table of texts
+# needs no Pillow.
 if TYPE_CHECKING:
     from data.pictures import Record
 
-TRAIN, HELD_OUT = "train", "held out"
+TRAIN = "train"
+HELD_OUT = "held out"
 SPLITS = (TRAIN, HELD_OUT)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*DELIMITERS, ".jsonl")
@@ -36,7 +38,7 @@ LABEL_COLUMNS = ("label",)
 
 
 class Passage(NamedTuple):
-    """A text and its labels, one for each question that is asked of it."""
+    """A text and its labels: one for each question, such as its topic or its language."""
 
     text: str
     labels: tuple[str, ...]
@@ -44,9 +46,9 @@ class Passage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of a table, or a picture in a folder: a text or a path, and its labels."""
+    """A row of a table, or a picture in a folder, with its labels."""
 
-    source: str
+    source: str  # the text, or the path of the picture
     labels: tuple[str, ...]
 
 
@@ -54,9 +56,12 @@ class Row(NamedTuple):
 
 
 def read_table(table: Path) -> list[dict]:
-    """The rows of a table; {} for one that is not whole. Raises ValueError if it has none."""
+    """The rows of a table; {} for one without the right fields.
+
+    Raises ValueError if it cannot be read or has no rows.
+    """
     try:
-        text = files.read(table)[0]
+        text, _ = files.read(table)
         if table.suffix.lower() == ".jsonl":
             lines = [files.parse_json(line) for line in text.split("\n") if line.strip()]
             return [line if isinstance(line, dict) else {} for line in lines]
@@ -66,85 +71,107 @@ def read_table(table: Path) -> list[dict]:
         raise ValueError(f"{table} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"{table} has no row below its header line: add some")
+    # The reader marks a row of too many fields by a key None, one of too few by values None.
     return [{} if None in row or None in row.values() else row for row in rows]
 
 
-def find_columns(table: Path, rows: list[dict], input_columns, label_columns) -> str:
-    """The first of `input_columns` that there is. Raises ValueError for a column that is not."""
+def find_column(
+    table: Path, rows: list[dict], input_columns: Sequence[str], label_columns: Sequence[str]
+) -> str:
+    """The first of `input_columns` that the table has.
+
+    Raises ValueError if it has none of them, or lacks one of `label_columns`.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     found = ", ".join(map(repr, names)) or "none"
-    if lacking := [name for name in label_columns if name not in names]:
-        raise ValueError(
-            f"{table} has no column {lacking[0]!r}, its columns are {found}: "
-            "name those of the labels by --data.label-columns"
-        )
-    if not (there := [name for name in input_columns if name in names]):
-        wanted = " or ".join(map(repr, input_columns))
-        raise ValueError(
-            f"{table} has no column {wanted}, its columns are {found}: "
-            "name that of the text or the picture's path by --data.input-column"
-        )
-    return there[0]
+    for name in label_columns:
+        if name not in names:
+            raise ValueError(
+                f"{table} has no column {name!r}, its columns are {found}: "
+                "name those of the labels by --data.label-columns"
+            )
+    for name in input_columns:
+        if name in names:
+            return name
+    wanted = " or ".join(map(repr, input_columns))
+    raise ValueError(
+        f"{table} has no column {wanted}, its columns are {found}: "
+        "name that of the text or the picture's path by --data.input-column"
+    )
 
 
 def as_text(value: object) -> str:
-    """A cell of a table as text, without blanks around it; "" for what is neither text, number nor
-    boolean."""
+    """A cell of a table as text, without white space at either end.
+
+    It is "" if the value is not a text, number or boolean.
+    """
     return str(value).strip() if isinstance(value, str | int | float) else ""
 
 
-def enough(rows: list[Row], path: str | Path, report: Report) -> list[Row]:
-    """The rows. Raises ValueError for fewer than two."""
+def check_enough(rows: list[Row], path: str | Path, report: Report) -> None:
+    """Raise ValueError if there are fewer than two rows."""
     if len(rows) < 2:
         raise ValueError(f"{path} has {len(rows)} labelled examples, need 2 ({report}): add some")
-    return rows
 
 
 def table_rows(
     table: Path, report: Report, input_columns: Sequence[str], label_columns: Sequence[str]
 ) -> list[Row]:
-    """The rows of a table that have an input and all labels, no input twice."""
+    """The rows of a table that have an input and all labels; an input that repeats is used once."""
     lines = read_table(table)
-    column = find_columns(table, lines, input_columns, label_columns)
-    seen: dict[str, tuple[str, ...]] = {}
+    column = find_column(table, lines, input_columns, label_columns)
+    seen: dict[str, tuple[str, ...]] = {}  # input -> labels
     report.found += len(lines)
     for number, line in enumerate(lines, 1):
         source = as_text(line.get(column))
         labels = tuple(as_text(line.get(name)) for name in label_columns)
         if not line:
             report.skip("not as many fields as the header, or no JSON object", f"row {number}")
-        elif not source or not all(labels):
-            report.skip(f"no {'label' if source else column}", f"row {number}")
+        elif not source:
+            report.skip(f"no {column}", f"row {number}")
+        elif not all(labels):
+            report.skip("no label", f"row {number}")
+        elif source in seen and seen[source] == labels:
+            report.skip(f"the same {column} as a row before", f"row {number}")
         elif source in seen:
-            same = "" if seen[source] == labels else ", with another label"
-            report.skip(f"the same {column} as a row before{same}", f"row {number}")
+            report.skip(f"the same {column} as a row before, with another label", f"row {number}")
         else:
             seen[source] = labels
     return [Row(source, labels) for source, labels in seen.items()]
 
 
 def text_rows(
-    path: str | Path, report: Report, input_column: str = "",
+    path: str | Path,
+    report: Report,
+    input_column: str = "",
     label_columns: Sequence[str] = LABEL_COLUMNS,
-) -> list[Row]:  # fmt: skip
-    """The texts of a table. Raises ValueError if there are none, or a column is not there."""
+) -> list[Row]:
+    """The texts of a table; `input_column` is "text" if it is "".
+
+    Raises ValueError if there are fewer than two, or a column is missing.
+    """
     table = Path(path).expanduser()
     if not table.is_file() or table.suffix.lower() not in TABLES:
         raise ValueError(f"{path} is not a file of labelled texts: give a {', '.join(TABLES)}")
     rows = table_rows(table, report, (input_column or "text",), label_columns)
     report.used += len(rows)
-    return enough(rows, path, report)
+    check_enough(rows, path, report)
+    return rows
 
 
 # ---- pictures -----------------------------------------------------------------------------------
 
 
 def picture_rows(
-    path: str | Path, report: Report, input_column: str = "",
+    path: str | Path,
+    report: Report,
+    input_column: str = "",
     label_columns: Sequence[str] = LABEL_COLUMNS,
-) -> list[Row]:  # fmt: skip
-    """The pictures of a table, or of a folder of folders, each with the path to open; none is
-    opened. Raises ValueError as `text_rows` does."""
+) -> list[Row]:
+    """The pictures of a table, or of a folder with a folder for each class; none is opened.
+
+    `input_column` is "path" or "image" if it is "". Raises ValueError as `text_rows` does.
+    """
     from data import captioned
 
     path = Path(path).expanduser()
@@ -162,23 +189,26 @@ def picture_rows(
     else:
         tables = ", ".join(TABLES)
         raise ValueError(f"{path} is no folder with a folder for each class, and no {tables}")
-    return enough(rows, path, report)
+    check_enough(rows, path, report)
+    return rows
 
 
 def version(rows: Sequence[Row]) -> str:
-    """What the pictures of these rows depend on: paths, labels, sizes and times of change."""
+    """A name for the exact pictures: paths and labels, and the files' sizes and times of change."""
     digest = hashlib.sha256()
     for row in rows:
-        stat = Path(row.source).stat() if Path(row.source).exists() else None
-        digest.update(repr((*row, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        digest.update(repr((*row, files.state_of(Path(row.source)))).encode())
     return f"labelled-1 {digest.hexdigest()}"
 
 
 def records(
     rows: Sequence[Row], splits: Sequence[str], size: int, channels: int, report: Report
 ) -> "Iterator[Record]":
-    """Yield a record for each picture that can be read, its captions being its labels; the same
-    picture under several names once. Raises ValueError if none can be used."""
+    """Yield a record for each readable picture, uint8 (size, size, channels).
+
+    Its captions are its labels. The same picture under several names is used once. Raises
+    ValueError if none can be used.
+    """
     from data import pictures
 
     seen = set()
@@ -188,7 +218,8 @@ def records(
         except ValueError as error:
             report.skip(str(error), row.source)
             continue
-        if (content := hashlib.sha256(image.tobytes()).digest()) in seen:
+        content = hashlib.sha256(image.tobytes()).digest()
+        if content in seen:
             report.skip("the same picture as one before", row.source)
             continue
         seen.add(content)
@@ -203,7 +234,8 @@ if __name__ == "__main__":
         sys.exit("usage: python -m data.labelled TABLE    (a .csv, .tsv or .jsonl of text, label)")
     report = Report()
     try:
-        for labels, count in Counter(row.labels for row in text_rows(sys.argv[1], report)).items():
+        counts = Counter(row.labels for row in text_rows(sys.argv[1], report))
+        for labels, count in counts.items():
             print(f"{count:,} of {', '.join(labels)}")
     except ValueError as error:
         sys.exit(str(error))

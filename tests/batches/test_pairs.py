@@ -340,7 +340,7 @@ def test_mistakes_with_pairs_are_named_with_the_fix(tmp_path):
     with pytest.raises(ValueError, match=r"no image with a caption in .*0 found"):
         read_all(tmp_path)
     save(tmp_path / "a.png", 0)
-    with pytest.raises(ValueError, match=r"no caption .*put a text file .* beside each image"):
+    with pytest.raises(ValueError, match=r"no caption .*put a text file .* next to each image"):
         read_all(tmp_path)
     path = write(tmp_path / "pairs.csv", "file,text\na.png,a caption\n")
     with pytest.raises(ValueError, match=r'no path or no caption .*columns "path" and "caption"'):
