@@ -1,4 +1,4 @@
-"""A trained run begins others: by the command line, from its weights to what they are worth."""
+"""Runs that start from a trained run, by the command line: trained, sampled, compared."""
 
 import json
 import re
@@ -30,7 +30,7 @@ REVIEWS = "text,label,tone\n" + "".join(
 
 
 def same_sizes(options: list[str]) -> list[str]:
-    """The options of a tiny run but for those of its model and tokenizer, which a base has."""
+    """The options of a tiny run without those of model and tokenizer, which come from the base."""
     words = " ".join(options)
     return re.sub(r"--(model\.\S+|data\.tokenizer) \S+ ?", "", words).split()
 
@@ -60,21 +60,21 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- beginning from a run -----------------------------------------------------------------------
+# ---- starting from a run ------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_where_its_base_was(tiny_run, base, options, tmp_path, capsys):
+def test_a_run_starts_from_the_weights_of_its_base(tiny_run, base, options, tmp_path, capsys):
     out = tmp_path / "more"
     assert call(train, *same_sizes(options), "--init-from", tiny_run, "--out", out) == 0
     first = lines_of(out / "metrics.jsonl")[0]
     assert first["val_bpb"] == pytest.approx(base.meta["val_bpb"], rel=1e-4)
     assert "before" in capsys.readouterr().out
-    whole = run_dir.open_run(str(out))  # all of it is there, without its base
+    whole = run_dir.open_run(str(out))  # it holds all weights: its base is not needed
     assert whole.run.base_hash == adapt.base_hash(base.model)
     assert whole.model.state_dict().keys() == base.model.state_dict().keys()
 
 
-def test_a_run_lends_its_tokenizer(tiny_run, base):
+def test_the_tokenizer_of_a_run_can_be_used_by_others(tiny_run, base):
     found = [data.fixed_tokenizer(str(path)) for path in (tiny_run, base.folder)]
     assert {own.fingerprint() for own in found} == {base.tokenizer.fingerprint()}
 
@@ -93,7 +93,7 @@ def test_an_adapter_is_small_and_opens_on_its_base(lora, base, tiny_run):
 
 
 @pytest.mark.parametrize("method", ["bias", "head", "prompt"])
-def test_every_method_trains_and_writes(method, tiny_run, options, tmp_path, capsys):
+def test_every_method_trains_and_generates(method, tiny_run, options, tmp_path, capsys):
     out = tmp_path / method
     begun = ["--init-from", tiny_run, "--adapt", method, "--adapter.prompt-tokens", "4"]
     assert call(train, *same_sizes(options), *begun, "--out", out) == 0
@@ -103,8 +103,8 @@ def test_every_method_trains_and_writes(method, tiny_run, options, tmp_path, cap
 
 def test_an_adapter_resumes_bit_for_bit(lora, tiny_run, options, tmp_path):
     out = tmp_path / "stopped"
-    begun = [*same_sizes(options), "--init-from", tiny_run, "--adapt", "lora", "--adapter.rank",
-             "2", "--out", out]  # fmt: skip
+    begun = [*same_sizes(options), "--init-from", tiny_run, "--out", out]
+    begun += ["--adapt", "lora", "--adapter.rank", "2"]
     shutil.copytree(lora, out)
     shutil.rmtree(out / "step-000004")
     (out / "latest").write_text("step-000002\n", encoding="utf-8")
@@ -149,8 +149,11 @@ def test_pictures_are_classified(tmp_path, capsys):
             picture.save(tmp_path / "pictures" / name / f"{i}.png")
     out, cache = tmp_path / "lights", ["--data.cache", tmp_path / "cache"]
     model = CLIPConfig(8, 1, 4, "conv", 1, 8, 2, 300, 8, 1, 8, 2, 8)
-    sizes = [f"--model.{k.replace('_', '-')}={v}" for k, v in vars(model).items()
-             if v != getattr(CLIPConfig(), k)]  # fmt: skip
+    sizes = [
+        f"--model.{name.replace('_', '-')}={value}"
+        for name, value in vars(model).items()
+        if value != getattr(CLIPConfig(), name)
+    ]
     task = ["clip", "--task", "classify", "--data.path", tmp_path / "pictures", *sizes]
     learning = ["--optim.lr", "0.02", "--data.val-fraction", "0.3", "--train.steps", "30"]
     assert call(train, *task, *cache, *STEPS[2:], *learning, "--out", out) == 0
@@ -172,20 +175,22 @@ def test_a_base_learns_to_chat(tiny_run, tmp_path, capsys, monkeypatch):
     assert re.search(r"[\d,]+ of [\d,]+ tokens are trained on", capsys.readouterr().out)
     answer = ["--max-new-tokens", "4", "--temperature", "0"]
     assert call(sample, out, "--prompt", "a1", *answer) == 0
-    typed = iter(["a2"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or _end())
+    typed = ["a2"]
+
+    def read_line(prompt: str) -> str:
+        if not typed:
+            raise EOFError
+        return typed.pop()
+
+    monkeypatch.setattr("builtins.input", read_line)
     assert call(sample, out, "--chat", *answer) == 0
     assert "assistant: " in capsys.readouterr().out
 
 
-def _end():
-    raise EOFError
+# ---- without training, and compared -------------------------------------------------------------
 
 
-# ---- asked without training, and compared --------------------------------------------------------
-
-
-def test_a_gpt_is_asked(tiny_run, reviews, text, tmp_path, capsys):
+def test_a_gpt_answers_without_training(tiny_run, reviews, text, tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"
     question = {"context": "The", "choices": [" statement", "\x00\x01\x02"], "answer": 0}
     questions.write_text(json.dumps(question), encoding="utf-8")
@@ -201,7 +206,7 @@ def test_a_gpt_is_asked(tiny_run, reviews, text, tmp_path, capsys):
     assert {line.split()[-1] for line in said} == {"good", "bad"}
 
 
-def test_ways_are_compared_and_kept(tiny_run, reviews, tmp_path, capsys):
+def test_methods_are_compared_and_results_are_kept(tiny_run, reviews, tmp_path, capsys):
     out = tmp_path / "compared"
     ways = ["--methods", "head", "lora 1", "from scratch", "--labels", "4", "0"]
     ways += ["--steps", "2", "2"]
@@ -210,8 +215,12 @@ def test_ways_are_compared_and_kept(tiny_run, reviews, tmp_path, capsys):
     assert compare.main(arguments) == 0
     rows = lines_of(out / "results.jsonl")
     assert [row["method"] for row in rows][:5] == [
-        "zero-shot", "few-shot", "head", "lora 1", "from scratch"
-    ]  # fmt: skip
+        "zero-shot",
+        "few-shot",
+        "head",
+        "lora 1",
+        "from scratch",
+    ]
     n = {row["method"]: row["trained"] for row in rows}
     assert 0 == n["zero-shot"] < n["head"] < n["lora 1"] < n["from scratch"]
     assert (out / "compare.png").stat().st_size > 10_000
@@ -228,7 +237,7 @@ def test_an_adapted_run_exports(lora, tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
-# ---- what cannot be -----------------------------------------------------------------------------
+# ---- refused ------------------------------------------------------------------------------------
 
 
 def refusal(capsys, module, *arguments) -> str:
@@ -237,7 +246,7 @@ def refusal(capsys, module, *arguments) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().err)
 
 
-def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, capsys):
+def test_options_that_do_not_fit_the_base_are_refused(tiny_run, lora, options, tmp_path, capsys):
     own, out = same_sizes(options), ["--out", tmp_path / "x"]
     for wrong, reason in (
         (["--adapt", "lora"], "add --init-from RUN"),
@@ -258,14 +267,15 @@ def test_what_does_not_fit_a_base_is_refused(tiny_run, lora, options, tmp_path, 
 
 def test_an_adapter_of_another_base_is_refused(lora, tiny_run, tmp_path, capsys):
     assert "no adapter" in refusal(capsys, sample, tiny_run, "--adapter", tiny_run)
-    assert call(train, *SIZES.split(), "--data.path", __file__, "--data.cache", tmp_path, "--out",
-                tmp_path / "other", "--train.seed", "5") == 0  # fmt: skip
+    other = [*SIZES.split(), "--data.path", __file__, "--data.cache", tmp_path]
+    other += ["--out", tmp_path / "other", "--train.seed", "5"]
+    assert call(train, *other) == 0
     assert "hash" in refusal(capsys, sample, tmp_path / "other", "--adapter", lora)
     record = files.read_json(lora / "step-000004" / "config.json")
     assert record["base_hash"] and record["adapt"] == "lora"
 
 
-def test_labels_and_questions_that_are_none(tiny_run, tmp_path, capsys):
+def test_bad_labels_and_questions_are_refused(tiny_run, tmp_path, capsys):
     table, questions = tmp_path / "one.csv", tmp_path / "q.jsonl"
     table.write_text("text,label\na,x\nb,x\nc,x\n", encoding="utf-8")
     questions.write_text('{"context": "a", "choices": ["b"], "answer": 0}', encoding="utf-8")
@@ -287,7 +297,7 @@ def test_presets_of_tasks_keep_the_model():
     assert registry.get_preset("gpt") is registry.find_preset("gpt")
 
 
-def test_what_begins_from_a_run_goes_at_half_the_rate():
+def test_a_run_that_starts_from_another_has_half_the_learning_rate():
     usual = registry.find_preset("gpt").run.optim
     optim = registry.get_preset("gpt", init_from="runs/gpt").run.optim
     assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)

@@ -1,4 +1,4 @@
-"""Distillation: the formula, what the teacher is to the student, and who may teach whom."""
+"""Distillation: the formula, the loss of a student, and which teachers fit which students."""
 
 import copy
 import math
@@ -42,8 +42,8 @@ def test_divergence_is_torchs_kl_div():
 
 
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, 1.0), (2.5, 0.3), (4.0, 0.0)])
-def test_gradient_is_the_formulas(temperature, share):
-    """Of the mean over counted positions: (1 - share) (softmax - onehot) + share T (q - p)."""
+def test_gradient_is_the_formula_s(temperature, share):
+    """(1 - share) (softmax - onehot) + share tau (q - p), as a mean over counted positions."""
     student = torch.randn(4, 6, V, dtype=torch.float64).float().requires_grad_()
     teacher, targets = torch.randn(4, 6, V), torch.randint(0, V, (4, 6))
     targets[torch.rand(4, 6) < 0.4] = -100
@@ -57,8 +57,10 @@ def test_gradient_is_the_formulas(temperature, share):
     torch.testing.assert_close(student.grad, expected * counts[..., None])
 
 
-def test_loss_in_training_is_the_sum_and_else_the_plain_one():
-    student, teacher, batch = small(), small(1), random_batch()
+def test_loss_is_the_weighted_sum_in_training_and_the_plain_loss_in_evaluation():
+    student = small()
+    teacher = small(1)
+    batch = random_batch()
     plain, plain_metrics = student.loss(batch)
     with torch.no_grad():
         logits, judged = (m(batch["tokens"][:, :-1]) for m in (student, teacher))
@@ -72,8 +74,9 @@ def test_loss_in_training_is_the_sum_and_else_the_plain_one():
     assert student.train().loss(whole)[1]["weight"] == batch["tokens"][:, 1:].numel()
 
 
-def test_share_0_is_the_plain_loss_and_its_gradient():
-    student, batch = small(), random_batch()
+def test_share_0_has_the_gradient_of_the_plain_loss():
+    student = small()
+    batch = random_batch()
     student.loss(batch)[0].backward()
     expected = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
@@ -84,7 +87,8 @@ def test_share_0_is_the_plain_loss_and_its_gradient():
 
 
 def test_the_teacher_is_no_part_of_the_student():
-    student, teacher = small(dropout=0.5), small(1, dropout=0.5, d_model=32)
+    student = small(dropout=0.5)
+    teacher = small(1, dropout=0.5, d_model=32)
     before = [*student.state_dict()]
     distil(student, teacher)
     student.train()
@@ -96,8 +100,9 @@ def test_the_teacher_is_no_part_of_the_student():
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_a_copy_of_a_student_is_a_student_of_its_own():
-    student, batch = small(), random_batch()
+def test_a_copy_of_a_student_uses_its_own_weights():
+    student = small()
+    batch = random_batch()
     distil(student, small(1))
     twin = copy.deepcopy(student)
     with torch.no_grad():
@@ -125,16 +130,19 @@ class Constant:
         return {"teacher_kl": self.kl()}
 
 
-def test_a_student_comes_to_think_as_its_teacher(tmp_path):
-    """Through the trainer, on rows that are noise: only the teacher has anything to say."""
-    student, teacher, data = small(), small(1), Constant()
+def test_a_student_learns_to_predict_as_its_teacher_does(tmp_path):
+    """Through the trainer, on rows of noise, which only the teacher makes worth learning from."""
+    student = small()
+    teacher = small(1)
+    data = Constant()
 
     def kl() -> float:
         with torch.no_grad():
             logits, judged = (m(data.rows["tokens"][:, :-1]) for m in (student, teacher))
         return divergence(logits, judged, 1.0)[data.rows["mask"]].mean().item()
 
-    data.kl, before = kl, kl()
+    data.kl = kl
+    before = kl()
     distil(student, teacher, temperature=1.0, share=1.0)
     train = TrainConfig(steps=50, batch_size=8, micro_batch_size=3, eval_every=0, device="cpu")
     optim = OptimConfig(lr=1e-2)

@@ -1,4 +1,4 @@
-"""Bodies and heads: features of all families, what they do not depend on, learning, mistakes."""
+"""Classifiers on pretrained bodies: the features of all families, learning, and bad input."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,28 @@ from tinyfm.training.trainer import TrainConfig, Trainer
 CLASSES = {"topic": ("a", "b", "c"), "tone": ("good", "bad")}
 TEXT = GPTConfig(257, context_length=24, n_layer=1, n_head=2, d_model=16, zero_init=False)
 CLIPS = CLIPConfig(
-    image_size=16, patch_size=4, image_layer=1, image_width=16, image_head=2, vocab_size=9,
-    context_length=4, text_layer=1, text_width=8, text_head=2, embed_dim=8,
-)  # fmt: skip
+    image_size=16,
+    patch_size=4,
+    image_layer=1,
+    image_width=16,
+    image_head=2,
+    vocab_size=9,
+    context_length=4,
+    text_layer=1,
+    text_width=8,
+    text_head=2,
+    embed_dim=8,
+)
 LATENTS = AutoencoderConfig(image_size=16, channels=(8, 16), latent_channels=3, groups=4)
 NOISE = DiffusionConfig(
-    image_size=16, patch_size=2, channels=(8, 16), attend=(False, True), n_block=1, n_head=2,
+    image_size=16,
+    patch_size=2,
+    channels=(8, 16),
+    attend=(False, True),
+    n_block=1,
+    n_head=2,
     groups=4,
-)  # fmt: skip
+)
 BODIES = {GPT: TEXT, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
 READERS = {
     GPT: gpt.GPTClassifyRun.reader,
@@ -75,7 +89,7 @@ def no_drawing(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_features_are_standardised_and_each_of_its_own_row(kind):
+def test_features_are_standardised_and_depend_on_their_own_row_alone(kind):
     torch.manual_seed(0)
     model = classifier(body_of(kind))
     batch = rows(model, 5)
@@ -103,7 +117,7 @@ def test_features_do_not_depend_on_padding():
     assert not torch.allclose(model.features(unmasked), x, atol=1e-2)
 
 
-def test_clips_first_features_are_its_image_towers():
+def test_the_first_features_of_clip_are_those_of_its_image_tower():
     clip = body_of(CLIP)
     model = classifier(clip)
     batch = rows(model, 3)
@@ -111,8 +125,9 @@ def test_clips_first_features_are_its_image_towers():
     assert torch.allclose(x[:, : CLIPS.image_width], clip.image_tower(batch["images"]), atol=1e-5)
 
 
-def test_the_middle_is_the_u_nets_own():
-    diffusion, seen = body_of(Diffusion), []
+def test_the_features_of_a_u_net_are_the_output_of_its_middle():
+    diffusion = body_of(Diffusion)
+    seen = []
     model = classifier(diffusion)
     batch = rows(model, 2)
     x = model.reader.read(diffusion, batch)
@@ -144,9 +159,8 @@ def test_at_first_all_classes_are_equally_likely(kind):
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_what_is_trained_is_what_the_features_read(kind):
-    """All that is trained gets a gradient, as ranks that share one out want it; and the rest, which
-    is frozen, would get none."""
+def test_the_features_depend_on_all_trained_parameters_and_on_no_frozen_one(kind):
+    """With several GPUs, every trained parameter must get a gradient."""
     model = classifier(body_of(kind)).train()
     for parameter in model.heads.parameters():
         nn.init.normal_(parameter)
@@ -169,7 +183,8 @@ def test_loss_is_the_mean_over_heads_and_predictions_are_its_probabilities():
         nn.init.normal_(parameter, std=0.1)
     batch = rows(model.eval(), 6)
     loss, metrics = model.loss(batch)
-    p, wanted = model.predict(batch), 0.0
+    p = model.predict(batch)
+    wanted = 0.0
     for q, question in enumerate(CLASSES):
         own = p[question][torch.arange(6), batch["labels"][:, q]]
         wanted -= own.log().mean() / 2
@@ -200,12 +215,15 @@ def test_in_training_all_classes_share_a_tenth_of_the_label():
 
 
 def few_passages(tmp_path: Path, batch_size: int):
-    """20 passages of two questions, each class told by a word among others."""
-    rng, lines = np.random.default_rng(0), ["text,topic,tone"]
+    """24 passages with two questions; a topic is a word of the passage, a tone is arbitrary."""
+    rng = np.random.default_rng(0)
+    lines = ["text,topic,tone"]
     for i in range(24):
         words = [f"w{n}" for n in rng.integers(99, size=3)]
-        words[i % 3] = topic = ("sea", "sky")[i % 2]
-        lines.append(f"{' '.join(words)},{topic},{('dull', 'gay')[i // 2 % 2]}")
+        topic = ("sea", "sky")[i % 2]
+        tone = ("dull", "gay")[i // 2 % 2]
+        words[i % 3] = topic
+        lines.append(f"{' '.join(words)},{topic},{tone}")
     path = tmp_path / "few.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = TaskConfig(str(path), label_columns=("topic", "tone"), labels=20)
@@ -213,7 +231,7 @@ def few_passages(tmp_path: Path, batch_size: int):
 
 
 def test_twenty_passages_are_learnt_by_heart(tmp_path):
-    """From ln 2 = 0.69 for two classes each; "tone" follows from nothing but the passage itself."""
+    """The loss starts at ln 2 = 0.69. "tone" can only be memorised."""
     data = few_passages(tmp_path, 20)
     torch.manual_seed(0)
     model = classifier(GPT(replace(TEXT, d_model=32)), data.classes)
@@ -224,7 +242,7 @@ def test_twenty_passages_are_learnt_by_heart(tmp_path):
     assert scores["accuracy topic"] == scores["accuracy tone"] == 1
 
 
-def test_a_frozen_body_stays_as_it_is(tmp_path):
+def test_a_frozen_body_keeps_its_weights(tmp_path):
     data = few_passages(tmp_path, 4)
     body = body_of(GPT)
     before = adapt.base_hash(body)
@@ -237,10 +255,10 @@ def test_a_frozen_body_stays_as_it_is(tmp_path):
     assert [*model.state_dict()] == [f"heads.{q}.{p}" for q in (0, 1) for p in ("weight", "bias")]
 
 
-# ---- mistakes -----------------------------------------------------------------------------------
+# ---- bad input ----------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_refused():
+def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"d_context is 8.*trained on pictures alone"):
         ddpm.DDPMClassifyRun(model=replace(NOISE, d_context=8))
     with pytest.raises(ValueError, match="no question"):

@@ -1,4 +1,4 @@
-"""Adaptation: nothing changes before training, little is trained, and the base is never lost."""
+"""Adaptation: training starts from the base's outputs, trains few weights, and can be undone."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def unet() -> UNet:
     return UNet(UNetConfig(8, channels=(8, 16), attend=(False, True), n_head=2, groups=4))
 
 
-MODELS = {  # a model, and what it computes
+MODELS = {  # a function that builds a model, and one that calls it
     "gpt": (random_gpt, lambda m: m(X)),
     "gpt-learned-tied": (
         lambda: random_gpt(position="learned", tied=True, norm="layernorm", bias=True),
@@ -56,11 +56,12 @@ MODELS = {  # a model, and what it computes
     "autoencoder": (lambda: random_weights(autoencoder), lambda m: m.decode(m.encode(IMAGES)[0])),
     "unet": (lambda: random_weights(unet), lambda m: m(IMAGES, torch.tensor([1.0, 7.0]))),
 }
-EVERY = {"gpt-learned-tied": "blocks|position"}  # what is tied cannot be merged
+# Targets for all layers that can be merged: not those with a tied weight.
+MERGEABLE = {"gpt-learned-tied": "blocks|position"}
 
 
 def disturb(model: nn.Module, seed: int = 1, std: float = 0.3) -> None:
-    """Change what is trained, as training would."""
+    """Change the trained parameters, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,20 +70,22 @@ def disturb(model: nn.Module, seed: int = 1, std: float = 0.3) -> None:
 
 
 def same(one: dict, two: dict) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-# ---- the base is never lost ---------------------------------------------------------------------
+# ---- the base can be restored -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_lora_on_every_layer_begins_as_nothing_merges_and_comes_off(kind):
+def test_lora_on_every_layer_starts_without_effect_merges_and_comes_off(kind):
     make, run = MODELS[kind]
     model = make()
-    base, digest = copy.deepcopy(model.state_dict()), adapt.base_hash(model)
-    out = run(make().requires_grad_(False))  # frozen: torch may compute a layer by other means then
-    adapt.apply(model, "lora", AdapterConfig(1, 2.0, targets=EVERY.get(kind, ".")))
+    base = copy.deepcopy(model.state_dict())
+    digest = adapt.base_hash(model)
+    out = run(make().requires_grad_(False))  # torch may compute a frozen layer in another way
+    adapt.apply(model, "lora", AdapterConfig(1, 2.0, targets=MERGEABLE.get(kind, ".")))
     assert torch.equal(run(model), out)
     disturb(model)
     adapted = run(model)
@@ -106,10 +109,12 @@ def test_lora_on_every_layer_begins_as_nothing_merges_and_comes_off(kind):
 @pytest.mark.parametrize("method", adapt.METHODS)
 @pytest.mark.parametrize("kind", ["gpt", "gpt-learned-tied"])
 @torch.no_grad()
-def test_every_method_begins_as_nothing_and_gives_the_base_back(kind, method):
+def test_every_method_starts_without_effect_and_can_be_removed(kind, method):
     make, run = MODELS[kind]
     model = make()
-    base, digest, out = copy.deepcopy(model.state_dict()), adapt.base_hash(model), run(model)
+    base = copy.deepcopy(model.state_dict())
+    digest = adapt.base_hash(model)
+    out = run(model)
     if (kind, method) == ("gpt-learned-tied", "head"):
         with pytest.raises(ValueError, match=r"head of GPT is its token embedding \(tied\)"):
             adapt.apply(model, method)
@@ -123,32 +128,38 @@ def test_every_method_begins_as_nothing_and_gives_the_base_back(kind, method):
     assert adapt.base_hash(model) == digest
     adapt.remove(model)
     assert same(model.state_dict(), base) and torch.equal(run(model), out)
-    adapt.apply(model, method)  # and once more
+    adapt.apply(model, method)  # a plain model can be adapted again
 
 
-def test_the_product_is_that_of_the_paper():
+def test_the_product_is_the_paper_s_formula():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(3, 4, 3, stride=2, padding=1))
     lora.attach(model, {"0": AdapterConfig(2, 6.0), "1": AdapterConfig(3, 6.0)}, "a")
     disturb(model)
-    x, linear = torch.randn(7, 5), model[0]
+
+    x = torch.randn(7, 5)
+    linear = model[0]
     A, B = linear.lora["a"].A.weight, linear.lora["a"].B.weight
     expected = x @ linear.weight.T + linear.bias + 6 / 2 * (x @ A.T) @ B.T
     torch.testing.assert_close(linear(x), expected)
-    x, conv = torch.randn(2, 3, 6, 6), model[1]
+
+    x = torch.randn(2, 3, 6, 6)
+    conv = model[1]
     A, B = conv.lora["a"].A.weight, conv.lora["a"].B.weight
     W = conv.weight + 6 / 3 * torch.einsum("orij,rckl->ockl", B, A)
     torch.testing.assert_close(conv(x), F.conv2d(x, W, conv.bias, 2, 1), atol=1e-5, rtol=1e-5)
-    table, ids = nn.Embedding(7, 5), torch.tensor([[6, 0], [3, 3]])
+
+    table = nn.Embedding(7, 5)
+    ids = torch.tensor([[6, 0], [3, 3]])
     model = nn.Sequential(table)
-    lora.attach(model, {"0": AdapterConfig(2, 6.0, dropout=0.5)}, "a")  # drops no ids
+    lora.attach(model, {"0": AdapterConfig(2, 6.0, dropout=0.5)}, "a")  # ids are not dropped
     disturb(model)
     A, B = table.lora["a"].A.weight, table.lora["a"].B.weight
     torch.testing.assert_close(model(ids), (table.weight + 6 / 2 * A @ B.T)[ids])
 
 
 @torch.no_grad()
-def test_adapters_add_weigh_and_are_exchanged():
+def test_adapters_can_be_added_weighted_and_exchanged():
     model = random_gpt()
     layer, x = model.blocks[0].mlp.up, torch.randn(3, 16)
     base = layer(x)
@@ -164,12 +175,14 @@ def test_adapters_add_weigh_and_are_exchanged():
     adapt.load_adapter(model, adapters["b"], "lora", AdapterConfig(4), "b")
     assert torch.allclose(layer(x), base + a + b, atol=1e-5)
     for weights, expected in (
-        ({"a": 1, "b": -0.5}, base + a - b / 2), ({"b": 1}, base + b), ({"a": 2}, base + 2 * a),
-    ):  # fmt: skip
+        ({"a": 1, "b": -0.5}, base + a - b / 2),
+        ({"b": 1}, base + b),
+        ({"a": 2}, base + 2 * a),
+    ):
         lora.set_weights(model, weights)
         assert torch.allclose(layer(x), expected, atol=1e-5)
     off = copy.deepcopy(model)
-    off.blocks[0].mlp.up.lora["b"].A.weight.fill_(math.nan)  # what counts 0 is not computed
+    off.blocks[0].mlp.up.lora["b"].A.weight.fill_(math.nan)  # a LoRA with weight 0 is not computed
     lora.set_weights(off, {})
     assert torch.equal(off.blocks[0].mlp.up(x), base)
     lora.set_weights(model, {"a": 1, "b": 0.5})
@@ -178,7 +191,7 @@ def test_adapters_add_weigh_and_are_exchanged():
     torch.testing.assert_close(model(X), out, atol=1e-4, rtol=1e-4)
 
 
-def test_dropout_is_of_the_product_alone_and_of_training():
+def test_dropout_affects_the_product_alone_and_only_in_training():
     model = random_gpt()
     adapt.apply(model, "lora", AdapterConfig(dropout=0.5))
     assert torch.equal(model(X), random_gpt()(X))  # B is 0
@@ -188,24 +201,27 @@ def test_dropout_is_of_the_product_alone_and_of_training():
     assert not torch.equal(model(X), model(X))
 
 
-# ---- what is trained, and saved -----------------------------------------------------------------
+# ---- trained and saved parameters ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "config", "of_them"),
+    ("method", "config", "is_trained"),
     [
         ("lora", AdapterConfig(2), lambda n: ".lora.default." in n),
-        ("lora", AdapterConfig(2, targets=r"0\.attention\.v$"),
-         lambda n: n.startswith("blocks.0.attention.v.lora")),
+        (
+            "lora",
+            AdapterConfig(2, targets=r"0\.attention\.v$"),
+            lambda n: n.startswith("blocks.0.attention.v.lora"),
+        ),
         ("bias", None, lambda n: "norm" in n or n.endswith("bias")),
         ("head", None, lambda n: n == "head.weight"),
         ("prompt", AdapterConfig(prompt_tokens=4), lambda n: n == "token_embedding.prompt"),
     ],
-)  # fmt: skip
-def test_gradients_reach_the_adapter_alone_and_it_alone_is_saved(method, config, of_them):
+)
+def test_only_the_adapter_gets_gradients_and_is_saved(method, config, is_trained):
     model = random_gpt(norm="layernorm", bias=True)
     adapt.apply(model, method, config)
-    wanted = {name for name, _ in model.named_parameters() if of_them(name)}
+    wanted = {name for name, _ in model.named_parameters() if is_trained(name)}
     disturb(model)
     batch = soft_prompt.prepend({"tokens": X}, soft_prompt.prompt_ids(model))
     model.loss(batch)[0].backward()
@@ -221,9 +237,10 @@ def test_gradients_reach_the_adapter_alone_and_it_alone_is_saved(method, config,
     assert torch.equal(other(X), model(X))
 
 
-def test_the_summary_counts():
+def test_the_summary_counts_parameters():
     model = random_gpt()
-    some = 2 * (8 + 8 + 16 + 16) + 16  # gains: two blocks' of queries, keys and norms; the last
+    # Gains: of queries, keys and two norms in each of two blocks, and of the last norm.
+    some = 2 * (8 + 8 + 16 + 16) + 16
     everything = sum(p.numel() for p in model.parameters())
     adapt.apply(model, "bias")
     share = 100 * some / everything
@@ -231,7 +248,7 @@ def test_the_summary_counts():
 
 
 class Probed(nn.Module):
-    """A model under heads, as a task adds them."""
+    """A model with heads for a task on top."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -244,8 +261,9 @@ class Probed(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["lora", "bias", "head", "prompt"])
-def test_heads_are_trained_and_saved_with_any_method_and_are_no_part_of_the_base(method):
-    model, plain = Probed(random_gpt()), random_gpt()
+def test_every_method_trains_and_saves_the_heads_which_are_no_part_of_the_base(method):
+    model = Probed(random_gpt())
+    plain = random_gpt()
     assert adapt.base_hash(model) == adapt.base_hash(plain)
     adapt.apply(model, method)
     heads = {"heads.topic.weight", "heads.topic.bias"}
@@ -262,21 +280,28 @@ def test_heads_are_trained_and_saved_with_any_method_and_are_no_part_of_the_base
     assert torch.equal(model.body(X), plain(X))
 
 
-def test_the_base_hash_sees_names_types_shapes_and_bytes_not_their_order():
-    def of(**tensors):
+def test_the_base_hash_depends_on_names_dtypes_shapes_and_bytes_but_not_on_the_order():
+    def hash_of(**tensors):
         model = nn.Module()
         for name, tensor in tensors.items():
             model.register_parameter(name, nn.Parameter(tensor))
         return adapt.base_hash(model)
 
-    a, b = torch.zeros(2, 3), torch.ones(4)
-    digests = [of(a=a, b=b), of(a=a, c=b), of(a=a.view(3, 2), b=b), of(a=a.bfloat16(), b=b),
-               of(a=a, b=-b), of(a=a)]  # fmt: skip
+    a = torch.zeros(2, 3)
+    b = torch.ones(4)
+    digests = [
+        hash_of(a=a, b=b),
+        hash_of(a=a, c=b),
+        hash_of(a=a.view(3, 2), b=b),
+        hash_of(a=a.bfloat16(), b=b),
+        hash_of(a=a, b=-b),
+        hash_of(a=a),
+    ]
     assert len({*digests}) == len(digests)
-    assert of(b=b, a=a) == digests[0] and len(digests[0]) == 64
+    assert hash_of(b=b, a=a) == digests[0] and len(digests[0]) == 64
 
 
-def test_thin_matrices_are_not_muons():
+def test_thin_matrices_are_not_trained_by_muon():
     model = random_gpt()
     adapt.apply(model, "lora")
     assert not any(p.requires_grad for p in optim.hidden_matrices(model))
@@ -284,8 +309,8 @@ def test_thin_matrices_are_not_muons():
     assert model.outer == GPT.outer
 
 
-def test_a_part_that_the_model_only_uses_is_not_adapted():
-    """As text2image uses its text tower, and a classifier of pictures does not."""
+def test_a_frozen_part_of_the_base_is_not_adapted():
+    """For instance the decoder of an autoencoder, which a classifier of pictures does not use."""
     for method in ("lora", "bias", "head"):
         model = random_weights(lambda: Autoencoder(AutoencoderConfig(8, channels=(8,), groups=4)))
         model.heads = nn.ModuleList([nn.Linear(4, 2)])
@@ -294,7 +319,7 @@ def test_a_part_that_the_model_only_uses_is_not_adapted():
         trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
         assert trained == {"heads"} | ({"encoder"} if method != "head" else set())
         assert {name.split(".")[0] for name in model.state_dict()} == trained
-        if method == "lora":  # the base is frozen now, yet a second one finds its layers
+        if method == "lora":  # the base is frozen now, but a second LoRA still finds its layers
             adapt.load_adapter(model, model.state_dict(), "lora", AdapterConfig(2), "more")
         adapt.remove(model)
         assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
@@ -325,7 +350,7 @@ def test_a_soft_prompt_is_read_as_embeddings_before_the_text(prompted):
     assert not logits.softmax(-1)[..., V:].any()
 
 
-def test_a_soft_prompt_begins_as_tokens_of_the_model():
+def test_a_soft_prompt_starts_as_tokens_of_the_model():
     model = random_gpt()
     adapt.apply(model, "prompt", AdapterConfig(prompt_tokens=5))
     table, prompt = model.token_embedding.weight, model.token_embedding.prompt
@@ -335,7 +360,7 @@ def test_a_soft_prompt_begins_as_tokens_of_the_model():
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_generation_with_a_prompt_is_the_same_with_and_without_the_cache(prompted, penalty):
     ids = soft_prompt.prompt_ids(prompted)
-    prompts = [ids + [1, 2, 3], ids + [4]]  # of two lengths: one is padded
+    prompts = [ids + [1, 2, 3], ids + [4]]  # two lengths, so one row is padded
     sampling = Sampling(max_new_tokens=6, temperature=1.0, repetition_penalty=penalty)
     rows = complete(prompted, prompts, sampling)
     assert rows == complete(prompted, prompts, sampling, use_cache=False)
@@ -365,7 +390,7 @@ def test_the_prompt_does_not_count_in_the_loss(prompted):
 
 
 class Rows:
-    """Data for the trainer: counting up from one of four numbers, then from another."""
+    """Data for the trainer: each row counts up from one of four numbers."""
 
     unit, units_per_row = "tokens", 9
 
@@ -384,7 +409,7 @@ def train(out: Path, method: str, steps: int, resume: bool = False) -> Trainer:
     torch.manual_seed(0)
     model = random_gpt()
     adapt.apply(model, method, AdapterConfig(4, prompt_tokens=4, dropout=0.1))
-    data = soft_prompt.PromptedData(Rows(), soft_prompt.prompt_ids(model))  # if there is one
+    data = soft_prompt.PromptedData(Rows(), soft_prompt.prompt_ids(model))
     config = TrainConfig(steps, 4, eval_every=6, device="cpu", dtype="float32")
     rates = OptimConfig(lr=0.03, warmup_steps=2, decay_fraction=0.0)
     trainer = Trainer(model.train(), data, config, rates, out)
@@ -395,7 +420,7 @@ def train(out: Path, method: str, steps: int, resume: bool = False) -> Trainer:
 
 
 @pytest.mark.parametrize("method", ["lora", "bias", "head", "prompt"])
-def test_training_lowers_the_loss_saves_little_and_goes_on_bit_for_bit(
+def test_training_lowers_the_loss_saves_little_and_resumes_bit_for_bit(
     tmp_path, method, monkeypatch
 ):
     monkeypatch.setattr(Logbook, "draw", lambda self: None)
@@ -425,12 +450,15 @@ def test_training_lowers_the_loss_saves_little_and_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 0}, "rank is 0"), ({"prompt_tokens": 0}, "prompt_tokens is 0"),
-        ({"alpha": 0.0}, "alpha is 0.0"), ({"alpha": math.nan}, "alpha is nan"),
-        ({"dropout": 1.0}, "dropout is 1.0"), ({"targets": "("}, r"targets '\(' is not a regex"),
+        ({"rank": 0}, "rank is 0"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"targets": "("}, r"targets '\(' is not a regex"),
     ],
-)  # fmt: skip
-def test_settings_out_of_range(fields, message):
+)
+def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**fields)
 
@@ -447,13 +475,13 @@ def test_settings_out_of_range(fields, message):
         (autoencoder, "head", {}, "head of Autoencoder is not there"),
         (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), "lora", {}, "no hidden matrix; .* some of 0"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_the_model_is_refused_and_changes_nothing(make, method, config, message):
+)
+def test_a_config_that_does_not_fit_is_refused_and_changes_nothing(make, method, config, message):
     model = make()
-    before = [*dict(model.named_parameters())]
+    before = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=message):
         adapt.apply(model, method, AdapterConfig(**config))
-    assert [*dict(model.named_parameters())] == before
+    assert [name for name, _ in model.named_parameters()] == before
     assert adapt.trained(model)[0] == adapt.trained(model)[1]
 
 
@@ -464,8 +492,11 @@ def test_adapters_that_cannot_be_added_merged_or_loaded():
         with pytest.raises(ValueError, match="adapted already"):
             adapt.apply(model, method)
     tensors, base = model.state_dict(), adapt.base_hash(model)
-    for name, message in (("default", "an adapter 'default' already"), ("a.b", "named 'a.b'"),
-                          ("keys", "named 'keys'")):  # fmt: skip
+    for name, message in (
+        ("default", "an adapter 'default' already"),
+        ("a.b", "named 'a.b'"),
+        ("keys", "named 'keys'"),
+    ):
         with pytest.raises(ValueError, match=message):
             adapt.load_adapter(model, tensors, "lora", AdapterConfig(2), name)
     with pytest.raises(ValueError, match=r"no adapter 'c'; the model has \['default'\]"):
@@ -486,5 +517,6 @@ def test_adapters_that_cannot_be_added_merged_or_loaded():
         adapt.merge(model)
 
 
-def test_the_command_knows_compare_alone():
-    assert adapt_command.main(["x"]).startswith("usage")
+def test_the_command_without_compare_prints_its_usage():
+    for arguments in (["x"], []):
+        assert "python -m tinyfm.adapt compare RUN" in adapt_command.main(arguments)
