@@ -1,4 +1,4 @@
-"""CLIP in the Hugging Face layout. The oracle is transformers, on random weights, offline."""
+"""CLIP in the Hugging Face layout: equality with transformers on random weights, both ways."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import random_weights
+from conftest import assert_equal_weights, count_parameters, random_weights
 from PIL import Image
 from PIL.Image import open as open_image
 from safetensors.torch import load_file, save_file
@@ -39,13 +39,28 @@ IMAGE = {
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
 OURS = CLIPConfig(
-    image_size=16, channels=3, patch_size=4, stem="patch", image_layer=2, image_width=32,
-    image_head=2, vocab_size=97, context_length=12, text_layer=3, text_width=48, text_head=4,
-    embed_dim=20, activation="gelu", norm_eps=1e-5, loss="infonce", max_scale=100.0,
-)  # fmt: skip
+    image_size=16,
+    channels=3,
+    patch_size=4,
+    stem="patch",
+    image_layer=2,
+    image_width=32,
+    image_head=2,
+    vocab_size=97,
+    context_length=12,
+    text_layer=3,
+    text_width=48,
+    text_head=4,
+    embed_dim=20,
+    activation="gelu",
+    norm_eps=1e-5,
+    loss="infonce",
+    max_scale=100.0,
+)
 
 
 def both(**fields) -> dict:
+    """The configs of both towers, with the same changed fields."""
     return {"text_config": TEXT | fields, "vision_config": IMAGE | fields}
 
 
@@ -53,8 +68,8 @@ VARIANTS = {
     "quick_gelu": both(hidden_act="quick_gelu"),
     "gelu": both(hidden_act="gelu", layer_norm_eps=1e-3),
     "grey": {"text_config": TEXT, "vision_config": IMAGE | {"num_channels": 1, "patch_size": 8}},
-    "first-files": {"text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE},
-    "low-end": {"text_config": TEXT | {"eos_token_id": 5}, "vision_config": IMAGE},
+    "older": {"text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE},
+    "low-end-token": {"text_config": TEXT | {"eos_token_id": 5}, "vision_config": IMAGE},
 }
 
 
@@ -78,7 +93,7 @@ def folder(tmp_path):
 
 
 def edit(folder, part, **fields):
-    """Change fields of config.json, or of a part of it; `...` removes a field."""
+    """Change fields of config.json, or of one part of it; the value `...` removes a field."""
     path = folder / "config.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
     raw = whole[part] if part else whole
@@ -91,7 +106,7 @@ def edit(folder, part, **fields):
 
 
 def inputs(end: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and texts of 2 to 11 tokens, then an end token, then other tokens."""
+    """Images and rows of tokens. The end token stands at places 2 to 11, other tokens follow it."""
     g = torch.Generator().manual_seed(1)
     images = 2 * torch.rand(6, channels, 16, 16, generator=g) - 1
     tokens = torch.randint(6, 95, (6, 12), generator=g)
@@ -101,9 +116,13 @@ def inputs(end: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def assert_same(ours: CLIP, theirs: TheirModel, images, tokens, pixels=None, tolerance=1e-4):
-    """Embeddings and logits are equal. Embeddings differ between rows, so the check can fail."""
+    """Embeddings and logits are equal. The rows differ, so a wrong row would be noticed.
+
+    pixels: the images as `theirs` takes them; by default the same.
+    """
     out = theirs(input_ids=tokens, pixel_values=images if pixels is None else pixels)
-    x, y = ours.encode_image(images), ours.encode_text(tokens)
+    x = ours.encode_image(images)
+    y = ours.encode_text(tokens)
     assert (x[0] - x[1]).norm() > 0.05 and (y[0] - y[1]).norm() > 0.05
     close = {"atol": tolerance, "rtol": tolerance}
     torch.testing.assert_close(x, out.image_embeds, **close)
@@ -112,11 +131,12 @@ def assert_same(ours: CLIP, theirs: TheirModel, images, tokens, pixels=None, tol
 
 
 def end_of(theirs) -> int:
+    """The end token of a model; 2 in older files stands for the highest id of a row."""
     end = theirs.config.text_config.eos_token_id
     return 96 if end == 2 else end
 
 
-# ---- parity --------------------------------------------------------------------------------------
+# ---- against transformers ------------------------------------------------------------------------
 
 
 def test_a_published_folder(published):
@@ -124,7 +144,7 @@ def test_a_published_folder(published):
     ours = CLIP.from_pretrained(folder)
     assert not ours.training
     assert_same(ours, theirs, *inputs(end_of(theirs), ours.config.channels))
-    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert count_parameters(ours) == theirs.num_parameters()
 
 
 def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_path):
@@ -134,18 +154,24 @@ def test_export_loads_in_transformers_and_returns_bit_for_bit(published, tmp_pat
     exported, info = TheirModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same(ours, exported, *inputs(end_of(theirs), ours.config.channels))
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(exported.state_dict()[name], tensor), name
+    assert_equal_weights(exported, theirs)
     again = CLIP.from_pretrained(tmp_path)
     assert again.config == ours.config
-    assert all(torch.equal(again.state_dict()[n], t) for n, t in ours.state_dict().items())
+    assert_equal_weights(again, ours)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"activation": "quick_gelu", "norm_eps": 1e-3}, {"channels": 1, "patch_size": 16},
-    {"end_token": 5}, {"end_token": -2}, {"memory": 4},
-])  # fmt: skip
-def test_export_of_our_own(tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "quick_gelu", "norm_eps": 1e-3},
+        {"channels": 1, "patch_size": 16},
+        {"end_token": 5},
+        {"end_token": -2},
+        {"memory": 4},
+    ],
+)
+def test_export_of_our_own_configs(tmp_path, changes):
     torch.manual_seed(0)
     ours = CLIP(replace(OURS, **changes)).eval()
     with torch.no_grad():
@@ -153,7 +179,7 @@ def test_export_of_our_own(tmp_path, changes):
             p.add_(torch.randn_like(p) * 0.1)
     end = changes.get("end_token", -1)
     images, tokens = inputs(5 if end == 5 else 96, ours.config.channels)
-    if end == -1:  # its rows are padded with the end token
+    if end == -1:  # the last token of a row ends it: pad with the end token
         tokens[(tokens == 96).cumsum(1) > 0] = 96
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if end == -1 else "error")
@@ -162,7 +188,7 @@ def test_export_of_our_own(tmp_path, changes):
     torch.testing.assert_close(CLIP.from_pretrained(tmp_path)(images, tokens), ours(images, tokens))
 
 
-def test_towers_load_by_themselves(tmp_path):
+def test_each_tower_loads_alone(tmp_path):
     ours = CLIP(replace(OURS, end_token=96)).eval()
     images, tokens = inputs(96)
     ours.save_pretrained(tmp_path)
@@ -175,7 +201,8 @@ def test_towers_load_by_themselves(tmp_path):
         torch.testing.assert_close(y, ours.encode_text(tokens))
 
 
-def test_only_our_scale_is_clamped(folder, tmp_path):
+def test_a_large_scale(folder, tmp_path):
+    """transformers does not clamp the scale: we raise ours on loading, and save the clamped one."""
     stored = load_file(folder / "model.safetensors")
     stored["logit_scale"] = torch.tensor(math.log(250.0))
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
@@ -196,9 +223,9 @@ def test_half_precision(folder, tmp_path):
     images, tokens = inputs(96)
     exact = CLIP.from_pretrained(folder)
     for name, x in (("encode_image", images), ("encode_text", tokens)):
-        got, expected = getattr(ours, name)(x), getattr(exact, name)(x)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, atol=0.05, rtol=0)
+        vectors = getattr(ours, name)(x)
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors, getattr(exact, name)(x), atol=0.05, rtol=0)
     ours.save_pretrained(tmp_path / "half")
     assert TheirModel.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
@@ -206,7 +233,8 @@ def test_half_precision(folder, tmp_path):
 # ---- published sizes -----------------------------------------------------------------------------
 
 WIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-PUBLISHED = {  # parameters, and the fields of the published config.json that are not defaults
+# Parameters, and the fields of the published config.json that are not defaults.
+PUBLISHED = {
     "ViT-B/32": (151_277_313, {"vision_config": {"patch_size": 32}}),
     "ViT-B/16": (149_620_737, {"vision_config": {"patch_size": 16}}),
     "ViT-L/14": (427_616_513, {"text_config_dict": WIDE, "projection_dim": 768, "vision_config": {
@@ -223,7 +251,7 @@ def test_published_sizes(name, tmp_path):
     config = clip.read_config(CLIPConfig, tmp_path)
     with torch.device("meta"):
         ours, theirs = CLIP(config), TheirModel(TheirConfig.from_pretrained(tmp_path))
-    assert sum(p.numel() for p in ours.parameters()) == parameters == theirs.num_parameters()
+    assert count_parameters(ours) == parameters == theirs.num_parameters()
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     expected = {name: tensor.shape for name, tensor in clip.their_tensors(ours).items()}
     assert expected == shapes
@@ -240,27 +268,32 @@ def photo(path, seed=0, mode="RGB"):
 
 
 def prepare(path, config) -> torch.Tensor:
-    """A picture as in our training data: (1, C, H, W) in [-1, 1]."""
+    """A picture as our training data has it: (1, C, H, W) in [-1, 1]."""
     image = pictures.read(path, config.image_size, config.channels)
     return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-OPENAI = {"image_mean": (0.48145466, 0.4578275, 0.40821073),
-          "image_std": (0.26862954, 0.26130258, 0.27577711)}  # fmt: skip
+OPENAI = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 OLD = {"do_normalize": True, "feature_extractor_type": "CLIPFeatureExtractor", "size": 16}
-PROCESSORS = {  # files of several versions, and what they mean
+NEW = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}}
+DEFAULT = {"image_mean": (0.5,), "image_std": (0.5,)}
+PROCESSORS = {  # files of several versions, and the mean and std that they give
     "older": ({"preprocessor_config.json": OLD | {n: list(v) for n, v in OPENAI.items()}}, OPENAI),
-    "silent": ({"preprocessor_config.json": OLD}, OPENAI),
-    "plain": ({"preprocessor_config.json": OLD | {"do_normalize": False}},
-              {"image_mean": (0.0,), "image_std": (1.0,)}),
-    "newer": ({"processor_config.json": {"image_processor": {"image_mean": [0.1, 0.2, 0.3],
-                                                             "image_std": [0.5, 0.5, 0.5]}},
-               "preprocessor_config.json": OLD},
-              {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.5,)}),
-    "none": ({}, {"image_mean": (0.5,), "image_std": (0.5,)}),
-    "empty": ({"processor_config.json": {"processor_class": "CLIPProcessor"}},
-              {"image_mean": (0.5,), "image_std": (0.5,)}),
-}  # fmt: skip
+    "without-numbers": ({"preprocessor_config.json": OLD}, OPENAI),
+    "not-normalised": (
+        {"preprocessor_config.json": OLD | {"do_normalize": False}},
+        {"image_mean": (0.0,), "image_std": (1.0,)},
+    ),
+    "newer": (
+        {"processor_config.json": NEW, "preprocessor_config.json": OLD},
+        {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.5,)},
+    ),
+    "none": ({}, DEFAULT),
+    "empty": ({"processor_config.json": {"processor_class": "CLIPProcessor"}}, DEFAULT),
+}
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -273,8 +306,8 @@ def test_mean_and_std_of_a_folder(folder, kind):
     assert CLIPConfig(**json.loads(json.dumps(asdict(config)))) == config  # JSON has lists
 
 
-def test_pictures_through_either_processor(folder, tmp_path):
-    """A published folder with its own mean and std, and our export of it."""
+def test_pictures_through_their_processor(folder, tmp_path):
+    """The processor of a published folder with its own mean and std, and that of our export."""
     square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     TheirProcessor(**square).save_pretrained(folder)
     ours = CLIP.from_pretrained(folder)
@@ -301,10 +334,15 @@ def test_pixels_through_the_exported_processor(tmp_path, channels):
 
 
 def test_other_pixel_ranges_are_refused(folder):
-    for fields in ({"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"image_std": [0.5, 0.1]}):
+    cases = [
+        ({"do_rescale": False}, r"gelu: rescale_factor is .*1/255"),
+        ({"rescale_factor": 1 / 127.5}, r"gelu: rescale_factor is .*1/255"),
+        ({"image_std": [0.5, 0.1]}, r"gelu: image_std is \(0.5, 0.1\); give 1 number, or 3"),
+    ]
+    for fields, message in cases:
         content = json.dumps(OLD | fields)
         (folder / "preprocessor_config.json").write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"gelu: (rescale_factor is .*1/255|image_std is)"):
+        with pytest.raises(ValueError, match=message):
             CLIP.from_pretrained(folder)
 
 
@@ -314,7 +352,7 @@ CAPTIONS = ["a photo of the cat", "cats catch", "naïve 中文"]
 
 
 def test_export_with_the_tokenizer_of_clip(tmp_path):
-    """Rows from the tokenizer of transformers, padding included, give the same in both."""
+    """Rows of the tokenizer of transformers, padding included, have the same vectors in both."""
     ours_tokenizer = ClipTokenizer(clip_spec(VOCAB, MERGES_TXT))
     size = ours_tokenizer.vocab_size
     model = CLIP(replace(OURS, vocab_size=size)).eval()
@@ -332,7 +370,7 @@ def test_export_with_the_tokenizer_of_clip(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bpe", "bytes"])
 def test_export_with_a_tokenizer_of_ours(tmp_path, kind):
-    """The end token of SentencePiece has a low id, so it is not the highest of its row."""
+    """The end token of SentencePiece has a low id: it is not the highest of its row."""
     learnt = tokenizer.train(kind, CAPTIONS * 20, 257 if kind == "bytes" else 264)
     model = CLIP(replace(OURS, vocab_size=300, context_length=32)).eval()
     model.save_pretrained(tmp_path, learnt)
@@ -344,8 +382,8 @@ def test_export_with_a_tokenizer_of_ours(tmp_path, kind):
     assert tokenizer.load(tmp_path).encode(CAPTIONS[0]) == learnt.encode(CAPTIONS[0])
 
 
-def test_an_end_that_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match="end token 2 cannot be written"):
+def test_an_end_token_that_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="end token 2"):
         CLIP(replace(OURS, end_token=2)).save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="257 tokens, the model 97"):
         CLIP(OURS).save_pretrained(tmp_path / "out", tokenizer.train("bytes", [], 257))
@@ -357,20 +395,19 @@ def test_an_end_that_cannot_be_written(tmp_path):
 # ---- other forms of published folders ------------------------------------------------------------
 
 
-def test_stored_extras_and_shards(folder, tmp_path):
+def test_stored_buffers_and_shards(folder, tmp_path):
     stored = load_file(folder / "model.safetensors")
-    extras = {f"{part}.embeddings.position_ids": torch.arange(9)[None]
-              for part in ("text_model", "vision_model")}  # fmt: skip
-    save_file(stored | extras, folder / "model.safetensors", {"format": "pt"})
+    for part in ("text_model", "vision_model"):
+        stored[f"{part}.embeddings.position_ids"] = torch.arange(9)[None]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     expected = CLIP.from_pretrained(folder)
     TheirModel.from_pretrained(folder).save_pretrained(tmp_path / "s", max_shard_size="100KB")
     assert len([*(tmp_path / "s").glob("model-*.safetensors")]) > 2
-    sharded = CLIP.from_pretrained(tmp_path / "s").state_dict()
-    assert all(torch.equal(sharded[name], t) for name, t in expected.state_dict().items())
+    assert_equal_weights(CLIP.from_pretrained(tmp_path / "s"), expected)
 
 
 def test_an_older_config(folder):
-    """Parts under a second name, which takes precedence; null; fields without effect."""
+    """A second name for a part takes precedence; a part may be null; some fields have no effect."""
     path = folder / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     raw |= {"text_config_dict": raw["text_config"], "text_config": {"vocab_size": 5}}
@@ -387,22 +424,25 @@ def test_an_older_config(folder):
     [
         ("", {"model_type": "siglip"}, "model_type is 'siglip'; supported: 'clip'"),
         ("", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-        ("", {"projection_dim": "24"}, "projection_dim is '24'; supported: a value of type int"),
+        ("", {"projection_dim": "24"}, "projection_dim is '24'; .*type int"),
         ("", {"projection_dim": 23}, r"visual_projection.weight is \(24, 48\), not \(23, 48\)"),
-        ("text_config", {"hidden_act": "quick_gelu"}, "text_config.hidden_act is 'quick_gelu'; .*"
-         "'gelu', as in the other fields for `activation`"),
+        (
+            "text_config",
+            {"hidden_act": "quick_gelu"},
+            "text_config.hidden_act is 'quick_gelu'; .*'gelu'.*`activation`",
+        ),
         ("text_config", {"layer_norm_eps": 1e-6}, "text_config.layer_norm_eps is 1e-06; .* 0.001"),
         ("text_config", {"intermediate_size": 96}, "text_config.intermediate_size is 96; .*: 128"),
         ("text_config", {"eos_token_id": [1, 96]}, r"text_config.eos_token_id is \[1, 96\]"),
         ("text_config", {"num_hidden_layers": 3}, "16 tensors .*text_model.encoder.layers.2"),
-        ("vision_config", {"num_hidden_layers": 2}, "vision_model.encoder.layers.2.* unexpected"),
+        ("vision_config", {"num_hidden_layers": 2}, "vision_model.encoder.layers.2.*unexpected"),
         ("vision_config", {"image_size": [16, 16]}, r"vision_config.image_size is \[16, 16\]"),
-        ("vision_config", {"patch_size": 5}, "image_size 16 is not divisible by patch_size 5"),
+        ("vision_config", {"patch_size": 5}, "image_size 16 .*patch_size 5; use"),
         ("vision_config", {"num_channels": 4}, "channels is 4; use 1"),
         ("vision_config", {"hidden_size": None}, "vision_config.hidden_size is None"),
         ("vision_config", {"image_size": ...}, "position_embedding.weight is .*17, 48.*3137, 48"),
     ],
-)  # fmt: skip
+)
 def test_refused_config(folder, part, fields, message):
     edit(folder, part, **fields)
     with pytest.raises(ValueError, match=message) as error:
@@ -426,9 +466,9 @@ def test_refused_weights(folder):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stem": "conv"}, "CLIPModel needs stem 'patch', not 'conv'"),
-        ({"loss": "siglip"}, "CLIPModel needs loss 'infonce', not 'siglip'"),
-        ({"loss": "simclr", "stem": "conv"}, "stem 'patch', not 'conv'; loss 'infonce', not 'sim"),
+        ({"stem": "conv"}, "CLIPModel .*stem 'patch', not 'conv'"),
+        ({"loss": "siglip"}, "CLIPModel .*loss 'infonce', not 'siglip'"),
+        ({"loss": "simclr", "stem": "conv"}, "'patch', not 'conv'; .*'infonce', not 'simclr'"),
     ],
 )
 def test_refused_export(tmp_path, changes, message):
