@@ -1,4 +1,4 @@
-"""The harness: its answers through us equal those through transformers, on a task of our own."""
+"""The harness: it scores a model of ours as it scores the same model in transformers."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tinyfm.gpt import GPT, GPTConfig
 
 T = 32
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. "
-QUESTIONS = [  # made up: what a random model answers is not the point
+QUESTIONS = [  # made up: the model is random, only its likelihoods matter
     {"question": "The fox is", "choices": ["quick and brown", "lazy"], "answer": 0},
     {"question": "The dog is", "choices": ["brown", "lazy", "over there"], "answer": 1},
     {"question": TEXT, "choices": ["the", "mind", "not"], "answer": 2},
@@ -49,7 +49,7 @@ metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[harness.TinyFM, HFLM]:
-    """One model of random weights, as the harness sees it through us and through transformers."""
+    """One random model, for the harness through our class and through that of transformers."""
     torch.manual_seed(0)
     reader = tokenizer.train("bpe", [TEXT] * 20, 280)
     model = GPT(GPTConfig(reader.vocab_size, T, 2, 2, d_model=32, zero_init=False))
@@ -64,9 +64,10 @@ def pair(tmp_path_factory) -> tuple[harness.TinyFM, HFLM]:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch) -> Path:
-    """A folder with two tasks and their questions; what datasets prepares of them stays in it."""
+    """A folder with two tasks and their questions; datasets keeps its files in a folder nearby."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    questions, folder = tmp_path / "questions.jsonl", tmp_path / "tasks"
+    questions = tmp_path / "questions.jsonl"
+    folder = tmp_path / "tasks"
     questions.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
     folder.mkdir()
     for name, text in (("foxes", CHOOSE), ("fables", ROLL)):
@@ -79,25 +80,30 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
 
 
-def test_likelihoods_are_transformers(pair):
+def test_likelihoods_are_those_of_transformers(pair):
     ours, theirs = pair
     asked = requests(
-        "loglikelihood", ("the quick", " brown fox"), ("the ", "dog"), ("", "the fox"),
-        ("a", " b"), (TEXT * 3, " the dog does"), ("the lazy dog,", " and the dog does not"),
-    )  # fmt: skip
+        "loglikelihood",
+        ("the quick", " brown fox"),
+        ("the ", "dog"),
+        ("", "the fox"),
+        ("a", " b"),
+        (TEXT * 3, " the dog does"),
+        ("the lazy dog,", " and the dog does not"),
+    )
     found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
     assert [ln_p for ln_p, _ in found] == pytest.approx([ln_p for ln_p, _ in expected], rel=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-def test_likelihoods_of_whole_texts_are_transformers(pair):
+def test_likelihoods_of_whole_texts_are_those_of_transformers(pair):
     ours, theirs = pair
     asked = requests("loglikelihood_rolling", ("the fox",), (TEXT * 4,), (TEXT[:40],))
     expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert ours.loglikelihood_rolling(asked) == pytest.approx(expected, rel=1e-4)
 
 
-def test_windows_of_full_stride_are_the_harness_own():
+def test_windows_of_full_stride_are_those_of_the_harness():
     for n in (1, 5, 6, 7, 12, 13, 30):
         ids = list(range(n))
         ours = likelihood.windows([99], ids, 6, 6)
@@ -105,14 +111,19 @@ def test_windows_of_full_stride_are_the_harness_own():
         assert [([*w.inputs], [*w.targets]) for w in ours] == [*theirs]
 
 
-def test_greedy_texts_are_transformers(pair):
+def test_greedy_texts_are_those_of_transformers(pair):
     ours, theirs = pair
     settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
     other = {"until": ["e", "o"], "max_gen_toks": 20}
     asked = requests(
-        "generate_until", ("the quick brown", settings), ("the dog", other), ("fox", settings),
-        (TEXT * 3, settings), ("over", other), ("mind", {**settings, "until": "d"}),
-    )  # fmt: skip
+        "generate_until",
+        ("the quick brown", settings),
+        ("the dog", other),
+        ("fox", settings),
+        (TEXT * 3, settings),
+        ("over", other),
+        ("mind", {**settings, "until": "d"}),
+    )
     assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
 
 
@@ -126,8 +137,9 @@ def test_sampling_settings_are_passed_on(pair):
 
 @pytest.mark.filterwarnings("ignore:past 32 tokens")
 def test_a_long_context_keeps_its_latest_tokens_and_half_of_the_room(pair):
-    """transformers would refuse to write as many tokens as the context has."""
-    ours, seen = pair[0], []
+    """transformers refuses to generate as many tokens as the context holds."""
+    ours = pair[0]
+    seen = []
     look = ours.model.token_embedding.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     settings = {"until": [], "max_gen_toks": T + 8, "do_sample": True, "temperature": 1.0}
     ours.generate_until(requests("generate_until", (TEXT * 9, settings)))
@@ -135,22 +147,23 @@ def test_a_long_context_keeps_its_latest_tokens_and_half_of_the_room(pair):
     assert seen[0].tolist() == [ours.tokenizer.encode(TEXT * 9)[-T // 2 :]]
 
 
-def test_tasks_give_the_scores_that_transformers_gives(pair, tasks):
+def test_tasks_have_the_scores_of_transformers(pair, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     ours, theirs = (
-        simple_evaluate(
-            model, tasks=["foxes", "fables"], task_manager=manager, bootstrap_iters=0
-        )["results"]
+        simple_evaluate(model, tasks=["foxes", "fables"], task_manager=manager, bootstrap_iters=0)[
+            "results"
+        ]
         for model in pair
-    )  # fmt: skip
+    )
     assert ours.keys() == theirs.keys() == {"foxes", "fables"}
     for task, scores in ours.items():
         numbers = {name: v for name, v in scores.items() if isinstance(v, float)}
         assert numbers == {name: pytest.approx(theirs[task][name], rel=1e-4) for name in numbers}
     chosen = likelihood.choose(
-        pair[0].model, pair[0].tokenizer,
+        pair[0].model,
+        pair[0].tokenizer,
         [(q["question"], [f" {choice}" for choice in q["choices"]]) for q in QUESTIONS],
-    )  # fmt: skip
+    )
     right = [choice.best == q["answer"] for choice, q in zip(chosen, QUESTIONS)]
     assert ours["foxes"]["acc,none"] == pytest.approx(sum(right) / 3)
 

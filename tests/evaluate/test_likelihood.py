@@ -1,4 +1,4 @@
-"""Scoring: equal to the obvious sums however it is batched and cut, and what is made of them."""
+"""Likelihood: equal to the obvious sums, however texts are batched and cut; choices, few-shot."""
 
 import math
 
@@ -16,16 +16,22 @@ from tinyfm.tokenizer import ByteTokenizer, train
 
 VARIANTS = {
     "ours": {},
-    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tied": True,
-             "qk_norm": False},
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "tied": True,
+        "qk_norm": False,
+    },
     "mistral": {"qk_norm": False, "n_kv_head": 1, "window": 5},
-}  # fmt: skip
+}
 T = 16
 TOKENIZER = ByteTokenizer()
 
 
 def loud(**options) -> GPT:
-    """A model in float64 whose every input matters to its output."""
+    """A model in float64 with large weights, so that every input changes its output."""
     sizes = {"vocab_size": 257, "context_length": T, "n_layer": 2, "n_head": 2, "d_model": 16}
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**sizes, **options})).double()
@@ -37,12 +43,14 @@ def loud(**options) -> GPT:
 
 @torch.no_grad()
 def obvious(model: GPT, context: list[int], ids: list[int]) -> tuple[float, bool]:
-    """Token by token, each after as much as the model can see."""
-    total, greedy = 0.0, True
+    """(ln p, greedy), token by token, each after as much context as the model can read."""
+    total = 0.0
+    greedy = True
     for i, token in enumerate(ids):
         seen = (context + ids[:i])[-model.config.context_length :]
         log_p = model.eval()(torch.tensor([seen]))[0, -1].log_softmax(-1)
-        total, greedy = total + log_p[token].item(), greedy and log_p.argmax().item() == token
+        total += log_p[token].item()
+        greedy = greedy and log_p.argmax().item() == token
     return total, greedy
 
 
@@ -53,14 +61,16 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 # ---- windows ------------------------------------------------------------------------------------
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 60), st.integers(1, 16).flatmap(
-        lambda length: st.tuples(st.just(length), st.integers(1, length))
-    ),
-)  # fmt: skip
+LENGTH_AND_STRIDE = st.integers(1, 16).flatmap(
+    lambda length: st.tuples(st.just(length), st.integers(1, length))
+)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), LENGTH_AND_STRIDE)
 def test_windows_score_each_id_once_with_as_much_context_as_stated(before, n, sizes):
     length, stride = sizes
-    whole, done = list(range(before + n)), before
+    whole = list(range(before + n))
+    done = before
     for window in likelihood.windows(whole[:before], whole[before:], length, stride):
         assert len(window.inputs) <= length
         assert window.targets[0] == done
@@ -75,7 +85,7 @@ def test_windows_score_each_id_once_with_as_much_context_as_stated(before, n, si
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_scores_are_the_obvious_sums(options):
-    """With stride 1 every token has all the context it can have, as when it is asked for alone."""
+    """With stride 1 every token has all the context that fits, as if it were scored alone."""
     model = loud(**options)
     sizes = [(1, 1), (3, 5), (1, 16), (2, 15), (9, 9), (40, 3), (16, 1), (1, 30)]
     pairs = [(random_ids(a, i), random_ids(b, i + 50)) for i, (a, b) in enumerate(sizes)]
@@ -87,29 +97,32 @@ def test_scores_are_the_obvious_sums(options):
         assert [greedy for _, greedy in found] == [e[1] for e in expected]
 
 
-def test_what_fits_does_not_depend_on_the_stride():
-    model, pairs = loud(), [(random_ids(4), random_ids(13, 1))]
+def test_the_score_of_a_text_that_fits_does_not_depend_on_the_stride():
+    model = loud()
+    pairs = [(random_ids(4), random_ids(13, 1))]
     expected = obvious(model, *pairs[0])[0]
     for stride in (0, 1, 7, T):
         assert likelihood.score_ids(model, pairs, stride)[0][0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_greedy_is_what_temperature_0_writes():
-    model, prompt = loud(), random_ids(5)
+def test_a_text_is_greedy_if_temperature_0_generates_it():
+    model = loud()
+    prompt = random_ids(5)
     (written,) = complete(model, [prompt], Sampling(max_new_tokens=6, temperature=0))
     other = [*written[:-1], (written[-1] + 1) % 257]
     (_, yes), (_, no) = likelihood.score_ids(model, [(prompt, written), (prompt, other)])
     assert yes and not no
     long = random_ids(T + 8)
     (best,) = complete(model, [long[-T:]], Sampling(max_new_tokens=1, temperature=0))
-    pairs = [(long[:1], long[1:] + best), (long, best)]  # wrong in early windows alone
+    pairs = [(long[:1], long[1:] + best), (long, best)]  # the first is wrong in early windows
     assert [greedy for _, greedy in likelihood.score_ids(model, pairs, stride=1)] == [False, True]
 
 
 def test_equal_inputs_go_through_the_model_once():
-    """As labels of one token after one prompt: a row for all of them."""
-    model, seen = loud(), []
-    model.register_forward_pre_hook(lambda *_: pytest.fail("hidden and head are called apart"))
+    """For instance labels of one token after the same prompt: they share a row."""
+    model = loud()
+    seen = []
+    model.register_forward_pre_hook(lambda *_: pytest.fail("hidden and head are called separately"))
     model.token_embedding.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     likelihood.score_ids(model, [(random_ids(5), [i]) for i in range(20)])
     assert seen == [1]
@@ -131,7 +144,7 @@ def test_a_soft_prompt_stands_before_every_window():
 
 
 def test_bits_per_byte_and_perplexity_by_hand(tmp_path):
-    """A model without opinions: every one of the 257 ids is as likely."""
+    """A model to which all 257 ids are equally likely."""
     model = loud()
     torch.nn.init.zeros_(model.head.weight)
     text = "naïve text, longer than the context"
@@ -181,9 +194,11 @@ def test_choices_by_each_rule():
         chosen = likelihood.choose(model, TOKENIZER, questions, rule)
         for (context, choices), choice in zip(questions, chosen):
             scores = likelihood.score(model, TOKENIZER, [(context, c) for c in choices])
-            divide = {"total": [1] * 3, "token": [s.tokens for s in scores],
-                      "byte": [len(c.encode()) for c in choices]}[rule]  # fmt: skip
-            values = [s.log_likelihood / n for s, n in zip(scores, divide)]
+            values = [s.log_likelihood for s in scores]
+            if rule == "token":
+                values = [s.log_likelihood / s.tokens for s in scores]
+            elif rule == "byte":
+                values = [s.log_likelihood / len(c.encode()) for s, c in zip(scores, choices)]
             assert choice.scores == tuple(scores)
             assert choice.best == values.index(max(values))
 
@@ -202,7 +217,7 @@ def test_longer_choices_win_per_token_where_they_lose_in_total():
 EXAMPLES = [("good film", "plus"), ("bad film", "minus"), ("fine", "plus")]
 
 
-def test_prompt_holds_the_examples_and_drops_the_first_ones():
+def test_a_prompt_holds_the_examples_and_drops_the_first_if_they_do_not_fit():
     whole, shots = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 1000)
     assert shots == 3
     assert whole == (
@@ -213,8 +228,9 @@ def test_prompt_holds_the_examples_and_drops_the_first_ones():
     assert shots == 2
     assert whole.endswith(less)
     assert likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 3) == (
-        "Text: a query\nLabel:", 0
-    )  # fmt: skip
+        "Text: a query\nLabel:",
+        0,
+    )
 
 
 def test_classification_is_softmax_of_the_labels():
@@ -244,7 +260,7 @@ def test_calibration_by_hand_and_for_a_model_that_does_not_read():
     both = likelihood.classify(model, TOKENIZER, queries=["x" * 40, "one"], calibrate=True, **ask)
     assert [guess.shots for guess in both] == [2, 3]
     assert both[1].probabilities == pytest.approx(calibrated.probabilities)
-    for block in model.blocks:  # now a token is all that the next one depends on
+    for block in model.blocks:  # without attention a token depends on the one before it alone
         torch.nn.init.zeros_(block.attention.out.weight)
     plain, fair = (
         likelihood.classify(model, TOKENIZER, queries=["one", "a long one"], calibrate=c, **ask)
@@ -254,7 +270,7 @@ def test_calibration_by_hand_and_for_a_model_that_does_not_read():
     assert [g.probabilities["plus"] for g in fair] == pytest.approx([0.5, 0.5])
 
 
-def test_calibration_survives_labels_that_are_all_but_impossible():
+def test_calibration_works_with_labels_that_are_almost_impossible():
     model = loud(context_length=64)
     with torch.no_grad():
         model.head.weight.mul_(1000)

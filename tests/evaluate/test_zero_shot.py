@@ -30,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("no_forecast")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Twelve squares of each of eight colours, a folder a colour, all a little different."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """A folder for each of eight colours, with twelve squares that differ a little."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
     for colour in COLOURS:
         (folder / colour).mkdir()
         for i in range(12):
@@ -64,7 +65,7 @@ def metrics(run):
 
 
 def test_eight_colours_are_learnt_in_fifty_steps(run):
-    """Equal captions share the target, so what remains is the entropy of a colour's own copies."""
+    """Equal captions share the target, so the loss cannot fall below the entropy of the copies."""
     first, *_, last = [row for row in metrics(run) if "val_loss" in row]
     assert first["zero_shot_val"] < 0.5 and last["zero_shot_val"] == 1
     assert last["val_loss"] < 0.6 < math.log(8) - 0.5 < first["val_loss"]
@@ -72,12 +73,12 @@ def test_eight_colours_are_learnt_in_fifty_steps(run):
 
 
 def test_micro_batches_and_resume_change_nothing(run, arguments, tmp_path, capsys):
-    """Micro-batches save memory; the loss is of the whole batch all the same. A run that is
-    stopped after 25 of 50 steps goes on bit for bit."""
+    """Micro-batches save memory; the loss is still that of the whole batch. A run that was stopped
+    after 25 of 50 steps resumes bit for bit."""
     options = [*arguments, "--train.steps", "50", "--out", tmp_path / "cut"]
     assert call(train, *options, "--train.micro-batch-size", "3") == 0
     losses = [[r["loss"] for r in metrics(out) if "loss" in r] for out in (run, tmp_path / "cut")]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)  # then rounding grows
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)  # later, rounding errors grow
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
     shutil.rmtree(whole / "step-000050")
@@ -139,7 +140,7 @@ def test_images_are_found(run, tmp_path, capsys):
         (["--prompt", "x", "-n", "0"], "-n is 0"),
     ],
 )
-def test_mistakes_get_a_sentence(run, pictures, capsys, given, message):
+def test_bad_options_are_refused(run, pictures, capsys, given, message):
     image = str(pictures / "red" / "0.png")
     assert call(sample, run, *(image if a == "IMAGE" else a for a in given)) == 1
     assert message in capsys.readouterr().err
@@ -157,8 +158,8 @@ def test_evaluation(run, tmp_path, capsys):
     names = next(row for name, row in scores.items() if name.startswith("zero-shot, val, "))
     assert names["reached"] == 1 and names["untrained"] < 0.6
     features = [row for name, row in scores.items() if "features" in name]
-    assert len(features) == 2 and all(row.keys() == {"untrained", "reached", "pixels"}
-                                      for row in features)  # fmt: skip
+    assert len(features) == 2
+    assert all(row.keys() == {"untrained", "reached", "pixels"} for row in features)
     last = [row for row in metrics(run) if "val_loss" in row][-1]
     assert scores["val_loss"]["reached"] == pytest.approx(last["val_loss"], rel=1e-4)
     assert call(evaluate, run, "--picture", picture) == 1  # nothing is confused
@@ -179,10 +180,11 @@ def test_evaluation_of_a_gpt(tiny_run, capsys):
 
 
 def test_a_class_is_as_probable_as_its_captions_together():
-    """One picture of the first class's first style: of that class, though the mean of the two
-    styles is nearer to the mean of the other's."""
+    """x is a picture of class 0 in its first style. So it belongs to class 0, although the mean of
+    the two styles of class 1 is nearer."""
     angles = torch.tensor([[0.0, 30.0], [90.0, 40.0]]).deg2rad()  # (n, M)
-    classes, x = torch.stack((angles.cos(), angles.sin()), dim=-1), torch.tensor([[1.0, 0.0]])
+    classes = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    x = torch.tensor([[1.0, 0.0]])
     means = classes.mean(0)
     assert (x @ (means / means.norm(dim=1, keepdim=True)).T).argmax() == 1
     scale = torch.tensor(20.0)
@@ -192,7 +194,7 @@ def test_a_class_is_as_probable_as_its_captions_together():
     assert zero_shot.classify(x, classes, scale).tolist() == [0]
 
 
-def test_a_run_tells_its_model_how_many_pairs_there_are(run):
+def test_a_run_sets_the_number_of_pairs_of_its_model(run):
     opened = run_dir.open_run(str(run))
     opened.run.get_ready(opened.model, opened.run.open_data())
     assert opened.model.config.rivals == "all" and opened.model.n_pairs == 86
@@ -203,7 +205,8 @@ def test_recall_counts_ranks():
     x = torch.nn.functional.normalize(torch.randn(30, 4), dim=-1)
     owner = torch.arange(60) % 30  # two captions an image
     y = torch.nn.functional.normalize(x[owner] + torch.randn(60, 4), dim=-1)
-    found, z = zero_shot.recall(x, y, owner, (1, 3)), x @ y.T
+    found = zero_shot.recall(x, y, owner, (1, 3))
+    z = x @ y.T
     for k in (1, 3):
         images = [bool({*z[i].topk(k).indices.tolist()} & {i, i + 30}) for i in range(30)]
         texts = [owner[j].item() in z[:, j].topk(k).indices.tolist() for j in range(60)]
@@ -211,7 +214,7 @@ def test_recall_counts_ranks():
         assert found[f"text_to_image_at_{k}"] == pytest.approx(np.mean(texts))
 
 
-def test_a_model_that_says_the_same_of_everything_recalls_nothing():
+def test_a_model_that_embeds_everything_alike_recalls_nothing():
     x = torch.ones(10, 4) / 2
     assert zero_shot.recall(x, x, torch.arange(10), (1,)) == {
         "image_to_text_at_1": 0.0,
@@ -219,7 +222,7 @@ def test_a_model_that_says_the_same_of_everything_recalls_nothing():
     }
 
 
-def test_features_are_what_the_tower_gives_before_the_projection(run):
+def test_features_are_the_output_of_the_tower_before_the_projection(run):
     model = run_dir.open_run(str(run)).model
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), np.uint8)
     x = zero_shot.image_features(model, images)
@@ -244,14 +247,14 @@ def test_probes():
     assert torch.equal(zero_shot.linear_probe(x, train_x, train_y), expected)
 
 
-def test_templates_are_read_off_the_captions():
+def test_templates_are_found_in_the_captions():
     captions = [["a red cat"], ["a blue cat"], ["red: one"], ["nothing of it"]]
     none = np.zeros((4, 1))
     split = Split(none, none, none, captions, ["red", "blue", "red", "red"])
     assert zero_shot.find_templates(split) == ["a {} cat", "{}: one", "{}"]
 
 
-def test_families_are_known_by_name():
+def test_run_types_are_found_by_name():
     for name in ("gpt", "chat", "gpt-classify", "clip", "clip-classify", "text2image"):
         assert registry.find_run_type(name).family == name
     with pytest.raises(ValueError, match=r"'cnn'.*none of.*ddpm"):
