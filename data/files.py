@@ -301,10 +301,10 @@ def documents(path: str, report: Report | None = None) -> Iterator[str]:
     found = find(path)
     check_libraries(found)
     for file in found:
-        for name, read_text in candidates(file):
+        for name, load in candidates(file):
             report.found += 1
             try:
-                text, replaced = read_text()
+                text, replaced = load()
             except (ValueError, OSError) as error:
                 report.skip(reason_of(error), name)
                 continue
