@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: the ids of transformers' CLIPTokenizer, on any text and from each layout."""
+"""CLIP's tokenizer: the ids of CLIPTokenizer of transformers, for any text and each file layout."""
 
 import json
 import pickle
@@ -49,12 +49,17 @@ ASSIGNED = TEXTS.map(lambda t: "".join(c for c in t if unicodedata.category(c) !
 
 
 def make_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens in CLIP's order: bytes, bytes that end a word, merges, specials. The merges spell the
-    words of LEARNED from the left, after some that are random, so that ranks compete."""
+    """The vocabulary and the merges.
+
+    The tokens stand in CLIP's order: bytes, bytes that end a word, merges, specials. The merges
+    are some random ones, then those that spell the words of LEARNED from the left. So a text
+    often has several pairs to merge, and the rank decides.
+    """
     r = random.Random(0)
     order = [*sorted(formats.VISIBLE), *formats.HIDDEN]
     base = [formats.CHAR_OF[b] for b in order]
-    tokens, merges = [*base, *(char + "</w>" for char in base)], {}
+    tokens = [*base, *(char + "</w>" for char in base)]
+    merges = {}  # a dict without values keeps the order and drops repetitions
     letters = [formats.CHAR_OF[b] for b in b"acehost"]
     for _ in range(60):
         merges[r.choice(letters), r.choice(letters) + r.choice(["", "</w>"])] = None
@@ -73,23 +78,24 @@ MERGES_TXT = "\n".join(["#version: 0.2", *map(" ".join, MERGES), ""])
 
 
 def as_openai(name: str) -> dict:
-    """A special token as the older published files describe it."""
+    """A special token, described as in the older published files."""
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     return {"content": name} | flags
 
 
 def write_published(folder) -> None:
-    """The files of openai/clip-vit-base-patch32, as in Stable Diffusion 1: no tokenizer.json."""
+    """The files of openai/clip-vit-base-patch32 and Stable Diffusion 1, without tokenizer.json."""
     names = {"bos_token": START, "eos_token": T.EOT, "unk_token": T.EOT}
     marked = {key: as_openai(name) for key, name in names.items()}
     config = {key: token | {"__type": "AddedToken"} for key, token in marked.items()}
     config |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
     config |= {"model_max_length": 77, "pad_token": T.EOT, "tokenizer_class": "CLIPTokenizer"}
-    for name, content in {
+    contents = {
         "vocab.json": VOCAB,
         "special_tokens_map.json": marked | {"pad_token": T.EOT},
         "tokenizer_config.json": config,
-    }.items():
+    }
+    for name, content in contents.items():
         text = json.dumps(content, ensure_ascii=False)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "merges.txt").write_text(MERGES_TXT, encoding="utf-8")
@@ -113,7 +119,7 @@ def ours(published):
 
 
 def reference_ids(reference, text: str, specials: bool = False) -> list[int]:
-    text = T.replace_surrogates(text)  # which the library cannot take
+    text = T.replace_surrogates(text)  # the library cannot take lone surrogates
     return reference.encode(text, add_special_tokens=False, split_special_tokens=not specials)
 
 
@@ -126,7 +132,7 @@ def test_ids_and_text_are_those_of_transformers(ours, reference, text):
     ids = ours.encode(text)
     assert ids == reference_ids(reference, text)
     assert ours.decode(ids) == reference.decode(ids)
-    # Hypothesis draws strings of the sources too; a start token in capitals has a test below.
+    # Hypothesis also draws strings from the source code, so START in capitals: see the test below.
     text = re.sub(re.escape(START), START, text, flags=re.IGNORECASE)
     ids = ours.encode(text, specials=True)
     assert ids == reference_ids(reference, text, specials=True)
@@ -165,14 +171,14 @@ def test_special_tokens_are_text_by_default(ours, reference):
     forged = f"{START}one{T.EOT}"
     assert not {ours.bot, ours.eot} & {*ours.encode(forged)}
     assert ours.encode(forged, specials=True) == [ours.bot, *ours.encode("one"), ours.eot]
-    for name in ours.specials:  # the reference takes a start token, and only that, in any case
+    for name in ours.specials:  # ours have one spelling; the reference also reads START in capitals
         assert ours.encode(name.upper(), specials=True) == ours.encode(name.upper())
     assert reference_ids(reference, START.upper(), specials=True) == [ours.bot]
     with pytest.raises(ValueError, match="not in the vocabulary"):
         ours.decode([ours.vocab_size])
 
 
-# ---- what the model reads ------------------------------------------------------------------------
+# ---- rows of captions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [3, 7, 77])
@@ -181,11 +187,10 @@ def test_rows_of_captions_are_those_of_transformers(ours, reference, length):
     options = {"truncation": True, "max_length": length}
     rows, cut = encode_captions(ours, texts, length)
     expected = [reference(text, **options).input_ids for text in texts]
-    assert rows.tolist() == [
-        row + [ours.eot] * (max(map(len, expected)) - len(row)) for row in expected
-    ]
-    whole = [len(reference(text).input_ids) for text in texts]
-    assert cut == sum(n > length for n in whole)
+    longest = max(len(row) for row in expected)
+    assert rows.tolist() == [row + [ours.eot] * (longest - len(row)) for row in expected]
+    lengths = [len(reference(text).input_ids) for text in texts]
+    assert cut == sum(n > length for n in lengths)
 
 
 def test_rows_of_a_tokenizer_without_start_token(ours):
@@ -195,7 +200,7 @@ def test_rows_of_a_tokenizer_without_start_token(ours):
     assert encode_captions(plain, ["abc"], 3)[0].tolist() == [[97, 98, 256]]
     for tokenizer, least in ((plain, 2), (ours, 3)):
         assert encode_captions(tokenizer, ["abc"], least)[0].shape == (1, least)
-        with pytest.raises(ValueError, match=f"context_length {least - 1} .* use >= {least}"):
+        with pytest.raises(ValueError, match=f"context_length {least - 1} .*>= {least}"):
             encode_captions(tokenizer, ["abc"], least - 1)
 
 
@@ -213,7 +218,7 @@ def test_reloaded_is_the_same(ours, save, tmp_path):
 
 
 def test_the_fingerprint_is_as_recorded(ours):
-    """Prepared captions name their tokenizer by it."""
+    """Prepared captions record the fingerprint of their tokenizer, so it must not change."""
     recorded = "726ebffcbd6d1ffed66d40d1dc32cb08e59f4dc4b916e8e900a9b64c50b512a4"
     assert ours.fingerprint() == recorded
 
@@ -221,8 +226,8 @@ def test_the_fingerprint_is_as_recorded(ours):
 def test_transformers_reads_what_we_save_in_either_layout(ours, reference, tmp_path):
     ours.save_pretrained(tmp_path / "both")
     config = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    edges = [config[f"{name}_token"] for name in ("bos", "eos", "unk", "pad")]
-    assert edges == [START, T.EOT, T.EOT, T.EOT]  # CLIPTokenizer's defaults, for other readers
+    specials = [config[f"{name}_token"] for name in ("bos", "eos", "unk", "pad")]
+    assert specials == [START, T.EOT, T.EOT, T.EOT]  # as CLIPTokenizer has them by default
     ours.save_pretrained(tmp_path / "older")
     (tmp_path / "older" / "tokenizer.json").unlink()
     (tmp_path / "newer").mkdir()
@@ -251,7 +256,7 @@ def test_the_tokenizers_library_reads_what_we_save(ours, reference, tmp_path):
 
 
 def test_a_tokenizer_json_of_transformers_loads(ours, reference, tmp_path):
-    """As it writes it now and, without specials in the pattern, as openai/clip-* were published."""
+    """As it writes it now; and as openai/clip-* have it, without specials in the pattern."""
     reference.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
@@ -265,17 +270,18 @@ def test_a_tokenizer_json_of_transformers_loads(ours, reference, tmp_path):
         assert type(loaded) is ClipTokenizer
         assert loaded.encode_batch(HARD) == [reference_ids(again, text) for text in HARD]
         assert loaded.encode_batch(HARD) == ours.encode_batch(HARD)
-        loaded.save_pretrained(tmp_path / "again")  # merges are pairs there, here "a b"
+        loaded.save_pretrained(tmp_path / "again")
         assert (tmp_path / "again" / "merges.txt").read_text(encoding="utf-8") == MERGES_TXT
         saved = (tmp_path / "again" / "tokenizer.json").read_text(encoding="utf-8")
         assert json.loads(saved) == spec == loaded._spec()
 
 
 def test_added_tokens_are_specials(reference, tmp_path):
-    """As textual inversion adds them. Where "!" pads, as in Stable Diffusion 2, it stays a word."""
+    """Textual inversion adds such tokens. In Stable Diffusion 2, "!" pads, and stays a word."""
     names = {"additional_special_tokens": ["<cat-toy>"], "pad_token": "!"}
     CLIPTokenizer(VOCAB, MERGES, **names).save_pretrained(tmp_path)
-    loaded, again = T.load(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
+    loaded = T.load(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
     assert loaded.specials["<cat-toy>"] == again.convert_tokens_to_ids("<cat-toy>") == len(VOCAB)
     for specials in (False, True):
         text = "a photo of<cat-toy>cats"
@@ -283,9 +289,10 @@ def test_added_tokens_are_specials(reference, tmp_path):
         assert loaded.encode("cats!!", specials) == reference_ids(reference, "cats!!")
 
 
-def test_others_with_ends_of_words_are_refused(tmp_path):
+def test_other_tokenizers_with_ends_of_words_are_refused(tmp_path):
     spec = clip_spec(VOCAB, MERGES_TXT)
-    model, split = spec["model"], spec["pre_tokenizer"]["pretokenizers"]
+    model = spec["model"]
+    split = spec["pre_tokenizer"]["pretokenizers"]
     other = split[0] | {"pattern": {"Regex": "[a-z]+"}}
     few = {token: i for token, i in VOCAB.items() if token != "!</w>"}
     cases = [
@@ -306,7 +313,8 @@ def test_others_with_ends_of_words_are_refused(tmp_path):
             T.load(tmp_path)
 
 
-def test_a_vocabulary_that_only_contains_the_mark_is_not_clips(tmp_path):
+def test_an_end_of_word_token_alone_does_not_make_it_clips(tmp_path):
+    """A byte-level BPE stays one if it has the token "</w>"."""
     added = [{"id": 256, "content": T.EOT}, {"id": 257, "content": "</w>"}]
     marked = T.BPETokenizer(formats.learned_spec([]) | {"added_tokens": added})
     marked.save(tmp_path)
