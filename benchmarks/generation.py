@@ -1,141 +1,124 @@
-"""How fast a GPT-2 of 124M parameters writes on a CPU, beside transformers and the memory's limit.
+"""Compare the speed of generation by a GPT-2 of 124M parameters with transformers, on a CPU.
 
     python benchmarks/generation.py [--tokens 128] [--repeats 3]
 
-One token of one row needs every weight once, so the time to read the weights bounds the speed:
-what is measured is the share of that limit that is reached, and what more rows cost. Both libraries
-hold the same random weights, ours also compiled (sample.py --compile), run in this process by turns
-on the same prompts, greedily, and the tokens are compared. The limit is measured in the same run:
-the sum over a tensor of the weights' size. Medians of the repeats. transformers must be installed
-(tests/requirements.txt).
+One token of one row needs every weight once, so the time to read all weights from memory is a
+lower bound. Printed are the share of this limit that is reached, and the cost of more rows. Both
+libraries have the same random weights; ours runs plainly and compiled (sample.py --compile). All
+take turns in this process, on the same prompts, with greedy decoding, and the tokens are compared.
+The limit is measured in the same run: the time to sum a tensor as large as the weights. Times are
+medians. transformers must be installed (tests/requirements.txt).
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import by_turns, describe_machine
 
 from tinyfm.compiled import compile_decoding
 from tinyfm.generate import Sampling, complete
-from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.gpt import GPT
+from tinyfm.recipes import registry
 
-GPT2_124M = GPTConfig(
-    vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768, mlp="gelu",
-    norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned", bias=True, tied=True,
-    zero_init=False,
-)  # fmt: skip
 PROMPT_TOKENS = 32
+ROWS = 8  # prompts; the first one is also measured alone
+SUMS = 8  # sums over the weights in one measurement of the limit
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def common_tokens(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """How many tokens of all rows are equal, each row up to its first difference."""
+    equal = 0
+    for our_row, their_row in zip(ours, theirs):
+        for a, b in zip(our_row, their_row):
+            if a != b:
+                break
+            equal += 1
+    return f"{equal} of {sum(map(len, ours))}"
 
 
-def by_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; one round to warm up, then all of them in every round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 1):
-        for name, run in runs.items():
-            elapsed = seconds(run)
-            if i:
-                times[name].append(elapsed)
-    return {name: statistics.median(elapsed) for name, elapsed in times.items()}
-
-
-def agreement(a: list[list[int]], b: list[list[int]]) -> str:
-    """Tokens of all rows that are the same before the first of their row that is not."""
-    same = sum(
-        next((i for i, (x, y) in enumerate(zip(r, s)) if x != y), len(r)) for r, s in zip(a, b)
-    )
-    return f"{same} of {sum(map(len, a))}"
-
-
-def measure(folder: str, dtype: torch.dtype, n: int, repeats: int) -> None:
+def compare(folder: str, dtype: torch.dtype, n: int, repeats: int) -> None:
+    """Time the generation of n tokens by the model in `folder`."""
     ours = GPT.from_pretrained(folder, dtype=dtype).eval()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
     weights = torch.ones(sum(p.numel() for p in ours.parameters()), dtype=dtype)
-    prompts = torch.randint(0, GPT2_124M.vocab_size, (8, PROMPT_TOKENS))
-    rows, s = prompts.tolist(), Sampling(max_new_tokens=n, temperature=0)
+    prompts = torch.randint(0, ours.config.vocab_size, (ROWS, PROMPT_TOKENS))
+    rows = prompts.tolist()
+    sampling = Sampling(max_new_tokens=n, temperature=0)
     compiled = GPT.from_pretrained(folder, dtype=dtype).eval()
     compile_decoding(compiled)
 
-    def reference(tokens: torch.Tensor) -> list[list[int]]:
+    def peer(tokens: torch.Tensor) -> list[list[int]]:
         out = theirs.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=n,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=n,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return out[:, PROMPT_TOKENS:].tolist()
 
-    took = by_turns(
-        {
-            "limit": lambda: [weights.sum() for _ in range(8)],
-            "transformers, 1 row": lambda: reference(prompts[:1]),
-            "tinyfm, 1 row": lambda: complete(ours, rows[:1], s),
-            "compiled, 1 row": lambda: complete(compiled, rows[:1], s),
-            "transformers, 8 rows": lambda: reference(prompts),
-            "tinyfm, 8 rows": lambda: complete(ours, rows, s),
-            "compiled, 8 rows": lambda: complete(compiled, rows, s),
-        },
-        repeats,
-    )
-    report(dtype, weights.numel() * weights.element_size() / 1e9, took, n)
+    works = {
+        "limit": lambda: [weights.sum() for _ in range(SUMS)],
+        "transformers, 1 row": lambda: peer(prompts[:1]),
+        "tinyfm, 1 row": lambda: complete(ours, rows[:1], sampling),
+        "compiled, 1 row": lambda: complete(compiled, rows[:1], sampling),
+        f"transformers, {ROWS} rows": lambda: peer(prompts),
+        f"tinyfm, {ROWS} rows": lambda: complete(ours, rows, sampling),
+        f"compiled, {ROWS} rows": lambda: complete(compiled, rows, sampling),
+    }
+    times = by_turns(works, repeats)
+    limit = times.pop("limit") / SUMS
+    print_times(dtype, weights.nbytes / 1e9, limit, times, n)
     for label, model in (("tinyfm", ours), ("compiled", compiled)):
-        same = agreement(complete(model, rows, s), reference(prompts))
-        print(f"  {label}: {same} tokens as transformers', to the first difference of a row")
+        equal = common_tokens(complete(model, rows, sampling), peer(prompts))
+        print(f"  {label}: {equal} tokens as transformers', to the first difference of a row")
 
 
-def report(dtype: torch.dtype, gigabytes: float, took: dict[str, float], n: int) -> None:
-    limit = took.pop("limit") / 8
+def print_times(
+    dtype: torch.dtype, gigabytes: float, limit: float, times: dict[str, float], n: int
+) -> None:
+    """Print a table. limit: seconds to read all weights; times: seconds for n tokens a row."""
     print(f"\n{dtype}: weights are read at {gigabytes / limit:.0f} GB/s, in {limit * 1e3:.1f} ms")
     print(f"  {'':22}{'tokens/s':>10}{'ms a step':>11}{'of the limit':>14}")
-    for label, elapsed in took.items():
-        tokens = n * (8 if "8 rows" in label else 1)
-        print(f"  {label:22}{tokens / elapsed:10.1f}{1e3 * elapsed / n:11.1f}", end="")
-        print(f"{limit * n / elapsed:14.0%}")
+    for label, elapsed in times.items():
+        rows = ROWS if label.endswith("rows") else 1
+        speed = n * rows / elapsed
+        print(f"  {label:22}{speed:10.1f}{1e3 * elapsed / n:11.1f}{limit * n / elapsed:14.0%}")
     for label in ("tinyfm", "compiled"):
-        one, eight = took[f"{label}, 1 row"], took[f"{label}, 8 rows"]
-        print(f"  {label} over transformers: {took['transformers, 1 row'] / one:.2f}x with 1 row, "
-              f"{took['transformers, 8 rows'] / eight:.2f}x with 8; "
-              f"8 rows over 1 row {8 * one / eight:.1f}x")  # fmt: skip
-
-
-def processor() -> str:
-    """What Linux calls the processor, or what Python does elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        one = times[f"{label}, 1 row"]
+        many = times[f"{label}, {ROWS} rows"]
+        print(
+            f"  {label} over transformers: {times['transformers, 1 row'] / one:.2f}x with 1 row, "
+            f"{times[f'transformers, {ROWS} rows'] / many:.2f}x with {ROWS}; "
+            f"{ROWS} rows over 1 row {ROWS * one / many:.1f}x"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each row")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; medians are shown")
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed rounds")
+    options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    print(f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
-    print(f"GPT-2 124M, random weights, {PROMPT_TOKENS} + {args.tokens} tokens, greedy")
+    print(f"{describe_machine()}, transformers {transformers.__version__}")
+    print(f"GPT-2 124M, random weights, {PROMPT_TOKENS} + {options.tokens} tokens, greedy")
+    model = GPT(registry.find_preset("gpt2-124m").run.model)
     with TemporaryDirectory() as folder:
-        GPT(GPT2_124M).save_pretrained(folder, overwrite=True)
+        model.save_pretrained(folder, overwrite=True)
         for dtype in (torch.float32, torch.bfloat16):
-            measure(folder, dtype, args.tokens, args.repeats)
+            compare(folder, dtype, options.tokens, options.repeats)
 
 
 if __name__ == "__main__":

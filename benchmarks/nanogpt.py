@@ -1,23 +1,25 @@
-"""Side by side with nanoGPT (https://github.com/karpathy/nanoGPT), on this machine, in one run.
+"""Compare training with nanoGPT (https://github.com/karpathy/nanoGPT) on this machine.
 
-    python benchmarks/nanogpt.py shakespeare NANOGPT input.txt   # quality per second
-    python benchmarks/nanogpt.py throughput NANOGPT              # the same model, tokens per second
+    python benchmarks/nanogpt.py shakespeare NANOGPT input.txt
+    python benchmarks/nanogpt.py throughput NANOGPT
 
-NANOGPT is a clone of it; input.txt is tiny Shakespeare. "shakespeare" runs nanoGPT's published CPU
-recipe with its own code, timed as a whole process, then our `train.py` as a whole process: first
-with settings that pass nanoGPT's final validation loss early, then for about its full time. Both
-losses are bits per byte of the same last tenth of the text (nanoGPT's in nats a character, and the
-text is ASCII). "throughput" builds the GPT-2 124M shape in both and alternates training steps.
+NANOGPT is a clone of it; input.txt is tiny Shakespeare.
+
+shakespeare: quality per second. nanoGPT's published CPU recipe runs with nanoGPT's code, timed as a
+whole process. Then our `train.py` runs as a whole process: first with settings that pass nanoGPT's
+final validation loss early, then for almost its full time. Both losses are bits per byte of the
+same last tenth of the text. nanoGPT's is in nats per character, and the text is ASCII.
+
+throughput: tokens per second. Both build the GPT-2 124M shape and take training steps by turns.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import math
-import os
-import platform
 import re
 import shutil
 import statistics
@@ -26,13 +28,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RECIPE = (
+from timing import by_turns, describe_machine, seconds_of, training_step
+
+from tinyfm.common.device import bfloat16_is_fast, keep_freed_memory
+from tinyfm.gpt import GPT
+from tinyfm.recipes.registry import find_preset
+from tinyfm.training.optim import OptimConfig, build_optimizers
+
+RECIPE = (  # of nanoGPT's README, for a CPU
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
     "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
     "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -43,136 +54,177 @@ EARLY = (  # a fifth of the text, once
     "--model.d-model 128 --optim.lr 0.015 --optim.warmup-steps 2 --optim.decay-fraction 0.8 "
     "--train.steps 26 --train.batch-size 32 --train.eval-every 0"
 )
-FULL = (  # several passes, so dropout
+FULL = (  # several passes over the text, so dropout helps
     "--data.val-fraction 0.1 --train.micro-batch-size 0 "
     "--model.vocab-size 2048 --model.context-length 64 --model.n-layer 2 --model.n-head 2 "
     "--model.d-model 256 --model.dropout 0.1 --optim.lr 0.01 --optim.warmup-steps 10 "
     "--train.batch-size 32 --train.eval-every 0"
 )
+TRIAL_STEPS = 60  # of FULL, to measure its speed
+START_UP = 3  # seconds of FULL before its first step, roughly
+B, T, V = 4, 256, 50257  # throughput: rows, tokens in a row, vocabulary
 
 
-def header() -> None:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    model = next(iter(re.findall(r"model name\s*: (.*)", text)), model)
-    print(f"{datetime.date.today()}  {model}, {os.cpu_count()} cores, torch {torch.__version__}")
+# ---- quality per second -------------------------------------------------------------------------
 
 
-def run_nanogpt(clone: Path, text: Path, work: Path) -> tuple[float, float]:
-    """(final bits per byte, seconds of the whole process) of its CPU recipe."""
+class PeerResult(NamedTuple):
+    bpb: float  # final bits per byte of the validation text
+    seconds: float  # of the whole process
+
+
+class OwnResult(NamedTuple):
+    bpb: float  # final bits per byte of the validation text
+    known_after: float  # seconds from the start until this score was known
+    seconds: float  # of the whole process
+
+
+def run_nanogpt(clone: Path, text: Path, work: Path) -> PeerResult:
+    """Run nanoGPT's CPU recipe in a copy of the clone."""
     copy = work / "nanogpt"
     shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git"), dirs_exist_ok=True)
     data = copy / "data/shakespeare_char"
     shutil.copy(text, data / "input.txt")
-    (data / "requests.py").touch()  # imported by prepare.py, not needed with the text in place
+    (data / "requests.py").touch()  # prepare.py imports it, but needs it only for a download
     prepare = [sys.executable, "prepare.py"]
     subprocess.run(prepare, cwd=data, check=True, stdout=subprocess.DEVNULL)
-    begun = time.perf_counter()
+
+    start = time.perf_counter()
     command = [sys.executable, "train.py", *RECIPE.split()]
-    output = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True).stdout
-    seconds = time.perf_counter() - begun
-    nats = float(re.findall(r"val loss ([\d.]+)", output)[-1])
-    return nats / math.log(2), seconds
+    done = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    nats = float(re.findall(r"val loss ([\d.]+)", done.stdout)[-1])
+    return PeerResult(nats / math.log(2), seconds)
 
 
-def run_ours(text: Path, work: Path, options: str) -> tuple[float, float, float]:
-    """(final bits per byte, seconds until that was known, seconds of the whole process)."""
-    out, cache = work / "run", work / "cache"
+def run_ours(text: Path, work: Path, options: str) -> OwnResult:
+    """Run train.py with an empty cache, so that it prepares the text and its tokenizer too."""
+    out = work / "run"
+    cache = work / "cache"
     for folder in (out, cache):
         shutil.rmtree(folder, ignore_errors=True)
     paths = ["--data.path", str(text), "--data.cache", str(cache), "--out", str(out)]
-    begun, clock = time.time(), time.perf_counter()
     command = [sys.executable, "train.py", "gpt", *paths, *options.split()]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - clock
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
+    start = time.time()  # the clock of metrics.jsonl
+    seconds = seconds_of(
+        lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    )
+    metrics = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in metrics.splitlines()]
     last = [row for row in rows if "val_bpb" in row][-1]
-    return last["val_bpb"], last["time"] - begun, seconds
+    return OwnResult(last["val_bpb"], last["time"] - start, seconds)
 
 
-def shakespeare(clone: Path, text: Path, rounds: int) -> None:
-    rows = []
+def steps_in(limit: float, text: Path, work: Path) -> int:
+    """The number of steps of FULL that take almost `limit` seconds."""
+    trial = run_ours(text, work, f"{FULL} --train.steps {TRIAL_STEPS}")
+    return int(TRIAL_STEPS * (0.95 * limit - START_UP) / (trial.known_after - START_UP))
+
+
+def compare_quality(clone: Path, text: Path, rounds: int) -> None:
+    peers, earlies, fulls, ratios = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for _ in range(rounds):
-            target, limit = run_nanogpt(clone, text, work)
-            early, until, whole = run_ours(text, work, EARLY)
-            print(f"nanoGPT {target:.3f} bits per byte in {limit:.1f} s")
-            print(f"  ours {early:.3f} after {until:.1f} s, {until / limit:.3f} of its time; "
-                  f"the process ends after {whole:.1f} s")  # fmt: skip
-            steps = 60
-            for _ in range(2):  # how many steps fit into its time?
-                full, until_full, _ = run_ours(text, work, f"{FULL} --train.steps {steps}")
-                if steps == 60:
-                    steps = int(60 * (0.95 * limit - 3) / (until_full - 3))
-            print(f"  ours in {until_full:.1f} s ({steps} steps): {full:.3f} bpb")
-            rows.append((target, limit, early, until, full, until_full))
-    target, limit, early, until, full, until_full = map(statistics.median, zip(*rows))
-    print(f"medians of {rounds}: nanoGPT {target:.3f} bits per byte in {limit:.1f} s")
-    ratio = statistics.median(row[3] / row[1] for row in rows)
-    print(f"  to reach it: {until:.1f} s ({early:.3f} bits per byte): {ratio:.3f} of its time")
-    print(f"  in its time: {full:.3f} bits per byte after {until_full:.1f} s")
+            peer = run_nanogpt(clone, text, work)
+            early = run_ours(text, work, EARLY)
+            ratio = early.known_after / peer.seconds
+            print(f"nanoGPT {peer.bpb:.3f} bits per byte in {peer.seconds:.1f} s")
+            print(
+                f"  ours {early.bpb:.3f} after {early.known_after:.1f} s, {ratio:.3f} of its "
+                f"time; the process ends after {early.seconds:.1f} s"
+            )
+            steps = steps_in(peer.seconds, text, work)
+            full = run_ours(text, work, f"{FULL} --train.steps {steps}")
+            print(f"  ours in {full.known_after:.1f} s ({steps} steps): {full.bpb:.3f} bpb")
+            peers.append(peer)
+            earlies.append(early)
+            fulls.append(full)
+            ratios.append(ratio)
+
+    peer = PeerResult(*map(statistics.median, zip(*peers)))
+    early = OwnResult(*map(statistics.median, zip(*earlies)))
+    full = OwnResult(*map(statistics.median, zip(*fulls)))
+    ratio = statistics.median(ratios)
+    print(f"medians of {rounds}: nanoGPT {peer.bpb:.3f} bits per byte in {peer.seconds:.1f} s")
+    print(
+        f"  to reach it: {early.known_after:.1f} s ({early.bpb:.3f} bits per byte): "
+        f"{ratio:.3f} of its time"
+    )
+    print(f"  in its time: {full.bpb:.3f} bits per byte after {full.known_after:.1f} s")
 
 
-def throughput(clone: Path, steps: int) -> None:
-    """GPT-2 124M, 4 rows of 256 tokens, forward, backward and AdamW; steps alternate."""
-    from tinyfm.common.device import bfloat16_is_fast, keep_freed_memory
-    from tinyfm.gpt import GPT
-    from tinyfm.recipes.registry import PRESETS
-    from tinyfm.training.optim import OptimConfig, build_optimizers
+# ---- tokens per second --------------------------------------------------------------------------
 
+
+def import_model_file(clone: Path) -> ModuleType:
+    """nanoGPT's model.py, as a module."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
-    peer = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = peer
-    spec.loader.exec_module(peer)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare_throughput(clone: Path, repeats: int) -> None:
+    """GPT-2 124M: forward, backward and AdamW, by turns."""
+    peer = import_model_file(clone)
     keep_freed_memory()  # for both
     torch.manual_seed(0)
-    tokens = torch.randint(0, 50257, (4, 257))
-    theirs = peer.GPT(peer.GPTConfig(block_size=1024, vocab_size=50257, dropout=0.0))
+    tokens = torch.randint(0, V, (B, T + 1))
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:].contiguous()
+
+    theirs = peer.GPT(peer.GPTConfig(block_size=1024, vocab_size=V, dropout=0.0))
     with contextlib.redirect_stdout(None):
         their_optimizer = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    ours = GPT(PRESETS["gpt2-124m"].run.model)
+    ours = GPT(find_preset("gpt2-124m").run.model)
     our_optimizers = build_optimizers(ours, OptimConfig(optimizer="adamw"))
 
-    def nanogpt() -> None:
-        theirs(tokens[:, :-1], tokens[:, 1:].contiguous())[1].backward()
-        their_optimizer.step()
-        their_optimizer.zero_grad(set_to_none=True)
+    def their_loss() -> torch.Tensor:
+        _, loss = theirs(inputs, targets)
+        return loss
 
-    def tinyfm(dtype: torch.dtype) -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = ours.loss({"tokens": tokens})[0]
-        loss.backward()
-        for optimizer in our_optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def our_loss() -> torch.Tensor:
+        loss, _ = ours.loss({"tokens": tokens})
+        return loss
 
-    runs = {"nanoGPT float32": nanogpt, "tinyfm float32": lambda: tinyfm(torch.float32)}
+    float32 = torch.float32
+    steps = {
+        "nanoGPT float32": training_step(their_loss, [their_optimizer], float32),
+        "tinyfm float32": training_step(our_loss, our_optimizers, float32),
+    }
     if bfloat16_is_fast(torch.device("cpu")):
-        runs["tinyfm bfloat16"] = lambda: tinyfm(torch.bfloat16)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(steps + 1):
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            if step:  # the first one warms up
-                seconds[name].append(time.perf_counter() - begun)
-    base = statistics.median(seconds["nanoGPT float32"])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name}: {4 * 256 / median:7.0f} tokens/s, {base / median:.2f} of nanoGPT")
+        steps["tinyfm bfloat16"] = training_step(our_loss, our_optimizers, torch.bfloat16)
+    times = by_turns(steps, repeats)
+    base = times["nanoGPT float32"]
+    for name, elapsed in times.items():
+        print(f"{name}: {B * T / elapsed:7.0f} tokens/s, {base / elapsed:.2f} of nanoGPT")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("shakespeare", "throughput"), help="what to compare")
+    parser.add_argument("nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("text", type=Path, nargs="?", help="tiny Shakespeare, for shakespeare")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="repetitions; throughput times 4 steps in each"
+    )
+    options = parser.parse_args()
+    if not (options.nanogpt / "model.py").is_file():
+        parser.error(
+            f"{options.nanogpt} is no clone of nanoGPT: there is no model.py in it; "
+            "git clone https://github.com/karpathy/nanoGPT"
+        )
+    if options.what == "shakespeare" and options.text is None:
+        parser.error("shakespeare needs a text: give the path of tiny Shakespeare's input.txt")
+
+    print(describe_machine())
+    if options.what == "shakespeare":
+        compare_quality(options.nanogpt, options.text.resolve(), options.rounds)
+    else:
+        compare_throughput(options.nanogpt, 4 * options.rounds)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("shakespeare", "throughput"))
-    parser.add_argument("nanogpt", type=Path)
-    parser.add_argument("text", type=Path, nargs="?")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    header()
-    if given.what == "shakespeare":
-        shakespeare(given.nanogpt, given.text.resolve(), given.rounds)
-    else:
-        throughput(given.nanogpt, 4 * given.rounds)
+    main()

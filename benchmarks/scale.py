@@ -1,13 +1,18 @@
-"""What several processes gain, what a rank holds, and what saving and fault handling cost.
+"""Measure training with several processes, and the cost of checkpoints and of fault handling.
 
     python benchmarks/scale.py [--steps 30] [--d-model 256] [--n-layer 4]
 
-On a CPU, one thread a process, the same GPT and global batch:
-- rows a second of DDP and of FSDP2 on two processes over those of one: 2 would be perfect
-- bytes of weights and averages, and the highest memory, of each rank
-- how long training waits for a checkpoint, over the time to write it, and how slow steps are then
-- what a step spends on signals, on what is not finite and on counting it
+On a CPU, with one thread per process, always the same GPT and global batch. Prints for one process,
+and for two processes under DDP and under FSDP2:
+
+- rows per second, over those of one process; 2 would be perfect
+- the bytes of weights and optimizer averages that a rank holds, and its peak memory
+- how long training waits for a checkpoint, over the time to write it, and the time of the steps
+  meanwhile, over that of other steps
+- the share of a step that is spent on signals and on skipping steps that are not finite
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -21,8 +26,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import seconds_of
 
 from tinyfm.common import device
 from tinyfm.gpt import GPT, GPTConfig
@@ -31,121 +37,157 @@ from tinyfm.training.distributed import local
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer
 
-ROWS, WARMUP = 16, 3
+ROWS = 16  # of the global batch
+WARMUP = 3  # steps that are not timed
+FAULT_CHECKS = 1000  # timed calls of the fault handling
+MiB = 2**20
 
 
-class Tokens:
-    """Random tokens: what they say does not matter here."""
+class RandomTokens:
+    """Data for the trainer: random tokens, as their values do not matter here."""
 
-    unit, units_per_row = "rows", 1
+    unit = "rows"
+    units_per_row = 1
 
     def __init__(self, config: GPTConfig):
         self.config = config
 
     def batch(self, step: int, part: slice) -> dict[str, torch.Tensor]:
-        g = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step)
         shape = (ROWS, self.config.context_length + 1)
-        return {"tokens": torch.randint(self.config.vocab_size, shape, generator=g)[part]}
+        tokens = torch.randint(self.config.vocab_size, shape, generator=generator)
+        return {"tokens": tokens[part]}
 
 
-def make(options: argparse.Namespace, out: Path, world: distributed.World) -> Trainer:
+# ---- one rank -----------------------------------------------------------------------------------
+
+
+def make_trainer(options: argparse.Namespace, world: distributed.World) -> Trainer:
     torch.manual_seed(0)
     config = GPTConfig(n_layer=options.n_layer, d_model=options.d_model)
-    where = {"device": "cpu", "dtype": "float32", "parallel": options.parallel}
-    train, optim = TrainConfig(10**6, ROWS, ROWS // 2, **where), OptimConfig("adamw")
-    return Trainer(GPT(config), Tokens(config), train, optim, out, world=world)
+    train = TrainConfig(
+        steps=10**6,
+        batch_size=ROWS,
+        micro_batch_size=ROWS // 2,
+        device="cpu",
+        dtype="float32",
+        parallel=options.parallel,
+    )
+    optim = OptimConfig("adamw")
+    out = Path(options.out)
+    return Trainer(GPT(config), RandomTokens(config), train, optim, out, world=world)
 
 
 def time_steps(trainer: Trainer, steps: int) -> float:
     """Median seconds of a step."""
-    seconds = []
-    for step in range(WARMUP + steps):
-        begin = time.perf_counter()
-        trainer.update(step)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[WARMUP:])
+    times = [seconds_of(lambda step=step: trainer.update(step)) for step in range(WARMUP + steps)]
+    return statistics.median(times[WARMUP:])
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """Of the weights and the optimizers' averages on this rank."""
-    averages = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
-    return sum(local(t).nbytes for t in [*trainer.model.parameters(), *averages])
+    """Bytes of the weights and of the optimizers' averages on this rank."""
+    tensors = list(trainer.model.parameters())
+    for optimizer in trainer.optimizers:
+        for averages in optimizer.state.values():
+            tensors += averages.values()
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
-def time_saving(trainer: Trainer, seconds: float) -> dict[str, float]:
-    """Of one checkpoint: the wait for it, the time to write it, and what steps take meanwhile."""
+def time_saving(trainer: Trainer, step_seconds: float) -> dict[str, float]:
+    """Save a checkpoint while training continues: times and the slowdown of the steps."""
     trainer.save()
-    trainer.saver.wait()  # the first one loads what writes it
-    steps, begin = 0, time.perf_counter()
+    trainer.saver.wait()  # the first checkpoint loads the code that writes it
+    steps = 0
+    start = time.perf_counter()
     trainer.save()
-    stalled = time.perf_counter() - begin
+    stalled = time.perf_counter() - start
     while trainer.saver.thread.is_alive():
         trainer.update(steps)
         steps += 1
-    written = time.perf_counter() - begin - stalled
-    return {"stall_s": stalled, "write_s": written, "slower": written / max(1, steps) / seconds}
+    written = time.perf_counter() - start - stalled
+    return {
+        "stall_s": stalled,
+        "write_s": written,
+        "slower": written / max(1, steps) / step_seconds,
+    }
 
 
 def time_faults(trainer: Trainer) -> float:
-    """Seconds a step for what makes it safe: all but the sums it needs anyway."""
-    n = 1000
-    begin = time.perf_counter()
-    for _ in range(n):
+    """Seconds per step for the fault handling; the sums that a step needs anyway are included."""
+    start = time.perf_counter()
+    for _ in range(FAULT_CHECKS):
         sums = trainer.signals.total(torch.zeros(2))
         trainer.signals.agree(sums.tolist()[-1])
         trainer.guard.passes(1.0, 1.0)
-    return (time.perf_counter() - begin) / n
+    return (time.perf_counter() - start) / FAULT_CHECKS
 
 
-def rank(options: argparse.Namespace) -> None:
-    """One process of a measurement; the first prints what it found."""
+def run_rank(options: argparse.Namespace) -> None:
+    """One process of a measurement; the first rank prints the results as JSON."""
     torch.set_num_threads(1)
     world = distributed.start()
-    trainer = make(options, Path(options.out), world)
+    trainer = make_trainer(options, world)
     seconds = time_steps(trainer, options.steps)
-    found = {"rows_per_s": ROWS / seconds, "held": held_bytes(trainer),
-             "peak": device.peak_memory_bytes(trainer.device)}  # fmt: skip
-    found |= time_saving(trainer, seconds)
-    found["faults"] = time_faults(trainer) / seconds
-    distributed.total(torch.zeros(1))  # nobody leaves before the others are done
+    results = {
+        "rows_per_s": ROWS / seconds,
+        "held": held_bytes(trainer),
+        "peak": device.peak_memory_bytes(trainer.device),
+    }
+    results |= time_saving(trainer, seconds)
+    results["faults"] = time_faults(trainer) / seconds
+    distributed.total(torch.zeros(1))  # wait for the other ranks
     if world.first:
-        print(json.dumps(found), flush=True)
-    os._exit(0)  # gloo's threads now and then abort an orderly exit
+        print(json.dumps(results), flush=True)
+    os._exit(0)  # an orderly exit is sometimes aborted by gloo's threads
 
 
-def measure(parallel: str, processes: int, words: list[str]) -> dict[str, float]:
+# ---- all measurements ---------------------------------------------------------------------------
+
+
+def measure(parallel: str, processes: int, options: list[str]) -> dict[str, float]:
+    """Start the processes of one measurement; return the results of the first rank."""
+    launcher = [sys.executable]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [*torchrun, f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as out:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *words,
-                   "--parallel", parallel, "--out", out]  # fmt: skip
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        command = [*launcher, __file__, *options, "--parallel", parallel, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"a measurement failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def to_text(name: str, results: dict[str, float], rows_per_s_of_one: float) -> str:
+    r = results
+    return (
+        f"{name:12} {r['rows_per_s']:6.1f} rows/s = {r['rows_per_s'] / rows_per_s_of_one:.2f} x; "
+        f"a rank holds {r['held'] / MiB:.1f} MiB, peak {r['peak'] / MiB:.0f} MiB; "
+        f"a checkpoint stalls {1e3 * r['stall_s']:.0f} ms of {1e3 * r['write_s']:.0f} ms = "
+        f"{r['stall_s'] / r['write_s']:.1%}, steps meanwhile take {r['slower']:.2f} x; "
+        f"faults {r['faults']:.3%} of a step"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--n-layer", type=int, default=4)
-    for name in ("--parallel", "--out"):  # of one process of a measurement
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
+    parser.add_argument("--d-model", type=int, default=256, help="width of the GPT")
+    parser.add_argument("--n-layer", type=int, default=4, help="layers of the GPT")
+    # For one process of a measurement.
+    parser.add_argument("--parallel", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out:
-        rank(options)
-    one = {}
-    for parallel, processes in (("ddp", 1), ("ddp", 2), ("fsdp", 2)):
-        found = measure(parallel, processes, sys.argv[1:])
-        one = one or found
-        name = f"{parallel} on {processes}" if processes > 1 else "one process"
-        print(
-            f"{name:12} {found['rows_per_s']:6.1f} rows/s = "
-            f"{found['rows_per_s'] / one['rows_per_s']:.2f} x; a rank holds "
-            f"{found['held'] / 2**20:.1f} MiB, peak {found['peak'] / 2**20:.0f} MiB; a checkpoint "
-            f"stalls {1e3 * found['stall_s']:.0f} ms of {1e3 * found['write_s']:.0f} ms = "
-            f"{found['stall_s'] / found['write_s']:.1%}, steps meanwhile take "
-            f"{found['slower']:.2f} x; faults {found['faults']:.3%} of a step", flush=True,
-        )  # fmt: skip
+        run_rank(options)
+
+    given = sys.argv[1:]
+    one = measure("ddp", 1, given)
+    print(to_text("one process", one, one["rows_per_s"]), flush=True)
+    for parallel in ("ddp", "fsdp"):
+        two = measure(parallel, 2, given)
+        print(to_text(f"{parallel} on 2", two, one["rows_per_s"]), flush=True)
 
 
 if __name__ == "__main__":

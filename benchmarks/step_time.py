@@ -1,23 +1,25 @@
-"""Predicted and measured seconds of a training step.
+"""Compare the predicted with the measured seconds of a training step.
 
     python benchmarks/step_time.py [--repeats 5]
 
-A step takes its FLOPs, which the calculator counts, by the FLOP/s that the machine sustains. Those
-are measured on one model of each family, and foretell the others: more layers, more rows, a longer
-context, more channels. In one process, the models taking turns; medians.
+The calculator counts the FLOPs of a step; divided by the FLOP/s of the machine they give the
+seconds. The FLOP/s are measured on one model of each family. They predict the time of other models
+of the family: with more layers, more rows, a longer context, more blocks. All models of a family
+take turns in this process; the medians are printed.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import by_turns, training_step
 
 from tinyfm.calc import estimate
 from tinyfm.common import device
@@ -25,59 +27,63 @@ from tinyfm.common.seeds import row_generators
 from tinyfm.recipes import registry
 from tinyfm.training.optim import build_optimizers
 
-CASES = {  # preset -> rows, and what is changed in the others; the first one is measured
-    "gpt": (8, [{}, {"n_layer": 4}, {"n_layer": 6}, {"context_length": 512}]),
-    "clip": (256, [{}, {"image_layer": 6}, {"text_layer": 6}, {"image_layer": 6, "text_layer": 4}]),
-    "autoencoder": (32, [{}, {"n_block": 2}, {"n_block": 3}]),
-    "ddpm": (32, [{}, {"n_block": 2}, {"n_block": 3}]),
+CASES = {  # preset -> (rows, changes of each model that is predicted)
+    "gpt": (8, [{"n_layer": 4}, {"n_layer": 6}, {"context_length": 512}]),
+    "clip": (256, [{"image_layer": 6}, {"text_layer": 6}, {"image_layer": 6, "text_layer": 4}]),
+    "autoencoder": (32, [{"n_block": 2}, {"n_block": 3}]),
+    "ddpm": (32, [{"n_block": 2}, {"n_block": 3}]),
 }
 
 
-class Step:
-    """A model of a preset, with changes, and what a step of it takes."""
+class Case:
+    """A model of a preset, with changes; its training step, and the FLOPs of that step."""
 
-    def __init__(self, name: str, rows: int, changes: dict):
-        run = registry.get_preset(name).run
+    def __init__(self, preset: str, rows: int, changes: dict):
+        run = registry.find_preset(preset).run
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
         torch.manual_seed(0)
-        self.model, self.rows = run.build_model(), rows
+        self.rows = rows
+        self.model = run.build_model()
         self.flops = estimate.training_cost(self.model, run.optim, rows).flops_per_step
-        self.optimizers = build_optimizers(self.model, run.optim)
         self.batch = self.model.example_batch(rows)
         self.dtype = device.choose_dtype("auto", torch.device("cpu"))
-        self.about = ", ".join(f"{k} {v}" for k, v in changes.items()) or "as it is"
-        self.seconds = []
+        self.step = training_step(self.loss, build_optimizers(self.model, run.optim), self.dtype)
 
-    def take(self) -> None:
-        begin = time.perf_counter()
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            loss, _ = self.model.loss(self.batch, row_generators(0, 0, range(self.rows)))
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.seconds.append(time.perf_counter() - begin)
+    def loss(self) -> torch.Tensor:
+        loss, _ = self.model.loss(self.batch, row_generators(0, 0, range(self.rows)))
+        return loss
 
 
-def main(repeats: int) -> None:
+def compare(preset: str, rows: int, variants: list[dict], repeats: int) -> None:
+    """Measure the preset, and predict and measure its variants and twice as many rows."""
+    known = Case(preset, rows, {})
+    predicted = {}
+    for changes in variants:
+        about = ", ".join(f"{name} {value}" for name, value in changes.items())
+        predicted[about] = Case(preset, rows, changes)
+    predicted[f"{2 * rows} rows"] = Case(preset, 2 * rows, {})
+
+    steps = {"": known.step} | {about: case.step for about, case in predicted.items()}
+    times = by_turns(steps, repeats)
+    rate = known.flops / times[""]
+    print(f"{preset}: {rate / 1e9:.0f} GFLOP/s as it is with {rows} rows in {known.dtype}")
+    for about, case in predicted.items():
+        expected = case.flops / rate
+        measured = times[about]
+        print(
+            f"  {about:28} {1e3 * expected:6.0f} ms predicted, {1e3 * measured:6.0f} measured, "
+            f"ratio {expected / measured:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed rounds")
+    options = parser.parse_args()
     device.keep_freed_memory()
-    for name, (rows, variants) in CASES.items():
-        steps = [Step(name, rows, changes) for changes in variants]
-        steps.append(Step(name, 2 * rows, {}))
-        for _ in range(1 + repeats):  # the first round warms up
-            for step in steps:
-                step.take()
-        measured = [statistics.median(step.seconds[1:]) for step in steps]
-        rate = steps[0].flops / measured[0]
-        print(f"{name}: {rate / 1e9:.0f} GFLOP/s as it is with {rows} rows in {steps[0].dtype}")
-        for step, seconds in zip(steps[1:], measured[1:]):
-            what = step.about if step.rows == rows else f"{step.rows} rows"
-            predicted = step.flops / rate
-            both = f"{1e3 * predicted:6.0f} ms predicted, {1e3 * seconds:6.0f} measured"
-            print(f"  {what:28} {both}, ratio {predicted / seconds:.2f}")
+    for preset, (rows, variants) in CASES.items():
+        compare(preset, rows, variants, options.repeats)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    main(parser.parse_args().repeats)
+    main()

@@ -1,0 +1,70 @@
+"""Helpers of the benchmarks: the machine in words, a training step, and the times of functions."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+
+
+def processor() -> str:
+    """The name that Linux gives the processor; on other systems, the one that Python gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_machine() -> str:
+    """The date, the processor, the number of threads and the version of torch, in one line."""
+    threads = torch.get_num_threads()
+    return f"{date.today()}, {processor()}, {threads} threads, torch {torch.__version__}"
+
+
+def seconds_of(work: Work) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def by_turns(works: dict[str, Work], repeats: int) -> dict[str, float]:
+    """Median seconds of each function.
+
+    Every round calls each function once, so that a machine which slows down slows all of them. A
+    first round, which is not timed, warms up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(repeats + 1):
+        for name, work in works.items():
+            elapsed = seconds_of(work)
+            if round_number > 0:
+                times[name].append(elapsed)
+    return {name: statistics.median(elapsed) for name, elapsed in times.items()}
+
+
+def training_step(
+    loss_of: Callable[[], torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    dtype: torch.dtype,
+) -> Work:
+    """A function that takes one training step on the CPU, with matrix products in `dtype`."""
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
