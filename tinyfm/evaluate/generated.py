@@ -153,7 +153,7 @@ def prompts_of(data: LatentData) -> dict[str, StyledNames]:
     for captions, name in zip(characters.captions, characters.labels):
         style = style_in(captions[0], name)
         best = chosen.setdefault(name, style)
-        if glyphs.number_of(f"{style} {name}") > glyphs.number_of(f"{best} {name}"):
+        if glyphs.stable_hash(f"{style} {name}") > glyphs.stable_hash(f"{best} {name}"):
             chosen[name] = style
     prompts["held-out characters"] = [(style, name) for name, style in chosen.items()]
     return prompts
