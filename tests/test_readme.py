@@ -1,4 +1,9 @@
-"""The commands of the README and of the rooms' pages run as written."""
+"""The commands of the README and of the rooms' pages run as written, and their links hold.
+
+A page marks its blocks: commands of a bash block run here, in one folder with those of all pages.
+A sh block shows commands that need something which is not there, such as your own pictures, a
+cluster, or half an hour; they do not run here.
+"""
 
 import os
 import re
@@ -7,17 +12,20 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import processes
+import pytest
 from conftest import ROOT
 
-PAGES = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("*/README.md")),
-    *sorted(ROOT.glob("tinyfm/*/README.md")),
-]
+ROOM_PAGES = sorted(ROOT.glob("tinyfm/*/README.md"))
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *ROOM_PAGES]
+LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md"]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(language: str) -> list[str]:
@@ -28,11 +36,13 @@ def blocks(language: str) -> list[str]:
 
 def documented_commands() -> list[str]:
     """The commands of all bash blocks, without those that install."""
-    lines = [line.split("  #")[0] for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.split(" #")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [command.strip() for line in lines for command in line.split("&&")]
     return [command for command in commands if command.startswith(("python ", "torchrun "))]
 
 
+# A tiny autoencoder, trained first, so that text2image does not train its parts for minutes.
+FIRST = "python train.py autoencoder --out runs/first"
 SMALL = {
     "gpt": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 64 "
     "--data.val-fraction 0.01",
@@ -41,7 +51,7 @@ SMALL = {
     "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",
     "ddpm": "--model.channels 8 16 --model.attend False True --model.n-head 2 --model.groups 4 "
     "--data.val-images 8 --data.path letters",
-    "text2image": "--autoencoder runs/autoencoder --clip runs/clip "
+    "text2image": "--autoencoder runs/first --clip runs/clip "
     "--data.no-cache-latents --model.diffusion.channels 8 16 --model.diffusion.groups 4 "
     "--model.diffusion.n-head 2 --data.val-images 8",
 }
@@ -127,11 +137,63 @@ def test_every_documented_command_runs(tmp_path):
         for words in chain:
             run(words)
 
-    commands = [shlex.split(command) for command in documented_commands()]
+    commands = [shlex.split(command) for command in [FIRST, *documented_commands()]]
     commands = [words + small(words) for words in commands if "pytest" not in words]  # this is it
     assert len(commands) > 40
     longest_first = sorted(chains(commands), key=len, reverse=True)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run_chain, longest_first))
-    for block in blocks("python"):
+    _, *examples = blocks("python")  # the first is a file, which test_new_family.py uses
+    for block in examples:
         run(["python", "-c", block])
+
+
+# ---- files that pages name ----------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def tree_paths() -> list[str]:
+    """The files and folders in the README's tree. A line starts with names, perhaps several."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## Read it\n.*?```\n(.*?)```", text, re.DOTALL)[1]
+    paths, folder = [], ""
+    for line in tree.splitlines():
+        names = list(takewhile(lambda word: word.endswith((".py", "/")), line.split()))
+        if line.startswith(" "):
+            paths += [folder + name for name in names]
+        else:
+            paths += names
+            folder = names[-1]
+        paths += [word for word in line.split() if word.endswith(".md")]
+    return paths
+
+
+def test_the_tree_of_the_readme_exists():
+    paths = tree_paths()
+    assert {"train.py", "tinyfm/unet.py", "tinyfm/calc/", "tinyfm/calc/README.md"} <= {*paths}
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ROOM_PAGES, ids=name_of)
+def test_the_page_of_a_room_lists_its_files(page):
+    text = page.read_text(encoding="utf-8")
+    for path in page.parent.glob("*.py"):
+        if path.name != "__init__.py":
+            assert f"]({path.name})" in text, path.name
