@@ -1,4 +1,4 @@
-"""Distillation: a student learns to predict what its teacher predicts, besides the next token.
+"""Distillation: a student learns from the predictions of a teacher, not only from the next token.
 
 A text shows which token came next. A trained teacher also says how likely each of the V tokens was,
 so a position carries far more information. Hinton et al. 2015 soften both distributions with a

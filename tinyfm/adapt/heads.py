@@ -86,7 +86,8 @@ class Classifier(nn.Module):
         self.config = body.config
         self.classes = {question: tuple(names) for question, names in classes.items()}
         self.outer = (*body.outer, "heads")  # trained by AdamW, not by Muon
-        # Freeze what the features do not depend on. A tied weight has the name that is read.
+        # Freeze the parts that the features do not depend on. A tied weight appears once, under its
+        # first name: that of the token table, which is read.
         unread = tuple(f"{part}." for part in reader.unread)
         for name, parameter in body.named_parameters():
             if f"{name}.".startswith(unread):

@@ -92,7 +92,7 @@ def find_frozen(model: nn.Module) -> set[str]:
 def select(model: nn.Module, method: str, name: str) -> set[str]:
     """Names of the parameters that a method trains; its LoRA or prompt is in the model already.
 
-    name: of the LoRA. Raises ValueError for "head" if the model has no head of its own.
+    name: of the LoRA. Raises ValueError for "head" if the model has no untied head.
     """
     frozen = find_frozen(model)
     trainable = {n: p for n, p in model.named_parameters() if n not in frozen}

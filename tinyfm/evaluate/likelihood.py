@@ -12,10 +12,9 @@ labels whatever the query is. Contextual calibration (Zhao et al. 2021) divides 
 with p_cf(l) the probabilities after queries without content, q(l) = p(l) / p_cf(l), scaled so that
 they sum to 1.
 
-A text longer than the context length is read in windows. Each window reads up to that many tokens
-and scores `stride` tokens at its end, those that no earlier window has scored. A small stride gives
-every token more context, a large one is faster. A context too long for the model is cut on its
-left.
+A text longer than the context length is read in windows of that length. Each window scores the
+`stride` tokens at its end, which no earlier window has scored. A small stride gives every token
+more context, a large one is faster. A context too long for the model is cut on its left.
 
 Context and continuation are encoded separately, and a space between them belongs to the
 continuation. So all choices follow the same tokens.

@@ -113,7 +113,7 @@ def classification(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
 
 
 def perplexity(log_likelihood: float, tokens: int) -> float:
-    """exp of the mean nats per token: guessing among so many equally likely tokens is as hard.
+    """exp of the mean nats per token: the number of equally likely tokens as hard to predict.
 
     It depends on the tokenizer, so it compares models with the same one.
     """
