@@ -1,4 +1,4 @@
-"""The glyphs: what is drawn, how it is named, and that what is held out was never seen."""
+"""The glyphs: the drawings, their captions, and that no held-out drawing is in training."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_every_character_is_drawn_whole_and_as_large_as_fits(file):
         if image is None:
             continue
         for size in range(glyphs.FONT_SIZE, 0, -1):
-            mask = glyphs.load_font(file, size).getmask(character)  # all of it, as FreeType has it
+            mask = glyphs.load_font(file, size).getmask(character)  # uncut, from FreeType
             ink = np.array(mask).reshape(mask.size[::-1])
             if extent(ink) <= glyphs.SIZE:
                 break
@@ -66,14 +66,15 @@ def test_ink_is_black_centred_and_keeps_its_place_on_the_line():
     assert image.min() == 0
     assert image[0].min() == image[-1].min() == 255
     image = 255 - image
-    rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
+    rows = np.flatnonzero(image.any(1))
+    columns = np.flatnonzero(image.any(0))
     assert rows[-1] == glyphs.BASELINE - 1
     assert abs(columns[0] + columns[-1] - (glyphs.SIZE - 1)) <= 1
     comma, apostrophe = (255 - glyphs.draw(c, "DejaVuSans") for c in ",'")
     assert np.flatnonzero(comma.any(1))[0] > 16 > np.flatnonzero(apostrophe.any(1))[-1]
 
 
-def test_blanks_are_none_and_the_frame_is_filled_by_what_is_too_large():
+def test_blanks_are_none_and_a_character_too_large_fills_the_frame():
     assert glyphs.draw(" ", "DejaVuSans") is None
     wide = 255 - glyphs.draw("\N{LONG LEFT RIGHT ARROW}", "STIXGeneral")
     columns = np.flatnonzero(wide.any((0, 2)))
@@ -88,8 +89,12 @@ def test_the_report_accounts_for_every_code_point(records, report):
     assert report.used == len(records)
     assert 38_500 < len(records) < 39_500  # "about 39,000"
     assert set(report.skipped) == {
-        "no ink", "drawn before", "no name", "the style is its name", "in a held-out font only",
-    }  # fmt: skip
+        "no ink",
+        "drawn before",
+        "no name",
+        "the style is its name",
+        "in a held-out font only",
+    }
     for split in glyphs.SPLITS:
         rows = [record.label for record in records if record.split == split]
         expected = f"{split}: {len(rows):,} drawings of {len(set(rows)):,} characters"
@@ -107,8 +112,10 @@ def test_captions_are_style_and_name(records):
         captions.add(caption)
     assert len(captions) == len(records)
     assert {
-        "serif bold italic latin small letter a with acute", "sans digit seven", "stix infinity",
-    } <= captions  # fmt: skip
+        "serif bold italic latin small letter a with acute",
+        "sans digit seven",
+        "stix infinity",
+    } <= captions
 
 
 def test_no_drawing_occurs_twice(records):
@@ -142,7 +149,7 @@ def test_held_out_characters_are_new_though_their_words_are_not(records):
     assert sum("letter" not in name for name in held_out) > 15
 
 
-def test_letters_and_digits_themselves_are_all_learnt(records):
+def test_plain_letters_and_digits_are_all_in_training(records):
     train = labels_of(records, glyphs.TRAIN)
     assert {
         f"latin {case} letter {a}" for case in ("small", "capital") for a in ascii_lowercase
@@ -164,7 +171,7 @@ def test_the_choice_leaves_enough_names_and_does_not_depend_on_their_order(names
         if name in chosen:
             assert base in set(names) - chosen
             assert left[mark] >= glyphs.MIN_NAMES
-        else:  # it stays only where it is needed
+        else:  # all that may be held out are
             assert not mark or base not in names or left[mark] <= glyphs.MIN_NAMES
     random.shuffle(names)
     assert glyphs.choose_held_out(names) == chosen
@@ -182,7 +189,7 @@ def test_missing_fonts_are_named(tmp_path, monkeypatch):
         list(glyphs.records())
 
 
-def test_the_version_tells_what_the_drawings_depend_on():
+def test_the_version_names_the_libraries_that_the_drawings_depend_on():
     for part in ("matplotlib-", "pillow-", "freetype-", f"unicode-{unicodedata.unidata_version}"):
         assert part in glyphs.version()
 
@@ -193,9 +200,12 @@ def test_the_module_runs_and_does_not_import_matplotlib(tmp_path):
     code += "assert 'matplotlib' not in sys.modules"
     sheet = tmp_path / "sheet.png"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(sheet)], cwd=ROOT, check=True, capture_output=True,
+        [sys.executable, "-c", code, str(sheet)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
         encoding="utf-8",
-    )  # fmt: skip
+    )
     assert "records" in done.stdout
     assert "held-out fonts:" in done.stdout
     with open_image(sheet) as image:
@@ -232,12 +242,12 @@ def test_letters_are_the_same_drawings_with_pairs_held_out(variants):
     }
     assert 0.08 < len(pairs) / len(train + pairs) < 0.12
     styles = [{r.captions[0].removesuffix(r.label) for r in rows} for rows in (train, pairs)]
-    assert styles[0] == styles[1]  # each was seen
+    assert styles[0] == styles[1]  # training has each style
     assert report.found == report.used + sum(map(len, report.skipped.values()))
     assert report.used == len(letters) > 2000
 
 
-def test_colour_is_said_in_the_caption_and_painted(variants):
+def test_the_caption_names_the_colours_that_are_painted(variants):
     (records, _), (colored, _) = variants["grey"], variants["colour"]
     pairs = Counter()
     assert len(colored) == len(records)
@@ -287,7 +297,7 @@ def test_unpaint_undoes_paint(variants):
     assert glyphs.unpaint(faint)[:2] == ("blue", "black")
 
 
-def test_each_variant_has_a_version_of_its_own():
+def test_each_variant_has_a_different_version():
     choices = [{"color": c, "letters": n} for c in (False, True) for n in (False, True)]
     assert len({glyphs.version(**choice) for choice in choices}) == 4
     assert glyphs.version() == glyphs.version(color=False, letters=False)
