@@ -1,6 +1,7 @@
-"""The calculators against published figures, and against the counts of torch."""
+"""The calculators: memory, time and cost against published figures; FLOPs and bytes as in torch."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, count_parameters
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,10 +33,9 @@ SMALL = GPTConfig(300, context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_mo
 # ---- memory.py: published figures ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)]
-)  # Rajbhandari et al. 2020, figure 1
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_stages(stage, gigabytes):
+    """Rajbhandari et al. 2020, figure 1."""
     shared = memory.state_memory(7.5e9, Training(), Layout(64, zero=stage))
     assert shared.total / GB == pytest.approx(gigabytes, abs=0.05)
 
@@ -45,8 +45,12 @@ def blocks(name):
 
 
 def test_activations_of_korthikanti_et_al():
-    """Their equations 1, 2 and 4 for GPT-3's block, and 70% saved by selective recomputation."""
-    gpt3, whole = blocks("gpt3-175b"), Training(fused=False, dropout=True)
+    """Korthikanti et al. 2022: equations 1, 2 and 4 for a block of GPT-3.
+
+    Selective recomputation saves 70% of it.
+    """
+    gpt3 = blocks("gpt3-175b")
+    whole = Training(fused=False, dropout=True)
     T, D, N = 2048, 12288, 96
     for t in (1, 8):
         layout = Layout(8, tensor=t)
@@ -54,7 +58,8 @@ def test_activations_of_korthikanti_et_al():
         assert kept == pytest.approx(T * D * (10 + 24 / t + 5 * N * T / (D * t)))
         sequence = memory.kept_by_block(gpt3, whole, replace(layout, sequence=True))
         assert sequence == pytest.approx(T * D * (34 + 5 * N * T / D) / t)
-    one, selective = Layout(), replace(whole, checkpoint="selective")
+    one = Layout()
+    selective = replace(whole, checkpoint="selective")
     everything = memory.kept_by_block(gpt3, whole, one)
     saved = 1 - memory.kept_by_block(gpt3, selective, one) / everything
     assert everything / GB == pytest.approx(2.869, abs=5e-4)
@@ -63,20 +68,21 @@ def test_activations_of_korthikanti_et_al():
 
 
 def test_activations_of_mt_nlg():
-    """530B: 105 layers of width 20480 and 128 heads; 65% saved."""
+    """MT-NLG 530B has 105 layers of width 20480 with 128 heads; 65% is saved."""
     row = systems.rows()["gpt3-175b"] | {"layers": "105", "d_model": "20480", "heads": "128"}
     c = systems.read_shape(row)
     block = systems.ledgers.block(c, 2048)
     whole = Training(fused=False, dropout=True)
-    kept = [memory.kept_by_block(block, replace(whole, checkpoint=how), Layout())
-            for how in ("none", "selective")]  # fmt: skip
-    assert 1 - kept[1] / kept[0] == pytest.approx(0.65, abs=0.005)
-    assert kept[0] / GB == pytest.approx(4.110, abs=5e-4)
+    everything = memory.kept_by_block(block, whole, Layout())
+    selective = memory.kept_by_block(block, replace(whole, checkpoint="selective"), Layout())
+    assert 1 - selective / everything == pytest.approx(0.65, abs=0.005)
+    assert everything / GB == pytest.approx(4.110, abs=5e-4)
 
 
-def test_full_checkpointing_keeps_the_inputs_of_all_blocks_and_one_block():
-    gpt3, c = systems.get("gpt3-175b"), systems.get("gpt3-175b").shape
-    T, D, L = 2048, 12288, c["layers"]
+def test_full_checkpointing():
+    """It keeps the inputs of all blocks, and one block whole."""
+    gpt3 = systems.get("gpt3-175b")
+    T, D, L = 2048, 12288, gpt3.shape["layers"]
     got = memory.activation_bytes(gpt3, Training(rows=3, checkpoint="full"), Layout())
     ends = 2 * 2 * T * D  # the final norm's input, and the head's
     assert got == 3 * (2 * T * D * L + 32 * T * D + ends)
@@ -84,7 +90,8 @@ def test_full_checkpointing_keeps_the_inputs_of_all_blocks_and_one_block():
 
 def test_weights_of_published_checkpoints():
     """BLOOM's 329 "GB" are GiB, and its 2.3 "TB" TiB."""
-    bloom, gpt3 = systems.get("bloom-176b"), systems.get("gpt3-175b")
+    bloom = systems.get("bloom-176b")
+    gpt3 = systems.get("gpt3-175b")
     assert 2 * bloom.parameters / GiB == pytest.approx(328.3, abs=0.05)
     assert 14 * bloom.parameters / 2**40 == pytest.approx(2.244, abs=5e-4)
     assert memory.serving_memory(gpt3, 1, dtype="fp32").weights / GB == pytest.approx(700, rel=3e-3)
@@ -106,7 +113,8 @@ def test_cache_of_a_token(name, size):
 
 
 def test_cache_of_windows_rows_and_encoders():
-    mistral, t5 = systems.get("mistral-7b"), systems.get("t5-small")
+    mistral = systems.get("mistral-7b")
+    t5 = systems.get("t5-small")
     token = memory.cache_bytes(mistral, 1)
     assert memory.cache_bytes(mistral, 9000, rows=2) == 2 * 4096 * token
     of_encoder = 2 * 6 * 2 * 512 * 512  # bytes, layers, keys and values, tokens, width
@@ -120,11 +128,11 @@ def test_cache_of_windows_rows_and_encoders():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_state_bytes_of_a_parameter(name, optimizer):
     system = systems.get(name)
-    for dtype, each in (("bf16", 16), ("fp32", 16)):
+    saved = 4 * system.matrices if optimizer == "muon" else 0  # Muon has one moment, AdamW two
+    for dtype in ("bf16", "fp32"):
         training = Training(dtype=dtype, optimizer=optimizer)
         got = memory.state_memory(system.parameters, training, Layout(), system.matrices).total
-        less = 4 * system.matrices if optimizer == "muon" else 0
-        assert got == each * system.parameters - less
+        assert got == 16 * system.parameters - saved
 
 
 def test_memory_is_linear_in_rows_and_falls_with_sharding():
@@ -151,7 +159,8 @@ def test_logits():
 @pytest.mark.parametrize("gib", [8, 24, 80])
 @pytest.mark.parametrize("n", [1, 8])
 def test_a_plan_has_the_largest_micro_batch(name, gib, n):
-    system, budget = systems.get(name), gib * GiB
+    system = systems.get(name)
+    budget = gib * GiB
     best = memory.plan_training(system, budget, Training(), n)
     if best is None:
         fewest = memory.fewest_gpus(system, budget, Training())
@@ -164,7 +173,7 @@ def test_a_plan_has_the_largest_micro_batch(name, gib, n):
     assert 1 <= memory.fewest_gpus(system, budget, Training()) <= n
 
 
-def test_the_simplest_plan_is_taken():
+def test_the_simplest_plan_is_chosen():
     def plan(name, budget, n=1):
         return memory.plan_training(systems.get(name), budget, Training(), n)
 
@@ -180,12 +189,21 @@ def test_the_simplest_plan_is_taken():
 
 
 def test_largest_rows_where_the_update_takes_most_memory():
-    """A few rows take less memory than the update, so one row and two rows take the same."""
-    sizes = {"fixed_bytes": 100, "row_bytes": 10, "update_bytes": 1000}
+    """With few rows the update needs the most memory, so one row needs as much as 90 rows."""
     module = MeasuredModule(
-        "m", parts={"a": 10}, frozen={}, parameters=10, non_embedding=10, matrices=10,
-        largest_block=10, flops={}, average=0, **sizes,
-    )  # fmt: skip
+        "m",
+        parts={"a": 10},
+        frozen={},
+        parameters=10,
+        non_embedding=10,
+        matrices=10,
+        largest_block=10,
+        flops={},
+        average=0,
+        fixed_bytes=100,
+        row_bytes=10,
+        update_bytes=1000,
+    )
     held = memory.state_memory(10, Training(), Layout(), 10).total
     for budget, rows in ((held + 999, 0), (held + 1000, 90), (held + 1009, 90), (held + 1010, 91)):
         assert memory.largest_rows(module, budget, Training(), Layout()) == rows
@@ -195,29 +213,29 @@ def test_amounts_of_memory():
     assert memory.read_bytes("24GiB") == 24 * 2**30
     assert memory.read_bytes(" 1.5 GB") == 1_500_000_000
     for text in ("24", "GiB", "24gib", "-1GB", "1.2.3GB", "0GB", ".GB"):
-        with pytest.raises(ValueError, match="write it as 24GiB or 80GB"):
+        with pytest.raises(ValueError, match="24GiB or 80GB"):
             memory.read_bytes(text)
+
+
+def train_on(name, layout, checkpoint="none"):
+    return memory.training_memory(systems.get(name), Training(checkpoint=checkpoint), layout)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Layout(10, tensor=4), "10 GPUs are not divisible by tensor 4 x pipeline 1 = 4"),
-        (lambda: Layout(0), "gpus is 0; it must be at least 1"),
+        (lambda: Layout(10, tensor=4), "10 GPUs .*tensor 4 x pipeline 1 = 4"),
+        (lambda: Layout(0), "gpus is 0; .*at least 1"),
         (lambda: Layout(zero=4), "ZeRO stage is 4"),
         (lambda: Training(rows=0), "the micro-batch is 0"),
-        (lambda: Training(dtype="int3"), "dtype is 'int3'; use bf16 or fp16 or fp32"),
+        (lambda: Training(dtype="int3"), "dtype is 'int3'; use bf16"),
         (lambda: Training(optimizer="sgd"), "optimizer is 'sgd'; use adamw or muon"),
-        (lambda: memory.training_memory(systems.get("gpt2"), Training(), Layout(5, 5)),
-         "gpt2 has 12 heads, not divisible by 5"),
-        (lambda: memory.training_memory(systems.get("gpt2"), Training(), Layout(5, 1, 5)),
-         "gpt2 has 12 layers, not divisible by 5"),
-        (lambda: memory.training_memory(systems.get("resnet-50"), Training(), Layout(2, 2)),
-         "resnet-50 is no stack of blocks"),
-        (lambda: memory.training_memory(systems.get("sd1-vae"), Training(checkpoint="full")),
-         "no repeated blocks to checkpoint"),
+        (lambda: train_on("gpt2", Layout(5, 5)), "gpt2 has 12 heads, not divisible by 5"),
+        (lambda: train_on("gpt2", Layout(5, 1, 5)), "gpt2 has 12 layers, not divisible by 5"),
+        (lambda: train_on("resnet-50", Layout(2, 2)), "resnet-50 .*blocks"),
+        (lambda: train_on("sd1-vae", Layout(), "full"), "no repeated blocks to checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_refused_layouts(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -233,16 +251,17 @@ def test_refused_layouts(make, message):
         (1320e6, 2.38e21, 27.5), (2.65e9, 4.77e21, 55.2), (6.66e9, 1.20e22, 139),
         (12.85e9, 2.31e22, 268), (174.6e9, 3.14e23, 3640),
     ],
-)  # fmt: skip  # Brown et al. 2020, table D.1
+)  # fmt: skip
 def test_compute_of_gpt3(parameters, flops, petaflop_days):
-    """6 N tokens, in FLOPs and in days of a PFLOP/s."""
+    """Brown et al. 2020, table D.1: 6 FLOPs per parameter and token, also in PFLOP/s-days."""
     assert gpus.rule_of_six(parameters, 300e9) == pytest.approx(flops, rel=4e-3)
     assert gpus.rule_of_six(parameters, 300e9) / 8.64e19 == pytest.approx(petaflop_days, rel=4e-3)
 
 
 def test_time_of_llama_65b():
     """380 tokens/s on each of 2048 A100: about 21 days (Touvron et al. 2023, section 2.4)."""
-    a100, llama = gpus.get("a100"), systems.get("llama-65b")
+    a100 = gpus.get("a100")
+    llama = systems.get("llama-65b")
     flops = gpus.rule_of_six(llama.parameters, 1)
     mfu = 380 * flops / a100.peak("bf16")
     assert mfu == pytest.approx(0.477, abs=5e-4)
@@ -252,7 +271,7 @@ def test_time_of_llama_65b():
 
 
 def test_cost_and_energy_of_stable_diffusion():
-    """150,000 A100-hours at 4 USD, 256 GPUs; 250 W and 0.3 kg/kWh are its model card's."""
+    """150,000 A100-hours on 256 GPUs at 4 USD; its model card has 250 W and 0.3 kg/kWh."""
     a100 = replace(gpus.get("a100-40gb"), watts=250)
     found = gpus.bill(150_000, a100, 256, price=4.0, pue=1.0)
     assert found.cost_usd == 600_000
@@ -261,8 +280,9 @@ def test_cost_and_energy_of_stable_diffusion():
 
 
 def test_time_of_bloom():
-    """Three and a half months on 384 A100 at 150 TFLOP/s, of which 3/4 are the model's."""
-    a100, bloom = gpus.get("a100-80gb"), systems.get("bloom-176b")
+    """Three and a half months on 384 A100 at 150 TFLOP/s; 3/4 of these are the model's FLOPs."""
+    a100 = gpus.get("a100-80gb")
+    bloom = systems.get("bloom-176b")
     mfu = 150e12 * 3 / 4 / a100.peak("bf16")
     busy = gpus.busy_hours(gpus.rule_of_six(bloom.parameters, bloom.trained), a100, mfu=mfu)
     found = gpus.bill(busy, a100, 384)
@@ -280,18 +300,19 @@ def test_energy_of_gpt3():
     assert found.days == pytest.approx(14.8)
 
 
-def test_time_scales_as_it_should():
+def test_time_and_cost_of_several_gpus():
     h100 = gpus.get("H100")
     busy = gpus.busy_hours(989e12 * 3600, h100, "bf16", 0.5)
     assert busy == pytest.approx(2)
     assert gpus.busy_hours(1e18, h100, "fp32") > gpus.busy_hours(1e18, h100, "bf16")
-    one, many = gpus.bill(busy, h100), gpus.bill(busy, h100, 8, availability=0.8)
+    one = gpus.bill(busy, h100)
+    many = gpus.bill(busy, h100, 8, availability=0.8)
     assert many.gpu_hours == pytest.approx(one.gpu_hours / 0.8)
     assert many.days == pytest.approx(one.days / 8 / 0.8)
     assert many.cost_usd == pytest.approx(many.gpu_hours * h100.price)
 
 
-def test_gpus_are_known_by_the_names_of_their_drivers():
+def test_names_that_drivers_give_to_gpus():
     """The PCIe form of an H100 is slower than the SXM form."""
     assert gpus.by_driver_name("NVIDIA H100 80GB HBM3").peaks["bf16"] == 989
     assert gpus.by_driver_name("NVIDIA H100 PCIe").peaks["bf16"] == 756
@@ -302,9 +323,9 @@ def test_gpus_are_known_by_the_names_of_their_drivers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gpus.get("h1000"), "there is no GPU 'h1000'; did you mean h100"),
-        (lambda: gpus.get("v100").peak("bf16"), "v100-32gb has no bf16; use fp16 or fp32"),
-        (lambda: gpus.busy_hours(1, gpus.get("h100"), mfu=40), "mfu is 40; it must be above 0"),
+        (lambda: gpus.get("h1000"), "no GPU 'h1000'; did you mean h100"),
+        (lambda: gpus.get("v100").peak("bf16"), "v100-32gb has no bf16; use fp16"),
+        (lambda: gpus.busy_hours(1, gpus.get("h100"), mfu=40), "mfu is 40; .*above 0"),
         (lambda: gpus.bill(1, gpus.get("h100"), availability=0), "availability is 0"),
         (lambda: gpus.bill(1, gpus.get("h100"), gpus=0), "0 GPUs"),
         (lambda: gpus.bill(1, gpus.get("h100"), price=-1), "a price of -1"),
@@ -317,13 +338,17 @@ def test_refused_gpus(make, message):
 
 # ---- trace.py and estimate.py: modules of this repository ---------------------------------------
 
-VARIANTS = [SMALL, replace(SMALL, tied=True, window=16), replace(SMALL, mlp="gelu", dropout=0.1)]
-VARIANTS += [replace(SMALL, position="learned", norm="layernorm", bias=True, n_kv_head=0)]
+VARIANTS = [
+    SMALL,
+    replace(SMALL, tied=True, window=16),
+    replace(SMALL, mlp="gelu", dropout=0.1),
+    replace(SMALL, position="learned", norm="layernorm", bias=True, n_kv_head=0),
+]
 
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_flops_are_counted_exactly(config):
-    """The counts on fake tensors equal those on real ones, and the closed form of the GPT."""
+    """The count on fake tensors equals that on real ones, and the closed form of the GPT."""
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(2))[0].backward()
@@ -335,22 +360,27 @@ def test_flops_are_counted_exactly(config):
 
 @pytest.mark.parametrize("name", ["clip", "autoencoder", "ddpm", "text2image"])
 def test_flops_of_every_family_are_counted_exactly(name):
-    """The sum equals torch's count on real tensors; components are checked within bounds."""
-    model, rows = registry.get_preset(name).run.build_model(), 2
+    """The sum equals torch's count on real tensors. Each component is within its bounds."""
+    model = registry.get_preset(name).run.build_model()
+    rows = 2
     found = trace.count_flops(model, rows)
     if hasattr(model, "whole_batch"):
-        model.rows_at_once, model.gather = 0, lambda rows: rows
+        model.rows_at_once = 0
+        model.gather = lambda rows: rows
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(rows), row_generators(0, 0, range(rows)))[0].backward()
     assert sum(map(sum, found.values())) == counter.get_total_flops()
     assert found.keys() - {"loss"} <= trace.count_parts(model).keys()
     frozen = trace.count_parts(model, frozen=True)
     for part, (forward, backward) in found.items():
-        # A layer that reads the data passes no gradient on: half of its backward pass.
-        least, most = (0, 0) if part in frozen else (forward, 2 * forward)
-        assert least <= backward <= most, part
+        if part in frozen:
+            assert backward == 0, part
+        else:
+            # A layer that reads the data needs only half: no gradient of its input.
+            assert forward <= backward <= 2 * forward, part
     if name == "clip":  # all pairs of an image and a text, in both directions
-        columns, E = rows + model.config.memory, model.config.embed_dim
+        columns = rows + model.config.memory
+        E = model.config.embed_dim
         assert found["loss"] == [2 * n * rows * columns * E for n in (2, 4)]
 
 
@@ -359,7 +389,8 @@ class Enlarge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down, self.up = nn.Conv2d(3, 8, 3, stride=2, padding=1), Upsample(8)
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.up = Upsample(8)
 
     def example_batch(self, rows):
         return {"images": torch.zeros(rows, 3, 10, 12)}
@@ -369,9 +400,18 @@ class Enlarge(nn.Module):
 
 
 def test_flops_of_upsampling():
-    """4 x 4 multiply-adds for each pair of channels and input pixel, none at output pixels."""
+    """For each pair of channels and each input pixel: 4 x 4 multiply-adds."""
     forward = 2 * (16 * 8 * 8) * (5 * 6)
     assert trace.count_flops(Enlarge(), 3)["up"] == [3 * forward, 3 * 2 * forward]
+
+
+def state_bytes(optimizers):
+    """The bytes of the moments, without the step counters."""
+    total = 0
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            total += sum(value.nbytes for name, value in state.items() if name != "step")
+    return total
 
 
 def real_peak(model, optim, rows, accumulate):
@@ -385,13 +425,13 @@ def real_peak(model, optim, rows, accumulate):
         model.zero_grad()
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     held += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    held += sum(value.nbytes for each in optimizers for state in each.state.values()
-                for name, value in state.items() if name != "step")  # fmt: skip
+    held += state_bytes(optimizers)
     batch = model.example_batch(rows)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:  # fmt: skip
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         model.loss(batch)[0].backward()
-    now = most = 0
+    now = 0
+    most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
@@ -407,13 +447,14 @@ def test_peak_is_what_is_allocated(config, accumulate):
     assert predicted == pytest.approx(real_peak(model, optim, 8, accumulate), abs=1000)
 
 
-def test_a_copy_without_memory_leaves_the_model_alone():
+def test_measuring_leaves_the_model_alone():
     model = GPT(replace(SMALL, tied=True)).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     measured = estimate.measured("small", model, OptimConfig(ema_half_life=3.0))
-    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert measured.parameters == sum(p.numel() for p in model.parameters())
+    assert measured.parameters == count_parameters(model)
     assert sum(measured.parts.values()) == measured.parameters
     assert measured.non_embedding == measured.parameters - 300 * 32
     assert memory.cache_bytes(measured, 10, dtype="fp32") == 10 * 4 * 2 * 2 * 2 * 8
@@ -421,7 +462,8 @@ def test_a_copy_without_memory_leaves_the_model_alone():
 
 @pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig("adamw", ema_half_life=9.0)])
 def test_measured_memory_predicts_the_peak_of_other_micro_batches(optim):
-    model, rows = GPT(SMALL), 7
+    model = GPT(SMALL)
+    rows = 7
     network = estimate.measured("small", model, optim, accumulate=True)
     training = Training(rows, "fp32", optim.optimizer)
     predicted = memory.training_memory(network, training).total
@@ -432,28 +474,31 @@ def test_measured_memory_predicts_the_peak_of_other_micro_batches(optim):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_average_bytes_are_those_of_the_optimizers(optimizer):
-    model, optim = GPT(SMALL), OptimConfig(optimizer=optimizer, ema_half_life=1.0)
+def test_bytes_of_moments_and_averages(optimizer):
+    model = GPT(SMALL)
+    optim = OptimConfig(optimizer=optimizer, ema_half_life=1.0)
     model.head.requires_grad_(False)
     optimizers = build_optimizers(model, optim)
     model.loss(model.example_batch(1))[0].backward()
     for each in optimizers:
         each.step()
-    states = [value.nbytes for each in optimizers for state in each.state.values()
-              for name, value in state.items() if name != "step"]  # fmt: skip
     weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert trace.average_bytes(model, optim) == (sum(states), weights)
+    assert trace.average_bytes(model, optim) == (state_bytes(optimizers), weights)
 
 
 class Pairs(nn.Module):
-    """A model of no family: convolutions, random numbers, a loss that compares rows."""
+    """A model of no family: convolutions, random numbers, and a loss that compares rows."""
 
-    outer, whole_batch = (), True
+    outer = ()
+    whole_batch = True
 
     def __init__(self):
         super().__init__()
-        self.config, self.rows_at_once, self.gather = None, 0, None
-        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 16)
+        self.config = None
+        self.rows_at_once = 0
+        self.gather = None
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.out = nn.Linear(8, 16)
         self.frozen = nn.Linear(16, 16).requires_grad_(False)
 
     def example_batch(self, rows):
@@ -470,15 +515,16 @@ class Pairs(nn.Module):
 
 
 def test_any_module_can_be_measured():
-    model, train = Pairs(), TrainConfig(5, batch_size=6, micro_batch_size=2, device="cpu")
+    model = Pairs()
+    train = TrainConfig(5, batch_size=6, micro_batch_size=2, device="cpu")
     line = estimate.describe(model, OptimConfig(), train)
     forward = 6 * 2 * (16 * 16 * 27 * 8 + 8 * 16 + 16 * 16) + 2 * 6 * 6 * 16
     counted = trace.count_flops(model, 6)
     assert sum(done for done, _ in counted.values()) == forward
     assert counted["loss"] == [2 * 6 * 6 * 16, 4 * 6 * 6 * 16]
     assert counted["frozen"] == [6 * 2 * 16 * 16] * 2  # gradients pass through it, but it has none
-    assert "640 parameters, 368 of them trained" in line and "for 2 rows at once" in line
-    assert estimate.micro_batch(model, train) == (6, False)  # it takes the batch whole
+    assert "640 parameters" in line and "368 of them trained" in line and "2 rows" in line
+    assert estimate.micro_batch(model, train) == (6, False)  # the loss needs the whole batch
     assert estimate.micro_batch(GPT(SMALL), train) == (2, True)
     assert estimate.micro_batch(GPT(SMALL), train, world=3) == (2, False)
     network = estimate.measured("pairs", model, OptimConfig("adamw"), 6)
@@ -489,23 +535,25 @@ def test_any_module_can_be_measured():
     assert memory.training_memory(network, Training(6, "fp32")).total == whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pairs, "loss", lambda *_: 1 / 0)
-        assert "cannot be predicted (ZeroDivisionError" in estimate.describe(
-            model, OptimConfig(), train
-        )
+        line = estimate.describe(model, OptimConfig(), train)
+    assert "cannot be predicted (ZeroDivisionError" in line
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
 def test_description_of_a_run():
-    model, optim = GPT(SMALL), OptimConfig()
+    model = GPT(SMALL)
+    optim = OptimConfig()
     train = TrainConfig(steps=10, batch_size=32, micro_batch_size=4, device="cpu", dtype="float32")
     line = estimate.describe(model, optim, train)
     peak = max(trace.step_bytes(model, optim, 4, accumulate=True)) / GiB
-    assert f"a peak of {peak:.2f} GiB" in line and "for 4 rows at once in float32" in line
-    assert f"{32 * model.flops_per_row() * 10:.3g} FLOP in all" in line and "\n" not in line
-    away = estimate.describe(model, optim, replace(train, device="cuda", dtype="auto"))
-    assert "peak of" in away  # a dry run for another machine
+    assert f"a peak of {peak:.2f} GiB" in line
+    assert "4 rows" in line and "float32" in line
+    assert f"{32 * model.flops_per_row() * 10:.3g} FLOP" in line
+    assert "\n" not in line
+    # A dry run for another machine: this one may have no GPU.
+    assert "peak of" in estimate.describe(model, optim, replace(train, device="cuda", dtype="auto"))
 
 
 def ask(*words):
@@ -513,17 +561,29 @@ def ask(*words):
 
 
 def test_json_of_a_system():
-    found = json.loads(ask("gpt3-175b", "--json", "--gpu", "h100", "--gpus", 1024, "--tokens", 3e11,
-                           "--price", 2, "--mfu", 0.5, "--availability", 0.9))  # fmt: skip
+    training = ["--gpu", "h100", "--gpus", 1024, "--tokens", 3e11]
+    assumptions = ["--price", 2, "--mfu", 0.5, "--availability", 0.9]
+    found = json.loads(ask("gpt3-175b", "--json", *training, *assumptions))
     gpt3 = systems.get("gpt3-175b")
-    assert list(found) == ["name", "params_total", "params_non_embedding", "weights_bytes",
-                           "train_bytes_per_gpu", "kv_cache_bytes", "train_flops", "gpu_hours",
-                           "days", "cost_usd"]  # fmt: skip
+    assert list(found) == [
+        "name",
+        "params_total",
+        "params_non_embedding",
+        "weights_bytes",
+        "train_bytes_per_gpu",
+        "kv_cache_bytes",
+        "train_flops",
+        "gpu_hours",
+        "days",
+        "cost_usd",
+    ]
     assert found["params_total"] == gpt3.parameters == 174_604_259_328
     assert found["params_non_embedding"] == gpt3.non_embedding
     assert found["weights_bytes"] == 2 * gpt3.parameters
     assert found["kv_cache_bytes"] == 2048 * 4_718_592
-    assert found["train_flops"] == pytest.approx(3.14e23 * 1.0277, rel=2e-3)  # + attention
+    assert found["train_flops"] == pytest.approx(
+        3.14e23 * 1.0277, rel=2e-3
+    )  # 3.14e23 leaves out attention
     assert found["gpu_hours"] == pytest.approx(found["train_flops"] / 989e12 / 0.5 / 3600 / 0.9)
     assert found["days"] == pytest.approx(found["gpu_hours"] / 1024 / 24)
     assert found["cost_usd"] == pytest.approx(2 * found["gpu_hours"])
@@ -540,41 +600,55 @@ def test_json_is_null_where_nothing_is_known():
 def test_text_states_its_assumptions():
     text = ask("gpt3-13b", "--gpu", "h100", "--gpus", 8)
     for part in (
-        "12,853,386,240 parameters (published: 12.85B)", "Table 2.1 has a width of 5140",
-        "51.41 GB in fp32, 25.71 GB in bf16", "FSDP2 over 8", "2 a multiply-add",
-        "no discount for causality", "training on 3e+11 tokens", "availability 1",
-        "8 x h100, at MFU 0.4 of 989", "2.79 USD a GPU-hour (April 2026", "PUE of 1.1",
-    ):  # fmt: skip
+        "12,853,386,240 parameters (published: 12.85B)",
+        "Table 2.1 has a width of 5140",
+        "51.41 GB in fp32, 25.71 GB in bf16",
+        "FSDP2 over 8",
+        "2 a multiply-add",
+        "no discount for causality",
+        "training on 3e+11 tokens",
+        "availability 1",
+        "8 x h100, at MFU 0.4 of 989",
+        "2.79 USD a GPU-hour (April 2026",
+        "PUE of 1.1",
+        "80 GB of memory",
+        "3350 GB/s",
+        "900 GB/s",
+    ):
         assert part in text, part
-    assert "80 GB of memory at 3350 GB/s, links of 900 GB/s" in text
-    assert "add --gpu" in ask("gpt3-13b") and "add --tokens" in ask("gpt2")
-    assert "add --gpu" not in ask("gpt2", "--gpu", "h100")
-    assert "more than h100 has; --fit 80GB" in ask("gpt3-13b", "--gpu", "h100")
-    assert "more than" not in ask("gpt2", "--gpu", "h100")
+    without_gpu = ask("gpt2")
+    assert "add --tokens" in without_gpu and "rule of 6 N" in without_gpu
+    assert "add --gpu" in ask("gpt3-13b")
+    on_gpu = ask("gpt2", "--gpu", "h100")
+    assert "add --gpu" not in on_gpu and "more than" not in on_gpu
+    assert re.search("more than h100 has; .*--fit 80GB", ask("gpt3-13b", "--gpu", "h100"))
     assert "active a token" in ask("mixtral-8x7b")
-    assert "rule of 6 N" in ask("gpt2") and "rule of 6 N" not in ask("t5-11b")
+    assert "rule of 6 N" not in ask("t5-11b")
     assert "FLOP an image, forward" in ask("sd1-unet")
 
 
-def test_text_has_lines_for_components_and_for_a_block():
-    text, gpt3 = ask("gpt3-175b"), systems.get("gpt3-175b")
+def test_text_has_lines_for_components_and_a_block():
+    text = ask("gpt3-175b")
+    gpt3 = systems.get("gpt3-175b")
     attention = 2 * gpt3.by_part("macs")["attention"] / 2048 / 1e9
     assert f"{attention:.4g} GFLOP forward,   {2 * attention:.4g} GFLOP backward" in text
-    both = [sum(n) for n in zip(*gpt3.flops_by_part().values())]
-    assert both == [gpt3.flops_per_row(backward=False), 2 * gpt3.flops_per_row(backward=False)]
+    forward, backward = (sum(flops) for flops in zip(*gpt3.flops_by_part().values()))
+    assert forward == gpt3.flops_per_row(backward=False)
+    assert backward == 2 * forward
     block = 2048 * 12288 * 32 / 1e6  # without dropout's masks
     assert f"a block keeps {block:.4g} MB of a row, 1.611 GB if attention is unfused" in text
     assert "activations    9.676 GB" in ask("gpt3-175b", "--gpus", 8, "--tensor", 8, "--sequence")
     assert "tensor 8" in ask("gpt3-175b", "--gpus", 8, "--tensor", 8)
-    assert "a block" not in ask("sd1-vae") and "micro-batches of 1 image (" in ask("sd1-vae")
+    vae = ask("sd1-vae")
+    assert "a block" not in vae and "micro-batches of 1 image (" in vae
 
 
 def test_fit_answers():
-    assert "fits into 24GiB: one GPU, micro-batches of up to 25 rows" in ask(
-        "gpt2", "--fit", "24GiB"
-    )
+    text = ask("gpt2", "--fit", "24GiB")
+    assert re.search("fits into 24GiB: one GPU, .*up to 25 rows", text)
     text = ask("llama3-8b", "--fit", "24GiB")
-    assert "does not fit into 24GiB on 1 GPU, but does: FSDP2 on" in text and "at least" in text
+    assert re.search("does not fit into 24GiB on 1 GPU, .*FSDP2 on", text)
+    assert "at least" in text
     assert "on any number of GPUs" in ask("llama3.1-405b", "--fit", "1GB")
 
 
@@ -588,10 +662,9 @@ def test_table_plot_and_list(tmp_path):
     assert len({len(line) for line in lines}) == 1
     assert "176,247,271,424" in lines[2] and "4.014 MB" in lines[2]
     image = matplotlib.image.imread(picture)
-    assert (
-        image.shape[1] > image.shape[0] > 300
-        and len({*map(tuple, image[::9, ::9, :3].reshape(-1, 3))}) > 4
-    )
+    assert image.shape[1] > image.shape[0] > 300
+    colours = {tuple(pixel) for pixel in image[::9, ::9, :3].reshape(-1, 3)}
+    assert len(colours) > 4
     listed = ask("--list").splitlines()
     assert [line.split()[0] for line in listed] == list(systems.rows())
 
@@ -601,23 +674,23 @@ def test_a_run_directory(tiny_run):
     record = json.loads((tiny_run / "config.json").read_text(encoding="utf-8"))
     model = GPT(GPTConfig(**record["model"]))
     train = record["train"]
-    assert found["params_total"] == sum(p.numel() for p in model.parameters())
+    assert found["params_total"] == count_parameters(model)
     assert found["train_flops"] == train["steps"] * train["batch_size"] * model.flops_per_row()
     assert found["kv_cache_bytes"] > 0 and found["days"] > 0
     assert "token_embedding" in ask(tiny_run)
     assert "one GPU" in ask(tiny_run, "--fit", "1GiB")
 
 
-def test_presets_are_names_too():
+def test_a_preset_is_a_name_too():
     assert json.loads(ask("gpt", "--json"))["params_total"] == 3_704_576
 
 
 @pytest.mark.parametrize("name", ["text2image-clip", "sweep-1"])
-def test_the_estimate_of_a_preset_is_measured_on_its_module(name):
+def test_the_estimate_of_a_preset_is_measured_on_its_model(name):
     run = registry.get_preset(name).run
     model = run.build_model()
     found = json.loads(ask(name, "--json"))
-    assert found["params_total"] == sum(p.numel() for p in model.parameters())
+    assert found["params_total"] == count_parameters(model)
     cost = estimate.training_cost(model, run.optim, run.train.batch_size)
     assert found["train_flops"] == pytest.approx(cost.flops_per_step * run.train.steps)
     rows, several = estimate.micro_batch(model, run.train)
@@ -626,25 +699,28 @@ def test_the_estimate_of_a_preset_is_measured_on_its_module(name):
 
 
 def test_frozen_parameters_have_no_gradients_and_no_averages():
-    """In text-to-image only the denoiser is trained."""
+    """Text-to-image trains its denoiser alone."""
     run = registry.get_preset("text2image").run
     network, training = calc.measure_run("text2image", run)
     model = run.build_model()
-    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters())
-             for part in ("text_tower", "autoencoder", "diffusion")}  # fmt: skip
-    assert network.parts == sizes and network.learnt == sizes.pop("diffusion")
+    parts = ("text_tower", "autoencoder", "diffusion")
+    sizes = {part: count_parameters(getattr(model, part)) for part in parts}
+    assert network.parts == sizes
+    assert network.learnt == sizes.pop("diffusion")
     assert network.frozen == sizes
     held = memory.training_memory(network, training)
     optimizers = build_optimizers(model, run.optim)
-    for parameter in (p for each in optimizers for g in each.param_groups for p in g["params"]):
-        parameter.grad = torch.zeros_like(parameter)
-    for each in optimizers:
-        each.step()
-    states = sum(value.nbytes for each in optimizers for state in each.state.values()
-                 for name, value in state.items() if name != "step")  # fmt: skip
-    assert held.weights == 4 * network.parameters and held.gradients == 4 * network.learnt
-    assert held.optimizer == states + 4 * network.learnt  # with the moving average
-    assert all(backward == 0 for part, (_, backward) in network.flops.items() if part in sizes)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert held.weights == 4 * network.parameters
+    assert held.gradients == 4 * network.learnt
+    average = 4 * network.learnt
+    assert held.optimizer == state_bytes(optimizers) + average
+    for part in sizes:  # that are frozen
+        assert network.flops.get(part, (0, 0))[1] == 0
     lines = [line.split() for line in report.parameter_lines(network)]
     for part, size in sizes.items():
         assert [part, f"{size:,}", "frozen:", f"{size:,}"] in lines
@@ -676,27 +752,27 @@ def test_the_unit_of_the_data(preset, task, unit):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("gpt3-175", "no system, preset or run directory 'gpt3-175'; did you mean gpt3-175b"),
+        ("gpt3-175", "'gpt3-175'; did you mean gpt3-175b"),
         ("gpt2-124", "did you mean gpt2-124m"),
-        ("tests", "tests is not a run directory: it has no config.json"),
+        ("tests", "tests is not a run directory: .*config.json"),
         ("gpt3", "did you mean gpt3-125m or gpt3-350m"),
-        ("runs/none", "no system, preset or run directory 'runs/none'; train.py makes a run"),
-        ("gpt2 --gpus 0", "argument --gpus: 0 must be above 0"),
-        ("gpt2 --tokens -3", "argument --tokens: -3 must be above 0"),
-        ("gpt2 --tokens nan", "argument --tokens: nan is not a finite number"),
+        ("runs/none", "'runs/none'; train.py makes a run"),
+        ("gpt2 --gpus 0", "--gpus: 0 must be above 0"),
+        ("gpt2 --tokens -3", "--tokens: -3 must be above 0"),
+        ("gpt2 --tokens nan", "--tokens: nan is not a finite number"),
         ("gpt2 --tokens many", "'many' is not a number"),
         ("gpt2 --rows 1.5", "1.5 is not a whole number"),
-        ("gpt2 --gpu v100 --dtype bf16", "v100-32gb has no bf16; use fp16 or fp32"),
+        ("gpt2 --gpu v100 --dtype bf16", "v100-32gb has no bf16; use fp16"),
         ("gpt2 --gpu h1000", "there is no GPU 'h1000'"),
-        ("gpt2 --gpus 10 --tensor 4", "10 GPUs are not divisible by tensor 4"),
+        ("gpt2 --gpus 10 --tensor 4", "10 GPUs .*tensor 4"),
         ("gpt2 --fit 24", "write it as 24GiB"),
-        ("gpt2 --fit 24GB --zero 0", "--fit finds the layout and the rows; leave out --zero"),
+        ("gpt2 --fit 24GB --zero 0", "--fit .*; leave out --zero"),
         ("gpt2 --fit 24GB --tensor 2", "leave out --tensor"),
         ("gpt2 --fit 24GB --json", "--fit answers in words"),
-        ("gpt2 --list", "--list shows all systems; leave out gpt2"),
+        ("gpt2 --list", "--list .*; leave out gpt2"),
         ("gpt2 --mfu 40", "mfu is 40"),
         ("gpt2 --availability 2", "availability is 2"),
-        ("gpt2 --pue 0.5", "pue is 0.5; it must be at least 1"),
+        ("gpt2 --pue 0.5", "pue is 0.5; .*at least 1"),
         ("gpt2 gpt1", "add --compare"),
         ("--compare gpt2 gpt1 --json", "one name at a time"),
         ("gpt2 --bogus", "unrecognized arguments: --bogus"),
@@ -712,16 +788,16 @@ def test_refused_questions(words, message, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_it_answers_at_once_and_without_torch():
+def test_it_answers_without_loading_torch():
     code = """
 import sys
 from tinyfm.calc import __main__ as calc
 assert "174,604,259,328" in calc.answer(["gpt3-175b"])
 assert "torch" not in sys.modules
 """
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - start < 5
 
 
 def test_memory_adds_up():
