@@ -80,7 +80,7 @@ def find_column(
 ) -> str:
     """The first of `input_columns` that the table has.
 
-    Raises ValueError if it has none of them, or lacks one of `label_columns`.
+    Raises ValueError if it has none of them, or if one of `label_columns` is missing.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     found = ", ".join(map(repr, names)) or "none"
@@ -146,7 +146,7 @@ def text_rows(
     input_column: str = "",
     label_columns: Sequence[str] = LABEL_COLUMNS,
 ) -> list[Row]:
-    """The texts of a table; `input_column` is "text" if it is "".
+    """The texts of a table. An `input_column` of "" stands for "text".
 
     Raises ValueError if there are fewer than two, or a column is missing.
     """
@@ -170,7 +170,7 @@ def picture_rows(
 ) -> list[Row]:
     """The pictures of a table, or of a folder with a folder for each class; none is opened.
 
-    `input_column` is "path" or "image" if it is "". Raises ValueError as `text_rows` does.
+    An `input_column` of "" stands for "path" or "image". Raises ValueError as `text_rows` does.
     """
     from data import captioned
 

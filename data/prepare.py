@@ -198,7 +198,10 @@ def read_seen(path: Path, index_mb: int, width: int) -> dedupe.Seen:
     seen = dedupe.Seen(index_mb)
     if path.exists():
         with open(path, "rb") as file:
-            while len(block := np.fromfile(file, "<u8", width << 12)):
+            while True:
+                block = np.fromfile(file, "<u8", width << 12)
+                if len(block) == 0:
+                    break
                 seen.add(block)
     return seen
 

@@ -46,4 +46,4 @@ def show(documents: Iterable[str], report: Report, excerpt_chars: int = 600) -> 
     seconds = time.perf_counter() - start
     print(f"{count:,} documents, {size:,} bytes, {seconds:.1f} s")
     print(report)
-    print(f"--- the first document begins ---\n{first[:excerpt_chars]}")
+    print(f"--- start of the first document ---\n{first[:excerpt_chars]}")
