@@ -1,4 +1,4 @@
-"""Simulated FSDP2 jobs: memory of a rank, time of a step, and refused layouts."""
+"""Simulated FSDP2 jobs: the memory of a rank, the time of a step, refused layouts."""
 
 import pytest
 import torch.distributed as dist
@@ -17,9 +17,10 @@ def simulate(name, ranks, shard_size=0):
 
 
 def test_llama_1b_over_64_ranks():
-    """Rank 0 holds to the byte what memory.py predicts; more copies cost only their sums."""
+    """Rank 0 holds the bytes that memory.py predicts; more copies only add communication."""
     text = calc.answer(["cluster", "llama-1b", "--gpus", "64"])
-    assert "1,235,814,400 parameters, shared by 64 of 64 x h100" in text
+    assert "1,235,814,400 parameters" in text
+    assert "64 of 64 x h100" in text
     job = simulate("llama-1b", 64, shard_size=8)
     assert job.held == job.expected
     assert job.held.weights == 4 * job.parameters / 8
@@ -29,7 +30,7 @@ def test_llama_1b_over_64_ranks():
 
 
 def test_gpt3_over_1024_ranks():
-    """50,257 rows of the vocabulary do not divide by 1,024: rank 0 has one row in 1,000 more."""
+    """50,257 rows of the vocabulary do not divide by 1,024, so rank 0 has a little more."""
     job = simulate("gpt3-175b", 1024)
     assert job.parameters == systems.get("gpt3-175b").parameters
     assert 1 <= job.held.total / job.expected.total < 1.0001
@@ -39,11 +40,11 @@ def test_gpt3_over_1024_ranks():
 def test_seconds_of_a_step():
     """Two blocks of 1,000 parameters and 500 outside them; 1,000 bytes a second; one copy.
 
-    Nothing hides the sending of the outermost unit and of the first block.
+    No computing hides the sending of the outermost unit and of the first block.
     """
     sending, step = cluster.step_seconds(300, [500, 1000, 1000], 0, 1, 1e3, 1e3)
     assert sending == 2 * 4 + 8 + 3 + 2
-    assert step == 300 + 3 + 2  # computing hides all the rest
+    assert step == 300 + 3 + 2  # computing hides the rest
     assert cluster.step_seconds(0, [500, 1000, 1000], 0, 1, 1e3, 1e3) == (sending, sending)
     _, step_of_four_copies = cluster.step_seconds(300, [500, 1000, 1000], 4000, 4, 1e3, 1e3)
     assert step_of_four_copies == step + 6
@@ -52,13 +53,13 @@ def test_seconds_of_a_step():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("llama", "there is no preset 'llama'"),
-        ("llama-1b --gpus 64 --shard-size 7", "7 does not divide the 64 processes; use one of"),
-        ("bert-base", "is of family bert; use a system of family gpt or llama"),
+        ("llama", "no preset 'llama'"),
+        ("llama-1b --gpus 64 --shard-size 7", "7 .*64 processes; use one of"),
+        ("bert-base", "family bert; use .*gpt or llama"),
         ("gpt2 --gpu v100", "v100-32gb has no bf16"),
     ],
 )
-def test_jobs_that_cannot_be(words, message):
+def test_refused_jobs(words, message):
     with pytest.raises(ValueError, match=message):
         calc.answer(["cluster", *words.split()])
     assert not dist.is_initialized()

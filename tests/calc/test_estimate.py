@@ -1,7 +1,8 @@
-"""The cost of a training step that is estimated equals the cost of one that runs."""
+"""The estimated cost of a training step equals the measured cost of one that runs."""
 
 import pytest
 import torch
+from conftest import count_parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,7 @@ def test_costs_are_those_of_a_training_step(optimizer, half_life):
     config = OptimConfig(optimizer=optimizer, ema_half_life=half_life)
     cost = estimate.training_cost(model, config, batch_size=3)
 
-    # One step.
+    # Run one step.
     optimizers = build_optimizers(model, config)
     tokens = torch.randint(300, (3, SMALL.context_length + 1))
     counter = FlopCounterMode(display=False)
@@ -33,7 +34,7 @@ def test_costs_are_those_of_a_training_step(optimizer, half_life):
             state_bytes += sum(value.nbytes for name, value in state.items() if name != "step")
 
     parameters = list(model.parameters())
-    assert cost.parameters == sum(p.numel() for p in parameters)
+    assert cost.parameters == count_parameters(model)
     assert cost.parameter_bytes == sum(p.nbytes for p in parameters)
     assert cost.gradient_bytes == sum(p.grad.nbytes for p in parameters)
     assert cost.optimizer_bytes == state_bytes
@@ -46,7 +47,7 @@ def test_costs_are_those_of_a_training_step(optimizer, half_life):
     [("gpt2-124m", 124_439_808), ("gpt2-1.5b", 1_557_611_200), ("llama-1b", 1_235_814_400)],
 )
 def test_large_presets_have_the_published_sizes(name, parameters):
-    """test_cli.py checks what a dry run prints about them."""
+    """test_cli.py checks the text of a dry run about them."""
     run = registry.get_preset(name).run
     with torch.device("meta"):
         model = run.build_model()
