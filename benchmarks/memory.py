@@ -75,7 +75,7 @@ def measure_peak(run: Run) -> int:
 
 
 def settings(train: TrainConfig, rows: int, micro_batches: int) -> TrainConfig:
-    """Train on micro-batches of `rows` rows, so many of them per step, for STEPS steps."""
+    """Settings for STEPS steps of `micro_batches` micro-batches with `rows` rows each."""
     return dataclasses.replace(
         train,
         steps=STEPS,

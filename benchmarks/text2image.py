@@ -95,12 +95,12 @@ class Drawer:
 
     model: nn.Module
     critic: Judge
-    asked: list[tuple[str, str]]  # (style, name of the character) of each prompt
+    prompts: list[tuple[str, str]]  # (style, name of the character) of each prompt
 
     def draw(self, sampler: str, steps: int, guidance: float) -> torch.Tensor:
         """A picture for each prompt, (B, C, H, W)."""
-        prompts = [f"{style} {name}" for style, name in self.asked]
-        return sheets.illustrate(self.model, prompts, steps, sampler=sampler, guidance=guidance)
+        texts = [f"{style} {name}" for style, name in self.prompts]
+        return sheets.illustrate(self.model, texts, steps, sampler=sampler, guidance=guidance)
 
 
 def open_drawer(path: str) -> Drawer:
@@ -108,13 +108,13 @@ def open_drawer(path: str) -> Drawer:
     opened = run_dir.open_run(path)
     opened.model.tokenizer = opened.tokenizer
     critic, _ = judge.load_or_train(opened.run.data.cache)
-    asked = generated.prompts_of(opened.run.open_data())["letters and digits"]
-    return Drawer(opened.model, critic, asked[::3])
+    prompts = generated.prompts_of(opened.run.open_data())["letters and digits"]
+    return Drawer(opened.model, critic, prompts[::3])
 
 
 @torch.inference_mode()
 def compare_samplers(drawer: Drawer, guidance: float) -> None:
-    real = judge.embed(drawer.critic, generated.real_drawings(drawer.asked))
+    real = judge.embed(drawer.critic, generated.real_drawings(drawer.prompts))
     distances = {}
     for sampler, steps in SAMPLERS:
         start = time.perf_counter()
@@ -133,8 +133,8 @@ def compare_samplers(drawer: Drawer, guidance: float) -> None:
 
 @torch.inference_mode()
 def compare_guidances(drawer: Drawer) -> None:
-    styles = [style for style, _ in drawer.asked]
-    names = [name for _, name in drawer.asked]
+    styles = [style for style, _ in drawer.prompts]
+    names = [name for _, name in drawer.prompts]
     for guidance in GUIDANCES:
         images = drawer.draw("dpm++", 20, guidance)
         shares = judge.prompt_following(drawer.critic, images, names, styles)
