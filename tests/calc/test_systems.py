@@ -1,4 +1,4 @@
-"""The ledgers of published systems: parameters and FLOPs are those of the reference modules."""
+"""The ledgers of published systems: parameters and FLOPs equal those of the reference modules."""
 
 import re
 
@@ -13,27 +13,38 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinyfm.calc import systems
 from tinyfm.recipes import registry
 
-# ---- the same system, as the reference libraries build it ---------------------------------------
+# ---- each system as the reference libraries build it; c is its shape -----------------------------
 
 
 def decoder(name, c):
-    """Classes of transformers whose configs share the field names of Llama."""
-    rope = {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"], "vocab_size": c["vocab"],
-            "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"],
-            "head_dim": c["d_head"], "intermediate_size": c["d_ff"],
-            "tie_word_embeddings": c["head"] == "tied"}  # fmt: skip
+    """Classes whose configs share the field names of Llama."""
+    fields = {
+        "hidden_size": c["d_model"],
+        "num_hidden_layers": c["layers"],
+        "vocab_size": c["vocab"],
+        "num_attention_heads": c["heads"],
+        "num_key_value_heads": c["kv_heads"],
+        "head_dim": c["d_head"],
+        "intermediate_size": c["d_ff"],
+        "tie_word_embeddings": c["head"] == "tied",
+    }
     if name.startswith("mixtral"):
-        return hf.MixtralForCausalLM(hf.MixtralConfig(**rope, num_local_experts=c["experts"]))
+        return hf.MixtralForCausalLM(hf.MixtralConfig(**fields, num_local_experts=c["experts"]))
     if name.startswith("mistral"):
-        return hf.MistralForCausalLM(hf.MistralConfig(**rope, sliding_window=c["window"]))
+        return hf.MistralForCausalLM(hf.MistralConfig(**fields, sliding_window=c["window"]))
     if name.startswith("qwen3"):
-        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**rope))
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**rope))
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**fields))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**fields))
 
 
 def gpt(name, c):
-    sizes = {"n_layer": c["layers"], "n_embd": c["d_model"], "n_head": c["heads"],
-             "vocab_size": c["vocab"], "n_positions": c["positions"]}  # fmt: skip
+    sizes = {
+        "n_layer": c["layers"],
+        "n_embd": c["d_model"],
+        "n_head": c["heads"],
+        "vocab_size": c["vocab"],
+        "n_positions": c["positions"],
+    }
     if name == "gpt1":
         return hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**sizes))
     return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_inner=c["d_ff"]))
@@ -41,32 +52,51 @@ def gpt(name, c):
 
 def opt(name, c):
     narrow = c["d_embed"] > 0
-    return hf.OPTForCausalLM(hf.OPTConfig(
-        hidden_size=c["d_model"], num_hidden_layers=c["layers"], ffn_dim=c["d_ff"],
-        num_attention_heads=c["heads"], vocab_size=c["vocab"], max_position_embeddings=c["context"],
-        word_embed_proj_dim=c["d_embed"] or c["d_model"], do_layer_norm_before=not narrow,
-    ))  # fmt: skip
+    config = hf.OPTConfig(
+        hidden_size=c["d_model"],
+        num_hidden_layers=c["layers"],
+        ffn_dim=c["d_ff"],
+        num_attention_heads=c["heads"],
+        vocab_size=c["vocab"],
+        max_position_embeddings=c["context"],
+        word_embed_proj_dim=c["d_embed"] if narrow else c["d_model"],
+        do_layer_norm_before=not narrow,
+    )
+    return hf.OPTForCausalLM(config)
 
 
 def bloom(name, c):
-    return hf.BloomForCausalLM(hf.BloomConfig(
-        hidden_size=c["d_model"], n_layer=c["layers"], n_head=c["heads"], vocab_size=c["vocab"],
-    ))  # fmt: skip
+    config = hf.BloomConfig(
+        hidden_size=c["d_model"], n_layer=c["layers"], n_head=c["heads"], vocab_size=c["vocab"]
+    )
+    return hf.BloomForCausalLM(config)
 
 
 def falcon(name, c):
-    large = c["norms"] == 2
-    return hf.FalconForCausalLM(hf.FalconConfig(
-        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
-        num_kv_heads=c["kv_heads"], new_decoder_architecture=large, vocab_size=c["vocab"],
-        multi_query=True, parallel_attn=True, bias=False, alibi=False,
-    ))  # fmt: skip
+    config = hf.FalconConfig(
+        hidden_size=c["d_model"],
+        num_hidden_layers=c["layers"],
+        num_attention_heads=c["heads"],
+        num_kv_heads=c["kv_heads"],
+        new_decoder_architecture=c["norms"] == 2,
+        vocab_size=c["vocab"],
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+    )
+    return hf.FalconForCausalLM(config)
 
 
 def bert(name, c):
-    sizes = {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"],
-             "num_attention_heads": c["heads"], "intermediate_size": c["d_ff"],
-             "vocab_size": c["vocab"], "max_position_embeddings": c["positions"]}  # fmt: skip
+    sizes = {
+        "hidden_size": c["d_model"],
+        "num_hidden_layers": c["layers"],
+        "num_attention_heads": c["heads"],
+        "intermediate_size": c["d_ff"],
+        "vocab_size": c["vocab"],
+        "max_position_embeddings": c["positions"],
+    }
     if name.startswith("roberta"):
         return hf.RobertaForMaskedLM(hf.RobertaConfig(**sizes, type_vocab_size=1))
     if name.startswith("electra"):
@@ -78,86 +108,122 @@ def bert(name, c):
 
 
 def xlnet(name, c):
-    return hf.XLNetLMHeadModel(hf.XLNetConfig(
-        d_model=c["d_model"], n_layer=c["layers"], n_head=c["heads"], d_inner=c["d_ff"],
-    ))  # fmt: skip
+    config = hf.XLNetConfig(
+        d_model=c["d_model"], n_layer=c["layers"], n_head=c["heads"], d_inner=c["d_ff"]
+    )
+    return hf.XLNetLMHeadModel(config)
 
 
 def t5(name, c):
-    return hf.T5ForConditionalGeneration(hf.T5Config(
-        d_model=c["d_model"], d_kv=c["d_head"], d_ff=c["d_ff"], num_layers=c["layers"],
-        num_heads=c["heads"], vocab_size=c["vocab"],
-    ))  # fmt: skip
+    config = hf.T5Config(
+        d_model=c["d_model"],
+        d_kv=c["d_head"],
+        d_ff=c["d_ff"],
+        num_layers=c["layers"],
+        num_heads=c["heads"],
+        vocab_size=c["vocab"],
+    )
+    return hf.T5ForConditionalGeneration(config)
 
 
 def whisper(name, c):
-    n, heads, width = c["layers"], c["heads"], c["d_ff"]
-    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(
-        d_model=c["d_model"], encoder_layers=n, decoder_layers=n, encoder_attention_heads=heads,
-        decoder_attention_heads=heads, encoder_ffn_dim=width, decoder_ffn_dim=width,
+    config = hf.WhisperConfig(
+        d_model=c["d_model"],
+        encoder_layers=c["layers"],
+        decoder_layers=c["layers"],
+        encoder_attention_heads=c["heads"],
+        decoder_attention_heads=c["heads"],
+        encoder_ffn_dim=c["d_ff"],
+        decoder_ffn_dim=c["d_ff"],
         vocab_size=c["vocab"],
-    ))  # fmt: skip
+    )
+    return hf.WhisperForConditionalGeneration(config)
 
 
 def musicgen(name, c):
     config = hf.MusicgenDecoderConfig(
-        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
-        ffn_dim=c["d_ff"], vocab_size=c["vocab"],
-    )  # fmt: skip
+        hidden_size=c["d_model"],
+        num_hidden_layers=c["layers"],
+        num_attention_heads=c["heads"],
+        ffn_dim=c["d_ff"],
+        vocab_size=c["vocab"],
+    )
     return hf.MusicgenForCausalLM(config)
 
 
 def clip_text_config(c):
-    return {"hidden_size": c["d_model"], "num_hidden_layers": c["layers"],
-            "num_attention_heads": c["heads"], "intermediate_size": c["d_ff"]}  # fmt: skip
+    return {
+        "hidden_size": c["d_model"],
+        "num_hidden_layers": c["layers"],
+        "num_attention_heads": c["heads"],
+        "intermediate_size": c["d_ff"],
+    }
 
 
 def clip(name, c):
     if name == "sd1-text":
         return hf.CLIPTextModel(hf.CLIPTextConfig(**clip_text_config(c)))
     D = c["image_width"]
-    vision = {"hidden_size": D, "num_hidden_layers": c["image_layers"], "patch_size": c["patch"],
-              "num_attention_heads": D // 64, "intermediate_size": 4 * D}  # fmt: skip
-    return hf.CLIPModel(hf.CLIPConfig(text_config=clip_text_config(c), vision_config=vision,
-                                      projection_dim=c["outputs"]))  # fmt: skip
+    vision = {
+        "hidden_size": D,
+        "num_hidden_layers": c["image_layers"],
+        "patch_size": c["patch"],
+        "num_attention_heads": D // 64,
+        "intermediate_size": 4 * D,
+    }
+    config = hf.CLIPConfig(
+        text_config=clip_text_config(c), vision_config=vision, projection_dim=c["outputs"]
+    )
+    return hf.CLIPModel(config)
 
 
 def vit(name, c):
-    return hf.ViTForImageClassification(hf.ViTConfig(
-        hidden_size=c["d_model"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
-        intermediate_size=c["d_ff"], patch_size=c["patch"], num_labels=1000,
-    ))  # fmt: skip
+    config = hf.ViTConfig(
+        hidden_size=c["d_model"],
+        num_hidden_layers=c["layers"],
+        num_attention_heads=c["heads"],
+        intermediate_size=c["d_ff"],
+        patch_size=c["patch"],
+        num_labels=1000,
+    )
+    return hf.ViTForImageClassification(config)
 
 
 def unet(name, c):
+    attention = "AttnDownBlock2D" if name.startswith("ddpm") else "CrossAttnDownBlock2D"
+    down = []
+    for level in range(len(c["channels"])):
+        down.append(attention if level in c["attention"] else "DownBlock2D")
+    fields = {
+        "sample_size": c["side"],
+        "block_out_channels": c["channels"],
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+    }
     if name.startswith("ddpm"):
-        here = ["AttnDownBlock2D" if i in c["attention"] else "DownBlock2D"
-                for i in range(len(c["channels"]))]  # fmt: skip
-        back = [kind.replace("Down", "Up") for kind in reversed(here)]
-        return diffusers.UNet2DModel(
-            sample_size=c["side"], block_out_channels=c["channels"], down_block_types=here,
-            up_block_types=back, attention_head_dim=None,
-        )  # fmt: skip
-    n, xl = len(c["channels"]), name == "sdxl-unet"
-    here = ["CrossAttnDownBlock2D" if i in c["attention"] else "DownBlock2D" for i in range(n)]
-    back = ["CrossAttnUpBlock2D" if i in c["attention"] else "UpBlock2D" for i in range(n)][::-1]
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 2816,
-             "transformer_layers_per_block": [1, 2, 10]}  # fmt: skip
+        return diffusers.UNet2DModel(**fields, attention_head_dim=None)
+    if name == "sdxl-unet":
+        fields |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "transformer_layers_per_block": [1, 2, 10],
+        }
     heads = [width // 64 for width in c["channels"]] if c["d_head"] else 8
     return diffusers.UNet2DConditionModel(
-        sample_size=c["side"], block_out_channels=c["channels"], down_block_types=here,
-        up_block_types=back, cross_attention_dim=c["cross"], attention_head_dim=heads,
-        **(added if xl else {}),
-    )  # fmt: skip
+        **fields, cross_attention_dim=c["cross"], attention_head_dim=heads
+    )
 
 
 def vae(name, c):
     n = len(c["channels"])
     return diffusers.AutoencoderKL(
-        block_out_channels=c["channels"], latent_channels=c["latent"], layers_per_block=2,
-        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
-    )  # fmt: skip
+        block_out_channels=c["channels"],
+        latent_channels=c["latent"],
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * n,
+        up_block_types=["UpDecoderBlock2D"] * n,
+    )
 
 
 def resnet(name, c):
@@ -174,13 +240,15 @@ BUILDERS = {
     "whisper": whisper, "musicgen": musicgen, "clip": clip, "clip-text": clip, "vit": vit,
     "unet": unet, "vae": vae, "resnet": resnet, "mobilenet": mobilenet,
 }  # fmt: skip
-EXACT = {  # of families that neither library has, counted once from their authors' code or forms
+# Parameters of families that neither library has: counted from the code of their authors, or by
+# the formulas of their papers.
+EXACT = {
     "adm-64": 295_904_454, "adm-128": 421_529_606, "adm-256": 553_838_086, "adm-512": 558_997_638,
     "dit-b2": 130_315_808, "dit-l2": 457_840_672, "dit-xl2": 674_834_720, "dit-s2": 32_865_056,
-    # The papers' forms, and a gain for each norm: 118 (2 D 12288 + 2 D 256 + 12 D^2) + V D ...
+    # The formula of the paper, plus a gain for each norm.
     "palm-540b": 540_354_281_472 + 119 * 18432, "palm-62b": 62_495_129_600 + 65 * 8192,
     "palm-8b": 8_631_877_632 + 33 * 4096,
-    # ... and 80 x 13 D^2 + V D, with two.
+    # Likewise, with two gains per block.
     "gopher-280b": 279_697_162_240 + 161 * 16384, "chinchilla-70b": 70_055_362_560 + 161 * 8192,
 }  # fmt: skip
 
@@ -191,31 +259,34 @@ def build(name):
         return BUILDERS[system.family](name, system.shape)
 
 
-def learnt(model):
+def count_trained(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", systems.rows())
-def test_parameters_are_those_of_the_reference(name):
+def test_parameters_equal_the_reference(name):
     system = systems.get(name)
     if name in EXACT:
         assert system.parameters == EXACT[name]
     else:
-        assert system.parameters == learnt(build(name))
+        assert system.parameters == count_trained(build(name))
 
 
-def test_dit_with_one_embedding_of_time_and_class_a_block_is_that_of_diffusers():
-    """diffusers repeats the embedding in every block; the authors' code has it once."""
+def test_dit_is_that_of_diffusers_with_one_embedding_a_block():
+    """diffusers repeats the embedding of time and class in each block; the authors have it once."""
     for name in ("dit-s2", "dit-b2", "dit-l2", "dit-xl2"):
         c = systems.get(name).shape
         with torch.device("meta"):
             theirs = diffusers.DiTTransformer2DModel(
-                num_attention_heads=c["heads"], attention_head_dim=c["d_head"], out_channels=8,
-                num_layers=c["layers"], sample_size=32,
-            )  # fmt: skip
+                num_attention_heads=c["heads"],
+                attention_head_dim=c["d_head"],
+                out_channels=8,
+                num_layers=c["layers"],
+                sample_size=32,
+            )
         parts = systems.get(name).by_part("parameters")
         once = parts["time"] + parts["embedding"]
-        assert learnt(theirs) == systems.get(name).parameters + (c["layers"] - 1) * once
+        assert count_trained(theirs) == systems.get(name).parameters + (c["layers"] - 1) * once
 
 
 # ---- FLOPs --------------------------------------------------------------------------------------
@@ -251,9 +322,10 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_forward_flops_are_those_that_torch_counts(name):
-    """On meta tensors, or on fake ones where the reference code needs a CPU device."""
-    system, counter = systems.get(name), FlopCounterMode(display=False)
+def test_forward_flops_equal_those_that_torch_counts(name):
+    """On meta tensors; on fake ones where the reference code needs a CPU device."""
+    system = systems.get(name)
+    counter = FlopCounterMode(display=False)
     empty = FakeTensorMode() if name in ("gpt2", "xlnet-base") else torch.device("meta")
     with empty, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model = BUILDERS[system.family](name, system.shape).eval()
@@ -266,20 +338,20 @@ def test_forward_flops_are_those_that_torch_counts(name):
     ("preset", "system"),
     [("gpt2-124m", "gpt2"), ("gpt2-1.5b", "gpt2-xl"), ("llama-1b", "llama3.2-1b")],
 )
-def test_our_own_presets_are_the_published_shapes(preset, system):
+def test_large_presets_have_the_published_shapes(preset, system):
     run = registry.get_preset(preset).run
     with torch.device("meta"):
         model = run.build_model()
     published = systems.get(system, run.model.context_length)
-    assert published.parameters == learnt(model)
+    assert published.parameters == count_trained(model)
     assert published.flops_per_row() == model.flops_per_row()
 
 
-# ---- what was published -------------------------------------------------------------------------
+# ---- published figures --------------------------------------------------------------------------
 
 
-def tolerance(figure):
-    """(value, half a unit of its last digit) of "174600M"."""
+def rounded(figure):
+    """The value of a figure such as "174600M", and half a unit of its last digit."""
     digits, letter = re.fullmatch(r"([\d.]+)([MB]?)", figure).groups()
     scale = {"M": 1e6, "B": 1e9, "": 1}[letter]
     places = len(digits.partition(".")[2])
@@ -290,16 +362,16 @@ def test_published_figures_hold_within_their_rounding():
     checked = 0
     for name, row in systems.rows().items():
         if row["published"]:
-            value, half = tolerance(row["published"])
+            value, half = rounded(row["published"])
             assert abs(systems.get(name).parameters - value) <= half, name
             checked += 1
         else:
-            assert row["note"], f"{name}: nothing published, and no word on why"
+            assert row["note"], f"{name}: no published figure, and no note that says why"
     assert checked > 85
 
 
 def test_figures_that_count_something_else():
-    """Where a source counts something else, the difference is the one in the note."""
+    """Where a source counts something else, the difference is the one that the note states."""
     get = systems.get
     assert get("llama2-70b").parameters == 68_976_653_312 - 80 * 64  # rotary frequencies
     head = 65_024 * get("falcon-180b").shape["d_model"]
@@ -338,8 +410,9 @@ def test_non_embedding_parameters(name, n):
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def test_context_changes_positions_and_attention_only():
-    short, long = systems.get("llama3-8b", 1024), systems.get("llama3-8b", 2048)
+def test_the_context_changes_attention_only():
+    short = systems.get("llama3-8b", 1024)
+    long = systems.get("llama3-8b", 2048)
     assert short.parameters == long.parameters
     c = short.shape
     scores = 12 * c["layers"] * c["heads"] * c["d_head"]
@@ -351,14 +424,14 @@ def test_context_changes_positions_and_attention_only():
 @pytest.mark.parametrize(
     ("name", "context", "message"),
     [
-        ("gpt3-175", 0, "there is no system 'gpt3-175'; did you mean gpt3-175b"),
+        ("gpt3-175", 0, "no system 'gpt3-175'; did you mean gpt3-175b"),
         ("Llama-7B", 0, "did you mean llama-7b"),
-        ("zzz", 0, "--list shows all names"),
-        ("gpt2", 2048, "context 2048: gpt2 takes 1 to 1024 tokens"),
-        ("llama-7b", -1, "context -1: llama-7b takes at least 1 token"),
+        ("zzz", 0, "--list"),
+        ("gpt2", 2048, "context 2048: .*1 to 1024"),
+        ("llama-7b", -1, "context -1: .*at least 1"),
         ("resnet-50", 10, "resnet-50 has rows of a fixed size"),
     ],
 )
-def test_refused(name, context, message):
+def test_refused_names_and_contexts(name, context, message):
     with pytest.raises(ValueError, match=message):
         systems.get(name, context)
