@@ -245,10 +245,10 @@ BUILDERS = {
 EXACT = {
     "adm-64": 295_904_454, "adm-128": 421_529_606, "adm-256": 553_838_086, "adm-512": 558_997_638,
     "dit-b2": 130_315_808, "dit-l2": 457_840_672, "dit-xl2": 674_834_720, "dit-s2": 32_865_056,
-    # The formula of the paper, plus a gain for each norm.
+    # The formula of the paper, 118 (2 D 12288 + 2 D 256 + 12 D^2) + V D, and a gain for each norm.
     "palm-540b": 540_354_281_472 + 119 * 18432, "palm-62b": 62_495_129_600 + 65 * 8192,
     "palm-8b": 8_631_877_632 + 33 * 4096,
-    # Likewise, with two gains per block.
+    # Likewise 80 x 13 D^2 + V D, with two gains per block.
     "gopher-280b": 279_697_162_240 + 161 * 16384, "chinchilla-70b": 70_055_362_560 + 161 * 8192,
 }  # fmt: skip
 

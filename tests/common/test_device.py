@@ -13,13 +13,13 @@ def test_choose_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert devices.choose_device("auto") == CPU
-    with pytest.raises(ValueError, match=r"device 'gpu' cannot be used \(.*\); try auto or cpu"):
+    with pytest.raises(ValueError, match=r"device 'gpu' .*; try auto or cpu"):
         devices.choose_device("gpu")
     assert "thread" in devices.describe_device(CPU)
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_only_where_it_is_fast(monkeypatch, fast):
+def test_bfloat16_is_chosen_only_if_it_is_fast(monkeypatch, fast):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
     assert devices.choose_dtype("float32", CPU) == torch.float32
@@ -27,7 +27,7 @@ def test_bfloat16_only_where_it_is_fast(monkeypatch, fast):
     if fast:
         assert devices.choose_dtype("bfloat16", CPU) == torch.bfloat16
     else:
-        with pytest.raises(ValueError, match="this cpu only emulates bfloat16"):
+        with pytest.raises(ValueError, match="emulates bfloat16"):
             devices.choose_dtype("bfloat16", CPU)
 
 
@@ -76,7 +76,8 @@ def test_without_a_compiler_a_function_runs_uncompiled(monkeypatch, capsys):
     assert capsys.readouterr().out.count("(RuntimeError: no C++ compiler)") == 1
 
 
-def test_the_errors_of_a_compiled_function_are_its_own(monkeypatch):
+def test_an_error_inside_a_compiled_function_is_raised(monkeypatch):
+    """It is not mistaken for a missing compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
     divide = devices.Compiled(lambda a, b: a / b)
     assert divide(6, 3) == 2
