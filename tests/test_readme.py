@@ -58,9 +58,10 @@ SMALL = {
 
 
 def small(words: list[str]) -> list[str]:
-    """Options that make a command which trains do so for two steps on a tiny model. The batch is
-    not as small, as an evaluation reads all there is in pieces of a batch. Of the pictures clip
-    draws all, the others the letters; the library's source is read as bytes."""
+    """Options that make a command train for two steps on a tiny model, and on little data.
+
+    The batch is not as small: an evaluation reads the whole validation split, a batch at a time.
+    """
     if "compare" in words:
         return ["--methods", "head", "--labels", "30", "--steps", "2", "--seeds", "1"]
     if "train.py" not in words or {"--dry-run", "--help"} & {*words}:
@@ -69,13 +70,17 @@ def small(words: list[str]) -> list[str]:
     family = after[0] if after[0] in SMALL else "gpt"
     if "--init-from" in words:  # the base is small
         return ["--train.steps", "2", "--train.batch-size", "64"]
-    plain = "--data.tokenizer bytes --model.vocab-size 257" if "stdlib" in words else ""
-    return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]} {plain}")
+    data = ""
+    if "stdlib" in words:
+        data = "--data.tokenizer bytes --model.vocab-size 257"
+    if "--teacher" in words:  # the default text would be tokenized once more, by its tokenizer
+        data = "--data.path my.txt"
+    return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]} {data}")
 
 
 def runs_of(words: list[str]) -> set[str]:
-    """The run directories that a command reads or writes."""
-    named = {word for word in words if word.startswith("runs/")}
+    """The run directories and prepared texts that a command reads or writes."""
+    named = {word for word in words if word.startswith(("runs/", "data/cache/"))}
     if "train.py" in words and "--out" not in words:
         after = words[words.index("train.py") + 1 :]
         named.add(f"runs/{after[0] if after and after[0][0] != '-' else 'gpt'}")
@@ -101,6 +106,9 @@ def test_commands_that_share_a_run_keep_their_order():
     ))  # fmt: skip
     assert chains([a, b, c, d]) == [[b], [a, c], [d]]
     assert chains([a, b, c, d, e]) == [[b], [a, c, d, e]]
+    prepare = shlex.split("python data/prepare.py my.txt --out data/cache/mine")
+    train = shlex.split("python train.py gpt --data.path data/cache/mine --out runs/corpus")
+    assert chains([prepare, b, train]) == [[b], [prepare, train]]
 
 
 def test_every_documented_command_runs(tmp_path):
