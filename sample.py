@@ -1,19 +1,19 @@
 """Sample from a trained run:  python sample.py RUN [--prompt TEXT] [-n 4] [--seed 0] ...
 
-python sample.py runs/gpt --prompt "The with statement"      # continues the text as it is written
-python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from nothing
-python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
-python sample.py runs/gpt --shots 4 --examples reviews.csv --prompt "well made"   # which label?
-python sample.py runs/gpt --adapter runs/lora                # with another run's adapter
-python sample.py runs/chat --chat                            # talk to it
-python sample.py runs/reviews --prompt "well made"           # classes and their probabilities
-python sample.py runs/clip --image my.png --labels "digit seven, black chess queen"
-python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
-python sample.py runs/autoencoder --seed 1                   # pictures rebuilt, drawn, and between
-python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # pictures from noise
-python sample.py runs/ddpm -n 4 --film                       # step by step
-python sample.py runs/text2image --prompt "serif bold italic latin capital letter q" --guidance 3
-python sample.py runs/text2image --prompt "sans italic latin small letter a" --init-image a.png
+  python sample.py runs/gpt --prompt "The with statement"      # continues the text as it is written
+  python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from nothing
+  python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
+  python sample.py runs/gpt --shots 4 --examples reviews.csv --prompt "well made"   # which label?
+  python sample.py runs/gpt --adapter runs/lora                # with another run's adapter
+  python sample.py runs/chat --chat                            # talk to it
+  python sample.py runs/reviews --prompt "well made"           # classes and their probabilities
+  python sample.py runs/clip --image my.png --labels "digit seven, black chess queen"
+  python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
+  python sample.py runs/autoencoder --seed 1                   # pictures rebuilt and drawn
+  python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # pictures from noise
+  python sample.py runs/ddpm -n 4 --film                       # step by step
+  python sample.py runs/text2image --prompt "serif bold italic latin capital letter q" --guidance 3
+  python sample.py runs/text2image --prompt "sans italic latin small letter a" --init-image a.png
 """
 
 import contextlib

@@ -1,12 +1,12 @@
 """Train a preset:  python train.py [PRESET] [--model.n-layer 6] [--train.steps 2000] ...
 
-python train.py                                   # a small GPT on the documentation at hand
-python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
-python train.py clip                              # pictures and captions; also autoencoder, ddpm
-python train.py text2image                        # trains its autoencoder and text tower first
-python train.py gpt --resume                      # continue a run that was stopped
-python train.py gpt2-124m --dry-run               # what would it cost?
-torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
+  python train.py                                   # a small GPT on the documentation at hand
+  python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
+  python train.py clip                              # pictures and captions; also autoencoder, ddpm
+  python train.py text2image                        # trains its autoencoder and text tower first
+  python train.py gpt --resume                      # continue a run that was stopped
+  python train.py gpt2-124m --dry-run               # what would it cost?
+  torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
 """
 
 import argparse
