@@ -1,6 +1,7 @@
-"""The autoencoder and diffusion in use: trained through train.py, sampled, evaluated, resumed."""
+"""The autoencoder and diffusion as commands: train, resume, sample, evaluate, and their errors."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -20,6 +21,7 @@ from tinyfm.batches.pairs import ImageConfig, ImageData
 from tinyfm.common import files, sheets
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.recipes import registry, run_dir
+from tinyfm.training.log import read_metrics
 
 STEPS = 50
 SIZES = {
@@ -38,7 +40,8 @@ pytestmark = pytest.mark.usefixtures("no_forecast")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """80 pictures without captions: a dark bar at one of eight places, on paper of any colour."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
     for i in range(80):
         picture = np.broadcast_to(random.integers(150, 256, 3), (8, 8, 3)).astype(np.uint8)
         picture[:, i % 8] = random.integers(0, 40)
@@ -48,26 +51,23 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(pictures, tmp_path_factory):
-    """family -> command-line options of a small run, without --out and --train.steps."""
+    """{family: command-line options of a small run}, without --out and --train.steps."""
     data = ["--data.path", str(pictures), "--data.cache", str(tmp_path_factory.mktemp("cache"))]
     return {name: [*sizes.split(), *COMMON.split(), *data] for name, sizes in SIZES.items()}
 
 
 @pytest.fixture(scope="module")
 def runs(arguments, tmp_path_factory):
-    """family -> the directory of such a run, complete; not to be changed."""
+    """{family: directory of such a run}, complete. Tests must not change it."""
     folder = tmp_path_factory.mktemp("runs")
     for name in FAMILIES:
         assert call(train, *arguments[name], "--train.steps", STEPS, "--out", folder / name) == 0
     return {name: folder / name for name in FAMILIES}
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
-
-
 def evaluations(run):
-    rows = [row for row in metrics(run) if "val_loss" in row]
+    """The rows of metrics.jsonl with validation scores, without the time."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
     return [{key: value for key, value in row.items() if key != "time"} for row in rows]
 
 
@@ -83,7 +83,7 @@ def test_an_autoencoder_learns_in_fifty_steps(runs):
         assert row["val_loss"] == pytest.approx(whole, rel=1e-5)
         assert 0 < row["val_active"] <= 2 * 4 * 4
     with open_image(runs["autoencoder"] / "samples" / f"step-{STEPS:06d}.png") as grid:
-        assert grid.size == (8 * 9 + 1, 8 * 9 + 1)  # 32 validation pictures, rebuilt below
+        assert grid.size == (8 * 9 + 1, 8 * 9 + 1)  # 32 validation pictures, each above its copy
 
 
 def test_diffusion_learns_in_fifty_steps(runs):
@@ -95,35 +95,37 @@ def test_diffusion_learns_in_fifty_steps(runs):
         assert grid.size == (8 * 9 + 1, 4 * 9 + 1)
 
 
-def test_the_verdict_is_of_the_reconstruction_or_the_loss():
+def test_the_verdict_shows_the_reconstruction_or_the_loss():
     scores = {"val_loss": 3.0, "val_loss_t0": 9.0}
     preset = registry.find_preset("ddpm")
     line = run_dir.verdict(preset, preset.run, {"val_loss": 4.0}, scores)
-    assert line.startswith("val_loss: 4.000 untrained, 3.000 reached; ")
+    assert line.startswith("val_loss: 4.000 untrained, 3.000 reached")
     line = run_dir.verdict(preset, preset.run, {}, scores | {"val_reconstruction": 2.0})
-    assert line.startswith("val_reconstruction: unknown untrained, 2.000 reached; ")
+    assert line.startswith("val_reconstruction: unknown untrained, 2.000 reached")
 
 
 def test_the_latents_are_measured_on_the_training_pictures(runs):
     opened = run_dir.open_run(str(runs["autoencoder"]))
-    model, split = opened.model, opened.run.open_data().train
-    kept = [float(model.latent_mean), float(model.latent_scale)]
+    model = opened.model
+    split = opened.run.open_data().train
+    saved = [float(model.latent_mean), float(model.latent_scale)]
     images = split.batch(np.arange(len(split.labels)))["images"]
     with torch.no_grad():
         mean, logvar = model.encode(images)
     z = torch.cat([mean + torch.randn(mean.shape) * torch.exp(logvar / 2) for _ in range(50)])
     standard = model.standardise(z)
-    assert standard.mean().abs() < 0.01 and abs(standard.std() - 1) < 0.01
+    assert standard.mean().abs() < 0.01
+    assert abs(standard.std() - 1) < 0.01
     model.measure_latents([images])
-    assert kept == pytest.approx([float(model.latent_mean), float(model.latent_scale)], rel=1e-4)
-    assert kept[1] == pytest.approx(evaluations(runs["autoencoder"])[-1]["latent_scale"])
+    assert saved == pytest.approx([float(model.latent_mean), float(model.latent_scale)], rel=1e-4)
+    assert saved[1] == pytest.approx(evaluations(runs["autoencoder"])[-1]["latent_scale"])
     earlier = run_dir.open_run(str(runs["autoencoder"] / "step-000025")).model
-    assert kept[1] != float(earlier.latent_scale)  # each checkpoint has its own
+    assert saved[1] != float(earlier.latent_scale)  # measured for each checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_goes_on_bit_for_bit(family, runs, arguments, tmp_path):
-    """Stopped after 25 of 50 steps; also what was measured of the latents, and the average."""
+def test_a_run_resumes_bit_for_bit(family, runs, arguments, tmp_path):
+    """From step 25 of 50, with the measures of the latents and the averaged weights."""
     out = shutil.copytree(runs[family], tmp_path / "run")
     shutil.rmtree(out / "step-000050")
     (out / "latest").write_text("step-000025\n", encoding="utf-8")
@@ -131,25 +133,30 @@ def test_a_run_goes_on_bit_for_bit(family, runs, arguments, tmp_path):
     assert call(train, *arguments[family], *resume) == 0
     names = {path.name for path in (runs[family] / "step-000050").glob("*.safetensors")}
     assert ("ema.safetensors" in names) == (family == "ddpm")
-    for name in (name.removesuffix(".safetensors") for name in names):
-        whole = files.load_tensors(runs[family] / "step-000050", name)
-        for key, value in files.load_tensors(out / "step-000050", name).items():
+    for name in names:
+        stem = name.removesuffix(".safetensors")
+        whole = files.load_tensors(runs[family] / "step-000050", stem)
+        for key, value in files.load_tensors(out / "step-000050", stem).items():
             assert torch.equal(value, whole[key]), key
     assert evaluations(out)[-1] == evaluations(runs[family])[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_change_nothing(family, runs, arguments, tmp_path):
-    out, small = tmp_path / "run", ["--train.micro-batch-size", 5, "--train.eval-every", 0]
+    out = tmp_path / "run"
+    small = ["--train.micro-batch-size", 5, "--train.eval-every", 0]
     assert call(train, *arguments[family], "--train.steps", 2, *small, "--out", out) == 0
     for name in ("loss", "val_loss"):
-        values = [next(r[name] for r in metrics(run) if name in r) for run in (runs[family], out)]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
+        first = []  # of each run
+        for run in (runs[family], out):
+            rows = read_metrics(run / "metrics.jsonl")
+            first.append(next(row[name] for row in rows if name in row))
+        assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_record_gives_the_run_again(family, runs):
-    """Lists, which JSON has, become tuples again."""
+def test_a_record_gives_back_the_run(family, runs):
+    """Lists in JSON become tuples."""
     record = files.read_json(runs[family] / "config.json")
     run = run_dir.open_run(str(runs[family])).run
     assert type(record["model"]["channels"]) is list and run.model.channels == (8, 16)
@@ -157,17 +164,25 @@ def test_a_record_gives_the_run_again(family, runs):
     assert run_dir.to_record(family, run) == record
 
 
-@pytest.mark.parametrize("change", ["--model.no-variational", "--model.prediction flow"])
-def test_other_models_train_and_are_sampled(change, arguments, tmp_path, capsys):
-    """A plain autoencoder, which has no prior; a flow, which has samplers of its own."""
-    family = "autoencoder" if "variational" in change else "ddpm"
+@pytest.mark.parametrize(
+    "family, change, settings, text",
+    [
+        ("autoencoder", "--model.no-variational", "", "no prior"),
+        ("ddpm", "--model.prediction flow", "--sampler heun --steps 3", "heun in 3 steps"),
+    ],
+)
+def test_other_models_train_and_are_sampled(
+    family, change, settings, text, arguments, tmp_path, capsys
+):
+    """A plain autoencoder has no prior to draw from; a flow has other samplers."""
     short = ["--train.steps", 2, "--train.eval-every", 0, "--out", tmp_path / "run"]
     assert call(train, *arguments[family], *change.split(), *short) == 0
-    more = [] if family == "autoencoder" else ["--sampler", "heun", "--steps", 3]
     capsys.readouterr()
-    assert call(sample, tmp_path / "run", "-n", 2, "--out", tmp_path / "x.png", *more) == 0
-    said = capsys.readouterr().out
-    assert ("noise, as there is no prior" if not more else "2 samples by heun in 3 steps") in said
+    picture = tmp_path / "x.png"
+    assert call(sample, tmp_path / "run", "-n", 2, "--out", picture, *settings.split()) == 0
+    assert text in capsys.readouterr().out
+    with open_image(picture) as image:
+        assert np.ptp(np.array(image)) > 0
 
 
 def test_bfloat16_trains(arguments, tmp_path, monkeypatch):
@@ -185,15 +200,16 @@ def test_bfloat16_trains(arguments, tmp_path, monkeypatch):
 def test_batches_have_pictures_and_their_step(pictures, tmp_path):
     config = ImageConfig(str(pictures), val_images=7, cache=str(tmp_path))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that all captions are alike does not matter here
+        warnings.simplefilter("error")  # no warning that all captions are equal
         data = ImageData.load(config, 8, 3, 6, 0)
-    assert len(data.train.labels) + len(data.val.labels) == 80  # none needed a caption
+    assert len(data.train.labels) + len(data.val.labels) == 80  # although none has a caption
     whole = data.batch(3)
-    assert whole.keys() == {"images", "step"} and whole["step"] == 3
+    assert whole.keys() == {"images", "step"}
+    assert whole["step"] == 3
     assert torch.equal(data.batch(3, slice(2, 5))["images"], whole["images"][2:5])
     val = list(data.val_batches(3))
     assert [len(batch["images"]) for batch in val] == [3, 3, 1]
-    assert all(batch.keys() == {"images"} for batch in val)  # in evaluation, no warm-up
+    assert all(batch.keys() == {"images"} for batch in val)  # without a step, so without warm-up
     again = torch.cat([batch["images"] for batch in data.val_batches(7)])
     assert torch.equal(again, torch.cat([batch["images"] for batch in val]))
     grey = ImageData.load(config, 4, 1, 6, 0)
@@ -209,29 +225,32 @@ def test_captions_are_not_needed_and_not_read(pictures, tmp_path):
     for path, count in (("", 4), ("list.csv", 2), ("list.jsonl", 1)):
         found = captioned.pairs(tmp_path / path, Report(), template="")
         assert [pair.captions for pair in found] == [("",)] * count
-    assert len(captioned.pairs(tmp_path, Report())) == 1  # with a template, they matter as before
+    assert len(captioned.pairs(tmp_path, Report())) == 1  # with a template, they are needed
     assert len(captioned.pairs(tmp_path / "list.csv", Report())) == 1
 
 
 # ---- sample and evaluate ------------------------------------------------------------------------
 
 
-def test_an_autoencoder_is_drawn(runs, tmp_path, capsys):
+def test_sampling_an_autoencoder(runs, tmp_path, capsys):
     out = tmp_path / "x.png"
     assert call(sample, runs["autoencoder"], "-n", 3, "--seed", 1, "--out", out) == 0
     printed = capsys.readouterr()
-    assert "rows: originals; reconstructions; samples from the prior; from the" in printed.out
+    assert re.search("originals; reconstructions; .*prior; ", printed.out)
     assert "model weights" in printed.err
     with open_image(out) as grid:
         assert grid.size[0] == 3 * (8 * 12 + 4) + 4
     opened = run_dir.open_run(str(runs["autoencoder"]))
-    model, images = opened.model, opened.run.open_data().val.batch(np.arange(3))["images"]
+    model = opened.model
+    images = opened.run.open_data().val.batch(np.arange(3))["images"]
     rows = sheets.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
     fewer = sheets.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
     with torch.no_grad():
         assert torch.allclose(rows[1], model.decode(model.encode(images)[0]), atol=1e-5)
     assert torch.equal(rows[0], images)
-    assert torch.allclose(rows[3, [0, -1]], rows[1, [0, -1]], atol=1e-5)  # a walk's ends
+    assert torch.allclose(
+        rows[3, [0, -1]], rows[1, [0, -1]], atol=1e-5
+    )  # the ends of the walk between two latents
     assert torch.allclose(rows[2, :2], fewer[2], atol=1e-5)  # a draw does not depend on n
     assert not torch.allclose(rows[2], sheets.latent_space(model, images, seed=2).images[6:9])
 
@@ -240,7 +259,7 @@ def test_reconstructions_stand_below_their_originals(runs):
     model = run_dir.open_run(str(runs["autoencoder"])).model
     images = torch.rand(19, 3, 8, 8)
     sheet = sheets.reconstructions(model, images)
-    rows = sheet.images.unflatten(0, (4, 8))  # what does not fill a third row is left out
+    rows = sheet.images.unflatten(0, (4, 8))  # two rows of 8; the other 3 images are left out
     assert torch.equal(rows[::2].flatten(0, 1), images[:16])
     with torch.no_grad():
         rebuilt = model.decode(model.encode(images[8:16])[0])
@@ -249,8 +268,9 @@ def test_reconstructions_stand_below_their_originals(runs):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
-    out, run = tmp_path / "x.png", str(runs["ddpm"])
+def test_sampling_diffusion(sampler, runs, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    run = str(runs["ddpm"])
     settings = ["--sampler", sampler, "--steps", 4, "--seed", 3, "--out", out]
     assert call(sample, run, "-n", 3, *settings) == 0
     printed = capsys.readouterr()
@@ -261,10 +281,9 @@ def test_diffusion_is_drawn(sampler, runs, tmp_path, capsys):
     with open_image(out) as grid:
         pixels = np.array(grid)[1:9, 1:9].transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(pixels - sheet.images[0].clamp(-1, 1).numpy()).max() < 0.01
-    assert torch.allclose(
-        sheet.images[:2], sheets.samples(model, 2, sampler, 4, 3).images, atol=1e-4
-    )
-    assert not torch.allclose(sheet.images, sheets.samples(model, 3, sampler, 4, 4).images)
+    fewer = sheets.samples(model, 2, sampler, 4, seed=3)
+    assert torch.allclose(sheet.images[:2], fewer.images, atol=1e-4)
+    assert not torch.allclose(sheet.images, sheets.samples(model, 3, sampler, 4, seed=4).images)
 
 
 def test_many_samples_are_drawn_in_parts(runs, monkeypatch):
@@ -277,13 +296,11 @@ def test_many_samples_are_drawn_in_parts(runs, monkeypatch):
 def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
     out = tmp_path / "film.png"
     assert call(sample, runs["ddpm"], "--film", "-n", 2, "--steps", 3, "--out", out) == 0
-    said = f"2 samples, a row each, after 0, 1, 2, 3 of 3 steps\n{out}\n"
-    assert capsys.readouterr().out == said
+    text = capsys.readouterr().out
+    assert "after 0, 1, 2, 3 of 3 steps" in text and str(out) in text
     model = run_dir.open_run(str(runs["ddpm"])).model
-    sheet, last = (
-        sheets.film(model, 2, "ddim", 30, 0),
-        sheets.samples(model, 2, "ddim", 30, 0).images,
-    )
+    sheet = sheets.film(model, 2, "ddim", 30, 0)
+    last = sheets.samples(model, 2, "ddim", 30, 0).images
     frames = sheet.images.unflatten(0, (2, sheets.MOMENTS))
     assert torch.equal(frames[:, -1], last)
     assert torch.equal(frames[:, 0], sheets.noise((3, 8, 8), 2, seed=0))
@@ -291,9 +308,14 @@ def test_a_film_goes_from_noise_to_the_samples(runs, tmp_path, capsys):
     assert len(sheets.film(model, 20, "ddim", 1, 0).images) == sheets.FILMED * 2
 
 
-def test_raw_weights_are_others(runs, tmp_path, capsys):
-    assert call(sample, runs["ddpm"], "--raw", "--steps", 2, "--out", tmp_path / "x.png") == 0
-    assert "model weights" in capsys.readouterr().err
+def test_raw_weights_draw_other_pictures(runs, tmp_path, capsys):
+    pictures = []
+    for words, kind in (([], "ema"), (["--raw"], "model")):
+        out = tmp_path / f"{kind}.png"
+        assert call(sample, runs["ddpm"], *words, "-n", 1, "--steps", 2, "--out", out) == 0
+        assert f"{kind} weights" in capsys.readouterr().err
+        pictures.append(out.read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -307,24 +329,29 @@ def test_evaluation(family, runs, capsys):
 
 # ---- mistakes -----------------------------------------------------------------------------------
 
+# The family, the options, and a pattern of the value and the advice in the message.
 OF_TRAINING = {
-    "halves": ("autoencoder", "--model.image-size 9",
-               "images of 9 x 9 cannot be halved 1 times; the nearest size that can is 8 x 8"),
-    "halves too": ("ddpm", "--model.image-size 7", "the nearest size that can is 8 x 8"),
-    "glyphs in colour": ("ddpm", "--data.path glyphs --model.image-size 32",
-                         "glyphs are 32 x 32 pixels of 1 (3 with --data.color), the model takes "
-                         "32 x 32 in 3: set the model's image-size to 32 and its channels to 1"),
-    "glyphs large": ("autoencoder", "--data.path glyphs --model.in-channels 1",
-                     "the model takes 8 x 8 in 1: set the model's image-size to 32"),
-    "no pictures": ("ddpm", "--data.path EMPTY", "no image in EMPTY (0 found"),
+    "size": ("autoencoder", "--model.image-size 9", "9 x 9 .*halved 1 times; .*8 x 8"),
+    "size of a U-Net": ("ddpm", "--model.image-size 7", "7 x 7 .*halved 1 times; .*8 x 8"),
+    "glyphs in colour": (
+        "ddpm",
+        "--data.path glyphs --model.image-size 32",
+        "glyphs .*--data.color.*32 x 32 in 3: .*image-size to 32 .*channels to 1",
+    ),
+    "small glyphs": (
+        "autoencoder",
+        "--data.path glyphs --model.in-channels 1",
+        "8 x 8 in 1: .*image-size to 32",
+    ),
+    "no pictures": ("ddpm", "--data.path EMPTY", r"no image in EMPTY \(0 found"),
     "no path": ("ddpm", "--data.path=", "--data.path must not be empty"),
     "nowhere": ("ddpm", "--data.path nowhere", "nowhere is not a folder with images"),
-    "two channels": ("ddpm", "--model.in-channels 2", "channels 2 1 (grey) or 3 (colour)"),
-    "fraction": ("ddpm", "--data.val-fraction 1", "--data.val-fraction 1.0: it must be between"),
-    "none to validate": ("ddpm", "--data.val-images 0", "--data.val-images 0: it must be at"),
+    "two channels": ("ddpm", "--model.in-channels 2", "channels.* 2.*1 .*grey.*3 .*colour"),
+    "fraction": ("ddpm", "--data.val-fraction 1", "--data.val-fraction 1.0: .*between"),
+    "none to validate": ("ddpm", "--data.val-images 0", "--data.val-images 0: .*at least 1"),
     "context": ("ddpm", "--model.d-context 8", "set --model.d-context 0"),
-    "batch": ("ddpm", "--train.batch-size 99", "48 training pictures, the batch takes 99"),
-}  # fmt: skip
+    "batch": ("ddpm", "--train.batch-size 99", "48 training pictures, .*99"),
+}
 
 
 @pytest.mark.parametrize("name", [*OF_TRAINING])
@@ -332,24 +359,26 @@ def test_mistakes_of_training(name, arguments, tmp_path, capsys):
     family, change, message = OF_TRAINING[name]
     empty = tmp_path / "empty"
     empty.mkdir()
-    change, message = (text.replace("EMPTY", str(empty)) for text in (change, message))
+    change = change.replace("EMPTY", str(empty))
+    message = message.replace("EMPTY", re.escape(str(empty)))
     assert call(train, *arguments[family], *change.split(), "--out", tmp_path / "run") != 0
-    said = " ".join(word for word in capsys.readouterr().err.split() if word != "│")
-    assert message in said and "Traceback" not in said
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert re.search(message, printed)
+    assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()
 
 
 OF_SAMPLING = {
     "none": ("ddpm", "-n 0", "-n is 0; use at least 1"),
-    "none at all": ("autoencoder", "-n -1", "-n is -1"),
-    "sampler": ("ddpm", "--sampler plms", "there is no sampler 'plms'; use one of ddpm, ddim, dpm"),
-    "flow": ("ddpm", "--sampler heun", "heun follows a flow; this model predicts v"),
-    "steps": ("ddpm", "--steps 1001", "1001 steps do not fit a schedule of 1000; use 1 to 1000"),
-    "film steps": ("ddpm", "--film --steps 0", "0 steps do not fit a schedule of 1000"),
-    "prompt": ("ddpm", "--prompt a", "--prompt is not for a run of family ddpm: it takes --film, "),
-    "text": ("autoencoder", "--top-p 0.5", "--top-p is not for a run of family autoencoder"),
-    "other steps": ("autoencoder", "--steps 5", "--steps is not for a run of family autoencoder"),
-    "folder": ("ddpm", "--out /proc/x.png --steps 1", "/proc/x.png"),
+    "a negative number": ("autoencoder", "-n -1", "-n is -1; use at least 1"),
+    "sampler": ("ddpm", "--sampler plms", r"'plms'; use one of ddpm, ddim, dpm\+\+"),
+    "flow": ("ddpm", "--sampler heun", "heun .*flow; .*predicts v"),
+    "steps": ("ddpm", "--steps 1001", "1001 steps .*; use 1 to 1000"),
+    "film steps": ("ddpm", "--film --steps 0", "0 steps .*; use 1 to 1000"),
+    "prompt": ("ddpm", "--prompt a", "--prompt is not for .*ddpm: .*--film, "),
+    "text": ("autoencoder", "--top-p 0.5", "--top-p is not for .*autoencoder"),
+    "steps of none": ("autoencoder", "--steps 5", "--steps is not for .*autoencoder"),
+    "folder": ("ddpm", "--out /proc/x.png --steps 1", "No such file or directory: '/proc/x.png'"),
 }
 
 
@@ -357,16 +386,16 @@ OF_SAMPLING = {
 def test_mistakes_of_sampling(name, runs, capsys):
     family, change, message = OF_SAMPLING[name]
     assert call(sample, runs[family], *change.split()) == 1
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_gpt_takes_no_sampler(tiny_run, capsys):
     assert call(sample, tiny_run, "--sampler", "ddim") == 1
-    assert "--sampler is not for a run of family gpt: it takes --" in capsys.readouterr().err
+    assert re.search("--sampler is not for .*gpt: .*--", capsys.readouterr().err)
 
 
-def test_a_checkpoint_carries_its_latents_alone(runs):
-    """The weights file is enough: a model built from the config reads them."""
+def test_a_weights_file_has_the_measures_of_the_latents(runs):
+    """A model that is built from the config needs no other file."""
     folder = runs["autoencoder"] / "step-000050"
     model = Autoencoder(run_dir.open_run(str(folder)).run.model)
     assert float(model.latent_scale) == 1
