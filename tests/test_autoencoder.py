@@ -116,7 +116,8 @@ def test_size_and_config_of_stable_diffusion_1():
     }  # fmt: skip
     config = diffusion.read_autoencoder("AutoencoderKL", raw, AutoencoderConfig)
     with torch.device("meta"):
-        ours, theirs = Autoencoder(config), AutoencoderKL.from_config(raw)
+        ours = Autoencoder(config)
+        theirs = AutoencoderKL.from_config(raw)
     assert count_parameters(ours) == 83_653_863 == theirs.num_parameters()
     assert config.latent_scale == 0.18215
     names = diffusion.autoencoder_names()

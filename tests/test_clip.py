@@ -189,7 +189,8 @@ def test_the_memory_adds_the_latest_rows_as_columns(rivals):
     model.n_pairs = plain.n_pairs = 100
     past = []
     for i, batch in enumerate(batches(6)):
-        x, y = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
+        x = model.encode_image(batch["images"])
+        y = model.encode_text(batch["tokens"])
         own = (x, y, batch["labels"])
         all_x, all_y, all_labels = (torch.cat(parts)[:16] for parts in zip(own, *past))
         s = model.scale()
@@ -295,7 +296,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_whole_matrix_of_logits_is_never_made():
-    n, rows = 256, 16
+    n = 256
+    rows = 16
     x, y = torch.randn(2, n, 4).requires_grad_().unbind()
     ids = torch.arange(n)
     sizes = []

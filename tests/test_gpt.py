@@ -77,7 +77,8 @@ def test_attention_is_the_plain_formula(pad):
 
 @torch.no_grad()
 def test_a_token_changes_no_logits_before_it(config):
-    model, tokens = loud(config), random_tokens(2, T)
+    model = loud(config)
+    tokens = random_tokens(2, T)
     logits = model(tokens)
     assert logits.shape == (2, T, V)
     for t in (0, 1, 7, T - 1):
@@ -90,7 +91,8 @@ def test_a_token_changes_no_logits_before_it(config):
 
 @torch.no_grad()
 def test_rows_of_a_batch_are_independent(config):
-    model, tokens = loud(config), random_tokens(3, T)
+    model = loud(config)
+    tokens = random_tokens(3, T)
     alone = torch.cat([model(row[None]) for row in tokens])
     torch.testing.assert_close(model(tokens), alone)
 
@@ -207,7 +209,8 @@ def test_dropout_is_for_training_only():
 
 
 def test_masked_targets_do_not_count():
-    model, tokens = loud(small()), random_tokens(3, T + 1)
+    model = loud(small())
+    tokens = random_tokens(3, T + 1)
     mask = torch.rand(3, T, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[:, -1] = False
     loss, metrics = model.loss({"tokens": tokens, "mask": mask})
@@ -219,7 +222,8 @@ def test_masked_targets_do_not_count():
 
 
 def test_weighted_means_of_unequal_batches_equal_the_whole():
-    model, tokens = loud(small()), random_tokens(4, T + 1)
+    model = loud(small())
+    tokens = random_tokens(4, T + 1)
     mask = torch.arange(T) < torch.tensor([[1], [T], [3], [0]])
     whole, metrics = model.loss({"tokens": tokens, "mask": mask})
     total = 0
@@ -237,7 +241,8 @@ def test_weighted_means_of_unequal_batches_equal_the_whole():
 
 def test_bfloat16_and_autocast_are_near_float32(config):
     torch.manual_seed(0)
-    model, tokens = GPT(config).eval(), random_tokens(2, T + 1)
+    model = GPT(config).eval()
+    tokens = random_tokens(2, T + 1)
     loss = model.loss({"tokens": tokens})[0]
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model.loss({"tokens": tokens})[0]

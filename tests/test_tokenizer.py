@@ -122,7 +122,8 @@ def test_special_tokens_are_text_by_default(tokenizer):
     assert tokenizer.eot not in tokenizer.encode(forged)
     assert tokenizer.decode(tokenizer.encode(forged)) == forged
     ids = tokenizer.encode(forged, specials=True)
-    one, two = tokenizer.encode("one"), tokenizer.encode("two")
+    one = tokenizer.encode("one")
+    two = tokenizer.encode("two")
     assert ids == [*one, tokenizer.eot, *two, tokenizer.eot, tokenizer.eot]
     assert tokenizer.decode(ids) == forged
     assert tokenizer.specials[T.EOT] == tokenizer.eot

@@ -442,7 +442,8 @@ def real_peak(model, optim, rows, accumulate):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("config", VARIANTS)
 def test_peak_is_what_is_allocated(config, accumulate):
-    model, optim = GPT(config), OptimConfig()
+    model = GPT(config)
+    optim = OptimConfig()
     predicted, _ = trace.step_bytes(model, optim, 8, accumulate)
     assert predicted == pytest.approx(real_peak(model, optim, 8, accumulate), abs=1000)
 

@@ -250,7 +250,8 @@ def test_published_sizes(name, tmp_path):
     path.write_text(json.dumps({"model_type": "clip"} | raw), encoding="utf-8")
     config = clip.read_config(CLIPConfig, tmp_path)
     with torch.device("meta"):
-        ours, theirs = CLIP(config), TheirModel(TheirConfig.from_pretrained(tmp_path))
+        ours = CLIP(config)
+        theirs = TheirModel(TheirConfig.from_pretrained(tmp_path))
     assert count_parameters(ours) == parameters == theirs.num_parameters()
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     expected = {name: tensor.shape for name, tensor in clip.their_tensors(ours).items()}

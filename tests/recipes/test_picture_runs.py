@@ -68,7 +68,9 @@ def runs(arguments, tmp_path_factory):
 def evaluations(run):
     """The rows of metrics.jsonl with validation scores, without the time."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+    for row in rows:
+        del row["time"]
+    return rows
 
 
 # ---- train --------------------------------------------------------------------------------------

@@ -386,7 +386,8 @@ class Copier:
     def generate(self, prompts, **how):
         rows = []
         for prompt in prompts:
-            ink, paper = "black", "white"
+            ink = "black"
+            paper = "white"
             if " on " in prompt:
                 ink, _, prompt = prompt.partition(" ")
                 prompt, _, paper = prompt.rpartition(" on ")
