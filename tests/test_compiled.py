@@ -51,7 +51,5 @@ def test_a_compiled_model_generates_the_same_tokens(monkeypatch):
     compile_decoding(model)
     assert complete(model, prompts, s) == expected
     assert complete(model, prompts[:1], s) == complete(model, prompts[:1], s, use_cache=False)
-    torch.testing.assert_close(
-        model(tokens), logits
-    )  # a text of several tokens takes the uncompiled path
+    torch.testing.assert_close(model(tokens), logits)  # several tokens: not compiled
     assert len(compiled) == 5  # two parts of two blocks, and the head

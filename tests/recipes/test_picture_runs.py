@@ -250,9 +250,8 @@ def test_sampling_an_autoencoder(runs, tmp_path, capsys):
     with torch.no_grad():
         assert torch.allclose(rows[1], model.decode(model.encode(images)[0]), atol=1e-5)
     assert torch.equal(rows[0], images)
-    assert torch.allclose(
-        rows[3, [0, -1]], rows[1, [0, -1]], atol=1e-5
-    )  # the ends of the walk between two latents
+    ends = [0, -1]  # of the walk between two latents
+    assert torch.allclose(rows[3, ends], rows[1, ends], atol=1e-5)
     assert torch.allclose(rows[2, :2], fewer[2], atol=1e-5)  # a draw does not depend on n
     assert not torch.allclose(rows[2], sheets.latent_space(model, images, seed=2).images[6:9])
 

@@ -55,7 +55,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def common(pictures, tmp_path_factory):
-    """Options of all runs of this file: the data and the training."""
+    """The options that all runs of this file share: data and training."""
     data = ["--data.path", pictures, "--data.cache", tmp_path_factory.mktemp("cache")]
     return [*COMMON.split(), *data]
 
@@ -195,7 +195,7 @@ def test_missing_parts_are_trained_first(common, tiny_presets, tmp_path, capsys)
     assert printed.index("--- the autoencoder, in") < printed.index("--- the clip, in")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run-autoencoder", "run-clip"}
     shutil.rmtree(out)
-    assert call(train, *words) == 0  # the parts are there and are not trained
+    assert call(train, *words) == 0  # the parts are there: they are not trained again
     assert "the run is complete" in capsys.readouterr().out
 
 
