@@ -263,8 +263,9 @@ class PairData:
         """
         if context_length < 2 or image_size < 1 or channels not in (1, 3):
             raise ValueError(
-                f"context length {context_length} must be at least 2, image size {image_size} at "
-                f"least 1, channels {channels} 1 (grey) or 3 (colour)"
+                f"context length {context_length}, image size {image_size}, channels {channels}: "
+                "use a length of at least 2, a size of at least 1, and 1 (grey) or 3 (colour) "
+                "channels"
             )
         sizes = (image_size, channels, vocab_size, context_length)
         folder = prepare_folder(config, *sizes, tokenizer)
