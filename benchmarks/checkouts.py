@@ -24,6 +24,7 @@ CODE = """
 import json, time
 import torch
 from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
 
 def seconds(work, repeats):
@@ -42,7 +43,7 @@ images = torch.rand(32, 1, 32, 32)
 optimizer = torch.optim.AdamW(diffusion.parameters())
 
 def generate():
-    gpt.generate([[1, 2, 3]], max_new_tokens=32)
+    gpt.generate([[1, 2, 3]], Sampling(max_new_tokens=32))
 
 def train():
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
@@ -66,14 +67,18 @@ def measure(checkout: Path) -> dict[str, float]:
     """{what: units a second} of one version, in processes of its own."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     models = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=checkout, env=environment, capture_output=True, check=True
+        [sys.executable, "-c", CODE],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         options = ["--train.steps", "120", "--train.eval-every", "0"]
         subprocess.run(
             [sys.executable, "train.py", *options, "--out", folder],
             cwd=checkout,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
             check=True,
         )
         lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
