@@ -1,8 +1,8 @@
-"""Is this version as fast as another one?  python benchmarks/checkouts.py OTHER [--record]
+"""Is this version as fast as another one?  python benchmarks/checkouts.py OTHER run|models
 
 OTHER is a folder with another version of the repository, such as one made by
-`git worktree add OTHER COMMIT`. Both run by turns, in processes of their own: the default run,
-shortened, generation with GPT-2's smallest shape, and training and sampling with the U-Net of the
+`git worktree add OTHER COMMIT`. Both run by turns, in processes of their own: "run" is the
+default run, shortened; "models" is generation with GPT-2's smallest shape, and training and sampling with the U-Net of the
 `ddpm` preset, on random weights. The medians are printed with their ratio; --record also writes the
 table into benchmarks/README.md.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from timing import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKS = ("<!-- checkouts -->\n", "<!-- end -->")
 CODE = """
 import json, time
 import torch
@@ -63,16 +62,21 @@ print(json.dumps({
 """
 
 
-def measure(checkout: Path) -> dict[str, float]:
-    """{what: units a second} of one version, in processes of its own."""
+def measure_models(checkout: Path) -> dict[str, float]:
+    """{what: units a second} of generation and the U-Net, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    models = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
     )
+    return json.loads(done.stdout)
+
+
+def measure_run(checkout: Path) -> dict[str, float]:
+    """The default run, 120 steps of it: {what: tokens a second}."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--train.steps", "120", "--train.eval-every", "0"]
         subprocess.run(
@@ -83,7 +87,10 @@ def measure(checkout: Path) -> dict[str, float]:
         )
         lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     speeds = [row["tokens_per_s"] for row in map(json.loads, lines) if "tokens_per_s" in row]
-    return {"default run, tokens/s": statistics.median(speeds), **json.loads(models.stdout)}
+    return {"default run, tokens/s": statistics.median(speeds)}
+
+
+MEASURES = {"run": measure_run, "models": measure_models}
 
 
 def commit(checkout: Path) -> str:
@@ -91,12 +98,12 @@ def commit(checkout: Path) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def table(other: Path, rounds: int) -> str:
+def table(other: Path, what: str, rounds: int) -> str:
     """Run both by turns; the medians and their ratio as Markdown."""
     found = {other: [], ROOT: []}
     for i in range(rounds):
         for checkout in (other, ROOT) if i % 2 == 0 else (ROOT, other):
-            found[checkout].append(measure(checkout))
+            found[checkout].append(MEASURES[what](checkout))
     lines = [
         f"{describe_machine()}; {rounds} rounds by turns, medians",
         "",
@@ -114,16 +121,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("other", type=Path, help="a folder with another version")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
+    parser.add_argument("what", choices=MEASURES, help="the default run, or models by themselves")
+    parser.add_argument("--rounds", type=int, default=6, help="measurements of each (default 6)")
     parser.add_argument("--record", action="store_true", help="write into benchmarks/README.md")
     options = parser.parse_args()
-    text = table(options.other.resolve(), options.rounds)
+    text = table(options.other.resolve(), options.what, options.rounds)
     print(text)
     if options.record:
         page = ROOT / "benchmarks/README.md"
         content = page.read_text(encoding="utf-8")
-        start = content.index(MARKS[0]) + len(MARKS[0])
-        end = content.index(MARKS[1], start)
+        mark = f"<!-- checkouts {options.what} -->\n"
+        start = content.index(mark) + len(mark)
+        end = content.index("<!-- end -->", start)
         page.write_text(content[:start] + text + content[end:], encoding="utf-8")
 
 
