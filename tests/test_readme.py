@@ -128,7 +128,7 @@ def test_every_documented_command_runs(tmp_path):
     torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
 
     def run(words: list[str]) -> None:
-        if "--workers" in words:  # a copy cannot be the parent of processes of its own
+        if "--workers" in words:  # a copy cannot be the parent of child processes
             command, where = [sys.executable, *words[1:]], {**os.environ, **environment}
             subprocess.run(command, cwd=tmp_path, env=where, check=True)
             return

@@ -144,7 +144,7 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     )
     kinds = [*SCHEDULERS, FLOW_SCHEDULER]
     config = diffusion.read(scheduler_path, kinds, read_scheduler, config)
-    # Without a file of its own, the null context is that of an empty text, as in Stable Diffusion.
+    # Without its file, the null context is that of an empty text, as in Stable Diffusion.
     learned_null = (folder / "null_context.safetensors").is_file()
     config = replace(config, learned_null=learned_null)
 
