@@ -10,7 +10,7 @@ from conftest import assert_equal_weights, generators, run_two_ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, softmax_loss
+from tinyfm.clip import CLIP, CLIPConfig, augment, contrast, log_weights, softmax_loss
 from tinyfm.common.files import load_model
 from tinyfm.training.optim import OptimConfig, build_optimizers, lr_factor, scale_and_clip, set_lr
 
@@ -168,6 +168,41 @@ def test_a_negative_counts_as_many():
     assert model.eval().loss(batch)[0] == expected
     model.train().n_pairs = 3  # fewer pairs than rows: nothing to estimate
     assert model.loss(batch)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "batch, expected", [("random", 0.31), ("runs", 2.71), ("runs, weighted by chance", 0.65)]
+)
+def test_what_the_weighted_negatives_estimate(batch, expected):
+    """The figures of clip.py. M vectors stand on a circle, and image and text i are the same one.
+
+    The softmax over all M has a loss of 0.67. A random batch misses most of the near texts. In runs
+    of neighbours every near text is there, and counts as if it stood for many: that is no estimate,
+    unless each negative is weighted by 1 / (its chance to be in the batch).
+    """
+    M, n, run = 4096, 256, 16
+    angle = torch.arange(M, dtype=torch.float64) * (2 * math.pi / M)
+    x = torch.stack((angle.cos(), angle.sin()), dim=1)
+    scale = torch.tensor(7e5)  # the logit of a next neighbour is 0.8 below that of the positive
+    everything = torch.arange(M)
+    true = contrast(softmax_loss, x, x, everything, everything, scale, rows=512)
+    assert true.item() == pytest.approx(0.67, abs=0.005)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(60):
+        if batch == "random":
+            ids = torch.randperm(M, generator=generator)[:n]
+        else:
+            starts = run * torch.randperm(M // run, generator=generator)[: n // run]
+            ids = (starts[:, None] + torch.arange(run)).flatten()
+        log_weight = log_weights(ids, M)
+        if batch == "runs, weighted by chance":
+            log_weight = torch.where(
+                ids[:, None] // run == ids // run, 0.0, math.log((M - run) / (n - run))
+            )
+        loss = contrast(softmax_loss, x[ids], x[ids], ids, ids, scale, log_weight=log_weight)
+        losses.append(loss.item())
+    assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.04)
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -546,6 +581,30 @@ def test_the_scale_is_clamped():
     model.logit_scale.fill_(9.0)
     assert model.scale().item() == pytest.approx(20)
     assert model(batch["images"], batch["tokens"]).abs().max() <= 20
+
+
+def test_a_scale_that_reached_its_bound_can_fall_again():
+    """First all pairs are right, and the scale grows; then all are wrong, and it should fall."""
+    model = make(max_scale=15.0, augment=0.0)
+    x = torch.eye(12)
+    ids = torch.arange(12)
+    optimizer = torch.optim.SGD([model.logit_scale], lr=0.5)
+    scales = []
+    for step in range(40):
+        y = x if step < 20 else x.roll(1, 0)
+        contrast(softmax_loss, x, y, ids, ids, model.scale()).backward()
+        model.logit_scale.grad.sign_()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+        scales.append(model.logit_scale.exp().item())
+    assert scales[19] == pytest.approx(15)
+    assert scales[-1] < 1
+    frozen = make(max_scale=15.0)
+    frozen.logit_scale.data.fill_(9.0)
+    frozen.requires_grad_(False)
+    frozen.after_step()
+    assert frozen.logit_scale.item() == 9  # weights that are not trained do not change
 
 
 @pytest.mark.parametrize("loss", LOSSES)

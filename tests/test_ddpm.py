@@ -108,6 +108,34 @@ def test_min_snr_weights_errors_of_x0():
         torch.testing.assert_close(weighted, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_the_bound_is_a_sum_of_squared_errors():
+    """The KL of a step of ddpm, from its mean and variance, is 1/2 (SNR_s - SNR_t) |x_0 - X|^2."""
+    path = Diffusion(config_of("linear")).path(20, "ddpm")
+    x, x0, estimate = normal(3, 1, 1, 4, 4).double()
+    for step in list(pairwise(path))[:-1]:
+
+        def draw(x0, noise, step=step):
+            return next(SAMPLERS["ddpm"](lambda *inputs: (x0, None), x, step, lambda: noise))
+
+        mean_q = draw(x0, 0.0)
+        mean_p = draw(estimate, 0.0)
+        deviation = draw(x0, 1.0) - mean_q
+        kl = ((mean_q - mean_p).square() / (2 * deviation.square())).sum()
+        snr, snr_s = [(alpha / sigma) ** 2 for _, alpha, sigma in step]
+        torch.testing.assert_close(kl, (snr_s - snr) / 2 * (x0 - estimate).square().sum())
+
+
+def test_the_mean_noise_is_minus_sigma_times_the_score():
+    for alpha, sigma in ((0.9, 0.44), (0.3, 0.95)):
+        x = normal(20, 2, 1, 1, seed=8).requires_grad_()
+        variance = alpha**2 * SPREAD**2 + sigma**2
+        distance = (x.flatten(1)[:, None] - alpha * MEANS).square().sum(-1)
+        log_density = (torch.tensor(SHARES).log() - distance / (2 * variance)).logsumexp(-1)
+        (score,) = torch.autograd.grad(log_density.sum(), x)
+        _, eps = denoise_mixture(x.detach(), None, alpha, sigma)
+        torch.testing.assert_close(eps, -sigma * score, atol=1e-5, rtol=1e-4)
+
+
 # ---- the samplers against diffusers --------------------------------------------------------------
 
 
@@ -116,7 +144,11 @@ def test_min_snr_weights_errors_of_x0():
 def test_timesteps_equal_diffusers(spacing, steps):
     theirs = DDIMScheduler(timestep_spacing=spacing)
     theirs.set_timesteps(steps)
-    assert ddpm.timesteps(1000, steps, spacing) == theirs.timesteps.tolist()
+    if (steps, spacing) == (1, "linspace"):  # diffusers would call pure noise an almost clean image
+        assert theirs.timesteps.tolist() == [0]
+        assert ddpm.timesteps(1000, steps, spacing) == [999]
+    else:
+        assert ddpm.timesteps(1000, steps, spacing) == theirs.timesteps.tolist()
     theirs = DPMSolverMultistepScheduler(timestep_spacing=spacing)
     theirs.set_timesteps(steps)
     ours = Diffusion(replace(TINY, spacing=spacing)).path(steps, "dpm++")
@@ -477,7 +509,7 @@ def test_sampling_restores_the_training_mode():
 
 
 def test_guidance():
-    config = replace(TINY, d_context=6, clip=False, prediction="eps")
+    config = replace(TINY, d_context=6, clip=False, prediction="eps", schedule="linear")
     model = trained(config)
     x = normal(2, 1, 8, 8)
     context = normal(2, 3, 6, seed=1)
@@ -611,6 +643,28 @@ def test_schedulers_that_this_model_cannot_express(fields, message, tmp_path):
     edit_json(tmp_path / "scheduler" / "scheduler_config.json", **fields)
     with pytest.raises(ValueError, match=message):
         Diffusion.from_pretrained(tmp_path)
+
+
+def test_estimates_that_explode_are_refused():
+    fields = {"prediction": "eps", "schedule": "cosine", "clip": False, "spacing": "trailing"}
+    with pytest.raises(ValueError, match=r"20,291 times .*prediction v, clip, or spacing leading"):
+        replace(TINY, **fields)
+    for change in ({"prediction": "v"}, {"clip": True}, {"spacing": "leading"}):
+        replace(TINY, **fields | change)
+    for schedule in ("linear", "scaled_linear"):
+        replace(TINY, **fields | {"schedule": schedule})
+
+
+def test_a_clipped_estimate_leaves_the_noise_as_predicted():
+    """As in diffusers: clipping x_0 does not change eps, so the two no longer add up to x."""
+    x = 3 * normal(2, 1, 8, 8)
+    found = {}
+    for clip in (False, True):
+        model = trained(replace(TINY, clip=clip))
+        found[clip] = model.denoiser()(x, 500, 0.6, 0.8)
+    assert found[False][0].abs().max() > 1
+    torch.testing.assert_close(found[True][0], found[False][0].clamp(-1, 1))
+    assert torch.equal(found[True][1], found[False][1])
 
 
 def test_a_config_is_equal_after_json():

@@ -16,9 +16,17 @@ With all rows in one piece, in four lines (figure 3 there):
     loss = (cross_entropy(z, labels) + cross_entropy(z.T, labels)) / 2
 
 So a class needs no training, only a name: write the class names as captions, and classify an image
-by the nearest caption (zero-shot). Two more losses share the code. SigLIP (Zhai et al. 2023)
-classifies each pair on its own: do the two belong together? SimCLR (Chen et al. 2020) needs no
-captions: a pair is one image, changed twice at random.
+by the nearest caption (zero-shot). Two more losses share the code:
+
+    SigLIP     (Zhai et al. 2023) classifies each pair on its own: do the two belong together? The
+               paper starts at a scale of 10 and a bias of -10. The scale starts at 1 / temperature
+               here, by default CLIP's 1 / 0.07 = 14.3: set temperature 0.1 to follow the paper.
+    SimCLR     (Chen et al. 2020) needs no captions: a pair is one image, changed twice at random.
+               The paper's projection is an MLP with one hidden layer, and its temperature is fixed
+               (0.1 on ImageNet). Here the projection is CLIP's matrix, and the scale is learnt.
+
+The scale exp(s) stays below max_scale, 100 as in CLIP's paper: larger logits make training
+unstable. `after_step` puts s back to that bound whenever a step has passed it.
 
 Negatives. The positive of an image is its own text, or any equal caption; all other texts of the
 batch are its negatives. They are few, and after some training easy to classify. Then the batch has
@@ -30,10 +38,22 @@ InfoNCE has two remedies, named here after their options, and they can be combin
                earlier weights and carry no gradient; while the weights change fast, old vectors
                mislead. So Q is a few batches, and the memory starts `memory_after` batches late.
 
-    rivals     "all": the loss estimates the softmax over all M texts, of which the columns are a
-               sample (sampled softmax, Jean et al. 2015). Of n columns, n - 1 are negatives, and
-               each stands for (M - 1) / (n - 1) negatives of the data: the ln of that number is
-               added to its logit.
+    rivals     "all": each negative counts as several. Of n columns, n - 1 are negatives, and the
+               data have M - 1, so each counts as w = (M - 1) / (n - 1): ln w is added to its logit.
+               For example, M = 1,001 and n = 11 give w = 100. With a positive at logit 8 and ten
+               negatives at logit 4, the probability of the positive falls from 0.85 to 0.05, so
+               that there is much left to learn.
+
+What does "all" estimate? If the negatives are drawn from the data at random, all equally likely,
+then w times the sum of their exp(z) is on average the sum over all negatives of the data: the loss
+approximates the softmax over all M texts (sampled softmax, Jean et al. 2015). It is too low on
+average, because E ln(sum) <= ln E(sum), and lower the fewer negatives matter. But if batches are
+made of runs of similar rows (--data.neighbours), the premise is wrong. The texts of a row's own run
+are always in its batch, so each of them stands for itself alone: its weight should be 1, and it is
+w. Then the loss is no estimate but a weighting of hard negatives: the model learns most from the
+texts that it confuses. A test shows the size of it (tests/test_clip.py). For 4,096 texts on a
+circle, the softmax over all has the loss 0.67. Random batches of 256 estimate 0.31, and batches of
+16 runs of 16 neighbours 2.71; with weight 1 inside a run and 4080 / 240 outside, they give 0.65.
 
 Large batches. The rows of a batch are compared with each other, so the batch cannot be cut into
 independent micro-batches. To save memory, the towers process `rows_at_once` rows at a time and
@@ -87,8 +107,8 @@ class CLIPConfig:
     loss: Literal["infonce", "siglip", "simclr"] = "infonce"  # contrastive loss
     temperature: float = 0.07  # initial temperature: logits start as cosines / temperature
     max_scale: float = 100.0  # largest factor from cosines to logits
-    # Negatives that infonce learns from: those of the batch (and the memory), or, estimated from
-    # these, all other pairs of the training data.
+    # weight of infonce's negatives, those of the batch and the memory: batch = 1 each; all = as
+    # many as the training data have, divided equally
     rivals: Literal["batch", "all"] = "batch"
     memory: int = 0  # rows of earlier batches that infonce keeps as further negatives
     memory_after: int = 0  # batches before the memory starts, as the weights change fast at first
@@ -257,11 +277,11 @@ class CrossBatchMemory(nn.Module):
 
 
 def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
-    """For each column, the ln of the number of the data's negatives that it stands for, (n,).
+    """For each column, the ln of the number of negatives as which it counts, (n,).
 
     ids (n,) are those of the columns, -1 where a column is empty: its result is -inf. n_pairs is M,
-    the number of pairs in the data. If M does not exceed the number of columns, each column stands
-    for itself alone, and the result is 0.
+    the number of pairs in the data. If M does not exceed the number of columns, each column counts
+    once, and the result is 0.
     """
     known = ids >= 0
     count = ((n_pairs - 1) / (known.sum() - 1)).clamp(min=1)
@@ -336,7 +356,7 @@ class CLIP(nn.Module):
     """Images (B, C, H, W) in [-1, 1] and tokens (B, T) -> logits (B, B), row i for image i."""
 
     unit = "pair"  # what a data set is counted in
-    outer = ()  # no tables for AdamW: most words occur in each batch, so Muon suits them too
+    outer = ()  # AdamW has no table: most words occur in each batch, so Muon suits them too
     whole_batch = True  # the loss compares the rows, so the trainer passes all it has at once
 
     def __init__(self, config: CLIPConfig):
@@ -401,8 +421,21 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_tower(tokens)).float(), dim=-1)
 
     def scale(self) -> Tensor:
-        """exp(s), the factor from cosines to logits, at most max_scale."""
+        """exp(s), the factor from cosines to logits, at most max_scale.
+
+        The clamp acts on weights from elsewhere; in training, `after_step` keeps s in its range.
+        """
         return self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the scale in its range; the trainer calls this after each step.
+
+        The clamp in `scale` alone would not do: above its bound the gradient is 0, so an s that has
+        stepped over the bound would never change again.
+        """
+        if self.logit_scale.requires_grad:
+            self.logit_scale.clamp_(max=math.log(self.config.max_scale))
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         return self.scale() * self.encode_image(images) @ self.encode_text(tokens).T  # (B, B)

@@ -10,12 +10,41 @@ network reads x_t and t and predicts y = a x_0 + b eps, a fixed mixture of image
     eps   y = eps                          Ho et al. 2020, eq. 14: the loss is the mean |eps - y|^2
     x0    y = x_0
     v     y = alpha eps - sigma x_0        Salimans & Ho 2022, appendix D
-    flow  y = eps - x_0                    Lipman et al. 2023: here alpha = 1 - t, sigma = t
+    flow  y = eps - x_0                    flow matching: here alpha = 1 - t, sigma = t
+
+The last line is Esser et al. 2024's. Lipman et al. 2023 (eq. 23) and Liu et al. 2023 count time the
+other way, from noise at t = 0 to the image at t = 1, and predict x_0 - eps.
 
 Both x_0 and eps follow from x_t and y: two equations with two unknowns. So every prediction is an
 estimate of the clean image. A sampler uses it to move from sigma = 1 to sigma = 0: at each step it
 estimates x_0 and eps and mixes them again with less noise. Samplers differ only in this mixture,
 and all they need of a model is a function denoise(x, t, alpha, sigma) -> (x_0, eps).
+
+Why a squared error? The aim is a model p that gives real images a high probability. It draws an
+image from noise level by level, by steps p(x_s | x_t) from t to the level s below it. If x_0 were
+known, Bayes' rule would give this step exactly (Ho et al. 2020, eq. 6 and 7):
+
+    q(x_s | x_t, x_0) = Gaussian, mean u_t x_t + c_t x_0, variance v_t
+
+The model does not know x_0. It takes the same Gaussian with its own estimate X(x_t, t) for x_0. The
+variational bound (eq. 5) adds up how far each step is from the exact one; ends without weights are
+left out here:
+
+    -ln p(x_0) <= sum_t E KL(q(x_s | x_t, x_0) || p(x_s | x_t)) + const
+
+Two Gaussians of equal variance have KL = |difference of their means|^2 / (2 v). The means differ by
+c_t (x_0 - X). With SNR = alpha^2 / sigma^2, c_t^2 / v_t is SNR_s - SNR_t (Kingma et al. 2021), so
+
+    KL_t = 1/2 (SNR_s - SNR_t) |x_0 - X(x_t, t)|^2
+
+and the bound is a weighted sum of squared errors. The best X at each level is the mean of all x_0
+that lead to x_t, whatever the weights are; a finite network spends its effort where they are large.
+The error of eps is SNR_t times that of x_0, so the plain loss on eps gives high noise more weight
+than the bound does. Ho et al. 2020 (section 3.4) found that images become better so.
+
+The same from another side: the mean of eps given x_t is -sigma_t grad ln q(x_t), minus the score
+(Vincent 2011; Song & Ermon 2019). So to remove the predicted noise is to climb towards where x_t is
+more probable.
 
 Guidance makes an image follow a text (Ho & Salimans 2022): predict with and without the text, and
 move further along the difference.
@@ -39,6 +68,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm.unet import UNet, UNetConfig, check_images
+
+MAX_ERROR_FACTOR = 1000  # of x_0 over eps, 1 / alpha; 157 for Ho et al. 2020, 15 for Rombach et al.
 
 
 @dataclass(frozen=True)
@@ -76,6 +107,22 @@ class DiffusionConfig(UNetConfig):
             raise ValueError(f"min_snr is {self.min_snr}; a flow weights all levels alike, use 0")
         if self.out_channels not in (0, self.in_channels):
             raise ValueError(f"out_channels is {self.out_channels}; it must be in_channels, or 0")
+        if self.prediction == "eps" and not self.clip and self.spacing != "leading":
+            self.check_first_estimate()
+
+    def check_first_estimate(self) -> None:
+        """Raise ValueError if a sampler's first estimate of x_0 = (x - sigma eps) / alpha explodes.
+
+        Most samplers start at the last level, where alpha may be so small that the division turns
+        the network's errors into thousands. Clipping x_0 hides that.
+        """
+        factor = alpha_bars(self)[-1].item() ** -0.5
+        if factor > MAX_ERROR_FACTOR:
+            raise ValueError(
+                f"prediction is eps, schedule is {self.schedule} and clip is off: at the last "
+                f"level, errors of x_0 are {factor:,.0f} times those of eps; use prediction v, "
+                "clip, or spacing leading"
+            )
 
     def check_range(self, name: str, low: float, high: float = math.inf) -> None:
         """Raise ValueError unless a field lies in [low, high]."""
@@ -192,7 +239,8 @@ def timesteps(S: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
     """The `steps` of S levels at which a sampler calls the network, from noise to image.
 
     trailing starts at the last level, leading ends at `offset`, linspace starts at the last and
-    ends at 0 (Lin et al. 2024, table 2). Raises ValueError for more steps than levels.
+    ends at 0 (Lin et al. 2024, table 2); a single step starts at the last. Raises ValueError for
+    more steps than levels.
     """
     most = S - offset if spacing == "leading" else S
     if not 1 <= steps <= most:
@@ -201,7 +249,9 @@ def timesteps(S: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
         return [round(S - i * (S / steps)) - 1 for i in range(steps)]
     if spacing == "leading":
         return [min(S - 1, i * (S // steps) + offset) for i in reversed(range(steps))]
-    return [round(i * ((S - 1) / max(1, steps - 1))) for i in reversed(range(steps))]
+    if steps == 1:
+        return [S - 1]
+    return [round(i * ((S - 1) / (steps - 1))) for i in reversed(range(steps))]
 
 
 def ddim(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, eta: float = 0.0) -> States:
@@ -273,8 +323,8 @@ def flow_path(S: int, steps: int) -> NoisePath:
 def heun(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise) -> States:
     """Heun's rule: step with the mean of the velocities here and at the end of Euler's step.
 
-    It is of second order, with two calls of the network per step. The last step calls it once, as
-    the network was not trained at t = 0. Draws nothing.
+    It is of second order, with two calls of the network per step. The last step calls it once: it
+    ends at sigma = 0, where the velocity (x - x_0) / sigma cannot be computed. Draws nothing.
     """
     for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in pairwise(path):
         x0, _ = denoise(x, t, alpha, sigma)
@@ -425,7 +475,10 @@ class Diffusion(nn.Module):
 
         The prediction is y_null + guidance (y - y_null): 0 ignores the context, 1 is the plain
         conditional model, and more follows the context more closely, at the cost of variety.
-        Raises ValueError for a guidance below 0, or one that needs a context if none is given.
+        With config.clip, x_0 is clipped and eps stays what the network predicted, as in diffusers:
+        then alpha x_0 + sigma eps is no longer x. DDIM and Euler use that eps, the other samplers
+        x_0 alone. Raises ValueError for a guidance below 0, or one that needs a context if none is
+        given.
         """
         config = self.config
         if not 0 <= guidance < math.inf:

@@ -162,9 +162,18 @@ def repeat_and_convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def enlarge(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute repeat_and_convolve(x, weight, bias) with 4/9 of the products.
 
-    Seen from the input, each pixel adds a stamp of 4 x 4 pixels to the result, at every second row
-    and column: the sum of the four 3 x 3 stamps of its four copies. So the weights are added first,
-    and one transposed convolution of stride 2 does the rest.
+    What does a single pixel of value 1 add to the result? In one dimension, with weights (a b c),
+    it becomes two copies, and each copy leaves the weights in reverse order around its place:
+
+        places of the result    .   1   2   .
+        copy at place 1         c   b   a
+        copy at place 2             c   b   a
+        together                c  b+c a+b  a
+
+    So each pixel adds a stamp of 4 numbers, and the next pixel adds its own two places further on.
+    In two dimensions the stamp is 4 x 4: instead of 9 products for each of the 4 new pixels, 16 in
+    all. Here the weights are added first, and one transposed convolution of stride 2 puts the
+    stamps in their places.
     """
     stamp = F.pad(weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (C, C, 5, 5)
     stamp = stamp[:, :, 1:] + stamp[:, :, :-1]  # both copies in a column: (C, C, 4, 5)

@@ -121,6 +121,23 @@ def test_cache_of_windows_rows_and_encoders():
     assert memory.cache_bytes(t5, 10) == 2 * 6 * 2 * 512 * 10 + of_encoder
 
 
+def test_the_example_of_the_docstring():
+    """GPT-2's largest size in GB, as memory.py works it through."""
+    gpt2 = systems.get("gpt2-xl")
+    training = Training(dropout=True)
+    sharded = memory.training_memory(gpt2, training, Layout(8, zero=3))
+    found = [memory.state_memory(gpt2.parameters, training, Layout()).total]
+    for stage in (1, 2, 3):
+        layout = Layout(8, zero=stage)
+        found.append(memory.state_memory(gpt2.parameters, training, layout).total)
+    for changes in ({"fused": False}, {}, {"checkpoint": "full"}):
+        found.append(memory.activation_bytes(gpt2, replace(training, **changes), Layout()))
+    found += [sharded.logits, sharded.buffers]
+    expected = [24.9, 8.6, 5.8, 3.1, 9.0, 2.7, 0.2, 0.6, 0.5]
+    assert [round(value / GB, 1) for value in found] == expected
+    assert sharded.total < 24 * GB < found[0]
+
+
 # ---- memory.py: properties ----------------------------------------------------------------------
 
 

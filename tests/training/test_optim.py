@@ -190,6 +190,15 @@ def test_wsd_at_its_turning_points():
     assert lr_factor(100, 100, replace(c, final_lr=0.1)) == 0.1
 
 
+@pytest.mark.parametrize("decay_fraction", [0.85, 0.95, 1.0])
+def test_a_long_fall_starts_where_the_warmup_ends(decay_fraction):
+    """The rate does not jump between the two: each step falls as far as the one before."""
+    c = OptimConfig(warmup_steps=20, decay_fraction=decay_fraction)
+    factors = [lr_factor(step, 100, c) for step in range(101)]
+    assert factors[19] == factors[20] == 1.0
+    torch.testing.assert_close(torch.tensor(factors[20:]), torch.linspace(1, 0, 81))
+
+
 def test_cosine_at_its_turning_points():
     c = OptimConfig(schedule="cosine", warmup_steps=20, final_lr=0.1)
     factors = [lr_factor(step, 120, c) for step in range(121)]

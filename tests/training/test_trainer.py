@@ -91,6 +91,27 @@ def test_a_few_rows_are_memorised(tmp_path, data, optimizer):
     assert scores["val_loss"] < 0.05
 
 
+class Bounded(GPT):
+    """A model whose norm gains must not exceed 1."""
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.norm.weight.clamp_(max=1.0)
+
+
+def test_parameters_stay_in_their_bounds(tmp_path, data):
+    """They are put back after each step, before the moving average reads them."""
+    optim = replace(OPTIM, lr=0.1, ema_half_life=2)
+    free = make(tmp_path / "free", data, optim=optim)
+    free.fit()
+    assert free.model.norm.weight.max() > 1.05
+    bound = make(tmp_path / "bound", data, optim=optim, cls=Bounded)
+    bound.fit()
+    assert bound.model.norm.weight.max() == 1
+    assert bound.model.norm.weight.min() < 0.95
+    assert bound.ema.average["norm.weight"].max() <= 1
+
+
 # ---- stop and resume ----------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """LoRA: a frozen matrix, and next to it a trained product of two thin matrices.
 
-Hu et al. 2021 found that the change that a new task makes to a weight matrix W (out, in) has a low
-rank. So it can be written as B A, with A (rank, in) and B (out, rank), which hold far fewer numbers
-(eq. 3):
+Hu et al. 2021 (section 4.1) assume that the change that a new task makes to a weight matrix W
+(out, in) has a low rank; that training then works so well is their evidence. So the change is
+written as B A, with A (rank, in) and B (out, rank), which hold far fewer numbers (eq. 3):
 
     h = W x + (alpha / rank) B A x,      B = 0 at the start: the model is unchanged before training
 

@@ -14,7 +14,20 @@ n parameters take
 Activations are kept for the backward pass. Korthikanti et al. (2022) count T D (34 + 5 N T / D)
 bytes a row for a GPT-3 block. Fused attention and selective checkpointing drop the second term;
 full checkpointing keeps only the 2 T D bytes that enter the block. Logits (T x V a row) are kept in
-float32, and their gradient is made, before anything is freed.
+float32, and their gradient is made, before anything is freed: 12 T V bytes a row.
+
+An example: GPT-2's largest size, with n = 1.558e9, D = 1600, N = 25, V = 50,257 and 48 blocks, on
+one row of T = 1024 tokens, with dropout.
+
+    weights, gradients, optimizer   16 n                       24.9 GB
+    the same on each of 8 GPUs      5.5 n, 3.75 n, 2 n         8.6, 5.8, 3.1 GB in stages 1, 2, 3
+    activations of 48 blocks        48 T D (34 + 80)           9.0 GB
+    with fused attention            48 T D 34                  2.7 GB
+    with full checkpointing         48 T D 2 + T D 34          0.2 GB: one block is computed again
+    logits                          12 T V                     0.6 GB
+
+So a GPU of 24 GB cannot train it, whatever is done about activations: the first line exceeds it.
+Eight such GPUs can in stage 3: 3.1 + 2.7 + 0.6 GB, and 0.5 GB for weights under way.
 
 1 GB = 10^9 bytes and 1 GiB = 2^30 bytes. Letters as in ledgers.py.
 Left out: fragmentation, the CUDA context (about 0.5 GB), and communication libraries.

@@ -1,8 +1,12 @@
 """Optimizers and schedules: how each parameter is updated, how fast, and how it is averaged.
 
 AdamW (Loshchilov & Hutter 2019) scales each number of a gradient by a running average of its size.
-Muon (muon.py) treats the gradient of a hidden matrix as one object. Embeddings, output layers,
-gains and biases stay with AdamW: a table of rows, or a vector, is not a map between hidden states.
+Muon (muon.py) treats the gradient of a matrix as one object, and is meant for matrices that lie
+between hidden states. Jordan et al. 2024 leave embeddings, output layers, gains and biases to
+AdamW: a table of rows, or a vector, is no such map. Here gains and biases always stay with AdamW.
+Which tables, input and output layers do so, each model says in its `outer`: the GPT names its
+embeddings and its head. CLIP, the autoencoder and the diffusion models name none, so Muon trains
+their first and last matrices too, and CLIP's tables of tokens and positions.
 
 The learning rates rise during warmup and then decay, by a factor on each group's peak rate. The
 exponential moving average (EMA) of the weights is what diffusion models sample with.
@@ -32,7 +36,7 @@ from tinyfm.training.muon import Muon
 class OptimConfig:
     """Settings of the optimizers, the learning-rate schedule and the moving average."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the hidden matrices; others: AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; others: AdamW
     lr: float = 3e-3  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
     kernels: bool = False  # use Muon for convolution kernels too; needs other learning rates
@@ -66,9 +70,8 @@ class OptimConfig:
 def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[Tensor]:
     """The matrices between hidden states, and with `kernels` the convolution kernels too.
 
-    `model.outer` names the modules that read the input or write the output. Parameters below such
-    a name, at any depth, are left out: they are tables or output layers, not maps between hidden
-    states.
+    `model.outer` names the modules that the model wants to leave to AdamW, such as its embeddings
+    and its head. Parameters below such a name, at any depth, are left out.
     """
     ndims = (2, 4) if kernels else (2,)
     outer = set(model.outer)
@@ -112,8 +115,9 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate at a step of 0 .. steps - 1, as a share of the peak.
 
     Both schedules rise linearly over warmup_steps. "cosine" (Loshchilov & Hutter 2017) then falls
-    along half a cosine. "wsd" (warmup-stable-decay, Hu et al. 2024) stays at the peak and falls
-    linearly over the last decay_fraction of the run.
+    along half a cosine. "wsd" (warmup-stable-decay, Hu et al. 2024) stays at the peak, and falls
+    over the last decay_fraction of the run, or from the end of the warmup on if that is later. The
+    fall is linear (Hägele et al. 2024); that of Hu et al. is exponential.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -122,7 +126,8 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
         left = steps - step
-        share = min(1.0, max(0.0, left / max(1.0, config.decay_fraction * steps)))
+        fall = min(config.decay_fraction * steps, steps - config.warmup_steps)  # length in steps
+        share = min(1.0, max(0.0, left / max(1.0, fall)))
     return config.final_lr + (1 - config.final_lr) * share
 
 

@@ -188,6 +188,8 @@ class Trainer:
     rows of its rank in one call and cuts them itself, `rows_at_once` rows at a time. It calls its
     `gather` for the rows of the other ranks. The trainer sets both, and the model's `rank`.
 
+    A model whose parameters have bounds has a method `after_step`, which puts them back in range.
+
     Raises ValueError if the batch does not divide by the number of processes, or if the device,
     the dtype or TensorBoard is not available.
     """
@@ -312,6 +314,8 @@ class Trainer:
         if self.guard.passes(loss, norm):
             for optimizer in self.optimizers:
                 optimizer.step()
+            if hasattr(self.model, "after_step"):
+                self.model.after_step()
             if self.ema:
                 self.ema.update(self.model, step)
         for parameter in self.model.parameters():
