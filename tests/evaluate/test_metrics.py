@@ -1,9 +1,11 @@
-"""Measures equal those of scikit-learn, on random guesses in which classes may be absent."""
+"""Measures equal those of scikit-learn, on random guesses in which classes may be absent. Intervals
+catch the true value as often as they say."""
 
 import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as oracle
 
 from tinyfm.evaluate import metrics
@@ -95,3 +97,109 @@ def test_bad_input_is_refused():
             metrics.accuracy(scores, labels)
     with pytest.raises(ValueError, match="labels are 0 to 2: they must be 0 to 1"):
         metrics.calibration_error(p, np.array([0, 1, 2]))
+
+
+# ---- intervals ----------------------------------------------------------------------------------
+
+
+def test_wilson_is_the_set_of_shares_that_the_test_does_not_reject():
+    low, high = metrics.wilson(41, 50)
+    for q in (low, high):
+        assert abs(41 / 50 - q) == pytest.approx(1.959964 * math.sqrt(q * (1 - q) / 50), rel=1e-5)
+    for k, n, level in ((0, 20, 0.95), (20, 20, 0.9), (117, 118, 0.95), (3, 500, 0.99)):
+        expected = stats.binomtest(k, n).proportion_ci(level, "wilson")
+        assert metrics.wilson(k, n, level) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 30, 300])
+def test_students_t(freedom):
+    for level in (0.5, 0.95, 0.99):
+        expected = stats.t.ppf((1 + level) / 2, freedom)
+        assert metrics.student_t(level, freedom) == pytest.approx(expected, rel=1e-4)
+
+
+def test_wilson_catches_the_true_share():
+    """The exact coverage, summed over all numbers of successes, averaged over true shares."""
+    for n in (20, 50, 118, 200, 500):
+        intervals = np.array([metrics.wilson(k, n) for k in range(n + 1)])
+        coverage = []
+        for p in np.linspace(0.5, 0.99, 99):
+            chance = stats.binom.pmf(np.arange(n + 1), n, p)
+            coverage.append(chance[(intervals[:, 0] <= p) & (p <= intervals[:, 1])].sum())
+        assert abs(np.mean(coverage) - 0.95) < 0.01, n
+        assert min(coverage) > 0.83, n  # the common interval has 0.18 at n = 20, p = 0.99
+
+
+@pytest.mark.parametrize("clusters, size", [(8, 50), (40, 10), (150, 4)])
+def test_an_interval_over_clusters_catches_the_true_share(clusters, size):
+    """The share of a file varies by Beta(8, 2): examples of one file are alike."""
+    rng = np.random.default_rng(0)
+    place = np.repeat(np.arange(clusters), size)
+    caught = np.zeros(2)
+    for _ in range(400):
+        right = rng.random(len(place)) < rng.beta(8, 2, clusters)[place]
+        intervals = (
+            metrics.clustered_wilson(right, place),
+            metrics.wilson(int(right.sum()), len(place)),
+        )
+        caught += [low <= 0.8 <= high for low, high in intervals]
+    assert 0.92 <= caught[0] / 400 <= 0.985
+    if size >= 10:
+        assert caught[1] / 400 < 0.9  # as if they were independent
+
+
+def test_an_interval_over_documents_catches_the_true_ratio():
+    """Documents of unequal lengths; longer ones are easier."""
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        size = np.exp(rng.normal(7, 0.8, n))
+        return size * (rng.gamma(12, 0.14, n) - 0.05 * (np.log(size) - 7)), size
+
+    rng = np.random.default_rng(0)
+    bits, size = draw(1_000_000)
+    true = bits.sum() / size.sum()
+    intervals = np.array([metrics.bootstrap(*draw(100)) for _ in range(300)])
+    caught = (intervals[:, 0] <= true) & (true <= intervals[:, 1])
+    assert 0.92 <= caught.mean() <= 0.98
+
+
+def test_a_bootstrap_is_that_of_whole_documents_and_does_not_change():
+    rng = np.random.default_rng(1)
+    size = rng.integers(100, 5000, 40)
+    bits = size * rng.normal(1.6, 0.2, 40)
+    low, high = metrics.bootstrap(bits, size)
+    assert low < bits.sum() / size.sum() < high
+    assert metrics.bootstrap(bits, size) == (low, high)
+    many = np.repeat(bits / 50, 50), np.repeat(size / 50, 50)  # as if each were 50 documents
+    assert np.diff(metrics.bootstrap(*many)) < 0.2 * (high - low)
+    equal = metrics.bootstrap(size * 1.6, size)
+    assert equal == pytest.approx((1.6, 1.6))
+
+
+def test_a_measure_prints_its_interval():
+    right = np.arange(100) < 80
+    one = metrics.proportion(right, "texts")
+    assert one == 0.8 and (one.low, one.high) == metrics.wilson(80, 100)
+    assert str(one) == "0.8 (0.7112 to 0.8666; 100 texts)"
+    files = metrics.proportion(right, "texts", [f"{i // 20}.py" for i in range(100)], "files")
+    assert files.low < one.low and files.high > one.high and files.n == 100
+    assert str(files).endswith("; 100 texts in 5 files)")
+    assert metrics.proportion(right, "texts", range(100), "files").high == one.high
+    single = metrics.proportion(right, "texts", ["a.py"] * 100, "files")
+    assert math.isnan(single.low) and "too few" in str(single)
+    loss = metrics.ratio_of_sums(np.full(12, 6.0), np.full(12, 4.0), "documents")
+    assert (loss, loss.low, loss.high, loss.n) == (1.5, 1.5, 1.5, 12)
+    few = metrics.ratio_of_sums(np.full(3, 6.0), np.full(3, 4.0), "documents")
+    assert few == 1.5 and math.isnan(few.high) and "3 documents" in str(few)
+
+
+def test_samples_without_an_interval_are_refused():
+    for wrong in ((5, 4), (-1, 4), (0, 0)):
+        with pytest.raises(ValueError, match="0 to n"):
+            metrics.wilson(*wrong)
+    with pytest.raises(ValueError, match="level of an interval is 95"):
+        metrics.wilson(3, 4, 95)
+    with pytest.raises(ValueError, match="two clusters"):
+        metrics.clustered_wilson(np.ones(4), ["a"] * 4)
+    with pytest.raises(ValueError, match="10 at least"):
+        metrics.bootstrap(np.ones(9), np.ones(9))

@@ -1,4 +1,4 @@
-"""Measures of predictions: of classes, and of texts.
+"""Measures of predictions, of classes and of texts, and how certain they are.
 
 A classifier predicts probabilities p (n, M) for n examples and M classes; labels (n,) are the true
 classes. Its guess is the class of the highest probability. The confusion matrix C counts guesses:
@@ -14,16 +14,36 @@ right with frequency p (Guo et al. 2017).
 
 The log-likelihood of a text is the sum of ln p(token), in nats.
 
-All shares are from 0 to 1, all arrays are numpy arrays. Left out: areas under curves, regression.
+A measure of n examples differs from that of all examples there could be. An interval of level 95%
+is computed from the sample by a rule that catches the true value for 95% of all samples. It speaks
+of other examples of the same kind, not of other seeds of the training.
+
+    share p of n independent examples (Wilson 1927): all q with |p - q| <= z sqrt(q (1 - q) / n)
+    share of examples in clusters, such as passages of one file, which are alike: the same, with
+        fewer examples, n / deff, and Student's t instead of z (Korn & Graubard 1998)
+    ratio of two sums over documents, such as bits / bytes: a bootstrap over documents (Efron 1979)
+
+deff, the design effect (Kish 1965), is the variance of p between clusters over that of independent
+examples. The common p +- z sqrt(p (1 - p) / n) is too narrow for a p near 0 or 1.
+
+All shares are from 0 to 1, all arrays are numpy arrays. Left out: areas under curves, regression,
+tests of a difference.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
-Scores = dict[str, float]  # {measure: value}
+DRAWS = 2000  # samples of a bootstrap
+DRAWN_AT_ONCE = 1 << 20  # units of these samples in memory
+MIN_UNITS = 10  # units, such as documents, that a bootstrap needs
+
+Scores = dict[str, float]  # {measure: value}; some values are an Estimate
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -123,3 +143,166 @@ def perplexity(log_likelihood: float, tokens: int) -> float:
 def bits_per_byte(log_likelihood: float, utf8_bytes: int) -> float:
     """Bits per byte of the text: it compares models with any tokenizers."""
     return -log_likelihood / math.log(2) / utf8_bytes
+
+
+# ---- intervals ----------------------------------------------------------------------------------
+
+
+def check_level(level: float) -> None:
+    """Raise ValueError unless level is between 0 and 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval is {level}: it must be between 0 and 1")
+
+
+def student_t(level: float, freedom: int) -> float:
+    """The t with P(-t < T < t) = level for Student's T with `freedom` degrees of freedom.
+
+    With T = sqrt(freedom) tan(angle), the density of the angle is cos(angle)^(freedom - 1).
+    """
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate(([0], np.cumsum(density[1:] + density[:-1])))
+    return math.sqrt(freedom) * math.tan(np.interp(level, below / below[-1], angles))
+
+
+def wilson(successes: float, n: float, level: float = 0.95, z: float = 0) -> tuple[float, float]:
+    """(low, high) of a share, from the number of successes among n independent examples.
+
+    z: number of standard errors; by default that of the level. Raises ValueError unless
+    0 <= successes <= n and n > 0.
+    """
+    check_level(level)
+    if not 0 <= successes <= n or not n:
+        raise ValueError(f"{successes} successes of {n}: there must be 0 to n of them, and n > 0")
+    z = z or NormalDist().inv_cdf((1 + level) / 2)
+    p = successes / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def clustered_wilson(
+    right: np.ndarray, clusters: Sequence[Any], level: float = 0.95
+) -> tuple[float, float]:
+    """(low, high) of the share of True in right (n,), whose examples lie in clusters (n,).
+
+    The clusters are what was drawn from a population: files, fonts. Where each has one example,
+    this is `wilson`. Raises ValueError for a single cluster, unless it has a single example.
+    """
+    check_level(level)
+    n = len(right)
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(place.max()) + 1
+    if count == n:
+        return wilson(float(right.sum()), n, level)
+    if count == 1:
+        raise ValueError(f"all {n} examples are in one cluster: an interval needs two clusters")
+    p = float(right.mean())
+    if p in (0, 1):  # the clusters do not differ
+        return wilson(p * n, n, level, student_t(level, count - 1))
+    # The variance of p, from the sums of the clusters' deviations.
+    deviations = np.bincount(place, weights=right - p)
+    variance = count / (count - 1) * float((deviations**2).sum()) / n**2
+    deff = max(1.0, variance / (p * (1 - p) / n))
+    return wilson(p * n / deff, n / deff, level, student_t(level, count - 1))
+
+
+def bootstrap(
+    parts: np.ndarray, wholes: np.ndarray, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of sum(parts) / sum(wholes), (n,) both: the bits and bytes of n documents, say.
+
+    A bootstrap draws n of the n units with replacement, many times. This is the bootstrap-t (Efron
+    & Tibshirani 1993, section 12.5): by how many of its own standard errors does the ratio r* of a
+    draw differ from the ratio r of all units? The standard error of a ratio is, by linearisation,
+
+        sqrt(sum (part - r whole)^2) / sum(whole)
+
+    Where the lengths of documents differ much, this covers more than the quantiles of r* do. Raises
+    ValueError for fewer than MIN_UNITS units: they say too little about all others.
+    """
+    check_level(level)
+    parts = np.asarray(parts, dtype=np.float64)
+    wholes = np.asarray(wholes, dtype=np.float64)
+    n = len(parts)
+    if n < MIN_UNITS or wholes.shape != parts.shape:
+        raise ValueError(
+            f"{n} parts and {len(wholes)} wholes: an interval needs as many of both, {MIN_UNITS} "
+            "at least"
+        )
+
+    def ratio_and_error(parts: np.ndarray, wholes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ratio and standard error of each row, (draws,) each; parts and wholes (draws, n)."""
+        sums = wholes.sum(1)
+        ratios = parts.sum(1) / sums
+        return ratios, np.sqrt(((parts - ratios[:, None] * wholes) ** 2).sum(1)) / sums
+
+    (ratio,), (error,) = ratio_and_error(parts[None], wholes[None])
+    rng = np.random.default_rng(seed)
+    drawn = []
+    at_once = max(1, DRAWN_AT_ONCE // n)
+    for first in range(0, DRAWS, at_once):
+        index = rng.integers(n, size=(min(at_once, DRAWS - first), n))
+        ratios, errors = ratio_and_error(parts[index], wholes[index])
+        # An error is 0 where all units have the same ratio: then r* is r.
+        drawn.append((ratios - ratio) / np.where(errors > 0, errors, np.inf))
+    lowest, highest = np.quantile(np.concatenate(drawn), ((1 - level) / 2, (1 + level) / 2))
+    return float(ratio - highest * error), float(ratio - lowest * error)
+
+
+# ---- measures with intervals --------------------------------------------------------------------
+
+
+class Estimate(float):
+    """A measure with its interval of 95%. Apart from that it is an ordinary number."""
+
+    low: float  # nan where the sample is too small for an interval
+    high: float
+    n: int  # number of examples or documents
+    about: str  # n in words, such as "575 texts in 78 files"
+
+    def __new__(
+        cls, value: float, interval: tuple[float, float], n: int, about: str = ""
+    ) -> Estimate:
+        self = super().__new__(cls, value)
+        self.low, self.high = interval
+        self.n = n
+        self.about = about or f"{n:,} examples"
+        return self
+
+    def __str__(self) -> str:
+        """Such as "0.584 (0.54 to 0.62; 575 texts in 78 files)"."""
+        value = f"{float(self):.4g}"
+        if math.isnan(self.low):
+            return f"{value} ({self.about}: too few for an interval)"
+        return f"{value} ({self.low:.4g} to {self.high:.4g}; {self.about})"
+
+
+NO_INTERVAL = (math.nan, math.nan)
+
+
+def proportion(
+    right: np.ndarray, unit: str = "examples", clusters: Sequence[Any] = (), cluster: str = ""
+) -> Estimate:
+    """The share of True in right (n,).
+
+    clusters: (n,), the file or font of each example; empty if the examples are independent. unit,
+    cluster: the words for both, "texts" and "files".
+    """
+    right = np.asarray(right, dtype=bool)
+    n = len(right)
+    value = float(right.mean())
+    count = len(set(clusters))
+    if not count or count == n:
+        return Estimate(value, wilson(int(right.sum()), n), n, f"{n:,} {unit}")
+    about = f"{n:,} {unit} in {count:,} {cluster}"
+    interval = NO_INTERVAL if count == 1 else clustered_wilson(right, clusters)
+    return Estimate(value, interval, n, about)
+
+
+def ratio_of_sums(parts: np.ndarray, wholes: np.ndarray, unit: str) -> Estimate:
+    """sum(parts) / sum(wholes) over n units: loss per token or bits per byte of n documents."""
+    n = len(parts)
+    value = float(np.sum(parts) / np.sum(wholes))
+    interval = NO_INTERVAL if n < MIN_UNITS else bootstrap(parts, wholes)
+    return Estimate(value, interval, n, f"{n:,} {unit}")
