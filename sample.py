@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+import tinyfm.common.startup as startup
 from tinyfm import adapt, generate
 from tinyfm.common import device as devices
 from tinyfm.recipes import run_dir
@@ -114,6 +115,7 @@ def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
         opened = open_run(options)
+        startup.loaded()
         opened.run.sample(opened, options)
         sys.stdout.flush()
     except BrokenPipeError:  # as with `| head`: the reader closed the pipe; exit quietly

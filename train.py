@@ -15,6 +15,7 @@ import sys
 
 import tyro
 
+import tinyfm.common.startup as startup
 from tinyfm.recipes import launch, registry
 from tinyfm.recipes.base import Preset, Run
 from tinyfm.training import distributed
@@ -22,7 +23,9 @@ from tinyfm.training import distributed
 
 def describe(name: str) -> str:
     """The text above the options in --help."""
-    lines = [f"  {key}: {preset.about}" for key, preset in registry.all_presets().items()]
+    family = registry.family_presets(name)
+    lines = [f"  {key}: {preset.about}" for key, preset in family.items()]
+    lines.append(f"  more with --help after the name: {', '.join(registry.family_names())}")
     return "\n".join([__doc__, "Presets:", *lines, "", f"Below: {name}"])
 
 
@@ -49,6 +52,7 @@ def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:
 def main() -> int | str:
     try:
         name, preset, run = read_arguments(sys.argv[1:])
+        startup.loaded()
         world = distributed.start()
         plan = launch.resolve(name, preset, run, world)
         if not run.dry_run:

@@ -26,6 +26,10 @@ SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --mod
 --train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def call(module, *arguments: str) -> int:
     """Run module.main() as `python module.py ARGUMENTS` would, and return its exit status.
 

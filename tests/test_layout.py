@@ -222,10 +222,11 @@ ONE_MEANING = ("fit", "find", "Memory", "Report", "Run")
 
 def test_these_names_mean_one_thing_each():
     """Among functions and classes of tinyfm/; a method's meaning is clear from its class."""
+    trees = sources()
     for name in ONE_MEANING:
         places = [
             module
-            for module, tree in sources().items()
+            for module, tree in trees.items()
             if module.startswith("tinyfm.")
             for node in tree.body
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
@@ -234,11 +235,16 @@ def test_these_names_mean_one_thing_each():
 
 
 def test_a_gpt_loads_no_picture_models():
-    """`train.py` and its options for a GPT: no CLIP, no fonts, no diffusion."""
+    """`train.py`, its options and its --help for a GPT: no CLIP, no fonts, no diffusion."""
     code = """
+import contextlib
+import io
 import sys
 import train
 train.read_arguments(["gpt", "--train.steps", "3"])
+with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
+    train.read_arguments(["--help"])
+assert "gpt2-124m: " in help.getvalue() and "clip" in help.getvalue()
 unwanted = ("tinyfm.clip", "tinyfm.vit", "tinyfm.unet", "tinyfm.ddpm", "tinyfm.autoencoder",
             "tinyfm.text2image", "tinyfm.recipes.pictures", "data.glyphs", "fontTools", "PIL",
             "matplotlib", "transformers")

@@ -111,6 +111,7 @@ def test_commands_that_share_a_run_keep_their_order():
     assert chains([prepare, b, train]) == [[b], [prepare, train]]
 
 
+@pytest.mark.long
 def test_every_documented_command_runs(tmp_path):
     """In a copy, as a user would; what trains does so for two steps on a tiny model. Two at a
     time, each with one thread."""

@@ -36,16 +36,26 @@ def all_presets() -> dict[str, Preset]:
     return presets
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError if there is none."""
+def family_names() -> list[str]:
+    """The names of the recipes, each of which is also the name of a preset."""
+    return [recipe.rpartition(".")[2] for recipe in RECIPES]
+
+
+def family_presets(name: str) -> dict[str, Preset]:
+    """The presets of the recipe that defines `name`. Raises ValueError if none does."""
     for recipe in likely_first(name):
         presets = import_module(recipe).PRESETS
         if name in presets:
-            return presets[name]
+            return presets
     names = list(all_presets())
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(names)}")
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError if there is none."""
+    return family_presets(name)[name]
 
 
 def find_run_type(family: str) -> type[Run]:
