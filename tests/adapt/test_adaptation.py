@@ -18,6 +18,7 @@ from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.evaluate import likelihood
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import registry, run_dir
 
@@ -202,8 +203,36 @@ def test_a_gpt_answers_without_training(tiny_run, reviews, text, tmp_path, capsy
     assert values["right, likelihood by byte"] == 1 and values["by chance"] == 0.5
     shots = ["--shots", "2", "--examples", reviews, "--prompt", "fine"]
     assert call(sample, tiny_run, *shots) == 0
-    said = capsys.readouterr().out.splitlines()[-2:]
-    assert {line.split()[-1] for line in said} == {"good", "bad"}
+    printed = capsys.readouterr()
+    assert {line.split()[-1] for line in printed.out.splitlines()} == {"good", "bad"}
+    assert "of 2 examples fit into the context" in printed.err
+
+
+def test_few_shot_examples_are_of_all_classes_and_drawn_by_the_seed(tiny_run, reviews, monkeypatch):
+    """The training examples are sorted by class: the first four are of one class."""
+    prompts = []
+
+    def noted(tokenizer, examples, query, room):
+        prompts.append((query, tuple(examples)))
+        return make_prompt(tokenizer, examples, query, room)
+
+    make_prompt = likelihood.few_shot_prompt
+    monkeypatch.setattr(likelihood, "few_shot_prompt", noted)
+    seen = []
+    for seed in ("0", "1"):
+        prompts.clear()
+        options = ["--task", reviews, "--shots", "4", "--seed", seed]
+        assert call(evaluate, tiny_run, *options) == 0
+        queries = [(query, drawn) for query, drawn in prompts if query not in likelihood.NO_CONTENT]
+        for _, drawn in queries:
+            assert sorted(label for _, label in drawn) == ["bad", "bad", "good", "good"]
+        seen.append(queries)
+    assert [query for query, _ in seen[0]] == [query for query, _ in seen[1]]
+    assert seen[0] != seen[1]
+    prompts.clear()
+    asked = ["--shots", "4", "--examples", reviews, "--prompt", "fine"]
+    assert call(sample, tiny_run, *asked, "--seed", "1") == 0
+    assert sorted(label for _, label in prompts[0][1]) == ["bad", "bad", "good", "good"]
 
 
 def test_methods_are_compared_and_results_are_kept(tiny_run, reviews, tmp_path, capsys):

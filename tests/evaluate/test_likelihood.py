@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -215,59 +216,126 @@ def test_longer_choices_win_per_token_where_they_lose_in_total():
 # ---- few-shot -----------------------------------------------------------------------------------
 
 EXAMPLES = [("good film", "plus"), ("bad film", "minus"), ("fine", "plus")]
+LABELS = ["plus", "minus"]
 
 
-def test_a_prompt_holds_the_examples_and_drops_the_first_if_they_do_not_fit():
-    whole, shots = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 1000)
-    assert shots == 3
+def test_a_prompt_holds_the_examples_that_fit():
+    whole, kept = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 1000)
+    assert kept == EXAMPLES
     assert whole == (
         "Text: good film\nLabel: plus\n\nText: bad film\nLabel: minus\n\n"
         "Text: fine\nLabel: plus\n\nText: a query\nLabel:"
     )
-    less, shots = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", len(whole) - 1)
-    assert shots == 2
-    assert whole.endswith(less)
-    assert likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 3) == (
-        "Text: a query\nLabel:",
-        0,
+    less, kept = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", len(whole) - 1)
+    assert kept == EXAMPLES[1:] and whole.endswith(less)
+    long = [*EXAMPLES, ("too long " * 20, "plus")]  # it is left out, and the others are not
+    assert likelihood.few_shot_prompt(TOKENIZER, long, "a query", len(whole)) == (whole, EXAMPLES)
+    alone = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES, "a query", 3)
+    assert alone == ("Text: a query\nLabel:", [])
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(1, 30), st.integers(0, 9))
+def test_examples_are_drawn_with_all_labels_alike(sizes, shots, seed):
+    pool = [(f"{label} {i}", label) for label, size in zip("abcde", sizes) for i in range(size)]
+    drawn = likelihood.draw_examples(pool, shots, np.random.default_rng(seed))
+    assert len(drawn) == len(set(drawn)) == min(shots, len(pool))
+    assert set(drawn) <= set(pool)
+    counts = {label: sum(own == label for _, own in drawn) for label in "abcde"[: len(sizes)]}
+    for (label, count), size in zip(counts.items(), sizes):
+        assert count == size or count >= max(counts.values()) - 1, label
+
+
+def test_examples_differ_by_seed_and_all_are_drawn():
+    pool = [(str(i), "common" if i < 90 else "rare") for i in range(100)]
+    draws = [likelihood.draw_examples(pool, 3, np.random.default_rng(seed)) for seed in range(500)]
+    assert {example for drawn in draws for example in drawn} == set(pool)
+    assert len({tuple(drawn) for drawn in draws}) > 450
+    common = sum(label == "common" for drawn in draws for _, label in drawn)
+    assert 0.45 < common / 1500 < 0.55  # which label has two of three examples is random
+    last = sum(drawn[-1][1] == "common" for drawn in draws)
+    assert 0.4 < last / 500 < 0.6
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_endings_after_a_cache_have_the_scores_of_whole_texts(options):
+    model = loud(**options)
+    endings = [random_ids(n, n) for n in (1, 2, 4)] + [random_ids(4, 9)]
+    contexts = [random_ids(n, n + 20) for n in (1, 5, 13, 8, 2)]
+    pairs = [(context, ending) for context in contexts for ending in endings]
+    expected = [total for total, _ in likelihood.score_ids(model, pairs)]
+    for rows in (1, 2, 9):
+        found = likelihood.score_endings(model, contexts, endings, rows)
+        assert found.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+    cut = likelihood.score_endings(model, [random_ids(40)], endings)
+    assert torch.equal(cut, likelihood.score_endings(model, [random_ids(40)[-(T - 3) :]], endings))
+
+
+def test_endings_after_a_soft_prompt():
+    model = loud()
+    adapt.apply(model, "prompt", adapt.AdapterConfig(prompt_tokens=3))
+    with torch.no_grad():
+        model.token_embedding.prompt.normal_()
+    pairs = [(random_ids(6), random_ids(3, 1)), (random_ids(6), random_ids(1, 2))]
+    found = likelihood.score_endings(model, [random_ids(6)], [ending for _, ending in pairs])
+    expected = [total for total, _ in likelihood.score_ids(model, pairs)]
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def obvious_guess(model, examples, query, calibrate):
+    """Probabilities of LABELS after these examples, from the scores of whole texts."""
+
+    def log_p(text):
+        prompt, _ = likelihood.few_shot_prompt(TOKENIZER, examples, text, 1000)
+        scores = likelihood.score(model, TOKENIZER, [(prompt, f" {label}") for label in LABELS])
+        return torch.tensor([score.log_likelihood for score in scores]).double().log_softmax(-1)
+
+    values = log_p(query).exp()
+    if calibrate:
+        values = values / sum(log_p(text).exp() for text in likelihood.NO_CONTENT)
+    return (values / values.sum()).tolist()
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_each_query_is_classified_after_its_own_examples(calibrate):
+    model = loud(context_length=128)
+    pool = [(f"{word} {i}", label) for i in range(5) for word, label in EXAMPLES[:2]]
+    queries = ["one", "x" * 40, "one"]
+    guesses = likelihood.classify(
+        model, TOKENIZER, pool, queries, LABELS, shots=3, seed=7, calibrate=calibrate
     )
-
-
-def test_classification_is_softmax_of_the_labels():
-    model = loud(context_length=128)
-    guesses = likelihood.classify(model, TOKENIZER, EXAMPLES, ["one", "x" * 40], ["plus", "minus"])
-    for query, guess, shots in zip(["one", "x" * 40], guesses, (3, 2)):
-        assert (guess.shots, guess.dropped) == (shots, 3 - shots)
-        prompt, _ = likelihood.few_shot_prompt(TOKENIZER, EXAMPLES[3 - shots :], query, 1000)
-        scores = likelihood.score(model, TOKENIZER, [(prompt, " plus"), (prompt, " minus")])
-        p = torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).softmax(-1)
-        assert list(guess.probabilities.values()) == pytest.approx(p.tolist())
+    for i, (query, guess) in enumerate(zip(queries, guesses)):
+        drawn = likelihood.draw_examples(pool, 3, np.random.default_rng((7, i)))
+        own = drawn[3 - guess.shots :]
+        expected = obvious_guess(model, own, query, calibrate)
+        assert list(guess.probabilities.values()) == pytest.approx(expected, rel=1e-4)
         assert guess.label == max(guess.probabilities, key=guess.probabilities.get)
+    assert [guess.shots for guess in guesses] == [3, 2, 3]
+    assert guesses[0].probabilities != guesses[2].probabilities  # other examples
 
 
-def test_calibration_by_hand_and_for_a_model_that_does_not_read():
+def test_calibration_takes_out_the_preference_of_a_model_that_does_not_read():
     model = loud(context_length=128)
-    labels = ["plus", "minus"]
-    ask = {"examples": EXAMPLES, "labels": labels}
-    (plain,) = likelihood.classify(model, TOKENIZER, queries=["one"], **ask)
-    empty = likelihood.classify(model, TOKENIZER, queries=likelihood.NO_CONTENT, **ask)
-    (calibrated,) = likelihood.classify(model, TOKENIZER, queries=["one"], calibrate=True, **ask)
-    odds = [
-        plain.probabilities[name] / sum(g.probabilities[name] for g in empty) for name in labels
-    ]
-    expected = [value / sum(odds) for value in odds]
-    assert list(calibrated.probabilities.values()) == pytest.approx(expected)
-    both = likelihood.classify(model, TOKENIZER, queries=["x" * 40, "one"], calibrate=True, **ask)
-    assert [guess.shots for guess in both] == [2, 3]
-    assert both[1].probabilities == pytest.approx(calibrated.probabilities)
     for block in model.blocks:  # without attention a token depends on the one before it alone
         torch.nn.init.zeros_(block.attention.out.weight)
-    plain, fair = (
-        likelihood.classify(model, TOKENIZER, queries=["one", "a long one"], calibrate=c, **ask)
-        for c in (False, True)
-    )
+    ask = (model, TOKENIZER, EXAMPLES, ["one", "a long one"], LABELS)
+    plain, fair = (likelihood.classify(*ask, shots=3, calibrate=c) for c in (False, True))
     assert abs(plain[0].probabilities["plus"] - 0.5) > 0.01
     assert [g.probabilities["plus"] for g in fair] == pytest.approx([0.5, 0.5])
+
+
+def test_labels_by_each_rule():
+    model = loud(context_length=64)
+    labels = ["a", "three words here"]
+    values = {}
+    for rule in ("total", "token", "byte"):
+        (guess,) = likelihood.classify(model, TOKENIZER, [], ["one"], labels, rule=rule)
+        values[rule] = list(guess.probabilities.values())
+        scores = likelihood.score(
+            model, TOKENIZER, [("Text: one\nLabel:", f" {l}") for l in labels]
+        )
+        expected = torch.tensor([score.by(rule) for score in scores]).double().softmax(-1)
+        assert values[rule] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert values["total"] != values["byte"]
 
 
 def test_calibration_works_with_labels_that_are_almost_impossible():
@@ -294,5 +362,11 @@ def test_bad_input_is_refused():
         likelihood.classify(model, TOKENIZER, [], ["query"], ["plus", "plus"])
     with pytest.raises(ValueError, match="has the label 'maybe', none of"):
         likelihood.classify(model, TOKENIZER, [("x", "maybe")], ["query"], ["plus", "minus"])
+    with pytest.raises(ValueError, match="2 shots from 0 examples"):
+        likelihood.classify(model, TOKENIZER, [], ["query"], LABELS, shots=2)
+    with pytest.raises(ValueError, match="has 17 tokens, the model's context only 16"):
+        likelihood.score_endings(model, [[1]], [[1], random_ids(T + 1)])
+    with pytest.raises(ValueError, match="is empty"):
+        likelihood.score_endings(model, [[]], [[1]])
     with pytest.raises(ValueError, match="no file matches"):
         likelihood.score_file(model, TOKENIZER, "nowhere.txt")

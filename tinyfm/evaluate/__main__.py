@@ -45,7 +45,8 @@ class Options:
     text: str = ""  # GPT: score this file, folder or "glob"
     choices: str = ""  # GPT: answer the questions of this jsonl file
     task: str = ""  # GPT or CLIP: do this task, named as --data.path of train.py --task classify
-    shots: int = 0  # GPT: labelled examples of --task in the prompt
+    shots: int = 0  # GPT: labelled examples of --task in the prompt, as many as fit
+    seed: int = 0  # GPT: draws the examples of --shots
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     picture: str = ""  # PNG to draw; CLIP: what it confuses; text-to-image: unseen characters
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
@@ -111,7 +112,7 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
 # ---- other questions ----------------------------------------------------------------------------
 
 
-def score_text(opened: OpenRun, path: str, shots: int) -> Scores:
+def score_text(opened: OpenRun, path: str, options: Options) -> Scores:
     """Likelihood of a file, a folder or a "glob", each text from its start."""
     found = likelihood.score_file(opened.model, opened.tokenizer, path)
     return {"perplexity": found.perplexity, "bits per byte": found.bits_per_byte}
@@ -145,7 +146,7 @@ def read_choices(path: str) -> list[dict]:
     return questions
 
 
-def answer_choices(opened: OpenRun, path: str, shots: int) -> Scores:
+def answer_choices(opened: OpenRun, path: str, options: Options) -> Scores:
     """Share of questions whose most probable choice is the answer: in total, by token, by byte."""
     questions = read_choices(path)
     asked = [(question["context"], question["choices"]) for question in questions]
@@ -160,14 +161,15 @@ def answer_choices(opened: OpenRun, path: str, shots: int) -> Scores:
     return scores
 
 
-def answer_task(opened: OpenRun, path: str, shots: int) -> Scores:
+def answer_task(opened: OpenRun, path: str, options: Options) -> Scores:
     """Accuracy on a classification task, without training on it."""
     run = registry.get_preset(opened.run.base_family, "classify").run
     tokenizer = str(opened.folder) if opened.tokenizer else ""
     config = replace(run.data, path=path, tokenizer=tokenizer, labels=0)
-    data = replace(run, model=opened.run.model, data=config).open_data()
+    train = replace(run.train, seed=options.seed)
+    data = replace(run, model=opened.run.model, data=config, train=train).open_data()
     lines = data.baselines()[next(iter(data.classes))]
-    return {"by chance": lines["chance"], **score_untrained(opened, data, shots)}
+    return {"by chance": lines["chance"], **score_untrained(opened, data, options.shots)}
 
 
 QUESTIONS = {"text": score_text, "choices": answer_choices, "task": answer_task}
@@ -188,7 +190,7 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
         opened.model.to(devices.choose_device(options.device))
     table = {}
     for name, path in asked.items():
-        for measure, value in QUESTIONS[name](opened, path, options.shots).items():
+        for measure, value in QUESTIONS[name](opened, path, options).items():
             table[f"{name} {path}: {measure}"] = {"reached": value}
     return table
 

@@ -7,34 +7,39 @@ texts:
 
 Multiple choice takes the most probable continuation: by the total, or, since longer continuations
 are less probable, by the mean per token or per byte. Few-shot classification (Brown et al. 2020)
-writes labelled examples and a query into one context and compares the labels. A model prefers some
-labels whatever the query is. Contextual calibration (Zhao et al. 2021) divides this preference out:
-with p_cf(l) the probabilities after queries without content, q(l) = p(l) / p_cf(l), scaled so that
-they sum to 1.
+writes labelled examples and a query into one context and compares the labels. The examples are
+drawn at random for each query, the same number for each label, because the choice of examples
+matters much (Zhao et al. 2021, figure 2). A model prefers some labels whatever the query is.
+Contextual calibration (Zhao et al. 2021) divides this preference out: with p_cf(l) the
+probabilities after queries without content, q(l) = p(l) / p_cf(l), scaled so that they sum to 1.
 
 A text longer than the context length is read in windows of that length. Each window scores the
 `stride` tokens at its end, which no earlier window has scored. A small stride gives every token
 more context, a large one is faster. A context too long for the model is cut on its left.
 
 Context and continuation are encoded separately, and a space between them belongs to the
-continuation. So all choices follow the same tokens.
+continuation. So all choices follow the same tokens. Where many contexts have the same few endings,
+the labels, a model reads each context once and keeps its keys and values (`score_endings`).
 
 Letters: B batch, T tokens, D width, V vocabulary.
-Left out: a cache for the context that several continuations share.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data import files
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.evaluate import metrics
+from tinyfm.generate import KVCache
 from tinyfm.tokenizer import Tokenizer
 
 Rule = Literal["total", "token", "byte"]
@@ -141,6 +146,60 @@ def score_ids(
     return list(zip(totals, greedy))
 
 
+def copy_cache(cache: KVCache) -> KVCache:
+    """A cache with the same keys and values, to continue with other tokens."""
+    other = copy.copy(cache)
+    other.layers = [(keys.clone(), values.clone()) for keys, values in cache.layers]
+    return other
+
+
+@torch.inference_mode()
+def score_endings(
+    model: Any, contexts: Sequence[list[int]], endings: Sequence[list[int]], rows: int = 32
+) -> Tensor:
+    """ln p, in nats, of each ending after each context: float64 (contexts, endings).
+
+    These are the values of `score_ids` for all pairs, but each context is read once. A context that
+    leaves no room for the longest ending is cut on its left. rows: contexts that go through the
+    model at once. The model is put into evaluation mode. Raises ValueError for an empty context or
+    ending, and if the longest ending does not fit into the model's context.
+    """
+    if not all(contexts) or not all(endings):
+        raise ValueError("a context or an ending is empty: both need a token")
+    front = prompt_ids(model)
+    more = max(map(len, endings)) - 1  # tokens of an ending that the model reads
+    room = model.config.context_length - len(front) - more
+    if room < 1:
+        raise ValueError(
+            f"the longest ending has {more + 1} tokens, the model's context only "
+            f"{model.config.context_length}: use shorter labels"
+        )
+    model.eval()
+    device = next(model.parameters()).device
+    cut = [front + ids[-room:] for ids in contexts]
+    order = sorted(range(len(cut)), key=lambda i: len(cut[i]), reverse=True)
+    scores = torch.zeros(len(contexts), len(endings), dtype=torch.float64)
+    for first in range(0, len(order), rows):
+        # Read the contexts, padded on the left.
+        batch = order[first : first + rows]
+        T = len(cut[batch[0]])
+        pad = torch.tensor([T - len(cut[i]) for i in batch], device=device)  # (B,)
+        tokens = torch.tensor([[0] * (T - len(cut[i])) + cut[i] for i in batch], device=device)
+        cache = KVCache(model.config, T + more, pad)
+        state = model.hidden(tokens, cache)[:, -1]  # (B, D)
+        log_p = model.head(state).double().log_softmax(-1)  # (B, V), of the first token
+
+        # Continue with each ending.
+        for j, ending in enumerate(endings):
+            total = log_p[:, ending[0]]  # (B,)
+            own = copy_cache(cache)
+            for token, target in pairwise(ending):
+                state = model.hidden(torch.full_like(tokens[:, :1], token), own)[:, -1]
+                total = total + model.head(state).double().log_softmax(-1)[:, target]
+            scores[batch, j] = total.cpu()
+    return scores
+
+
 # ---- texts --------------------------------------------------------------------------------------
 
 
@@ -226,80 +285,112 @@ EXAMPLE = "Text: {text}\nLabel: {label}\n\n"
 QUERY = "Text: {text}\nLabel:"
 NO_CONTENT = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
 
+Example = tuple[str, str]  # text, label
+
 
 @dataclass(frozen=True)
 class Guess:
     label: str
     probabilities: dict[str, float]  # of each label; they sum to 1
     shots: int  # number of examples in the prompt
-    dropped: int  # number of examples that did not fit
+
+
+def draw_examples(pool: Sequence[Example], shots: int, rng: np.random.Generator) -> list[Example]:
+    """`shots` examples of the pool, each once, in random order: as many of one label as of another.
+
+    Where `shots` is no multiple of the number of labels, some labels, drawn at random, have one
+    more. A label that runs out has fewer.
+    """
+    piles: dict[str, list[Example]] = {}  # label -> its examples
+    for example in pool:
+        piles.setdefault(example[1], []).append(example)
+    shuffled = []
+    for i in rng.permutation(len(piles)):
+        pile = [*piles.values()][i]
+        shuffled.append([pile[j] for j in rng.permutation(len(pile))[:shots]])
+    # Take one of each pile, then a second one, and so on.
+    drawn = [example for layer in zip_longest(*shuffled) for example in layer if example]
+    return [drawn[j] for j in rng.permutation(min(shots, len(drawn)))]
 
 
 def few_shot_prompt(
-    tokenizer: Tokenizer, examples: Sequence[tuple[str, str]], query: str, room: int
-) -> tuple[str, int]:
-    """(prompt, number of its examples): the most examples, (text, label), that fit into `room`
-    tokens with the query.
+    tokenizer: Tokenizer, examples: Sequence[Example], query: str, room: int
+) -> tuple[str, list[Example]]:
+    """(prompt, its examples): those of the examples that fit into `room` tokens with the query.
 
-    The first examples are dropped, as the last ones influence the answer most.
+    The last example is tried first. One that does not fit is left out, and the next is tried.
     """
     prompt = QUERY.format(text=query)
-    shots = 0
+    kept: list[Example] = []
     for text, label in reversed(examples):
         longer = EXAMPLE.format(text=text, label=label) + prompt
-        if len(tokenizer.encode(longer)) > room:
-            break
-        prompt = longer
-        shots += 1
-    return prompt, shots
+        if len(tokenizer.encode(longer)) <= room:
+            prompt = longer
+            kept.insert(0, (text, label))
+    return prompt, kept
 
 
 def classify(
     model: Any,
     tokenizer: Tokenizer,
-    examples: Sequence[tuple[str, str]],
+    pool: Sequence[Example],
     queries: Sequence[str],
     labels: Sequence[str],
+    shots: int = 0,
+    seed: int = 0,
     rule: Rule = "total",
     calibrate: bool = False,
 ) -> list[Guess]:
-    """Guess the label of each query from labelled examples, (text, label), without training.
+    """Guess the label of each query without training, after `shots` examples of the pool.
 
-    A query that does not fit even without examples is cut on its left. calibrate: divide out the
-    probabilities of the labels after the same examples and a query without content. Raises
-    ValueError for fewer than two labels, equal ones, and an example with another label.
+    They are drawn for each query, by the seed and the number of the query, and as many are used as
+    the context holds. A query that does not fit even alone is cut on its left. calibrate: divide
+    out the probabilities of the labels after the same examples and a query without content. Raises
+    ValueError for fewer than two labels, equal ones, an example with another label, and shots
+    without a pool.
     """
     if len(set(labels)) < max(2, len(labels)):
         raise ValueError(f"labels {[*labels]}: give at least two different ones")
-    unknown = {label for _, label in examples} - set(labels)
+    unknown = {label for _, label in pool} - set(labels)
     if unknown:
         raise ValueError(f"an example has the label {min(unknown)!r}, none of {[*labels]}")
+    if shots < 0 or (shots and not pool):
+        raise ValueError(f"{shots} shots from {len(pool)} examples: give examples, and 0 or more")
 
     # The prompt and the longest label share the context; the last token of a label is not read.
     words = [f" {label}" for label in labels]
-    longest = max(len(tokenizer.encode(word)) for word in words)
-    room = model.config.context_length - len(prompt_ids(model)) - (longest - 1)
+    endings = [tokenizer.encode(word) for word in words]
+    room = model.config.context_length - len(prompt_ids(model)) - (max(map(len, endings)) - 1)
+    sizes = {
+        "total": [1] * len(words),
+        "token": [len(ids) for ids in endings],
+        "byte": [len(word.encode("utf-8", "replace")) for word in words],
+    }
 
     def label_log_p(prompts: Sequence[str]) -> Tensor:
         """Log-probabilities of the labels after each prompt, (prompts, labels)."""
-        found = choose(model, tokenizer, [(prompt, words) for prompt in prompts])
-        values = [[score.by(rule) for score in choice.scores] for choice in found]
-        return torch.tensor(values, dtype=torch.float64).log_softmax(-1)
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        found = score_endings(model, tokenizer.encode_batch([*place]), endings)
+        values = found / torch.tensor(sizes[rule], dtype=torch.float64)
+        return values.log_softmax(-1)[[place[prompt] for prompt in prompts]]
 
-    prompts = [few_shot_prompt(tokenizer, examples, query, room) for query in queries]
-    log_p = label_log_p([prompt for prompt, _ in prompts])
+    prompts = []
+    kept = []  # the examples of each prompt
+    for i, query in enumerate(queries):
+        drawn = draw_examples(pool, shots, np.random.default_rng((seed, i))) if shots else []
+        prompt, own = few_shot_prompt(tokenizer, drawn, query, room)
+        prompts.append(prompt)
+        kept.append(own)
+    log_p = label_log_p(prompts)
     if calibrate:
-        # p_cf depends on the examples in the prompt, so it is computed once for each number.
-        for shots in {shots for _, shots in prompts}:
-            kept = examples[len(examples) - shots :]
-            empty = [few_shot_prompt(tokenizer, kept, text, room)[0] for text in NO_CONTENT]
-            same = torch.tensor([own == shots for _, own in prompts])
-            # The sum over NO_CONTENT does as well as the mean: it scales all labels alike.
-            log_p[same] -= label_log_p(empty).logsumexp(0)
-    p = log_p.softmax(-1)
-
+        empty = [
+            few_shot_prompt(tokenizer, own, text, room)[0] for own in kept for text in NO_CONTENT
+        ]
+        p_cf = label_log_p(empty).unflatten(0, (len(queries), len(NO_CONTENT)))
+        # The sum over NO_CONTENT does as well as the mean: it scales all labels alike.
+        log_p = log_p - p_cf.logsumexp(1)
     guesses = []
-    for row, (_, shots) in zip(p, prompts):
+    for row, own in zip(log_p.softmax(-1), kept):
         probabilities = dict(zip(labels, row.tolist()))
-        guesses.append(Guess(labels[row.argmax()], probabilities, shots, len(examples) - shots))
+        guesses.append(Guess(labels[row.argmax()], probabilities, len(own)))
     return guesses

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from torch import nn
 from tyro.conf import Suppress
 
@@ -129,10 +130,8 @@ class Run:
         """Whether `measure` can draw evaluate's --picture."""
         return False
 
-    def classify_untrained(
-        self, opened: OpenRun, data: Any, shots: int
-    ) -> tuple[list[int], list[int]]:
-        """Classify held-out examples of a task without training: (guesses, true classes).
+    def classify_untrained(self, opened: OpenRun, data: Any, shots: int) -> Answers:
+        """Classify the held-out examples of a task without training.
 
         shots: number of labelled examples in the prompt, for a family that reads a prompt.
         """
@@ -158,6 +157,14 @@ class Preset:
     about: str  # one line for --help
     run: Run
     usual: str = ""  # the score that a run of it ends with, as recorded in the README
+
+
+class Answers(NamedTuple):
+    """What a model that was not trained for a task answers to its first question."""
+
+    guesses: np.ndarray  # int (n,)
+    truth: np.ndarray  # int (n,)
+    shots: list[int]  # labelled examples in the prompt of each; empty without prompts
 
 
 # ---- helpers of several recipes -----------------------------------------------------------------

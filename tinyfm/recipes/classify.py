@@ -103,8 +103,18 @@ def score_batches(model: Classifier, batches: Iterable[Batch]) -> Scores:
 
 
 def score_untrained(opened: OpenRun, data: TaskData, shots: int = 0) -> Scores:
-    """Accuracy and macro-F1 of a task's first question for a model not trained on the task."""
-    guesses, truth = map(np.asarray, opened.run.classify_untrained(opened, data, shots))
+    """Scores of a model not trained on the task, on its first question.
+
+    With shots, also how many examples the prompts had on average, and the share of prompts without.
+    """
+    guesses, truth, fitted = opened.run.classify_untrained(opened, data, shots)
     classes = len(next(iter(data.classes.values())))
     confusion = metrics.confusion_matrix(guesses, truth, classes)
-    return {"accuracy": float((guesses == truth).mean()), "macro_f1": metrics.macro_f1(confusion)}
+    scores = {
+        "accuracy": metrics.proportion(guesses == truth, data.unit),
+        "macro_f1": metrics.macro_f1(confusion),
+    }
+    if shots:
+        scores[f"examples that fitted, of {shots}"] = float(np.mean(fitted))
+        scores["prompts without an example"] = float(np.mean(np.array(fitted) == 0))
+    return scores

@@ -23,7 +23,7 @@ from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores, write_step_file
+from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, Scores, write_step_file
 from tinyfm.recipes.pictures import PictureClassifyRun, spread_rows, warn_if_cut
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
@@ -135,9 +135,7 @@ class CLIPRun(Run):
         raw = {name: zero_shot.pixels(split.images) for name, split in data.splits.items()}
         return {"pixels": zero_shot.by_features(data, raw)}
 
-    def classify_untrained(
-        self, opened: OpenRun, data: TaskData, shots: int
-    ) -> tuple[list[int], list[int]]:
+    def classify_untrained(self, opened: OpenRun, data: TaskData, shots: int) -> Answers:
         """By the names of the classes, in the captions of the training data."""
         if shots:
             raise ValueError("--shots puts examples into a prompt, which CLIP does not read")
@@ -148,7 +146,7 @@ class CLIPRun(Run):
         x = zero_shot.embed_images(model, data.inputs[held_out])
         classes = zero_shot.class_vectors(model, opened.tokenizer, names, templates)
         guesses = zero_shot.classify(x, classes, model.scale())
-        return guesses.tolist(), data.labels[held_out][:, 0].tolist()
+        return Answers(guesses.cpu().numpy(), data.labels[held_out][:, 0], [])
 
 
 # ---- sample.py ----------------------------------------------------------------------------------

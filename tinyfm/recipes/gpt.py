@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes.base import OpenRun, Preset, Run, print_shares, write_texts_file
+from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, print_shares, write_texts_file
 from tinyfm.recipes.classify import ClassifyRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -50,7 +51,6 @@ class GPTRun(Run):
     SAMPLE_OPTIONS = SAMPLING_OPTIONS | {"prompt", "stop", "compile", "shots", "examples"}
     QUESTIONS = ("text", "choices", "task")
     UNTRAINED = ("zero-shot", "few-shot")
-    ASKED_TEXTS: ClassVar[int] = 200  # held-out texts to classify without training
 
     def build_model(self) -> GPT:
         return GPT(self.model)
@@ -113,24 +113,28 @@ class GPTRun(Run):
         else:
             write_texts(opened, options)
 
-    def classify_untrained(
-        self, opened: OpenRun, data: TaskData, shots: int
-    ) -> tuple[list[int], list[int]]:
-        """By likelihood, after `shots` labelled examples; ASKED_TEXTS held-out texts."""
+    def classify_untrained(self, opened: OpenRun, data: TaskData, shots: int) -> Answers:
+        """By likelihood, after up to `shots` examples that the seed of the data draws."""
         train, held_out = SPLITS
         names = next(iter(data.classes.values()))
-        truth = data.labels[held_out][:, 0]
-        rows = np.random.default_rng(0).permutation(len(truth))[: self.ASKED_TEXTS]
 
         def text(split: str, i: int) -> str:
             return opened.tokenizer.decode(data.inputs[split][i].tolist())
 
-        examples = [(text(train, i), names[data.labels[train][i, 0]]) for i in data.chosen[:shots]]
-        queries = [text(held_out, i) for i in rows]
+        pool = [(text(train, i), names[data.labels[train][i, 0]]) for i in data.chosen]
+        queries = [text(held_out, i) for i in range(len(data.labels[held_out]))]
         found = likelihood.classify(
-            opened.model, opened.tokenizer, examples, queries, names, calibrate=True
+            opened.model,
+            opened.tokenizer,
+            pool,
+            queries,
+            names,
+            shots,
+            data.seed,
+            calibrate=True,
         )
-        return [names.index(guess.label) for guess in found], truth[rows].tolist()
+        guesses = np.array([names.index(guess.label) for guess in found])
+        return Answers(guesses, data.labels[held_out][:, 0], [guess.shots for guess in found])
 
 
 def write_texts(opened: OpenRun, options: Any) -> None:
@@ -167,16 +171,19 @@ def classify_prompt(opened: OpenRun, options: Any) -> None:
     if not options.prompt:
         raise ValueError("--examples needs a text to classify: --prompt TEXT")
     rows = tables.text_rows(options.examples, Report(), "", tables.LABEL_COLUMNS)
-    names = np.array([row.labels for row in rows])
-    order = np.random.default_rng(options.sampling.seed).permutation(len(rows))
-    chosen = labelled.stratified(names, order)[: options.shots]
-    examples = [(rows[i].source, rows[i].labels[0]) for i in chosen]
-    labels = sorted(set(names[:, 0]))
+    pool = [(row.source, row.labels[0]) for row in rows]
     (found,) = likelihood.classify(
-        opened.model, opened.tokenizer, examples, [options.prompt], labels, calibrate=True
+        opened.model,
+        opened.tokenizer,
+        pool,
+        [options.prompt],
+        sorted({label for _, label in pool}),
+        options.shots,
+        options.sampling.seed,
+        calibrate=True,
     )
-    if found.dropped:
-        print(f"{found.dropped} of {len(examples)} examples do not fit into the context")
+    if options.shots:
+        print(f"{found.shots} of {options.shots} examples fit into the context", file=sys.stderr)
     print_shares(found.probabilities)
 
 
