@@ -24,6 +24,20 @@ NAMES = (
     "clip-classify", "autoencoder", "ddpm", "text2image",
 )  # fmt: skip
 
+# What later versions reach on purpose instead, resumed from the same checkpoints. The learning rate
+# of these runs falls from the end of the warmup on; at first its fall began with a jump.
+CHANGED = {
+    "gpt-chat": {"meta": {"val_loss": 3.9565536, "val_bpb": 6.3089528}, "sample": {}},
+    "gpt-classify": {
+        "meta": {"val_loss": 0.0793398, "calibration_error": 0.0756318},
+        "sample": {"stdout": "0.9467  good\n0.0533  bad\n"},
+    },
+    "clip-classify": {
+        "meta": {"val_loss": 0.6970118, "calibration_error": 0.2526433},
+        "sample": {"stdout": "0.5799  red\n0.2683  green\n0.1518  blue\n"},
+    },
+}
+
 
 @pytest.fixture
 def old_runs(tmp_path) -> Path:
@@ -58,5 +72,6 @@ def test_an_old_run_opens_and_resumes(name, old_runs, no_forecast, monkeypatch, 
     assert call(train, *expected["words"], "--resume") == 0
     last = old_runs / "runs" / name / f"step-{expected['meta']['step']:06d}"
     meta = json.loads((last / "meta.json").read_text(encoding="utf-8"))
-    assert meta == pytest.approx(expected["meta"], rel=1e-4)
-    check_sample(sample_run(name, words, capsys), expected["sample"])
+    changed = CHANGED.get(name, {"meta": {}, "sample": {}})
+    assert meta == pytest.approx(expected["meta"] | changed["meta"], rel=1e-4)
+    check_sample(sample_run(name, words, capsys), expected["sample"] | changed["sample"])
