@@ -1,7 +1,7 @@
 """Questions and answers about the standard library: a small real instruction set, no download.
 
-Each conversation is about one documented function or class, so that a split by conversations holds
-out whole functions. The answers are read from the source code, which is never imported:
+Each conversation is about one documented function or class. The answers are read from the source
+code, which is never imported:
 
     user: What does filecmp.cmp do?       assistant: Compare two files.
     user: Which arguments does it take?   assistant: f1, f2, shallow
@@ -10,6 +10,9 @@ out whole functions. The answers are read from the source code, which is never i
 In a quarter of the conversations a system message asks for short answers. The choice, order and
 wording of the questions are drawn by a generator whose seed is the name of the function. So they
 are the same on every machine with the same Python.
+
+The splits are those of data/docs.py: what is said about a class or function is held out here if its
+documentation is held out there. So a model that was trained on `docs` has not read the answers.
 
     python -m data.chats
 """
@@ -22,9 +25,10 @@ import random
 import re
 from collections.abc import Iterator
 
-from data.docs import SKIPPED, docstrings, module_name
+from data.docs import SKIPPED, definition_of, docstrings, name_in
 from data.report import Report, show
-from data.stdlib import library_folder, python_files
+from data.splits import split_of
+from data.stdlib import HELD_OUT, library_folder, module_name, python_files
 
 MAX_ANSWER_CHARS = 200
 SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
@@ -34,12 +38,7 @@ WHAT = ("What does {} do?", "What is {}?", "Explain {}.", "Tell me what {} is fo
 WHERE = ("In which module is {}?", "Where do I find {}?", "What do I import for {}?")
 ARGUMENTS = ("Which arguments does {} take?", "What are the arguments of {}?")
 
-Conversation = dict[str, list[dict[str, str]]]  # {"messages": [{"role": ..., "content": ...}, ...]}
-
-
-def name_in(heading: str) -> str:
-    """`class json.JSONDecoder(object)`, a heading of data/docs.py -> json.JSONDecoder"""
-    return heading.removeprefix("class ").split("(")[0]
+Messages = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
 
 def first_sentence(docstring: str) -> str:
@@ -63,7 +62,7 @@ def argument_names(signature: str) -> list[str]:
     return [name for name in names if name not in ("self", "cls")]
 
 
-def conversation(heading: str, meaning: str, module: str) -> Conversation:
+def conversation(heading: str, meaning: str, module: str) -> Messages:
     """One to three questions about the function or class of a heading of data/docs.py."""
     name = name_in(heading)
     draw = random.Random(name)
@@ -86,16 +85,19 @@ def conversation(heading: str, meaning: str, module: str) -> Conversation:
         question = draw.choice(questions).format(subject)
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    return {"messages": messages}
+    return messages
 
 
 def version() -> str:
     """A name for the exact conversations: it changes if they do."""
-    return f"chats-1 python-{platform.python_version()}"
+    return f"chats-2 python-{platform.python_version()}"
 
 
-def conversations(report: Report | None = None) -> Iterator[Conversation]:
-    """Yield a conversation for each public function, method and class with a docstring."""
+def conversations(report: Report | None = None) -> Iterator[dict[str, str | Messages]]:
+    """Yield a conversation for each public function, method and class with a docstring:
+
+    {"split": "train", "val" or "test", "messages": [...]}
+    """
     if report is None:
         report = Report()
     names = set()
@@ -124,7 +126,8 @@ def conversations(report: Report | None = None) -> Iterator[Conversation]:
                 names.add(name)
                 meanings.add(meaning)
                 report.used += 1
-                yield conversation(heading, meaning, module)
+                split = split_of(definition_of(heading, module), HELD_OUT)
+                yield {"split": split, "messages": conversation(heading, meaning, module)}
 
 
 if __name__ == "__main__":

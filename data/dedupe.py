@@ -12,7 +12,8 @@ numbers of at least one band are called near duplicates, which happens with prob
 
     1 - (1 - J^r)^b        J 0.6: 21 %    0.7: 56 %    0.8: 92 %    0.9: 99.9 %
 
-This is the setting of FineWeb (Penedo et al. 2024). The library datasketch computes the MinHash.
+This is the setting of FineWeb (Penedo et al. 2024). A random order of the 32-bit hashes h is that
+of a h + b modulo 2^32, with a drawn odd number a and a drawn number b.
 
 A table of all bands would grow with the corpus. A Bloom filter (Bloom 1970; LSHBloom, Khan et al.
 2024, uses it for this purpose) does not. It is an array of m bits. To add a key, set k = 8 bits, at
@@ -38,8 +39,6 @@ import zlib
 
 import numpy as np
 
-from data.files import extra
-
 SHINGLE_WORDS = 5
 BANDS = 14
 BAND_ROWS = 8  # numbers of a band
@@ -52,27 +51,51 @@ WORD = re.compile(r"\w+")
 # ---- a document -> its keys ----------------------------------------------------------------------
 
 
+def hash_words(text: str) -> np.ndarray:
+    """A hash of each word, without case or punctuation: uint64 (n,)."""
+    words = map(zlib.crc32, map(str.encode, WORD.findall(text.lower())))
+    return np.fromiter(words, dtype=np.uint64)
+
+
+def hash_runs(words: np.ndarray, length: int) -> np.ndarray:
+    """A hash of each run of `length` words; words (n,) -> uint64 (max(0, n - length + 1),)."""
+    count = max(0, len(words) - length + 1)
+    mixed = np.zeros(count, dtype=np.uint64)
+    for i in range(length):
+        # Mix the next word into all runs at once, with the multiplier of splitmix64.
+        mixed = (mixed ^ words[i : i + count]) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
 def shingles(text: str) -> np.ndarray:
-    """A hash of each run of five words, without case or punctuation: uint32 (T,), T >= 1.
+    """A hash of each run of five words: uint32 (T,), T >= 1.
 
     A text of fewer words is a single run, padded with zeros.
     """
-    words = map(zlib.crc32, map(str.encode, WORD.findall(text.lower())))
-    hashes = np.fromiter(words, dtype=np.uint64)
-    hashes = np.pad(hashes, (0, max(0, SHINGLE_WORDS - len(hashes))))
-    count = len(hashes) - SHINGLE_WORDS + 1
-    mixed = np.zeros(count, dtype=np.uint64)
-    for i in range(SHINGLE_WORDS):
-        # Mix the next word into all runs at once, with the multiplier of splitmix64.
-        mixed = (mixed ^ hashes[i : i + count]) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(29)
-    return (mixed >> np.uint64(32)).astype(np.uint32)
+    words = hash_words(text)
+    words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
+    return (hash_runs(words, SHINGLE_WORDS) >> np.uint64(32)).astype(np.uint32)
 
 
 @functools.cache
-def sketch():
-    """A MinHash to use for one document after another: drawing its orders takes long."""
-    return extra("datasketch").MinHash(BANDS * BAND_ROWS, hashfunc=int, scheme="affine32")
+def draw_orders() -> tuple[np.ndarray, np.ndarray]:
+    """The numbers a and b of each random order: two arrays uint32 (BANDS * BAND_ROWS,)."""
+    draw = np.random.default_rng(0)
+    a = draw.integers(1 << 31, size=BANDS * BAND_ROWS, dtype=np.uint32) * np.uint32(2)
+    b = draw.integers(1 << 32, size=BANDS * BAND_ROWS, dtype=np.uint32)
+    return a + np.uint32(1), b
+
+
+def minhash(text: str) -> np.ndarray:
+    """The smallest place of a shingle in each random order: uint32 (BANDS * BAND_ROWS,)."""
+    a, b = draw_orders()
+    found = shingles(text)
+    smallest = np.full(len(a), 0xFFFFFFFF, dtype=np.uint32)
+    for start in range(0, len(found), BLOCK):
+        places = found[start : start + BLOCK, None] * a + b  # modulo 2^32
+        np.minimum(smallest, places.min(axis=0), out=smallest)
+    return smallest
 
 
 def digest(content: bytes) -> int:
@@ -84,12 +107,7 @@ def keys_of(text: str, near: bool) -> np.ndarray:
     """The key of the exact text and, if `near`, those of its bands: uint64 (1,) or (KEYS,)."""
     keys = [digest(b"text" + text.encode("utf-8"))]
     if near:
-        minhash = sketch()
-        minhash.clear()
-        found = shingles(text)
-        for start in range(0, len(found), BLOCK):
-            minhash.update_batch(found[start : start + BLOCK].tolist())
-        bands = minhash.hashvalues.astype("<u4").reshape(BANDS, BAND_ROWS)
+        bands = minhash(text).astype("<u4").reshape(BANDS, BAND_ROWS)
         keys += [digest(b"%d band" % i + band.tobytes()) for i, band in enumerate(bands)]
     return np.array(keys, dtype="<u8")
 

@@ -5,9 +5,9 @@ This is the default text, because it needs no download. It consists of Python's 
 all these modules would be slow and would run their code. So `ast` parses each file, and the
 docstrings are read from the syntax tree.
 
-Each source file becomes one document, so that a split by documents holds out whole modules. In a
-document, each module, class and function with a docstring has a heading (its dotted name and
-signature), followed by the docstring. An exact copy of an earlier docstring is left out.
+A document is a topic, a module's docstring, a function's, or those of a class and all of its
+methods. Each docstring has a heading: the dotted name and signature. An exact copy of an earlier
+docstring is left out. A share of HELD_OUT of the documents is validation and test, see splits.py.
 
     python -m data.docs
 """
@@ -22,10 +22,13 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from data.report import Report, show
-from data.stdlib import SKIP_FOLDERS, library_folder, python_files
+from data.splits import Document, split_of
+from data.stdlib import HELD_OUT, SKIP_FOLDERS, library_folder, module_name, python_files
 
 PACKAGES = ("numpy", "torch")
 SKIPPED = SKIP_FOLDERS | {"testing", "_vendor"}
@@ -106,14 +109,31 @@ def docstrings(source: bytes, module: str) -> list[Entry]:
 # ---- packages and topics -> documents ------------------------------------------------------------
 
 
-def module_name(path: Path, root: Path, package: str) -> str:
-    """.../numpy/linalg/__init__.py -> numpy.linalg"""
-    parts = [package, *path.relative_to(root).with_suffix("").parts]
-    return ".".join(part for part in parts if part not in ("", "__init__"))
+def name_in(heading: str) -> str:
+    """`class json.JSONDecoder(object)` -> json.JSONDecoder"""
+    return heading.removeprefix("class ").split("(")[0]
 
 
-def package_documents(root: Path, package: str, seen: set[bytes], report: Report) -> Iterator[str]:
-    """Yield a document for each file below `root` that has a new docstring.
+def definition_of(heading: str, module: str) -> str:
+    """The definition at the top of the module that an entry belongs to, which is held out whole.
+
+    `json.decoder.JSONDecoder.decode(self, s)` in json.decoder -> json.decoder:JSONDecoder. The
+    module's own docstring belongs to the module.
+    """
+    if heading.startswith("module "):
+        return module
+    name = name_in(heading)
+    if name.startswith(f"{module}."):
+        return f"{module}:{name[len(module) + 1 :].split('.')[0]}"
+    # Attached to something defined elsewhere: numpy.ndarray.T -> numpy:ndarray.
+    package, *rest = name.split(".")
+    return f"{package}:{rest[0]}" if rest else module
+
+
+def package_documents(
+    root: Path, package: str, seen: set[bytes], report: Report
+) -> Iterator[Document]:
+    """Yield the documents of each file below `root` that has a new docstring.
 
     `seen` has the hashes of the docstrings so far, and is extended.
     """
@@ -128,21 +148,26 @@ def package_documents(root: Path, package: str, seen: set[bytes], report: Report
         except (SyntaxError, ValueError) as error:
             report.skip(f"does not parse: {type(error).__name__}", module)
             continue
-        sections = []
-        for heading, docstring in entries:
-            text = inspect.cleandoc(docstring).strip()
-            digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-            if text and digest not in seen:
-                seen.add(digest)
-                sections.append(f"{heading}\n\n{text}\n")
-        if sections:
+        found = False
+        named = [(definition_of(heading, module), heading, text) for heading, text in entries]
+        for definition, group in groupby(named, itemgetter(0)):
+            sections = []
+            for _, heading, docstring in group:
+                text = inspect.cleandoc(docstring).strip()
+                digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+                if text and digest not in seen:
+                    seen.add(digest)
+                    sections.append(f"{heading}\n\n{text}\n")
+            if sections:
+                found = True
+                yield Document("\n".join(sections), split_of(definition, HELD_OUT), definition)
+        if found:
             report.used += 1
-            yield "\n".join(sections)
         else:
             report.skip("no docstring of its own", module)
 
 
-def reference_topics(report: Report) -> Iterator[str]:
+def reference_topics(report: Report) -> Iterator[Document]:
     """Yield the chapters of the language reference, as `help("TOPIC")` prints them."""
     path = library_folder() / "pydoc_data" / "topics.py"
     if not path.exists():
@@ -151,22 +176,25 @@ def reference_topics(report: Report) -> Iterator[str]:
     tree = ast.parse(path.read_bytes())
     # The file is a single assignment, `topics = {"TOPIC": "text", ...}`.
     table = next(n.value for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign))
-    for topic in ast.literal_eval(table).values():
+    for name, topic in ast.literal_eval(table).items():
         report.found += 1
         report.used += 1
-        yield topic.strip() + "\n"
+        name = f"topic {name}"
+        yield Document(topic.strip() + "\n", split_of(name, HELD_OUT), name)
 
 
 def version() -> str:
     """A name for the exact documents: it changes if they do."""
-    parts = ["docs-1", f"python-{platform.python_version()}"]
+    parts = ["docs-2", f"python-{platform.python_version()}"]
     for package in PACKAGES:
         if importlib.util.find_spec(package):
             parts.append(f"{package}-{importlib.metadata.version(package)}")
     return " ".join(parts)
 
 
-def documents(report: Report | None = None, packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
+def documents(
+    report: Report | None = None, packages: tuple[str, ...] = PACKAGES
+) -> Iterator[Document]:
     """Yield the documents: the language reference, the standard library, then each package."""
     if report is None:
         report = Report()
@@ -184,4 +212,4 @@ def documents(report: Report | None = None, packages: tuple[str, ...] = PACKAGES
 
 if __name__ == "__main__":
     report = Report()
-    show(documents(report), report)
+    show((document.text for document in documents(report)), report)

@@ -4,7 +4,7 @@
     python train.py gpt --data.path data/cache/mine
 
 There are two passes. Between them lies the spool, a file with the documents that are kept, one
-JSON string a line. Worker processes do the costly work:
+a line, as JSON. Worker processes do the costly work:
 
     1. rows -> batches of 1 MiB  ==workers==>  parse, filter, mask, MinHash  -> new? -> spool
     2. spool -> train a tokenizer on a sample; groups of 1 MiB  ==workers==>  token ids -> shards
@@ -48,10 +48,11 @@ from tqdm import tqdm
 from data import dedupe, files
 from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally, failed, mask
 from data.jobs import Journal, check_settings, ordered
+from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 
-FORMAT = 1  # of the result; a folder with another number is not continued
+FORMAT = 2  # of the result; a folder with another number is not continued
 BATCH_BYTES = 1 << 20  # the rows that a worker gets at a time
 DOCUMENT_BYTES = 1 << 22  # a longer plain file is cut
 COMMIT_EVERY = 16  # batches, or groups of the second pass
@@ -75,7 +76,8 @@ class PrepareConfig:
     tokenizer: str = "sentencepiece"
     vocab_size: int = 4096  # number of tokens, if a tokenizer is trained
     sample_mb: int = 4  # megabytes of text, evenly spread, to train the tokenizer on
-    val_fraction: float = 0.01  # share of the documents held out for validation
+    # share of the documents held out, half for validation and half for test
+    val_fraction: float = 0.01
     # quality rules that a document must pass, see filters.py; without names, none
     filters: tuple[Literal[tuple(FILTERS)], ...] = tuple(
         name for name in FILTERS if name not in OFF_BY_DEFAULT
@@ -188,7 +190,7 @@ def clean_batch(
             text, count = mask(text, name)
             if count:
                 tally.change(f"[{name}] masked", count)
-        line = json.dumps(text, ensure_ascii=False).encode("utf-8") + b"\n"
+        line = json.dumps(["", text], ensure_ascii=False).encode("utf-8") + b"\n"
         kept.append(Kept(row.name, line, len(text), dedupe.keys_of(text, near)))
     return tally, kept
 
@@ -364,8 +366,6 @@ def prepare(config: PrepareConfig) -> Path:
         manifest = shards.read_manifest(out)
         check_settings(out, manifest.get("settings", {}), settings)
     else:
-        if config.dedupe == "near":
-            files.extra("datasketch")  # if it is missing, say so now and not in a worker
         part = out.with_name(f"{out.name}.part")
         journal = Journal(part, settings, LATE)
         if journal.state["stage"] == "clean":
@@ -375,7 +375,7 @@ def prepare(config: PrepareConfig) -> Path:
     for name in (SPOOL, KEYS, "journal.json"):
         (out / name).unlink(missing_ok=True)
 
-    tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
+    tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
     megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
     seconds = time.perf_counter() - start
     print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")

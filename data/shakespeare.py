@@ -1,8 +1,8 @@
 """Tiny Shakespeare: 1.1 MB of plays, the text on which small language models are compared.
 
-It comes from Andrej Karpathy's char-rnn (2015). It is a single document, so train and validation
-are split by position. With `--data.val-fraction 0.1`, the default, training reads the same first
-nine tenths as in nanoGPT.
+It comes from Andrej Karpathy's char-rnn (2015). It is a single document, so the splits are parts of
+it. With `--data.val-fraction 0.1`, the default, training reads the same first nine tenths as in
+nanoGPT; validation and test are halves of the last tenth.
 
     python -m data.shakespeare
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from data.download import DOWNLOADS, download
 from data.report import Report, show
+from data.splits import Document
 
 URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -25,7 +26,7 @@ def version() -> str:
     return f"shakespeare-1 {SHA256}"
 
 
-def documents(report: Report | None = None) -> Iterator[str]:
+def documents(report: Report | None = None) -> Iterator[Document]:
     """Yield the text, which is downloaded the first time.
 
     Raises ConnectionError if the download fails, ValueError if the stored file is another one.
@@ -35,12 +36,12 @@ def documents(report: Report | None = None) -> Iterator[str]:
     text = download(URLS, PATH, SHA256).read_text(encoding="utf-8")
     report.found += 1
     report.used += 1
-    yield text
+    yield Document(text)
 
 
 if __name__ == "__main__":
     report = Report()
     try:
-        show(documents(report), report)
+        show((document.text for document in documents(report)), report)
     except (ConnectionError, ValueError) as error:
         sys.exit(str(error))

@@ -166,7 +166,13 @@ def texts(batch: dict[str, torch.Tensor]) -> list[str]:
 def test_each_epoch_reads_every_training_conversation_once_and_no_held_out_one(tmp_path):
     data = open_data(write(tmp_path / "a.jsonl", numbered(25)), val_fraction=0.2)
     answers = {" " + row["messages"][1]["content"] for row in numbered(25)}
-    held = [text for batch in data.val_batches(3) for text in texts(batch)]
+    held = [
+        text
+        for name in ("val", "test")
+        for batch in data.split_batches(name, 3)
+        for text in texts(batch)
+    ]
+    assert [len(data.split(name).rows) for name in ("val", "test")] == [3, 2]
     epochs = [
         [text for step in range(e, e + 5) for text in texts(data.batch(step))] for e in (0, 5)
     ]
@@ -210,13 +216,14 @@ def test_description_counts_the_trained_tokens(tmp_path):
     data = open_data(
         write(tmp_path / "a.jsonl", [{"messages": talk("abc", "de" + c)} for c in "fg"])
     )
-    # "|user: abc|assistant: def|": 27 tokens, of which " def|" are trained on.
+    # "|user: abc|assistant: def|": 27 tokens, of which " def|" are trained on. The space is the
+    # template's, so the answer has 3 bytes.
     assert data.description.endswith(
-        "a.jsonl: 2 conversations in 2 rows, 1 of them held out, "
+        "a.jsonl: 2 conversations in 2 rows, 1 of them for validation and 0 for test, "
         "10 of 52 tokens are trained on, 19%"
     )
     assert (data.unit, data.units_per_row) == ("tokens", 26)
-    assert data.metrics(2.0)["val_bpb"] == pytest.approx(2.0 * 5 / math.log(2) / 4)
+    assert data.metrics(2.0)["val_bpb"] == pytest.approx(2.0 * 5 / math.log(2) / 3)
 
 
 def test_lines_that_teach_nothing_are_skipped_and_listed(tmp_path):
@@ -242,7 +249,7 @@ def test_lines_that_teach_nothing_are_skipped_and_listed(tmp_path):
         '2 skipped: no list of "messages" (a.jsonl:6, a.jsonl:11)',
         "2 skipped: the assistant says nothing (a.jsonl:7, a.jsonl:8)",
         "unknown role 'bot'",
-        "1 skipped: the same as another (a.jsonl:10)",
+        "1 skipped: an exact duplicate (a.jsonl:10)",
     ):
         assert part in said
 

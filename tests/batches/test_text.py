@@ -4,18 +4,18 @@ import hashlib
 import http.server
 import json
 import math
+import random
 import subprocess
 import sys
 import threading
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data import docs, download, files, shakespeare, stdlib
+from data import docs, download, files, shakespeare, splits, stdlib
 from data.report import Report
 from tinyfm import tokenizer
 from tinyfm.batches import shards
@@ -150,25 +150,28 @@ def test_a_batch_is_text_and_may_straddle_epochs(tmp_path):
 def test_validation_predicts_each_token_once(tmp_path, length, rows):
     text = "the quick brown fox. " * 100
     data = prepare(tmp_path, write(tmp_path, a=text) / "a.txt", length=length)
-    val = data.val.read(0, len(data.val))
-    assert data.tokenizer.decode(val[1:-1].tolist()) == text[int(len(text) * 0.9) :]
-    targets = []
-    for batch in data.val_batches(rows):
-        tokens, mask = batch["tokens"], batch["mask"]
-        assert tokens.shape == (len(mask), length + 1)
-        assert mask.dtype == torch.bool
-        targets += tokens[:, 1:][mask].tolist()
-    assert targets == val[1:].tolist()
-    assert data.val_tokens == len(targets)
+    for name, (first, last) in shards.find_blocks(len(text), 0.1).items():
+        split = data.split(name)
+        assert data.tokenizer.decode(split.tokens[1:-1].tolist()) == text[first:last]
+        targets = []
+        batches = data.val_batches(rows) if name == "val" else data.split_batches(name, rows)
+        for batch in batches:
+            tokens, mask = batch["tokens"], batch["mask"]
+            assert tokens.shape == (len(mask), min(length, len(split) - 1) + 1)
+            assert mask.dtype == torch.bool
+            targets += tokens[:, 1:][mask].tolist()
+        assert targets == split.tokens[1:].tolist()
+        assert split.predicted == len(targets)
 
 
 def test_bits_per_byte_by_hand(tmp_path):
     text = "é" * 1000  # two bytes a character
     data = prepare(tmp_path, write(tmp_path, a=text) / "a.txt")
-    # 100 characters held out: 200 bytes, 200 byte tokens and the closing end of text.
-    assert data.val_tokens == 201
-    assert data.metrics(math.log(2))["val_bpb"] == pytest.approx(201 / 200)
-    assert data.metrics(2.5)["val_bpb"] == pytest.approx(2.5 * 201 / math.log(2) / 200)
+    # 100 characters are held out, 50 for each split, of which 5 are the gap: 45 characters have 90
+    # bytes, 90 byte tokens and the closing end of text.
+    assert data.split("val").predicted == data.split("test").predicted == 91
+    assert data.metrics(math.log(2))["val_bpb"] == pytest.approx(91 / 90)
+    assert data.split("test").bits_per_byte(2.5) == pytest.approx(2.5 * 91 / math.log(2) / 90)
 
 
 # --- What importing loads -------------------------------------------------------------------------
@@ -195,43 +198,105 @@ def ids_of(split) -> list[int]:
 
 
 def test_one_document_splits_as_nanogpt_does(tmp_path):
-    text = "".join(chr(97 + i * i % 26) for i in range(1237))
+    """Training is the same start of the text. What nanoGPT holds out is halved, with gaps."""
+    text = "".join(chr(97 + i * i % 26) for i in range(12_370))
     data = prepare(tmp_path, write(tmp_path, a=text) / "a.txt")
-    n = len(text)
     eot, decode = data.tokenizer.eot, data.tokenizer.decode
-    for split, expected in ((data.train, text[: int(n * 0.9)]), (data.val, text[int(n * 0.9) :])):
-        ids = ids_of(split)
+    blocks = {"train": (0, 11_133), "val": (11_133 + 61, 11_751), "test": (11_751 + 61, 12_370)}
+    for name, (first, last) in blocks.items():
+        ids = data.split(name).tokens.tolist()
         assert ids[0] == ids[-1] == eot
-        assert decode(ids[1:-1]) == expected
+        assert decode(ids[1:-1]) == text[first:last]
         assert ids.count(eot) == 2
+    assert shards.find_blocks(10**7, 0.1)["val"] == (9 * 10**6 + 1000, 95 * 10**5)
 
 
 def test_few_documents_are_cut_at_the_tail(tmp_path):
-    data = prepare(tmp_path, write(tmp_path / "t", a="a" * 70, b="b" * 70, c="c" * 60), 8)
-    eot, a, b, c = data.tokenizer.eot, *(data.tokenizer.encode(x) for x in "abc")
-    train = [eot] + a * 70 + [eot] + b * 70 + [eot] + c * 40 + [eot]
-    assert ids_of(data.train) == train
-    assert ids_of(data.val) == [eot] + c * 20 + [eot]
-    data = prepare(tmp_path, tmp_path / "t", 8, val_fraction=0.5)
-    assert ids_of(data.train) == [eot] + a * 70 + [eot] + b * 30 + [eot]
-    assert ids_of(data.val) == [eot] + b * 40 + [eot] + c * 60 + [eot]
+    words = [f"{name}{i:03d} " for name in "abc" for i in range(100)]
+    text = "".join(words)  # three documents of 500 characters
+    parts = {name: text[500 * i : 500 * (i + 1)] for i, name in enumerate("abc")}
+    data = prepare(tmp_path, write(tmp_path / "t", **parts), 8, val_fraction=0.5)
+    eot, encode = data.tokenizer.eot, data.tokenizer.encode
+
+    def ids(*texts):
+        return [token for part in texts for token in (eot, *encode(part))] + [eot]
+
+    # The last 750 characters are held out, and 37 before each half are left out.
+    assert ids_of(data.train) == ids(text[:500], text[500:750])
+    assert ids_of(data.val) == ids(text[787:1000], text[1000:1125])
+    assert data.split("test").tokens.tolist() == ids(text[1162:])
+
+
+def documents_of(split) -> list[str]:
+    """The documents of a split, by its borders."""
+    ends = [*split.starts[1:], len(split) - 1]
+    ids = [split.tokens[a + 1 : b].tolist() for a, b in zip(split.starts, ends)]
+    return [split.tokenizer.decode(own) for own in ids]
 
 
 def test_many_documents_go_to_one_side_whole(tmp_path):
     texts = {f"d{i:03d}": f"document number {i % 300}\n" for i in range(400)}  # 100 occur twice
     data = prepare(tmp_path, write(tmp_path / "many", **texts), val_fraction=0.2)
-    decode, eot = data.tokenizer.decode, data.tokenizer.eot
-    sides = []
-    for split in (data.train, data.val):
-        ids = np.array(ids_of(split))
-        borders = np.flatnonzero(ids == eot)
-        assert borders[0] == 0
-        assert borders[-1] == len(ids) - 1
-        found = [decode(ids[a + 1 : b].tolist()) for a, b in pairwise(borders)]
-        sides.append(Counter(found))
-    assert sides[0] + sides[1] == Counter(texts.values())
-    assert not set(sides[0]) & set(sides[1])
-    assert 0.12 < sides[1].total() / 400 < 0.28
+    sides = {name: Counter(documents_of(data.split(name))) for name in splits.SPLITS}
+    assert sum(sides.values(), Counter()) == Counter(set(texts.values()))
+    assert all(0.05 < sides[name].total() / 300 < 0.15 for name in ("val", "test"))
+    for split in data.splits.values():
+        assert split.tokens[split.starts].tolist() == [data.tokenizer.eot] * len(split.starts)
+        assert split.bytes.tolist() == [len(text.encode()) for text in documents_of(split)]
+        assert split.bytes.sum() == split.utf8_bytes
+
+
+def words_of(draw: random.Random, count: int) -> list[str]:
+    return [f"w{draw.randrange(1000)}" for _ in range(count)]
+
+
+@pytest.fixture
+def articles() -> dict[str, str]:
+    """300 documents of 200 random words."""
+    draw = random.Random(0)
+    return {f"d{i:03d}": " ".join(words_of(draw, 200)) for i in range(300)}
+
+
+def test_planted_near_duplicates_are_left_out_before_the_split(tmp_path, articles, capsys):
+    """Each of 50 documents occurs again, with one word changed."""
+    draw = random.Random(1)
+    twins = {}
+    for name, text in list(articles.items())[:50]:
+        words = text.split()
+        words[draw.randrange(200)] = "changed"
+        twins[f"z{name}"] = " ".join(words)
+    folder = write(tmp_path / "in", **articles, **twins)
+    data = prepare(tmp_path, folder, val_fraction=0.4)
+    found = [text for name in splits.SPLITS for text in documents_of(data.split(name))]
+    assert sorted(found) == sorted(articles.values())
+    assert "50 near duplicates left out" in capsys.readouterr().out
+
+
+def test_planted_overlap_is_measured_and_left_out(tmp_path, articles, capsys):
+    """Half of the held-out documents quote 100 words of a training document."""
+    train = [text for text in articles.values() if splits.split_of(text, 0.4) == "train"]
+    quoting = {}
+    for name, text in articles.items():
+        quoting[name] = text
+        if text not in train and len(quoting) % 2:
+            # The hash of the new text must keep it on its side.
+            own = text.split()[:100]
+            quotes = (" ".join([*own, *other.split()[50:150]]) for other in train)
+            quoting[name] = next(q for q in quotes if splits.split_of(q, 0.4) != "train")
+    held = [text for text in quoting.values() if splits.split_of(text, 0.4) != "train"]
+    before = splits.share_of(splits.overlap_of(held, train))
+    assert 0.2 < before < 0.3
+    data = prepare(tmp_path, write(tmp_path / "in", **quoting), val_fraction=0.4)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "0.00% of validation" in line
+    texts = documents_of(data.split("train"))
+    for name in ("val", "test"):
+        kept = documents_of(data.split(name))
+        assert len(kept) > 10
+        assert splits.share_of(splits.overlap_of(kept, texts)) == 0
+    dropped = len(held) - len(data.split("val").starts) - len(data.split("test").starts)
+    assert dropped > 20
+    assert f"{dropped} documents with more were left out" in line
 
 
 def test_windows_span_shards_and_long_documents_are_encoded_in_pieces(tmp_path, monkeypatch):
@@ -263,7 +328,8 @@ def test_shards_are_reused_until_something_changes(tmp_path, capsys):
     first = prepare(tmp_path, folder)
     line = capsys.readouterr().out
     assert "1 found, 1 used" in line
-    assert f"{len(first.train) + len(first.val):,} tokens" in line
+    assert f"{sum(map(len, first.splits.values())):,} tokens" in line
+    assert "0.00% of validation (1 documents), 0.00% of test (1 documents)" in line
     assert "mine" in first.description
     assert prepare(tmp_path, folder).fingerprint == first.fingerprint
     assert capsys.readouterr().out == ""  # nothing was built
@@ -275,9 +341,9 @@ def test_shards_are_reused_until_something_changes(tmp_path, capsys):
 
 def test_lone_surrogates_are_replaced(tmp_path):
     path = tmp_path / "spool"
-    assert shards.spool(["\ufeffgood", "", "bad \ud800", "\ud83d\ude00"], path) == (3, 11)
-    texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert texts == ["\ufeffgood", "bad \ufffd", "😀"]
+    texts = ["\ufeffgood", "", "bad \ud800", "\ud83d\ude00 too"]
+    assert shards.spool(map(splits.Document, texts), path, Report()) == (3, 15)
+    assert [text for text, *_ in shards.read_spool(path)] == ["\ufeffgood", "bad \ufffd", "😀 too"]
 
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -306,7 +372,8 @@ def test_damaged_shards_are_refused_by_name(tmp_path, small):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_damaged_manifest_is_refused(tmp_path, small, content):
     manifest = cache_folder(tmp_path) / "manifest.json"
-    assert json.loads(manifest.read_text(encoding="utf-8"))["documents"] == {"train": 1, "val": 1}
+    documents = json.loads(manifest.read_text(encoding="utf-8"))["documents"]
+    assert documents == {"train": 1, "val": 1, "test": 1}
     manifest.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
         prepare(tmp_path, tmp_path / "text" / "small.txt")
@@ -359,9 +426,11 @@ def test_bad_configs(config, message):
 
 def test_mistakes_are_named_with_the_fix(tmp_path):
     path = write(tmp_path, a="0123456789" * 20) / "a.txt"
-    with pytest.raises(ValueError, match=r"validation text has 22 tokens, need > 22.* <= 21"):
-        prepare(tmp_path, path, length=22)
-    prepare(tmp_path, path, length=21)
+    with pytest.raises(ValueError, match=r"training text has 182 tokens, need > 182.* <= 181"):
+        prepare(tmp_path, path, length=182)
+    prepare(tmp_path, path, length=181)
+    with pytest.raises(ValueError, match=r"no text is left for validation.*--data.val-fraction"):
+        prepare(tmp_path, write(tmp_path, tiny="0123456789") / "tiny.txt", length=2)
     with pytest.raises(ValueError, match=r"--model.vocab-size 257"):
         prepare(tmp_path, path, vocab_size=256)
     with pytest.raises(ValueError, match="'bite' is no folder"):
@@ -374,7 +443,7 @@ def test_mistakes_are_named_with_the_fix(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-unigram", "bpe"])
 def test_learned_tokenizers_see_training_text_only(tmp_path, monkeypatch, kind):
-    text = "\n".join(next(stdlib.documents()).split(" ")) + "ünïcode\n" * 9
+    text = "\n".join(next(stdlib.documents()).text.split(" ")) + "ünïcode\n" * 9
     path = write(tmp_path, a=text) / "a.txt"
     seen = []
     train = tokenizer.train
@@ -504,9 +573,9 @@ import json, sys
 from data import docs
 from data.report import Report
 report = Report()
-found = list(docs.documents(report, ("fakepackage", "numpy", "absent_package")))
+found = [d.text for d in docs.documents(report, ("fakepackage", "numpy", "absent_package"))]
 assert docs.version().count("torch-") == 1
-heavy = [m for m in ("torch", "numpy", "fakepackage") if m in sys.modules]
+heavy = [m for m in ("torch", "fakepackage") if m in sys.modules]
 size = sum(len(text) for text in found)
 fake = [text for text in found if "fakepackage" in text[:20]]
 once = "".join(found).count("Compute the qr factorization")
@@ -532,11 +601,38 @@ print(json.dumps([fake, heavy, size, report.skipped, once]))
 
 def test_standard_library_source():
     report = Report()
-    texts = list(stdlib.documents(report))
-    assert len(texts) == len(set(texts)) == report.used
-    assert any('"""A generally useful event scheduler class.' in text for text in texts)
-    assert sum(map(len, texts)) > 5_000_000
-    assert texts == list(stdlib.documents())
+    found = list(stdlib.documents(report))
+    assert report.used > 500
+    assert any('"""A generally useful event scheduler class.' in text for text, *_ in found)
+    assert sum(len(text) for text, *_ in found) > 5_000_000
+    assert found == list(stdlib.documents())
+
+
+def test_a_file_is_cut_before_each_definition():
+    source = """import os
+
+X = 1
+
+# About f.
+@decorator
+def f(x):
+    def inner(): ...
+    return x
+
+class A:
+    def g(self): ...
+Y = 2
+async def h(): ...
+"""
+    parts = list(stdlib.definitions(source, "m"))
+    assert [name for name, _ in parts] == ["m", "m:f", "m:A", "m:h"]
+    assert "".join(text for _, text in parts) == source
+    assert parts[1][1].startswith("# About f.\n@decorator\ndef f")
+    assert parts[2][1].endswith("Y = 2\n")
+    names = ["module m", "m.f(x)", "class m.A(Base)", "m.A.g(self)", "numpy.ndarray.T", "abs"]
+    assert [docs.definition_of(name, "m") for name in names] == [
+        "m", "m:f", "m:A", "m:A", "numpy:ndarray", "m",
+    ]  # fmt: skip
 
 
 # --- Downloads ------------------------------------------------------------------------------------
@@ -636,5 +732,6 @@ def test_shakespeare_reader(tmp_path, monkeypatch):
         list(shakespeare.documents())
     monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(source.read_bytes()).hexdigest())
     report = Report()
-    assert list(shakespeare.documents(report)) == ["First Citizen:\nSpeak, speak. é\n"]
+    (document,) = shakespeare.documents(report)
+    assert document.text == "First Citizen:\nSpeak, speak. é\n"
     assert (report.found, report.used) == (1, 1)

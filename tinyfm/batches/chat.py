@@ -5,7 +5,8 @@ So rows are padded to the longest of a batch rather than packed: no row contains
 conversations. A conversation longer than the context continues in another row, which repeats its
 system messages. An answer that is too long for one row loses its end.
 
-A hash of each conversation decides which are held out, so that the order of a file changes nothing.
+Near duplicates are left out. A hash of each conversation decides which are held out, so that the
+order of a file changes nothing: half for validation, half for test.
 Legend: B batch, T tokens. Left out: rows on disk; a token takes nine bytes of memory.
 """
 
@@ -21,13 +22,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import chats, files
+from data import chats, dedupe, files
 from data.report import Report
+from data.splits import HELD_OUT, SPLITS, TRAIN
 from tinyfm.adapt.chat import Message, check_messages, encode_message, split_exchanges
 from tinyfm.batches.order import check_val_fraction, hash_order, held_out_count, shuffle
 from tinyfm.tokenizer import Tokenizer
 
 SOURCES = {"chats": chats}
+FORMAT = 2  # of the splits; 1 had no test conversations, and near duplicates in validation
+INDEX_MB = 64  # of memory, to recognize duplicates; it is touched only as far as it is needed
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class ChatConfig:
     # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     path: str = "chats"
     tokenizer: str = ""  # folder with a saved tokenizer; default: that of the base run
-    val_fraction: float = 0.1  # share of the conversations held out for validation
+    # share of your own conversations held out, half for validation and half for test; chats have
+    # their own splits
+    val_fraction: float = 0.1
 
     def __post_init__(self):
         if not self.path:
@@ -62,17 +68,11 @@ def read_line(line: str) -> list[Message]:
     return [{key: message[key] for key in ("role", "content")} for message in messages]
 
 
-def read_conversations(path: str, report: Report) -> Iterator[list[Message]]:
-    """Yield the messages of each conversation in `path`, equal ones once.
+def read_files(path: str, report: Report) -> Iterator[tuple[str, list[Message]]]:
+    """Yield (place, messages) of each line of jsonl that can be used.
 
-    For files, the report counts the lines that were found, used and skipped. Raises ValueError if
-    no conversation can be used.
+    The report counts the lines that were found and skipped.
     """
-    if path in SOURCES:
-        for conversation in SOURCES[path].conversations():
-            yield conversation["messages"]
-        return
-    seen: set[str] = set()
     for name in files.find(path):
         try:
             text, _ = files.read(name)
@@ -84,19 +84,47 @@ def read_conversations(path: str, report: Report) -> Iterator[list[Message]]:
                 continue
             report.found += 1
             try:
-                messages = read_line(line)
+                yield f"{name.name}:{number}", read_line(line)
             except ValueError as error:
                 report.skip(str(error), f"{name.name}:{number}")
-                continue
-            content = json.dumps(messages)
-            if content in seen:
-                report.skip("the same as another", f"{name.name}:{number}")
-                continue
-            seen.add(content)
-            report.used += 1
-            yield messages
-    if not report.used:
+
+
+def without_duplicates(
+    found: Iterator[tuple[str, list[Message]]], report: Report
+) -> Iterator[tuple[str, list[Message]]]:
+    """Leave out conversations that are nearly the same as one before, see data/dedupe.py."""
+    seen = dedupe.Seen(INDEX_MB)
+    for place, messages in found:
+        text = "\n".join(message["content"] for message in messages)
+        keys = dedupe.keys_of(text, near=True)
+        reason = seen.look_up(keys)
+        if reason:
+            report.skip(reason, place)
+            continue
+        seen.add(keys)
+        report.used += 1
+        yield place, messages
+
+
+def read_splits(config: ChatConfig, report: Report) -> dict[str, list[list[Message]]]:
+    """The conversations of each split.
+
+    Raises ValueError if no conversation can be used, or if there is only one.
+    """
+    path = config.path
+    if path in SOURCES:
+        splits = {name: [] for name in SPLITS}
+        named = ((c["split"], c["messages"]) for c in SOURCES[path].conversations(report))
+        report.used = 0
+        for split, messages in without_duplicates(named, report):
+            splits[split].append(messages)
+        return splits
+    found = [messages for _, messages in without_duplicates(read_files(path, report), report)]
+    if not found:
         raise ValueError(f"no conversation to learn from in {path!r}: {report}")
+    if len(found) < 2:
+        raise ValueError(f"{path!r} has one conversation; give one more to hold out")
+    return hold_out(found, config.val_fraction)
 
 
 # ---- rows to train on ----------------------------------------------------------------------------
@@ -167,12 +195,39 @@ def collate(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def hold_out(conversations: list[list[Message]], val_fraction: float) -> tuple[list, list]:
-    """(training, validation) conversations, in an order and a split by the hash of each."""
+def hold_out(conversations: list[list[Message]], fraction: float) -> dict[str, list]:
+    """The conversations of each split, in an order by the hash of each.
+
+    At least one is validation. A single one that is held out leaves test empty.
+    """
     by_hash = hash_order([json.dumps(messages).encode() for messages in conversations])
     ordered = [conversations[i] for i in by_hash]
-    count = held_out_count(len(ordered), val_fraction)
-    return ordered[count:], ordered[:count]
+    count = held_out_count(len(ordered), fraction)
+    middle = (count + 1) // 2
+    return {TRAIN: ordered[count:], "val": ordered[:middle], "test": ordered[middle:count]}
+
+
+def answer_bytes(row: Row, tokenizer: Tokenizer) -> int:
+    """The UTF-8 bytes of the answers in a row, without the template's space before each."""
+    borders = np.flatnonzero(np.diff(np.concatenate(([False], row.trained, [False]))))
+    size = 0
+    for start, end in borders.reshape(-1, 2):
+        ids = [i for i in row.ids[start:end].tolist() if i != tokenizer.eot]
+        size += len(tokenizer.decode_bytes(ids).removeprefix(b" "))
+    return size
+
+
+class ChatSplit:
+    """The rows of one split, and the sizes of what the assistant says in them."""
+
+    def __init__(self, rows: list[Row], tokenizer: Tokenizer):
+        self.rows = rows
+        self.predicted = int(sum(row.trained.sum() for row in rows))  # tokens
+        self.bytes = np.array([answer_bytes(row, tokenizer) for row in rows], dtype=np.int64)
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """From the mean loss over the predicted tokens. Ending a turn is cost without bytes."""
+        return nats_per_token * self.predicted / math.log(2) / int(self.bytes.sum())
 
 
 class ChatData:
@@ -195,39 +250,41 @@ class ChatData:
         # Read, split, and make rows.
         report = Report()
         cuts: Counter[str] = Counter()
-        conversations = list(read_conversations(config.path, report))
-        if len(conversations) < 2:
-            raise ValueError(f"{config.path!r} has one conversation; give one more to hold out")
-        self.train, self.val = (
-            [row for one in part for row in make_rows(tokenizer, one, context_length, cuts)]
-            for part in hold_out(conversations, config.val_fraction)
-        )
+        conversations = read_splits(config, report)
+        self.splits = {}
+        for name, part in conversations.items():
+            rows = [row for one in part for row in make_rows(tokenizer, one, context_length, cuts)]
+            self.splits[name] = ChatSplit(rows, tokenizer)
+        self.train = self.splits[TRAIN].rows
+        self.val = self.splits["val"].rows
         if not self.train or not self.val:
             advice = "use a longer --model.context-length, or shorter conversations"
             raise ValueError(f"no answer fits into {context_length} tokens: {advice}")
 
-        # Count the tokens that are trained on, and the bytes of the held-out answers.
-        held = np.concatenate([row.ids[row.trained] for row in self.val]).tolist()
-        self.val_tokens = len(held)
-        self.val_bytes = len(tokenizer.decode_bytes(i for i in held if i != tokenizer.eot))
-        rows = self.train + self.val
+        rows = [row for split in self.splits.values() for row in split.rows]
         ids = np.concatenate([row.ids for row in rows])
         trained = np.concatenate([row.trained for row in rows])
         self.unit = "tokens"
         self.units_per_row = round(len(ids) / len(rows))
 
         content = tokenizer.fingerprint().encode() + ids.tobytes() + trained.tobytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        # A run keeps its start, which says by which version the data were split.
+        self.fingerprint = f"{FORMAT}-{hashlib.sha256(content).hexdigest()}"
         learnt = int(trained.sum())
+        held = [len(self.splits[name].rows) for name in HELD_OUT]
         parts = [
-            f"{config.path}: {len(conversations):,} conversations in {len(rows):,} rows, "
-            f"{len(self.val):,} of them held out, "
+            f"{config.path}: {sum(map(len, conversations.values())):,} conversations in "
+            f"{len(rows):,} rows, {held[0]:,} of them for validation and {held[1]:,} for test, "
             f"{learnt:,} of {len(ids):,} tokens are trained on, {learnt / len(ids):.0%}"
         ]
         parts += [f"{count:,} {problem}" for problem, count in cuts.items() if count]
         if report.skipped:
             parts.append(str(report))
         self.description = "; ".join(parts)
+
+    def split(self, name: str) -> ChatSplit:
+        """The rows of "train", "val" or "test"; test may have none."""
+        return self.splits[name]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """`rows` of the global batch of `step`, with the fields of `collate`."""
@@ -236,10 +293,15 @@ class ChatData:
         return collate([self.train[i] for i in chosen], self.tokenizer.eot)
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All held-out rows, `rows` at a time."""
-        for first in range(0, len(self.val), rows):
-            yield collate(self.val[first : first + rows], self.tokenizer.eot)
+        """All rows of validation, `rows` at a time."""
+        return self.split_batches("val", rows)
+
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """All rows of a split, `rows` at a time."""
+        found = self.splits[name].rows
+        for first in range(0, len(found), rows):
+            yield collate(found[first : first + rows], self.tokenizer.eot)
 
     def metrics(self, nats_per_token: float) -> dict[str, float]:
-        """Bits per byte of the assistant's answers. Ending a turn is cost without bytes."""
-        return {"val_bpb": nats_per_token * self.val_tokens / math.log(2) / self.val_bytes}
+        """Bits per byte of the assistant's answers in validation."""
+        return {"val_bpb": self.splits["val"].bits_per_byte(nats_per_token)}

@@ -1,7 +1,9 @@
 """Documents -> files of token ids: a prepared text in a folder, written once, checked when opened.
 
-    documents -> split into train and val -> token ids, joined by the end-of-text token
-              -> FOLDER/{train,val}-00000.bin, ..., manifest.json, tokenizer/
+    documents -> no near duplicates -> train, val and test -> token ids, joined by end-of-text
+              -> FOLDER/{train,val,test}-00000.bin, ..., manifest.json, tokenizer/
+
+What is held out, and how it is kept apart from training, stands in data/splits.py.
 
 A shard is an array of little-endian integers (uint16, or uint32 for a large vocabulary) and
 nothing else. It is read through a memory map, so that a corpus may be larger than memory. The
@@ -15,7 +17,6 @@ Left out: several processes, and continuing after a kill. data/prepare.py does b
 functions of this module.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +27,25 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import dedupe
 from data.download import sha256_of
 from data.report import Report
+from data.splits import (
+    HELD_OUT,
+    SPLITS,
+    TRAIN,
+    Document,
+    Overlap,
+    overlapping,
+    share_of,
+    split_of,
+)
 from tinyfm.batches.prepared import rebuild_hint
 
-MIN_DOCUMENTS = 100  # with this many documents or more, validation gets whole ones
+FORMAT = 2  # of the folders; 1 had no test text, and near duplicates in validation
+MIN_DOCUMENTS = 100  # with this many documents or more, whole ones are held out
+GAP_CHARS = 1000  # between the blocks of fewer documents: more than a context is long
+INDEX_MB = 64  # of memory, to recognize duplicates; it is touched only as far as it is needed
 SHARD_BYTES = 1 << 27  # a shard of this size is full: the next one is started
 PIECE_CHARS, GROUP_PIECES = 1 << 15, 32  # encoded at a time; their product bounds the memory
 VERIFY_TOKENS = 100_000_000  # splits up to this size are read and checked in full when opened
@@ -46,51 +61,104 @@ def token_dtype(vocab_size: int) -> np.dtype:
 # ---- documents -> pieces -------------------------------------------------------------------------
 
 
-def spool(documents: Iterable[str], path: Path) -> tuple[int, int]:
-    """Copy the documents to a file, one JSON string a line; return their number and characters.
+def spool(documents: Iterable[Document], path: Path, report: Report) -> tuple[int, int]:
+    """Copy the documents to a file, without near duplicates; return their number and characters.
 
-    The documents are needed twice, to train a tokenizer and to encode them. Reading them again
-    may take long, and keeping them may take too much memory.
+    A line of the file is JSON, [split, text]. The documents are needed several times, to split
+    them, to train a tokenizer and to encode them. Reading them again may take long, and keeping
+    them may take too much memory.
     """
     count = 0
     chars = 0
+    seen = dedupe.Seen(INDEX_MB)
+    repeated = []  # names
     with open(path, "w", encoding="utf-8") as file:
         for document in tqdm(documents, "reading", unit=" documents", leave=False, disable=None):
             # UTF-8 cannot hold half a surrogate pair, which a Python string can: it becomes U+FFFD.
-            text = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if text:
-                count += 1
-                chars += len(text)
-                file.write(json.dumps(text) + "\n")
+            text = document.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if not text:
+                continue
+            keys = dedupe.keys_of(text, near=True)
+            if seen.look_up(keys):
+                repeated.append(document.name or " ".join(text[:40].split()))
+                continue
+            seen.add(keys)
+            count += 1
+            chars += len(text)
+            file.write(json.dumps([document.split, text]) + "\n")
+    if repeated:
+        shown = ", ".join(repeated[:3])
+        report.notes.append(f"{len(repeated):,} near duplicates left out ({shown}, ...)")
     return count, chars
 
 
-def split_documents(
-    path: Path, count: int, chars: int, val_fraction: float
-) -> Iterator[tuple[str, str]]:
-    """Yield ("train" or "val", text) for the `count` documents, `chars` characters, of a spool.
+def find_blocks(chars: int, held_out: float) -> dict[str, tuple[int, int]]:
+    """The [first, last) character of each split, where few documents are cut into three blocks.
 
-    Many documents: each is in one split as a whole. The hash of its content decides, so that
-    documents added later move none of the others, and equal documents are in the same split. Few
-    documents: the last `val_fraction` of all characters is held out, as in nanoGPT's prepare.py
-    for a single document. This may cut one document in two.
+    The blocks are the start, for training, then validation, then test, at the end. Training and
+    test are so far apart that no window reads across, as is each from validation.
     """
-    train_chars = int(chars * (1 - val_fraction))  # still to come, for few documents
+    train = int(chars * (1 - held_out))
+    middle = (train + chars) // 2
+    gap = min(GAP_CHARS, (chars - train) // 20)
+    return {TRAIN: (0, train), "val": (train + gap, middle), "test": (middle + gap, chars)}
+
+
+def read_spool(path: Path) -> Iterator[Document]:
     with open(path, encoding="utf-8") as file:
         for line in file:
-            text = json.loads(line)
-            if count >= MIN_DOCUMENTS:
-                digest = hashlib.sha256(text.encode("utf-8")).digest()
-                draw = int.from_bytes(digest[:8], "big")  # uniform in [0, 2**64)
-                yield ("val" if draw < val_fraction * 2**64 else "train"), text
-                continue
-            head = text[:train_chars]
-            tail = text[train_chars:]
-            if head:
-                yield "train", head
-            if tail:
-                yield "val", tail
-            train_chars = max(0, train_chars - len(text))
+            split, text = json.loads(line)
+            yield Document(text, split)
+
+
+def split_documents(
+    path: Path, count: int, chars: int, held_out: float
+) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) for the `count` documents, `chars` characters, of a spool.
+
+    Many documents: each is in one split as a whole, which its source or the hash of its content
+    decides. Few documents: the last `held_out` of all characters are cut off, as in nanoGPT's
+    prepare.py for a single document. Their first half is validation, the second is test, and
+    GAP_CHARS before each are left out. This may cut one document into several.
+    """
+    blocks = find_blocks(chars, held_out)
+    start = 0  # of the document, in characters
+    for text, split, _ in read_spool(path):
+        if split or count >= MIN_DOCUMENTS:
+            yield split or split_of(text, held_out), text
+            continue
+        for split, (first, last) in blocks.items():
+            part = text[max(0, first - start) : max(0, last - start)]
+            if part:
+                yield split, part
+        start += len(text)
+
+
+def measure_overlap(
+    read: Callable[[], Iterable[tuple[str, str]]], whole: bool
+) -> tuple[dict[str, float], set[int]]:
+    """({split: share of its words in runs that training has}, documents to leave out for this).
+
+    read: gives the (split, text) of all documents. whole: whether whole documents are held out, so
+    that some may be left out; they are numbered in the order of `read`.
+    """
+    held_out = [(i, split) for i, (split, _) in enumerate(read()) if split != TRAIN]
+    overlap = Overlap(text for split, text in read() if split != TRAIN)
+    for split, text in read():
+        if split == TRAIN:
+            overlap.read(text)
+    counts = overlap.count()
+    shares = {}
+    removed = set()
+    for split in HELD_OUT:
+        numbers = [i for i, other in held_out if other == split]
+        own = counts[[other == split for _, other in held_out]]
+        if whole:
+            too_many = overlapping(own)
+            removed |= {numbers[i] for i in too_many}
+            own = np.delete(own, too_many, axis=0)
+        shares[split] = share_of(own)
+    return shares, removed
 
 
 def pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
@@ -135,9 +203,9 @@ class Encoded(NamedTuple):
 
 def encode_group(tokenizer, group: list[Piece]) -> Encoded:
     """Token ids of a group, with an end-of-text token before each document."""
-    ids = {"train": [], "val": []}
-    documents = {"train": 0, "val": 0}
-    utf8_bytes = {"train": 0, "val": 0}
+    ids = {split: [] for split in SPLITS}
+    documents = dict.fromkeys(SPLITS, 0)
+    utf8_bytes = dict.fromkeys(SPLITS, 0)
     texts = [text for _, _, text in group]
     for (split, is_start, text), encoded in zip(group, tokenizer.encode_batch(texts)):
         if is_start:
@@ -163,7 +231,11 @@ def append(folder: Path, split: str, ids: Iterable[int], vocab_size: int) -> Non
 
 def begin_manifest() -> dict:
     """The counts of a manifest, before the first group."""
-    return {"documents": {"train": 0, "val": 0}, "utf8_bytes": {"train": 0, "val": 0}}
+    return {
+        "format": FORMAT,
+        "documents": dict.fromkeys(SPLITS, 0),
+        "utf8_bytes": dict.fromkeys(SPLITS, 0),
+    }
 
 
 def add_group(folder: Path, encoded: Encoded, vocab_size: int, manifest: dict) -> None:
@@ -203,10 +275,10 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, str]], tokenizer, 
 
 def build(
     folder: Path,
-    documents: Iterable[str],
+    documents: Iterable[Document],
     report: Report,
     make_tokenizer: Callable[[Iterable[str]], object],
-    val_fraction: float,
+    held_out: float,
 ) -> None:
     """Make the folder, and print how large it is.
 
@@ -220,34 +292,64 @@ def build(
     start = time.perf_counter()
     with whole_or_absent(folder) as temporary:
         copy = temporary / "documents.jsonl"
-        count, chars = spool(documents, copy)
+        count, chars = spool(documents, copy, report)
         if not chars:
             raise ValueError(f"no text for {folder.name}: all documents are empty")
-        read_copy = partial(split_documents, copy, count, chars, val_fraction)
-        tokenizer = make_tokenizer(text for split, text in read_copy() if split == "train")
-        manifest = write_shards(temporary, read_copy(), tokenizer, chars)
+        read_copy = partial(split_documents, copy, count, chars, held_out)
+        shares, removed = measure_overlap(read_copy, whole=count >= MIN_DOCUMENTS)
+
+        def read_kept() -> Iterator[tuple[str, str]]:
+            return (pair for i, pair in enumerate(read_copy()) if i not in removed)
+
+        tokenizer = make_tokenizer(text for split, text in read_kept() if split == TRAIN)
+        manifest = write_shards(temporary, read_kept(), tokenizer, chars)
+        manifest["overlap"] = shares
         copy.unlink()
         end_shards(temporary, tokenizer, manifest, str(report))
-    tokens = sum(shard["tokens"] for split in ("train", "val") for shard in manifest[split])
+    tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
     megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
     seconds = time.perf_counter() - start
     print(f"{folder}: {megabytes:.1f} MB, {tokens:,} tokens, {seconds:.1f} s; files: {report}")
+    print(describe_overlap(manifest, len(removed)))
+
+
+def describe_overlap(manifest: dict, removed: int) -> str:
+    """The line about what is held out, and how much of it training has."""
+    parts = []
+    for split, name in zip(HELD_OUT, ("validation", "test")):
+        documents = manifest["documents"][split]
+        share = manifest["overlap"][split]
+        parts.append(f"{share:.2%} of {name} ({documents:,} documents)")
+    line = f"in 13-word runs that training also has: {', '.join(parts)}"
+    if removed:
+        line += f"; {removed:,} documents with more were left out"
+    return line
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest. Raises ValueError if it is missing or damaged."""
+    """The folder's manifest.
+
+    Raises ValueError if it is missing or damaged, or an earlier version made the folder.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         match manifest:
             case {"train": [*_], "val": [*_], "utf8_bytes": {"val": _}, "vocab_size": _}:
-                return manifest
-        raise ValueError("an entry is missing")
+                made_by = manifest.get("format", 1)
+            case _:
+                raise ValueError("an entry is missing")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): {rebuild_hint(folder)}") from error
+    if made_by != FORMAT:
+        raise ValueError(
+            f"{folder} was split by another version: its format is {made_by}, not {FORMAT}, so it "
+            f"has no test text; {rebuild_hint(folder)}"
+        )
+    return manifest
 
 
 class Shards:

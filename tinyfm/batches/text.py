@@ -11,7 +11,8 @@ windows, and reads each window once, in a random order. The last token of a wind
 the next: a target in one, an input in the other.
 
 Validation reads all validation tokens in order and predicts each token but the first exactly once.
-Its loss in nats per token depends on the tokenizer. Bits per byte of text compare any two models:
+So does test, the text that training never looks at: `python -m tinyfm.evaluate RUN` reads it. A
+loss in nats per token depends on the tokenizer. Bits per byte of text compare any two models:
 
     bits per byte = nats per token * predicted tokens / ln 2 / UTF-8 bytes
 
@@ -23,7 +24,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +32,17 @@ import torch
 
 from data import docs, files, shakespeare, stdlib
 from data.report import Report
+from data.splits import SPLITS, Document
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches.order import ROUNDS, check_val_fraction, permute
 from tinyfm.batches.prepared import name_of, prepared_folder, rebuild_hint
-from tinyfm.batches.shards import Shards, build, read_manifest
+from tinyfm.batches.shards import FORMAT, Shards, build, read_manifest
 from tinyfm.common.config import may_change
 from tinyfm.training import checkpoint
 
 SOURCES = {"docs": docs, "stdlib": stdlib, "shakespeare": shakespeare}
 LEARNED_TOKENIZERS = ("sentencepiece", "sentencepiece-unigram", "bpe")
-FORMAT = 1  # of the prepared folders: a new number makes all of them be prepared again
+NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class TextConfig:
     path: str = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: str = "sentencepiece"
-    val_fraction: float = 0.1  # share of the text held out for validation
+    # share of your own text held out, half for validation and half for test; docs and stdlib have
+    # their own splits
+    val_fraction: float = 0.1
     cache: str = may_change("data/cache")  # folder for the prepared shards
 
     def __post_init__(self):
@@ -87,12 +91,18 @@ def window_starts(index: np.ndarray, n_tokens: int, length: int, seed: int) -> n
 # ---- the prepared text ---------------------------------------------------------------------------
 
 
+def read_files(path: str, report: Report) -> Iterator[Document]:
+    """The documents of the user's files."""
+    for text in files.documents(path, report):
+        yield Document(text)
+
+
 def find_source(path: str):
     """Return (name, documents(report=...), version) of a named source or of the user's files."""
     if path in SOURCES:
         source = SOURCES[path]
         return path, source.documents, source.version()
-    return name_of(path, "text"), partial(files.documents, path), files.version(path)
+    return name_of(path, "text"), partial(read_files, path), files.version(path)
 
 
 def fixed_tokenizer(name: str) -> tokenizers.Tokenizer | None:
@@ -161,11 +171,55 @@ def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
     return folder
 
 
+# ---- one split -----------------------------------------------------------------------------------
+
+
+class Split:
+    """The text of one split as token ids: EOT document EOT document EOT."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: tokenizers.Tokenizer, utf8_bytes: int):
+        """Raises ValueError if a file was damaged or altered."""
+        self.shards = Shards(folder, name)
+        self.tokenizer = tokenizer
+        self.utf8_bytes = utf8_bytes  # of all documents
+        self.predicted = len(self.shards) - 1  # tokens: nothing precedes the first
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All token ids, int64. For a training text of any size, read parts of `shards`."""
+        return self.shards.read(0, len(self))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The place of the end-of-text token before each of the n documents, int64 (n,).
+
+        The predicted tokens of document i are those after starts[i], up to and with starts[i + 1].
+        """
+        return np.flatnonzero(self.tokens == self.tokenizer.eot)[:-1]
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """The UTF-8 bytes of each document, int64 (n,)."""
+        ends = [*self.starts[1:], len(self) - 1]
+        parts = [self.tokens[start + 1 : end].tolist() for start, end in zip(self.starts, ends)]
+        return np.array([len(self.tokenizer.decode_bytes(ids)) for ids in parts])
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """From the mean loss over the predicted tokens.
+
+        Predicting the end-of-text tokens counts as cost, although they add no bytes.
+        """
+        return nats_per_token * self.predicted / math.log(2) / self.utf8_bytes
+
+
 # ---- batches -------------------------------------------------------------------------------------
 
 
 class TextData:
-    """Batches of token windows, and the metrics of the validation text."""
+    """Batches of token windows, and the metrics of the held-out texts."""
 
     def __init__(
         self, folder: Path, vocab_size: int, context_length: int, batch_size: int, seed: int
@@ -187,30 +241,42 @@ class TextData:
         if self.tokenizer.fingerprint() != manifest["tokenizer"]:
             raise ValueError(f"{folder / 'tokenizer'} was altered: {rebuild_hint(folder)}")
         check_vocabulary(self.tokenizer, vocab_size)
-        self.train = Shards(folder, "train")
-        self.val = Shards(folder, "val")
-        self.val_bytes = manifest["utf8_bytes"]["val"]
-        self.val_tokens = len(self.val) - 1  # predicted ones: nothing precedes the first
+        self.splits = {
+            name: Split(folder, name, self.tokenizer, manifest["utf8_bytes"][name])
+            for name in SPLITS
+        }
+        self.train = self.splits["train"].shards
+        self.val = self.splits["val"].shards
 
-        shards = manifest["train"] + manifest["val"]
-        content = [manifest["tokenizer"], *(shard["sha256"] for shard in shards)]
-        self.fingerprint = hashlib.sha256(" ".join(content).encode()).hexdigest()
+        content = [shard["sha256"] for name in SPLITS for shard in manifest[name]]
+        content = " ".join([manifest["tokenizer"], *content])
+        # A run keeps its start, which says by which version the data were split.
+        self.fingerprint = f"{FORMAT}-{hashlib.sha256(content.encode()).hexdigest()}"
         megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
+        sizes = [f"{len(self.splits[name]):,} {NAMES[name]}" for name in SPLITS]
         self.description = (
-            f"{folder.name}: {megabytes:.1f} MB of text, "
-            f"{len(self.train):,} training and {len(self.val):,} validation tokens"
+            f"{folder.name}: {megabytes:.1f} MB of text, {sizes[0]}, {sizes[1]} and {sizes[2]} "
+            "tokens"
         )
-        self._check_length("training", self.train)
-        self._check_length("validation", self.val)
+        self._check_lengths()
 
-    def _check_length(self, name: str, split: Shards) -> None:
-        """Raise ValueError if a split is shorter than one window."""
-        if len(split) <= self.context_length:
-            largest = min(len(self.train), len(self.val)) - 1
+    def _check_lengths(self) -> None:
+        """Raise ValueError if training is shorter than one window, or another split is empty."""
+        if len(self.train) <= self.context_length:
             raise ValueError(
-                f"the {name} text has {len(split)} tokens, need > {self.context_length}: "
-                f"use --model.context-length <= {largest}, or more text"
+                f"the training text has {len(self.train)} tokens, need > {self.context_length}: "
+                f"use --model.context-length <= {len(self.train) - 1}, or more text"
             )
+        for name, split in self.splits.items():
+            if not split.utf8_bytes:
+                raise ValueError(
+                    f"no text is left for {NAMES[name]}: use more text, or a larger "
+                    "--data.val-fraction"
+                )
+
+    def split(self, name: str) -> Split:
+        """The text of "train", "val" or "test"."""
+        return self.splits[name]
 
     @classmethod
     def prepare(
@@ -233,23 +299,26 @@ class TextData:
         return {"tokens": torch.from_numpy(tokens)}
 
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All validation text, `rows` windows at a time: {"tokens": (B, T + 1), "mask": (B, T)}.
+        """All validation text, `rows` windows at a time; see `split_batches`."""
+        return self.split_batches("val", rows)
 
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """All text of a split, `rows` windows at a time: {"tokens": (B, T + 1), "mask": (B, T)}.
+
+        T is the context length, or that of the text if it is shorter.
         Each token but the first is a target once. The last window is moved back to full length.
         Its mask is False for the targets that an earlier window has counted.
         """
-        length = self.context_length
-        starts = np.arange(0, self.val_tokens, length, dtype=np.int64)
+        split = self.splits[name]
+        length = min(self.context_length, split.predicted)
+        starts = np.arange(0, split.predicted, length, dtype=np.int64)
         for first in range(0, len(starts), rows):
             wanted = starts[first : first + rows]
-            moved = np.minimum(wanted, self.val_tokens - length)
-            tokens = np.stack([self.val.read(int(start), length + 1) for start in moved])
+            moved = np.minimum(wanted, split.predicted - length)
+            tokens = np.stack([split.shards.read(int(start), length + 1) for start in moved])
             mask = moved[:, None] + np.arange(length) >= wanted[:, None]
             yield {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
     def metrics(self, nats_per_token: float) -> dict[str, float]:
-        """Bits per byte of the validation text, from the mean loss over its predicted tokens.
-
-        Predicting the end-of-text tokens counts as cost, although they add no bytes.
-        """
-        return {"val_bpb": nats_per_token * self.val_tokens / math.log(2) / self.val_bytes}
+        """Bits per byte of the validation text, from the mean loss over its predicted tokens."""
+        return {"val_bpb": self.splits["val"].bits_per_byte(nats_per_token)}

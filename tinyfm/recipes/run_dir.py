@@ -132,8 +132,23 @@ def differences(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]
     ]
 
 
+def split_version(record: dict[str, Any]) -> str:
+    """The version of the code that split the data of a run: "2" of the fingerprint 2-8d969eef6eca.
+
+    "" for a fingerprint without one, which an earlier version wrote.
+    """
+    version, dash, _ = record.get("data_fingerprint", "").partition("-")
+    return version if dash else ""
+
+
 def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
     """Raise ValueError with the differences, if a run is not the one that its folder holds."""
+    if "data_fingerprint" in old and split_version(old) != split_version(new):
+        raise ValueError(
+            f"{run.out} cannot be resumed: the data of this run were split by an earlier version, "
+            "where training had parts of the held-out data. Train it again with another --out. "
+            "The run can still be opened, sampled and exported"
+        )
     different = differences(old, new, run)
     if different:
         raise ValueError(
