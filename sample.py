@@ -17,7 +17,6 @@
 """
 
 import contextlib
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ import tyro
 import tinyfm.common.startup as startup
 from tinyfm import adapt, generate
 from tinyfm.common import device as devices
+from tinyfm.common.console import Output, console
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import OpenRun, Run
 
@@ -112,20 +112,25 @@ def open_run(options: Options) -> OpenRun:
 
 
 def main() -> int | str:
+    with console(lasting=False) as out:
+        return run_command(out)
+
+
+def run_command(out: Output) -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
+        out.lasting = bool(options.out)  # then the file is written, even if nobody reads stdout
         opened = open_run(options)
         startup.loaded()
         opened.run.sample(opened, options)
-        sys.stdout.flush()
+        out.flush()
     except BrokenPipeError:  # as with `| head`: the reader closed the pipe; exit quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # the exit status of a program that SIGPIPE ends
+        pass
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 141 if out.reader_gone else 0  # 141: as a program that SIGPIPE ends
 
 
 if __name__ == "__main__":

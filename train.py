@@ -16,6 +16,7 @@ import sys
 import tyro
 
 import tinyfm.common.startup as startup
+from tinyfm.common.console import console
 from tinyfm.recipes import launch, registry
 from tinyfm.recipes.base import Preset, Run
 from tinyfm.training import distributed
@@ -50,6 +51,11 @@ def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:
 
 
 def main() -> int | str:
+    with console():
+        return run_command()
+
+
+def run_command() -> int | str:
     try:
         name, preset, run = read_arguments(sys.argv[1:])
         startup.loaded()

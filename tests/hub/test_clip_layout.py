@@ -23,7 +23,7 @@ from transformers import CLIPModel as TheirModel
 from data import pictures
 from tinyfm import tokenizer
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.common.files import TEMPORARY
+from tinyfm.common.folders import TEMPORARY
 from tinyfm.hub import clip
 from tinyfm.hub.tokenizers import clip_spec
 from tinyfm.tokenizer import ClipTokenizer, encode_captions

@@ -22,7 +22,7 @@ import sample
 import train
 from tinyfm import generate
 from tinyfm.common import device as machine
-from tinyfm.common import files
+from tinyfm.common import files, folders
 from tinyfm.gpt import GPT
 from tinyfm.recipes import gpt, registry, run_dir
 from tinyfm.training import checkpoint
@@ -184,13 +184,27 @@ def test_mistakes_of_training(name, tmp_path, options, monkeypatch, fails):
 
 
 def test_a_folder_without_any_step_may_be_used(tmp_path):
-    """A run that fails in its first step leaves such a folder."""
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    """A run that fails in its first step leaves such a folder. Somebody's config.json is theirs."""
+    config = tmp_path / "config.json"
+    record = run_dir.to_record("gpt", registry.find_preset("gpt").run)
+    files.write_json(config, record)
     (tmp_path / "metrics.jsonl").touch()
     run_dir.check_directory(tmp_path, resume=False)
-    (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"exists: .*--resume"):
-        run_dir.check_directory(tmp_path, resume=False)
+    for path, text in ((config, '{"model_type": "llama"}'), (tmp_path / "metrics.jsonl", "{}")):
+        files.write_json(config, record)
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"exists: .*--resume"):
+            run_dir.check_directory(tmp_path, resume=False)
+
+
+def test_a_run_that_another_process_is_training(run, options, fails):
+    """Neither a new run nor --resume touches it."""
+    before = contents(run)
+    with folders.hold(folders.lock_inside(run), run):
+        assert f"{run} exists" in fails(train, *options, "--out", run)
+        message = fails(train, *options, "--out", run, "--resume")
+        assert f"{run} is being written by process {os.getpid()}: wait" in message
+    assert contents(run) == before
 
 
 def test_an_unknown_preset(fails):
@@ -457,7 +471,8 @@ def test_mistakes_of_sampling(run, tmp_path, monkeypatch, fails):
     assert "device 'nonsense' cannot be used" in fails(sample, run, "--device", "nonsense")
     assert "Perhaps you meant: --temperature" in fails(sample, run, "--temprature", 1)
     assert "no run directory nowhere" in fails(sample, "nowhere")
-    assert "holds no complete checkpoint" in fails(sample, tmp_path)
+    assert f"give one of them, such as {run}" in fails(sample, tmp_path)
+    assert "holds no complete checkpoint" in fails(sample, run / "samples")
     assert "texts.txt" in fails(sample, run, "--max-new-tokens", 1, "--out", "missing/texts.txt")
     monkeypatch.setattr(machine, "bfloat16_is_fast", lambda device: False)
     assert "emulates bfloat16" in fails(sample, run, "--dtype", "bfloat16")

@@ -330,11 +330,13 @@ def kill_at_every_stage(base: Path) -> None:
     os.fsync = lambda descriptor: None  # a kill loses nothing that the system has received
     stages = [*STAGES, (shutil, "rmtree")]
     seen = []
-    for again in (False, True):  # a new step, and one saved before
-        small_save(base / "saved", 1 + again)  # this also imports modules before forking
+    for before in ([1], [1, 2], [2]):  # a new step, and one saved before, also the only one
+        saved = base / f"saved {before}"
+        for step in before:
+            small_save(saved, step)  # this also imports modules before forking
         for moment in count():
-            run = base / f"{again}-{moment}"
-            shutil.copytree(base / "saved", run)
+            run = base / f"{before}-{moment}"
+            shutil.copytree(saved, run)
             child = os.fork()
             if child == 0:
 
@@ -349,9 +351,13 @@ def kill_at_every_stage(base: Path) -> None:
                 small_save(run, 2)
                 os._exit(0)
             _, status = os.waitpid(child, 0)
+            checkpoint.find(run)  # also while an old checkpoint is being replaced
+            checkpoint.recover(run)
             found = checkpoint.find(run).name
             assert found in ("step-000001", "step-000002"), found
-            checkpoint.verify(run / "step-000001")
+            assert not leftovers(run)
+            for step in before:
+                checkpoint.verify(run / f"step-{step:06d}")
             small_save(run, 3)
             assert checkpoint.find(run).name == "step-000003" and not leftovers(run)
             if status == 0:
@@ -510,6 +516,49 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-000002"]
     small_save(tmp_path, 3)
     assert not leftovers(tmp_path)
+
+
+def test_an_old_checkpoint_that_is_a_link(tmp_path):
+    """A user may move a checkpoint to another disk, and leave a link: only the link is removed."""
+    elsewhere = tmp_path / "elsewhere"
+    run = tmp_path / "run"
+    for step in (1, 2):
+        small_save(run, step)
+    for step in (1, 2):
+        folder = run / f"step-{step:06d}"
+        folder.rename(elsewhere.with_name(folder.name))
+        folder.symlink_to(elsewhere.with_name(folder.name))
+    small_save(run, 2)  # replaces a link
+    assert checkpoint.prune(run, keep_last=1) == [run / "step-000001"]
+    assert [path.name for path in run.glob("step-*")] == ["step-000002"]
+    for step in (1, 2):
+        checkpoint.verify(elsewhere.with_name(f"step-{step:06d}"))
+
+
+def test_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for step in (1, 2):
+        small_save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match="step-000001 could not be removed: .*denied"):
+        checkpoint.prune(tmp_path, keep_last=1)
+
+
+def test_find_while_another_process_removes_checkpoints(tmp_path, monkeypatch):
+    for step in (1, 2):
+        small_save(tmp_path, step)
+    verify = checkpoint.verify
+
+    def late(folder):
+        monkeypatch.setattr(checkpoint, "verify", verify)
+        small_save(tmp_path, 3)
+        checkpoint.prune(tmp_path, keep_last=1)
+        verify(folder)
+
+    monkeypatch.setattr(checkpoint, "verify", late)
+    assert checkpoint.find(tmp_path).name == "step-000003"
 
 
 def test_a_run_resumed_from_an_earlier_step_keeps_its_new_branch(tmp_path):

@@ -12,6 +12,12 @@ def test_ranks_divide_the_rows():
     assert [distributed.World(rank, 4).first for rank in range(4)] == [True, False, False, False]
 
 
+def test_nothing_is_shared_out():
+    """A validation split may be empty, also where all ranks have to work on each item together."""
+    assert [*distributed.World(1, 2).share([], together=True)] == []
+    assert [*distributed.World(1, 2).share("a", together=True)] == [(0, "a", False)]
+
+
 def test_one_process_does_not_communicate(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.distributed, "init_process_group", None)

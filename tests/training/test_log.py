@@ -45,6 +45,30 @@ def test_resuming_drops_later_rows_and_a_cut_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_damaged_lines_are_kept_aside(tmp_path, capsys):
+    """An editor, or a disk, spoils some lines. Those before and after them stay."""
+    path = tmp_path / "metrics.jsonl"
+    damaged = [
+        b"{\n",
+        b"\xff\n",
+        b"[1]\n",
+        b'{"loss": 1}\n',
+        b'{"step": 1.5}\n',
+        b"[" * 9999 + b"\n",
+    ]
+    damaged += [b'{"step": 10, "loss": "low"}\n']
+    rows = [b'{"step": %d, "loss": 1.0, "grad_norm": Infinity}\n' % step for step in range(8)]
+    path.write_bytes(b"".join(row + bad for row, bad in zip(rows, damaged)) + rows[7] + rows[0][:9])
+    expected = [{"step": step, "loss": 1.0} for step in range(8)]
+    assert log.read_metrics(path) == expected
+    open_log(tmp_path, start=20).close()
+    assert log.read_metrics(path) == expected
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(damaged)
+    assert "7 damaged lines of" in capsys.readouterr().out
+    open_log(tmp_path, start=20).close()
+    assert "damaged" not in capsys.readouterr().out
+
+
 def test_other_ranks_are_silent(tmp_path, capsys):
     logbook = open_log(tmp_path / "run", first=False)
     logbook.add({"step": 1, "loss": math.pi})

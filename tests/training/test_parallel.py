@@ -452,14 +452,22 @@ def test_a_job_whose_rank_dies_is_restarted_and_resumes(tmp_path, options):
 
 
 def test_a_restarted_run_resumes_or_starts_over(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="--resume"):
-        run_dir.check_directory(tmp_path, resume=False)
+    """But only in a folder that an earlier attempt of the same job began."""
+    out = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    with pytest.raises(FloatingPointError), run_dir.own(out, False, distributed.World()):
+        (out / "metrics.jsonl").write_text("{}", encoding="utf-8")
+        raise FloatingPointError
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not run_dir.check_directory(tmp_path, resume=False)
-    assert not (tmp_path / "metrics.jsonl").exists()
-    checkpoint.save(tmp_path, 1, {"model": {}})
-    assert run_dir.check_directory(tmp_path, resume=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")
+    with pytest.raises(ValueError, match="--resume"):
+        run_dir.check_directory(out, resume=False)
+    assert (out / "metrics.jsonl").exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    assert not run_dir.check_directory(out, resume=False)
+    assert not (out / "metrics.jsonl").exists()
+    checkpoint.save(out, 1, {"model": {}})
+    assert run_dir.check_directory(out, resume=False)
 
 
 def test_a_rank_that_reaches_no_others_says_so(monkeypatch):

@@ -29,7 +29,7 @@ from data.download import sha256_of
 from data.report import Report
 from tinyfm.batches.prepared import rebuild_hint
 from tinyfm.batches.shards import token_dtype
-from tinyfm.common.files import whole_or_absent
+from tinyfm.common.folders import whole_or_absent
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
 if TYPE_CHECKING:  # only then, as it loads Pillow, which classifying texts does not need
@@ -98,6 +98,8 @@ def build(
     """
     start = time.perf_counter()
     with whole_or_absent(folder) as temporary:
+        if temporary is None:  # another process has made it meanwhile
+            return
         texts, shape = write_images(temporary, records, splits)
         train_captions, _ = texts["train"]
         tokenizer = make_tokenizer([caption for own in train_captions for caption in own])

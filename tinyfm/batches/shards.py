@@ -41,6 +41,7 @@ from data.splits import (
     split_of,
 )
 from tinyfm.batches.prepared import rebuild_hint
+from tinyfm.common.folders import whole_or_absent
 
 FORMAT = 2  # of the folders; 1 had no test text, and near duplicates in validation
 MIN_DOCUMENTS = 100  # with this many documents or more, whole ones are held out
@@ -285,12 +286,10 @@ def build(
     `make_tokenizer` is given the training documents, which it may learn from. `report` is filled
     as `documents` are read. Raises ValueError if there is no text.
     """
-    # Imported here because it loads torch: the worker processes of data/prepare.py import this
-    # module and do not need torch.
-    from tinyfm.common.files import whole_or_absent
-
     start = time.perf_counter()
     with whole_or_absent(folder) as temporary:
+        if temporary is None:  # another process has made it meanwhile
+            return
         copy = temporary / "documents.jsonl"
         count, chars = spool(documents, copy, report)
         if not chars:

@@ -8,12 +8,8 @@ A pickle can run code when it is read. A safetensors file holds names and number
 here falls back to a pickle.
 """
 
-import contextlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-TEMPORARY = ".tmp-"  # prefix of files and folders that are being written or removed
+from tinyfm.common import schema
+from tinyfm.common.folders import temporary_name
+
 # The errors that reading a file raises if a value in it is missing, too large or of a wrong type.
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
@@ -46,7 +44,7 @@ def fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file: a reader sees all of the old text or all of the new."""
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = temporary_name(path)
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
@@ -61,44 +59,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file.
+def read_json(path: Path, largest: int = schema.JSON_BYTES) -> Any:
+    """Read a UTF-8 JSON file; `schema.check` compares the value with what it should be.
 
-    Raises CheckpointError if it is missing or malformed, or holds NaN, infinity, or a key twice.
+    largest: limit of the file's size in bytes. Raises CheckpointError if the file is missing, no
+    regular file, larger, or no JSON as `schema.parse_json` reads it.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice in one object")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise ValueError(f"it has more than {largest:,} bytes")
+        return schema.parse_json(content)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}; restore it") from error
 
 
-# ---- folders -----------------------------------------------------------------------------------
+def read_record(path: Path, kind: Any) -> Any:
+    """Read a JSON file with a value of that kind: a type, such as dict[str, float].
 
-
-@contextlib.contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to. It gets its final name if the block raises no error."""
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    Raises CheckpointError if it cannot be read, and ValueError with the file and the field for a
+    value of another kind.
+    """
+    return schema.check(read_json(path), kind, str(path))
 
 
 # ---- weights -----------------------------------------------------------------------------------

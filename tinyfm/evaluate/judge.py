@@ -35,6 +35,7 @@ from data.pictures import Record
 from tinyfm.clip import augment
 from tinyfm.common import device as machine
 from tinyfm.common import files
+from tinyfm.common.folders import whole_or_absent
 from tinyfm.evaluate.zero_shot import ROWS
 from tinyfm.training.optim import EMA
 
@@ -265,11 +266,12 @@ def load_or_train(
     """
     key = json.dumps([FORMAT, glyphs.version(letters=True), asdict(config)])
     folder = Path(cache, f"judge-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    if not folder.exists():
-        others, unseen = leave_out(list(glyphs.records(letters=True)), config.held_out, config.fold)
-        judge = train(others + extra_records(), config)
-        about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
-        with files.whole_or_absent(folder) as temporary:
+    with whole_or_absent(folder) as temporary:
+        if temporary:
+            drawings = list(glyphs.records(letters=True))
+            others, unseen = leave_out(drawings, config.held_out, config.fold)
+            judge = train(others + extra_records(), config)
+            about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
             files.save_tensors(temporary, "model", judge.state_dict())
             files.write_json(temporary / "judge.json", about)
     about = files.read_json(folder / "judge.json")

@@ -32,7 +32,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinyfm.common.files import TEMPORARY, load_tensors, read_json, write_json
+from tinyfm.common.files import load_tensors, read_json, write_json
+from tinyfm.common.folders import TEMPORARY
 
 # ---- names --------------------------------------------------------------------------------------
 

@@ -64,7 +64,10 @@ def resolve(
     """
     changes = {}
     if not run.dry_run:
-        changes["resume"] = run_dir.check_directory(Path(run.out), run.resume)
+        out = Path(run.out)
+        changes["resume"] = run_dir.check_directory(out, run.resume)
+        if world.first and out.exists():
+            run_dir.check_free(out)
         device = devices.choose_device(run.train.device)
         devices.choose_dtype(run.train.dtype, device)  # refuses what this machine does not have
     base = None
@@ -253,6 +256,16 @@ def make_trainer(
 
 def train(plan: Plan, world: distributed.World) -> int:
     """Carry a plan out. Returns the exit status: 0, or 128 + the signal that stopped training."""
+    out = Path(plan.run.out)
+    with run_dir.own(out, plan.run.resume, world):
+        status = train_owned(plan, world)
+        if world.first and not status:
+            (out / run_dir.JOB).unlink(missing_ok=True)
+        return status
+
+
+def train_owned(plan: Plan, world: distributed.World) -> int:
+    """The same, in a folder that no other process writes."""
     started = time.perf_counter()
     run = plan.run
     out = Path(run.out)
@@ -279,7 +292,6 @@ def train(plan: Plan, world: distributed.World) -> int:
         complete = trainer.counters["step"] == run.train.steps
         say(f"the run is complete: {folder}" if complete else f"resumed from {folder}")
     elif world.first:
-        out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "config.json", record)
     with trainer.call.whole():
         run.get_ready(trainer.model, data)

@@ -9,9 +9,11 @@ Here a run is compared with the one that its folder holds, and a trained run is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from typing import Any
 from torch import nn
 
 from tinyfm import adapt
-from tinyfm.common import files
+from tinyfm.common import files, folders
 from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint
+from tinyfm.training.distributed import World, on_first_rank
+from tinyfm.training.log import METRICS
 
 # ---- the record of a run ------------------------------------------------------------------------
 
@@ -74,25 +78,86 @@ def read_run(path: Path) -> Run:
 # ---- starting and resuming ----------------------------------------------------------------------
 
 
+JOB = ".job"  # a file in the folder of a run that torchrun may restart: which job began it
+
+
+def find_job() -> str:
+    """What identifies a job of torchrun, the same for all its attempts; empty without torchrun."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if job == "none":  # torchrun was given no id: on one machine its process is one
+        job = f"{socket.gethostname()} {os.getppid()}"
+    return job
+
+
+def is_restarted(out: Path) -> bool:
+    """Whether torchrun has restarted this job, and an earlier attempt of it began the run."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return False
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (out / JOB).read_text(encoding="utf-8") == find_job()
+    return False
+
+
+def is_unused(out: Path) -> bool:
+    """Whether a folder holds nothing, or what a run leaves that fails before its first step."""
+    found = {path.name for path in out.iterdir() if path.lstat().st_size}
+    found -= {folders.lock_inside(out).name, JOB}
+    if found == {"config.json"}:
+        with contextlib.suppress(ValueError):
+            read_run(out / "config.json")
+            return True
+    return not found
+
+
 def check_directory(out: Path, resume: bool) -> bool:
     """Whether to resume the run in `out`. Raises ValueError if it can neither start nor resume.
 
-    After a restart by torchrun --max-restarts, it is resumed if there is a checkpoint.
+    After a restart by torchrun --max-restarts, a run that an earlier attempt of the same job began
+    is resumed if there is a checkpoint, and starts again otherwise.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if is_restarted(out):
         saved = any(out.glob("step-*/manifest.json"))
         if not saved:
-            (out / "metrics.jsonl").unlink(missing_ok=True)  # written by the attempt that failed
+            (out / METRICS).unlink(missing_ok=True)  # written by the attempt that failed
         return saved
     if resume and not out.exists():
         raise ValueError(f"there is no run {out} to resume; leave out --resume to start it")
-    if out.exists() and not resume:
-        found = {path.name for path in out.iterdir() if path.stat().st_size} - {"config.json"}
-        if found:
-            raise ValueError(
-                f"{out} exists: continue it with --resume, choose another --out, or remove it"
-            )
+    if out.exists() and not resume and not is_unused(out):
+        raise ValueError(f"{out} exists: continue it with --resume, or choose another --out")
     return resume
+
+
+def check_free(out: Path) -> None:
+    """Raise ValueError if another process is training the run in `out` at present."""
+    with folders.hold(folders.lock_inside(out), out):
+        pass
+
+
+@contextlib.contextmanager
+def own(out: Path, resume: bool, world: World) -> Iterator[None]:
+    """Inside, no other process writes the run in `out`; every rank enters together.
+
+    What killed processes left in it is cleaned up. Raises ValueError if another process is training
+    this run, or has trained it since `check_directory`.
+    """
+    lock = contextlib.ExitStack()
+
+    def take() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(folders.hold(folders.lock_inside(out), out))
+        check_directory(out, resume)
+        checkpoint.recover(out)
+        if find_job():
+            (out / JOB).write_text(find_job(), encoding="utf-8")
+
+    try:
+        with lock:
+            on_first_rank(take)
+            yield
+    finally:
+        if world.first:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # which succeeds only for an empty folder
 
 
 def find_changeable(config: Any, prefix: str = "") -> Iterator[str]:
@@ -226,7 +291,7 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
     averaged = (folder / "ema.safetensors").exists() and not raw
     weights = "ema" if averaged else "model"
     files.load_model(model, files.load_tensors(folder, weights))
-    meta = files.read_json(folder / "meta.json")
+    meta = checkpoint.read_meta(folder)
     return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)
 
 

@@ -3,13 +3,19 @@
 A run can be killed at any moment, also while it saves. Therefore a checkpoint is written under
 another name, and one rename makes it visible. It contains the hash of every file in it:
 
-    run/.tmp-step-000500/  all files, then manifest.json with their SHA-256, all forced to disk
-    run/step-000500/       the same folder, renamed: a checkpoint
+    run/.tmp-PROCESS-step-000500/  all files, then manifest.json with their SHA-256, forced to disk
+    run/step-000500/               the same folder, renamed: a checkpoint
         model.safetensors  ema.safetensors    weights: names and numbers, no code
         meta.json, config.json, tokenizer     plain files
         state/                                the training state: optimizers and counters
         manifest.json                         size and SHA-256 of every other file
-    run/latest             a text file with the name of the newest checkpoint, replaced last
+    run/latest                     the name of the newest checkpoint, replaced last
+
+A step that is saved again replaces its checkpoint. No system replaces a folder in one step, so the
+old one is first renamed to .tmp-PROCESS-old-step-000500. If the process is killed then, the old one
+still counts: `find` finds it, and `recover` gives it back its name.
+
+One process owns a run directory (common/folders.py), so what others left there has no owner.
 
 The training state is what a run needs besides its weights to resume bit for bit. It is stored by
 torch.distributed.checkpoint (DCP): every rank writes its part, and any number of ranks can read it
@@ -27,6 +33,7 @@ Left out: remote storage, and signatures. (A manifest reveals damage, but not fo
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import threading
@@ -43,18 +50,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tinyfm.common.files import (
-    TEMPORARY,
     CheckpointError,
     fsync,
     read_json,
+    read_record,
     save_tensors,
     write_json,
     write_text,
 )
+from tinyfm.common.folders import TEMPORARY, temporary_name
+from tinyfm.common.schema import check
 from tinyfm.training import distributed
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+OLD_FOLDER = re.compile(rf"{re.escape(TEMPORARY)}(?:\d+-)?old-(step-\d{{6,}})")
+TRIES = 5  # of reading a run from which another process removes checkpoints meanwhile
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -123,10 +134,14 @@ def _step_folders(run: Path) -> list[Path]:
         latest = pointer.read_text(encoding="utf-8", errors="replace").strip()
     order = {}
     for folder in run.iterdir():
-        match = STEP_FOLDER.fullmatch(folder.name)
+        name = folder.name
+        old = OLD_FOLDER.fullmatch(name)
+        if old and not (run / old[1]).exists():  # killed while it was being replaced
+            name = old[1]
+        match = STEP_FOLDER.fullmatch(name)
         if match and (folder / MANIFEST).is_file():
-            order[folder] = (folder.name == latest, int(match[1]))
-        elif match:
+            order[folder] = (name == latest, int(match[1]))
+        elif match and folder.is_dir():
             warnings.warn(f"{folder} is ignored: it has no {MANIFEST}", stacklevel=3)
     return sorted(order, key=order.__getitem__, reverse=True)
 
@@ -143,12 +158,23 @@ def find(run: str | Path) -> Path:
     if STEP_FOLDER.fullmatch(run.name) or (run / MANIFEST).is_file():
         verify(run)
         return run
-    folders = _step_folders(run)
-    if not folders:
-        raise CheckpointError(f"{run} holds no complete checkpoint; remove it and train again")
+    for _ in range(TRIES):
+        folders = _step_folders(run)
+        if not folders:
+            raise CheckpointError(no_checkpoint(run))
+        with suppress(FileNotFoundError):  # removed while it is read: a newer one has replaced it
+            return _check_newest(folders)
+    raise CheckpointError(f"{run} changes too fast to be read: try again later")
+
+
+def _check_newest(folders: list[Path]) -> Path:
+    """The first of these checkpoints, verified. Raises as `find`, and FileNotFoundError if the
+    first has been removed meanwhile."""
     try:
         verify(folders[0])
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
+        if not folders[0].exists():
+            raise FileNotFoundError(folders[0]) from error
         whole = next(filter(_is_whole, folders[1:]), None)
         if whole:
             damaged = " and ".join(str(folder) for folder in folders[: folders.index(whole)])
@@ -159,9 +185,37 @@ def find(run: str | Path) -> Path:
     return folders[0]
 
 
+def read_meta(folder: Path) -> dict[str, float]:
+    """The step and the scores of a checkpoint. Raises ValueError for a malformed file."""
+    meta = read_record(folder / "meta.json", dict[str, float])
+    check(meta.get("step"), int, f"{folder / 'meta.json'}: step")
+    return meta
+
+
+def no_checkpoint(run: Path) -> str:
+    """An error message for a folder without a checkpoint; it names the runs inside, if any."""
+    inside = sorted({path.parent.parent.name for path in run.glob(f"*/step-*/{MANIFEST}")})
+    if inside:
+        shown = ", ".join(inside[:20])
+        return f"{run} is a folder of runs: {shown}; give one of them, such as {run / inside[0]}"
+    if (run / "config.json").is_file():
+        return f"{run} holds no complete checkpoint: train it again, into another folder"
+    return f"{run} holds no complete checkpoint: give the folder of a run, as train.py --out did"
+
+
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a kill leaves no half checkpoint."""
-    shutil.rmtree(folder.rename(folder.with_name(TEMPORARY + folder.name)))
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no half checkpoint.
+
+    Of a symbolic link only the link is removed. An error is a warning: tidying up is no reason to
+    end a run.
+    """
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder.rename(temporary_name(folder)))
+    except OSError as error:
+        warnings.warn(f"the old checkpoint {folder} could not be removed: {error}", stacklevel=3)
 
 
 def prune(run: str | Path, keep_last: int = 2, best: int | None = None) -> list[Path]:
@@ -293,10 +347,21 @@ def restore_state(
 # ---- save ----------------------------------------------------------------------------------------
 
 
-def _clear(run: Path) -> None:
-    """Remove the folders that killed or failed saves left behind."""
-    for folder in run.glob(TEMPORARY + "*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def recover(run: Path, process: int | None = None) -> None:
+    """Clean up after killed or failed saves: of one process, or, for the owner of a run, of all.
+
+    A checkpoint that was being replaced gets its name back; everything else that is temporary is
+    removed.
+    """
+    for path in run.glob(f"{TEMPORARY}*" if process is None else f"{TEMPORARY}{process}-*"):
+        old = OLD_FOLDER.fullmatch(path.name)
+        if old and not (run / old[1]).exists():
+            path.rename(run / old[1])
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -304,10 +369,10 @@ def _publish(temporary: Path, final: Path) -> None:
     write_json(temporary / MANIFEST, make_manifest(temporary))
     for path in [*temporary.rglob("*"), temporary]:
         fsync(path)
-    if final.exists():
-        # The run was resumed from an earlier step, and has now reached this step again. If it is
-        # killed between the two renames, the earlier step is still there to resume from.
-        final.rename(final.with_name(f"{TEMPORARY}old-{final.name}"))
+    if final.is_symlink():
+        final.unlink()
+    elif final.exists():  # the run was resumed from an earlier step, or from this one
+        final.rename(temporary_name(final.with_name(f"old-{final.name}")))
     temporary.rename(final)
     write_text(final.parent / "latest", final.name + "\n")
 
@@ -331,11 +396,11 @@ def save(
     """
     run = Path(run)
     final = run / f"step-{step:06d}"
-    temporary = run / (TEMPORARY + final.name)
 
-    def write_shared() -> None:
+    def write_shared() -> Path:
+        temporary = temporary_name(final)
         run.mkdir(parents=True, exist_ok=True)
-        _clear(run)
+        recover(run, os.getpid())
         if final.exists() and not (final / MANIFEST).is_file():
             raise FileExistsError(f"{final} is in the way and is not a checkpoint")
         temporary.mkdir()
@@ -344,9 +409,10 @@ def save(
         write_json(temporary / "meta.json", {"step": step, **(meta or {})})
         if write:
             write(temporary)
+        return temporary
 
     try:
-        distributed.on_first_rank(write_shared, group)
+        temporary = distributed.on_first_rank(write_shared, group)
         if state:
             write_state(temporary / "state", state, group)
         distributed.on_first_rank(lambda: _publish(temporary, final), group)
@@ -356,7 +422,7 @@ def save(
         raise CheckpointError(f"{problem}; {advice}") from error
     finally:
         if distributed.rank() == 0:
-            _clear(run)
+            recover(run, os.getpid())
     return final
 
 

@@ -50,10 +50,11 @@ class World:
         If the last round does not reach every rank, the ranks left out take the last item again,
         with counts = False, so that its result is not counted twice.
         """
+        place = -1
         for place, item in enumerate(items):
             if place % self.size == self.rank:
                 yield place, item, True
-        if together and place % self.size < self.rank:
+        if together and place >= 0 and place % self.size < self.rank:
             yield place, item, False
 
 
@@ -77,21 +78,27 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def on_first_rank(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `work` on rank 0 only. Every rank waits for it, and raises an error if it failed."""
+def on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """Run `work` on rank 0 only. Every rank waits for it, and returns its result.
+
+    If it failed, rank 0 raises its error, and the others a ValueError with the message.
+    """
     problem: Exception | None = None
+    result = None
     if rank() == 0:
         try:
-            work()
+            result = work()
         except Exception as error:
             problem = error
     if joined():
-        message = [repr(problem) if problem else None]
+        message = [str(problem) or repr(problem) if problem else None, result]
         dist.broadcast_object_list(message, src=0, group=group)
         if message[0] and not problem:
-            problem = RuntimeError(f"rank 0: {message[0]}")
+            problem = ValueError(f"rank 0: {message[0]}")
+        result = message[1]
     if problem:
         raise problem
+    return result
 
 
 @contextlib.contextmanager
@@ -184,8 +191,14 @@ def stop() -> None:
 # ---- signals -------------------------------------------------------------------------------------
 
 
+# Signals that stop a run in order: from a scheduler, Ctrl-C, and a terminal that is closed.
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+
+
 class Signals:
-    """Records SIGTERM and Ctrl-C, so that a run stops between two steps, and all ranks together.
+    """Records the signals to stop, so that a run stops between two steps, and all ranks together.
 
     Inside the context a signal ends nothing by itself: the handler only records it. The signal may
     reach one rank only, or reach the ranks in different steps. A rank that stopped alone would
@@ -216,8 +229,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self.previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self.receive)
+        for number in STOPPING:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error) -> None:

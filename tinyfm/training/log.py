@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from tinyfm.common import schema
 from tinyfm.common.figures import new_figure
+from tinyfm.common.folders import temporary_name
+
+METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"  # lines of metrics.jsonl that cannot be read
 
 
 def to_line(row: dict) -> str:
@@ -17,16 +23,36 @@ def to_line(row: dict) -> str:
     return json.dumps(row) + "\n"
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
+def read_row(line: bytes) -> dict[str, float]:
+    """A line of metrics.jsonl, without values that are not finite.
+
+    Raises ValueError if it is no object of numbers with a step.
+    """
+    row = schema.check(schema.parse_json(line, non_finite=True), dict, METRICS)
+    schema.check(row.get("step"), int, f"{METRICS}: step")
+    wrong = [n for n, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    for name in wrong:
+        del row[name]
+    return schema.check(row, dict[str, float], METRICS)
+
+
+def read_lines(path: Path) -> tuple[list[dict], list[bytes]]:
+    """(rows, damaged lines) of a metrics.jsonl. A last line that a kill cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    damaged = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(read_row(line))
+        except ValueError:
+            if line.endswith(b"\n"):
+                damaged.append(line)
+    return rows, damaged
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without damaged lines."""
+    rows, _ = read_lines(path)
     return rows
 
 
@@ -53,12 +79,17 @@ class Logbook:
         self.board = None
         self.terminal = first and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.terminal)
-        self.path = run / "metrics.jsonl"
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        self.path = run / METRICS
+        rows, damaged = read_lines(self.path)
+        self.rows = [row for row in rows if row["step"] <= start]
         if first:
             run.mkdir(parents=True, exist_ok=True)
+            if damaged:
+                with (run / DAMAGED).open("ab") as file:
+                    file.writelines(damaged)
+                self.say(f"{len(damaged)} damaged lines of {self.path} were moved to {DAMAGED}")
             # Written under another name and then renamed: a kill here loses no row.
-            kept = self.path.with_name(".tmp-metrics")
+            kept = temporary_name(self.path)
             kept.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
             kept.replace(self.path)
             if tensorboard:

@@ -46,7 +46,7 @@ from tinyfm.common.config import may_change
 from tinyfm.common.seeds import mix, row_generators
 from tinyfm.training import checkpoint, distributed, parallel
 from tinyfm.training.checkpoint import Saver, copy_to_cpu
-from tinyfm.training.log import Logbook, summary_writer
+from tinyfm.training.log import METRICS, Logbook, summary_writer
 from tinyfm.training.optim import (
     EMA,
     OptimConfig,
@@ -400,6 +400,8 @@ class Trainer:
         meta = dict(self.scores)
 
         def write(group) -> None:
+            if self.world.first and (self.out / METRICS).is_file():
+                files.fsync(self.out / METRICS)  # what led to a checkpoint lasts as long as it does
             checkpoint.save(self.out, step, tensors, state, meta, self.write, group)
             if self.world.first:
                 checkpoint.prune(self.out, self.train.keep, best)
@@ -417,7 +419,7 @@ class Trainer:
             averages = files.load_tensors(folder, "ema")
             self.ema.load(parallel.distribute(averages, self.ema.average))
         checkpoint.restore_state(folder, self.model, self.optimizers, self.counters)
-        self.scores = files.read_json(folder / "meta.json")
+        self.scores = checkpoint.read_meta(folder)
         del self.scores["step"]
         return folder
 
