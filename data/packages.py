@@ -6,7 +6,7 @@ example is a passage of a few lines from one of its files, and the answer is the
     def decode(self, s, _w=WHITESPACE.match):          json
         obj, end = self.raw_decode(s, idx=_w(s, 0).end())
 
-The split is by files, so that no file is in both splits and memorizing a file does not help. Within
+The split is by files, so that no file is in two splits and memorizing a file does not help. Within
 a split, all classes have the same number of examples. Their first lines are spread evenly over the
 files, so that in a small package the passages overlap. The name of the package may occur in a
 passage; the report says how often.
@@ -23,13 +23,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.labelled import HELD_OUT, SPLITS, TRAIN, Passage
+from data.labelled import Passage
 from data.report import Report
+from data.splits import SPLITS, TEST, TRAIN, VAL
 from data.stdlib import library_folder, python_files
 
 LENGTH = 400  # characters: the most that a passage has; the least is half of it
-PER_CLASS = {TRAIN: 100, HELD_OUT: 25}  # examples
-HELD_OUT_SHARE = 1 / 3  # of a package's characters, at most
+PER_CLASS = {TRAIN: 100, VAL: 25, TEST: 25}  # examples
+HELD_OUT_SHARE = 0.3  # of a package's characters, at most, for validation and again for test
 
 
 def passages(text: str) -> Iterator[str]:
@@ -68,48 +69,47 @@ def find_packages(root: Path, report: Report) -> dict[str, dict[str, str]]:
     return packages
 
 
-def split_files(sources: dict[str, str]) -> dict[str, list[str]]:
-    """{split: texts} of a package's {file name: text}.
+def split_files(sources: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{split: {file name: text}} of a package's {file name: text}.
 
     The files are taken in the order of a hash of their names. A file is held out if, with it, the
-    held-out files have at most HELD_OUT_SHARE of the package's characters.
+    test files have at most HELD_OUT_SHARE of the package's characters, or else those of validation.
     """
-    room = HELD_OUT_SHARE * sum(map(len, sources.values()))
-    split = {name: [] for name in SPLITS}
+    whole = sum(map(len, sources.values()))
+    room = dict.fromkeys((TEST, VAL), HELD_OUT_SHARE * whole)
+    split = {name: {} for name in SPLITS}
     for name in sorted(sources, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = sources[name]
-        if len(text) <= room:
-            room -= len(text)
-            split[HELD_OUT].append(text)
-        else:
-            split[TRAIN].append(text)
+        size = len(sources[name])
+        with_room = [part for part in room if size <= room[part]]
+        part = with_room[0] if with_room else TRAIN
+        if with_room:
+            room[part] -= size
+        split[part][name] = sources[name]
     return split
 
 
-def split_passages(sources: dict[str, str]) -> dict[str, list[str]]:
-    """{split: passages} of a package's {file name: text}.
-
-    No passage occurs twice, neither within a split nor in both.
-    """
+def split_passages(sources: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """{split: (passage, its file)} of a package's {file name: text}. No passage occurs twice."""
     found = {}
-    known = set()  # the passages of the splits so far
-    for split, texts in split_files(sources).items():
-        in_split = {}  # an ordered set
-        for text in texts:
-            in_split |= dict.fromkeys(passages(text))
-        found[split] = [passage for passage in in_split if passage not in known]
-        known.update(in_split)
+    known = set()  # the passages so far
+    for split, files in split_files(sources).items():
+        found[split] = []
+        for name, text in files.items():
+            for passage in passages(text):
+                if passage not in known:
+                    known.add(passage)
+                    found[split].append((passage, name))
     return found
 
 
-def evenly(items: list[str], count: int) -> list[str]:
+def evenly(items: list, count: int) -> list:
     """`count` of the items, spread evenly, starting with the first."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def version() -> str:
     """A name for the exact examples: it changes if they do."""
-    return f"packages-1 python-{platform.python_version()}"
+    return f"packages-2 python-{platform.python_version()}"
 
 
 def examples(report: Report | None = None, root: Path | None = None) -> list[Passage]:
@@ -128,14 +128,15 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
             continue
         report.used += len(sources)
         for split, count in PER_CLASS.items():
-            found += [Passage(part, (package,), split) for part in evenly(parts[split], count)]
-    classes = {label for _, (label,), _ in found}
+            for text, source in evenly(parts[split], count):
+                found.append(Passage(text, (package,), split, source))
+    classes = {passage.labels[0] for passage in found}
     if len(classes) < 2:
         raise ValueError(
             f"too few packages of the standard library have source files ({report}): install a "
             "Python that comes with its source files"
         )
-    named = sum(bool(re.search(rf"\b{label}\b", text)) for text, (label,), _ in found)
+    named = sum(bool(re.search(rf"\b{p.labels[0]}\b", p.text)) for p in found)
     report.notes.append(f"{len(classes)} packages, {len(found):,} passages")
     report.notes.append(f"{named / len(found):.0%} of passages contain their package's name")
     return found
@@ -144,6 +145,6 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
 if __name__ == "__main__":
     report = Report()
     found = examples(report)
-    for text, (label,), split in found[:: len(found) // 4]:
+    for text, (label,), split, _ in found[:: len(found) // 4]:
         print(f"--- {label} ({split}) ---\n{text}")
     print(report)

@@ -29,7 +29,9 @@ import numpy as np
 from data.dedupe import hash_runs, hash_words
 
 TRAIN = "train"
-HELD_OUT = ("val", "test")
+VAL = "val"
+TEST = "test"
+HELD_OUT = (VAL, TEST)
 SPLITS = (TRAIN, *HELD_OUT)
 RUN_WORDS = 13
 LIMIT = 0.005  # share of held-out words in runs that training also has

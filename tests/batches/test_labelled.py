@@ -16,6 +16,7 @@ from PIL import Image
 from data import glyphs, labelled, packages, scripts, stdlib
 from data.pictures import Record
 from data.report import Report
+from data.splits import SPLITS
 from tinyfm.batches import labelled as tasks
 from tinyfm.batches.labelled import TaskConfig, hold_out, stratified
 from tinyfm.tokenizer import ByteTokenizer
@@ -66,17 +67,20 @@ def test_each_prefix_has_every_class_in_proportion(column, seed):
 def test_the_held_out_share_depends_on_content_alone():
     names = [("a",)] * 20 + [("b",)] * 10
     keys = [f"text {i}" for i in range(30)]
-    split = hold_out(names, keys, 0.2)
+    split = hold_out(names, keys, 0.4)
     assert Counter(zip(names, split)) == {
-        (("a",), "train"): 16,
-        (("a",), "held out"): 4,
-        (("b",), "train"): 8,
-        (("b",), "held out"): 2,
+        (("a",), "train"): 12,
+        (("a",), "val"): 4,
+        (("a",), "test"): 4,
+        (("b",), "train"): 6,
+        (("b",), "val"): 2,
+        (("b",), "test"): 2,
     }
     mixed = np.random.default_rng(0).permutation(30)
-    again = hold_out([names[i] for i in mixed], [keys[i] for i in mixed], 0.2)
+    again = hold_out([names[i] for i in mixed], [keys[i] for i in mixed], 0.4)
     assert again == [split[i] for i in mixed]
-    assert hold_out([("a",), ("b",)], ["x", "y"], 0.01).count("held out") == 1
+    least = hold_out([("a",), ("a",), ("b",)], ["x", "y", "z"], 0.01)
+    assert sorted(least) == ["test", "train", "val"]
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -132,7 +136,8 @@ def test_mistakes_in_tables_name_the_fix(tmp_path):
             open_texts(table, **config)
     for text, message in [
         ("text,label\n", "no row below its header"),
-        ("text,label\na,\nb,\n", "0 labelled examples, need 2 .*2 skipped: no label"),
+        ("text,label\na,\nb,\n", "0 labelled examples, need 2.*2 skipped: no label"),
+        ("text,label\na,x\nb,y\n", "2 labelled examples, need 3"),
         ("text,label\na,x\nb,x\nc,x\n", "all labels of 'label' are 'x': need two"),
         ("text,label\n" + "a" * 200_000 + ",x\n", "cannot be read: field larger"),
     ]:
@@ -167,7 +172,7 @@ def test_a_class_of_one_row_stays_in_training(tmp_path):
     rows = "".join(f"text {i},{'rare' if i == 4 else 'ab'[i % 2]}\n" for i in range(40))
     data = open_texts(write(tmp_path / "t.csv", "text,label\n" + rows))
     assert data.classes == {"label": ("a", "b", "rare")}
-    assert 2 not in data.labels["held out"]
+    assert 2 not in data.labels["val"] and 2 not in data.labels["test"]
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -207,7 +212,8 @@ def test_an_epoch_reads_each_example_once_and_a_batch_is_a_function_of_seed_and_
     assert parts == text(data.batch(4))
     assert text(open_texts(tmp_path / "reviews.csv", batch_size=9, seed=1).batch(4)) != parts
     held_out = [*chain(*(text(batch) for batch in data.val_batches(2)))]
-    assert len(held_out) == 3
+    held_out += chain(*(text(batch) for batch in data.split_batches("test", 2)))
+    assert len(set(held_out)) == 3
     assert not set(held_out) & set(epoch)
     assert again.fingerprint == data.fingerprint
     assert open_texts(tmp_path / "reviews.csv", length=9).fingerprint != data.fingerprint
@@ -224,13 +230,14 @@ def test_few_labels(tmp_path):
     assert np.bincount(data.labels["train"][data.chosen][:, 0]).tolist() == [6, 3]
     assert list(data.chosen) != list(open_texts(path, labels=9, seed=1).chosen)
     whole = open_texts(path)
-    assert np.array_equal(whole.labels["held out"], data.labels["held out"])
-    assert "9 of 180 training and 20 held-out texts" in data.description
+    for split in ("val", "test"):
+        assert np.array_equal(whole.labels[split], data.labels[split])
+    assert "9 of 180 training, 10 validation and 10 test texts" in data.description
 
 
 def test_baselines_without_a_model(tmp_path):
     data = open_texts(reviews(tmp_path, 300), label_columns=("label", "topic"))
-    share = np.mean([batch["labels"][0, 0] == 0 for batch in data.val_batches(1)])
+    share = np.mean([batch["labels"][0, 0] == 0 for batch in data.split_batches("test", 1)])
     lines = data.baselines()
     assert lines["label"] == {"chance": 0.5, "commonest": pytest.approx(share)}
     assert 0.6 < share < 0.73
@@ -262,11 +269,12 @@ def test_pictures_of_folders_and_of_a_table_are_the_same(tmp_path, capsys):
         lines.append(f"pets/{name}/{i}.png,{name.replace('_', ' ')}")
     write(tmp_path / "pets" / "cat" / "broken.png", "no picture")
     draw(tmp_path / "pets" / "cat" / "again.png", 0)
-    folder = open_pictures(tmp_path / "pets", tmp_path)
+    folder = open_pictures(tmp_path / "pets", tmp_path, val_fraction=0.5)
     assert "not an image in one of the formats" in folder.description
     assert "1 skipped: the same picture as one before" in folder.description
     lines.append("pets/cat/missing.png,cat")
-    table = open_pictures(write(tmp_path / "t.csv", "\n".join(lines)), tmp_path)
+    table = write(tmp_path / "t.csv", "\n".join(lines))
+    table = open_pictures(table, tmp_path, val_fraction=0.5)
     assert "No such file" in table.description
     for data in (folder, table):
         assert data.classes == {"label": ("cat", "hot dog")}
@@ -274,12 +282,17 @@ def test_pictures_of_folders_and_of_a_table_are_the_same(tmp_path, capsys):
         batch = data.batch(0)
         assert batch["images"].shape == (4, 1, 8, 8)
         assert -1 <= batch["images"].min() < -0.5 < 0.5 < batch["images"].max() <= 1
-        count = sum(len(batch["labels"]) for batch in data.val_batches(3))
-        assert count + len(data.labels["train"]) == 20
+        counts = [len(data.labels["train"])]
+        for split in ("val", "test"):
+            counts.append(sum(len(batch["labels"]) for batch in data.split_batches(split, 3)))
+            assert counts[-1] == len(data.labels[split]) == len(set(data.clusters[split]))
+        assert sum(counts) == 20 and min(counts) >= 3
     capsys.readouterr()
-    assert open_pictures(tmp_path / "pets", tmp_path).fingerprint == folder.fingerprint
+    again = open_pictures(tmp_path / "pets", tmp_path, val_fraction=0.5)
+    assert again.fingerprint == folder.fingerprint
     assert capsys.readouterr().out == ""  # it was there
-    assert open_pictures(tmp_path / "pets", tmp_path, channels=3).batch(0)["images"].size(1) == 3
+    colored = open_pictures(tmp_path / "pets", tmp_path, channels=3, val_fraction=0.5)
+    assert colored.batch(0)["images"].size(1) == 3
 
 
 def test_each_picture_keeps_its_labels(tmp_path):
@@ -299,7 +312,8 @@ def test_mistakes_in_pictures_name_the_fix(tmp_path):
     draw(tmp_path / "pets" / "cat" / "1.png", 1)
     with pytest.raises(ValueError, match="1 labelled examples, need 2"):
         open_pictures(tmp_path / "pets", tmp_path)
-    draw(tmp_path / "pets" / "cat" / "2.png", 2)
+    for i in (2, 3):
+        draw(tmp_path / "pets" / "cat" / f"{i}.png", i)
     with pytest.raises(ValueError, match="all labels of 'label' are 'cat'"):
         open_pictures(tmp_path / "pets", tmp_path)
     with pytest.raises(ValueError, match="which gives one label"):
@@ -308,8 +322,8 @@ def test_mistakes_in_pictures_name_the_fix(tmp_path):
         open_pictures(tmp_path / "nothing", tmp_path)
     with pytest.raises(ValueError, match=r"channels 2: use 1 \(grey\) or 3"):
         open_pictures(tmp_path / "pets", tmp_path, channels=2)
-    table = write(tmp_path / "t.csv", "path,label\na.png,x\nb.png,y\n")
-    with pytest.raises(ValueError, match=r"no picture can be used: .*2 skipped: No such file"):
+    table = write(tmp_path / "t.csv", "path,label\na.png,x\nb.png,y\nc.png,y\n")
+    with pytest.raises(ValueError, match=r"no picture can be used: .*3 skipped: No such file"):
         open_pictures(table, tmp_path)
 
 
@@ -330,7 +344,7 @@ def test_packages_are_balanced_and_many(passages):
     found, report = passages
     counts = Counter((passage.labels[0], passage.split) for passage in found)
     names = {name for name, _ in counts}
-    assert len(names) >= 20
+    assert len(names) >= 18
     assert {"json", "email", "unittest"} < names
     for (_, split), count in counts.items():
         assert count == packages.PER_CLASS[split]
@@ -344,21 +358,13 @@ def test_packages_are_balanced_and_many(passages):
 def test_no_file_of_a_package_is_in_two_splits(passages):
     found, _ = passages
     sources = packages.find_packages(stdlib.library_folder(), Report())
-    split_of = {
-        text: split
-        for files in sources.values()
-        for split, texts in packages.split_files(files).items()
-        for text in texts
-    }
-    for text, (name,), split in found[::20]:
-        where = {split_of[source] for source in sources[name].values() if text in source}
-        assert split in where
-        assert (
-            where == {split} or split == "train"
-        )  # passages that occur in training are not tested
-    assert not {p.text for p in found if p.split == "train"} & {
-        p.text for p in found if p.split != "train"
-    }
+    files = {split: {p.source for p in found if p.split == split} for split in SPLITS}
+    assert min(len(own) for own in files.values()) > 70
+    assert not files["train"] & (files["val"] | files["test"]) and not files["val"] & files["test"]
+    assert len({passage.text for passage in found}) == len(found)
+    for passage in found[::20]:
+        (label,) = passage.labels
+        assert passage.text in sources[label][passage.source]
 
 
 def test_passages_are_whole_lines():
@@ -392,24 +398,25 @@ def few_glyphs(monkeypatch):
 def test_scripts_are_tested_in_fonts_that_training_does_not_see(few_glyphs, tmp_path):
     found = list(scripts.records("scripts"))
     assert {r.captions[0] for r in found} >= {"latin", "greek", "cyrillic", "hebrew"}
-    train, held_out = (
-        {r.image.tobytes() for r in found if r.split == split} for split in labelled.SPLITS
-    )
-    assert train and held_out and not train & held_out
+    train, val, test = ({r.image.tobytes() for r in found if r.split == split} for split in SPLITS)
+    assert train and val and test and not train & val and not train & test and not val & test
     hebrew = Counter(r.split for r in found if r.captions[0] == "hebrew")
-    assert hebrew == {"train": 9, "held out": 3}  # sans, bold, italic; bold italic
+    assert hebrew == {"train": 6, "val": 3, "test": 3}  # sans, italic; bold; bold italic
     latin = Counter(r.split for r in found if r.captions[0] == "latin")
-    assert latin == {"train": 33, "held out": 15}  # of each letter eleven fonts, and five
+    assert latin == {"train": 30, "val": 9, "test": 9}  # of each letter ten fonts, and three
     data = open_pictures("scripts", tmp_path, size=16, channels=3)
     assert tuple(data.classes) == ("script",)
+    fonts = {split: set(data.clusters[split]) for split in SPLITS}
+    assert fonts["test"] == {"sans bold italic", "serif bold italic", "mono bold"}
+    assert not fonts["test"] & (fonts["train"] | fonts["val"])
     assert data.batch(0)["images"].shape == (4, 3, 16, 16)
 
 
 def test_each_script_has_at_most_its_share(few_glyphs, monkeypatch):
-    monkeypatch.setattr(scripts, "PER_SCRIPT", 22)
+    monkeypatch.setattr(scripts, "PER_SCRIPT", 20)
     found = Counter(r.captions[0] for r in scripts.records("scripts") if r.split == "train")
-    assert found["latin"] == found["greek"] == found["cyrillic"] == 22
-    assert found["hebrew"] == 9
+    assert found["latin"] == found["greek"] == found["cyrillic"] == 20
+    assert found["hebrew"] == 6
 
 
 def test_characters_are_those_that_all_fonts_draw(few_glyphs, tmp_path):
@@ -420,7 +427,7 @@ def test_characters_are_those_that_all_fonts_draw(few_glyphs, tmp_path):
     assert set(Counter(record.captions[0] for record in found).values()) == {16}
     data = open_pictures("characters", tmp_path, size=32)
     assert data.classes["character"] == tuple(sorted(classes))
-    assert len(data.labels["train"]) == 11 * len(classes)
+    assert len(data.labels["train"]) == 10 * len(classes)
 
 
 def test_scripts_are_read_off_names():

@@ -11,10 +11,12 @@ function of (seed, step), see order.py. Labels are what costs money. So --data.l
 examples alone. They are drawn by the seed and stratified: all classes in their proportions, and
 one example of each class before any has two.
 
-A share of the user's own examples is held out, stratified in the same way. A hash of the content
-decides which, so that the order of the rows does not matter. The tasks that need no files have
-harder splits: files of code (data/packages.py) or fonts (data/scripts.py) that training has not
-seen.
+A share of the user's own examples is held out, half of it for validation, by which choices are
+made, and half for test, on which the result is measured. Both are stratified in the same way. A
+hash of the content decides which, so that the order of the rows does not matter. The tasks that
+need no files have harder splits: files of code (data/packages.py) or fonts (data/scripts.py) that
+training has not seen. Examples of one file or font are alike, so their number says too much about
+how certain an accuracy is: `clusters` has the file or font of each.
 
 Legend: B batch, T tokens of the longest row, C channels, H W rows and columns, M questions.
 Left out: texts larger than memory, missing labels, and several labels for one question.
@@ -35,9 +37,10 @@ import torch
 from torch import Tensor
 
 from data import labelled, packages
-from data.labelled import HELD_OUT, SPLITS, TRAIN, Passage
+from data.labelled import Passage
 from data.report import Report
-from tinyfm.batches.order import check_val_fraction, hash_order, held_out_count, shuffle
+from data.splits import SPLITS, TEST, TRAIN, VAL
+from tinyfm.batches.order import check_val_fraction, hash_order, shuffle
 from tinyfm.batches.pair_files import build, open_splits, read_manifest
 from tinyfm.batches.prepared import name_of, prepared_folder
 from tinyfm.common.config import may_change
@@ -47,7 +50,7 @@ from tinyfm.tokenizer import ByteTokenizer, Tokenizer
 # imported where they are read: it loads font libraries, which classifying texts does not need.
 TEXTS = ("packages",)
 PICTURES = ("scripts", "characters")
-FORMAT = 1  # of the prepared folders: a new number makes all of them be prepared again
+FORMAT = 2  # of the splits: a new number prepares all folders again, and old runs do not resume
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class TaskConfig:
     # folder with a saved tokenizer, for texts; empty = that of the base run, or bytes
     tokenizer: str = ""
     labels: int = 0  # training examples to use, in proportion to the classes; 0 = all
-    val_fraction: float = 0.1  # share of your own examples held out
+    # share of your own examples held out, half for validation and half for test
+    val_fraction: float = 0.1
     cache: str = may_change("data/cache")  # folder for the prepared pictures
 
     def __post_init__(self):
@@ -104,16 +108,27 @@ def stratified(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def hold_out(names: Sequence[Sequence[str]], keys: Sequence[str], val_fraction: float) -> list[str]:
-    """The split of each example: TRAIN, or HELD_OUT for a share of `val_fraction`, stratified.
+    """The split of each example: VAL or TEST for a share of `val_fraction`, stratified.
 
     names: the labels of each example. keys: a unique text for each, whose hash decides. At least
-    one example is held out, and training keeps one of each class where that is possible.
+    one example is in each split, and training keeps one of each class where that is possible.
+    Raises ValueError for fewer than three examples.
     """
+    if len(keys) < len(SPLITS):
+        raise ValueError(
+            f"there are {len(keys)} labelled examples, need {len(SPLITS)}, one each for training, "
+            "validation and test: add some"
+        )
+    labels = np.array(names)
     by_hash = hash_order([key.encode("utf-8", "replace") for key in keys])
-    order = stratified(np.array(names), np.array(by_hash))
-    count = held_out_count(len(keys), val_fraction)
-    held_out = set(order[len(keys) - count :].tolist())  # the end, as each class starts in front
-    return [HELD_OUT if i in held_out else TRAIN for i in range(len(keys))]
+    order = stratified(labels, np.array(by_hash))
+    count = min(max(2, round(val_fraction * len(keys))), len(keys) - 1)
+    held_out = order[len(keys) - count :]  # the end, as each class starts in front
+    held_out = held_out[stratified(labels[held_out], np.arange(count))]
+    splits = [TRAIN] * len(keys)
+    for rank, i in enumerate(held_out):
+        splits[i] = TEST if rank < (count + 1) // 2 else VAL
+    return splits
 
 
 def find_classes(
@@ -126,7 +141,7 @@ def find_classes(
     classes = {}
     for q, question in enumerate(questions):
         known = {labels[q] for labels in names[TRAIN]}
-        unseen = {labels[q] for labels in names[HELD_OUT]} - known
+        unseen = {labels[q] for split in (VAL, TEST) for labels in names[split]} - known
         if unseen:
             shown = ", ".join(map(repr, sorted(unseen)[:3]))
             if len(unseen) > 3:
@@ -151,6 +166,7 @@ class Examples(NamedTuple):
 
     inputs: Any  # a list of n rows of token ids; or images, uint8 (n, C, H, W), on disk
     names: list[Sequence[str]]  # labels of each example, one for each question
+    clusters: list[str]  # the file or font of each; of the user's own examples each is alone
 
 
 class TaskData:
@@ -177,6 +193,8 @@ class TaskData:
         names = {split: examples.names for split, examples in splits.items()}
         self.classes = find_classes(config.path, questions, names)
         self.inputs = {split: examples.inputs for split, examples in splits.items()}
+        self.clusters = {split: examples.clusters for split, examples in splits.items()}
+        self.cluster = "files" if tokenizer else "fonts"  # what a cluster is, where there are any
         self.labels = {split: self.numbered(names[split]) for split in SPLITS}  # int64 (n, M)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -194,7 +212,8 @@ class TaskData:
         order = stratified(self.labels[TRAIN], np.random.default_rng(seed).permutation(found))
         self.chosen = np.sort(order[: config.labels or found])
 
-        self.fingerprint = hashlib.sha256(f"{content} {self.classes}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{content} {self.classes}".encode()).hexdigest()
+        self.fingerprint = f"{FORMAT}-{digest}"  # which version of the code split the examples
         self.description = self.describe(config, about)
 
     def numbered(self, names: Sequence[Sequence[str]]) -> np.ndarray:
@@ -204,12 +223,12 @@ class TaskData:
         return np.array(rows, dtype=np.int64)
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Accuracies without a model, on the held-out labels of each question: "chance", of a
-        random class; "commonest", of always the class that is most common in training."""
+        """Accuracies without a model, on the test labels of each question: "chance", of a random
+        class; "commonest", of always the class that is most common in training."""
         lines = {}
         for q, (question, names) in enumerate(self.classes.items()):
             commonest = np.bincount(self.labels[TRAIN][:, q]).argmax()
-            share = float((self.labels[HELD_OUT][:, q] == commonest).mean())
+            share = float((self.labels[TEST][:, q] == commonest).mean())
             lines[question] = {"chance": 1 / len(names), "commonest": share}
         return lines
 
@@ -217,8 +236,9 @@ class TaskData:
         """The line that train.py prints about the data."""
         total = len(self.labels[TRAIN])
         used = f"{len(self.chosen):,} of {total:,}" if config.labels else f"{total:,}"
-        held_out = len(self.labels[HELD_OUT])
-        parts = [f"{config.path}: {used} training and {held_out:,} held-out {self.unit}", about]
+        val, test = (f"{len(self.labels[split]):,}" for split in (VAL, TEST))
+        counts = f"{used} training, {val} validation and {test} test {self.unit}"
+        parts = [f"{config.path}: {counts}", about]
         for question, line in self.baselines().items():
             parts.append(
                 f"{question}: {len(self.classes[question])} classes, accuracy by chance "
@@ -252,10 +272,14 @@ class TaskData:
         return self.read(TRAIN, self.chosen[shuffle(samples, len(self.chosen), self.seed)])
 
     def val_batches(self, rows: int) -> Iterator[dict[str, Tensor]]:
-        """All held-out examples, each once and in the same order, `rows` at a time."""
-        size = len(self.labels[HELD_OUT])
+        """The validation examples; see `split_batches`."""
+        return self.split_batches(VAL, rows)
+
+    def split_batches(self, split: str, rows: int) -> Iterator[dict[str, Tensor]]:
+        """All examples of a split, each once and in the same order, `rows` at a time."""
+        size = len(self.labels[split])
         for first in range(0, size, rows):
-            yield self.read(HELD_OUT, np.arange(first, min(first + rows, size)))
+            yield self.read(split, np.arange(first, min(first + rows, size)))
 
     def metrics(self, loss: float) -> dict[str, float]:
         """No metrics beyond the loss; the classifier's are those of heads.score."""
@@ -274,7 +298,10 @@ def read_passages(config: TaskConfig, report: Report) -> tuple[Sequence[str], li
     names = [row.labels for row in rows]
     sources = [row.source for row in rows]
     splits = hold_out(names, sources, config.val_fraction)
-    return questions, [Passage(*row, split) for row, split in zip(rows, splits)]
+    return questions, [
+        Passage(row.source, row.labels, split, source=row.source)
+        for row, split in zip(rows, splits)
+    ]
 
 
 def texts(
@@ -293,11 +320,12 @@ def texts(
     if cut:
         report.notes.append(f"{cut:,} cut to {context_length} tokens")
     content = hashlib.sha256()
-    splits = {split: Examples([], []) for split in SPLITS}
+    splits = {split: Examples([], [], []) for split in SPLITS}
     for ids, passage in zip(encoded, passages):
         kept = ids[:context_length]
         splits[passage.split].inputs.append(np.array(kept, dtype=np.int64))
         splits[passage.split].names.append(passage.labels)
+        splits[passage.split].clusters.append(passage.source)
         content.update(repr((kept, passage.labels, passage.split)).encode())
     digest = f"{content.hexdigest()} {tokenizer.fingerprint()}"
     return TaskData(config, questions, splits, batch_size, seed, str(report), digest, tokenizer)
@@ -352,9 +380,15 @@ def pictures(
     manifest = read_manifest(folder)
     if not all(manifest["rows"].values()):
         raise ValueError(
-            f"{config.path}: too few pictures for training and held out: {manifest['report']}"
+            f"{config.path}: too few pictures for training, validation and test: "
+            f"{manifest['report']}"
         )
     found = open_splits(folder, manifest, np.dtype(np.uint16))
-    splits = {name: Examples(split.images, split.captions) for name, split in found.items()}
+    splits = {}
+    for name, split in found.items():
+        # The caption after the labels is the font, if the source has one.
+        rows = enumerate(split.captions)
+        clusters = [own[len(questions)] if own[len(questions) :] else str(i) for i, own in rows]
+        splits[name] = Examples(split.images, split.captions, clusters)
     content = json.dumps([manifest["image"], manifest["sha256"]])
     return TaskData(config, questions, splits, batch_size, seed, manifest["report"], content)

@@ -131,7 +131,7 @@ class Run:
         return False
 
     def classify_untrained(self, opened: OpenRun, data: Any, shots: int) -> Answers:
-        """Classify the held-out examples of a task without training.
+        """Classify the test examples of a task without training.
 
         shots: number of labelled examples in the prompt, for a family that reads a prompt.
         """

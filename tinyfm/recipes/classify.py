@@ -8,7 +8,7 @@ features from its trunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from data.labelled import SPLITS
+from data.splits import TEST, VAL
 from tinyfm.adapt.heads import Batch, Classifier, Reader, predictions
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.evaluate import metrics
@@ -58,17 +58,23 @@ class ClassifyRun(Run):
     def facts_of(self, data: TaskData) -> dict[str, Any]:
         return {"classes": data.classes}
 
-    def score(self, model: Classifier, data: TaskData) -> Scores:
-        """Accuracy, macro-F1 and calibration error of each question."""
-        return score_batches(model, data.val_batches(self.train.batch_size))
+    def score(self, model: Classifier, data: TaskData, split: str = VAL) -> Scores:
+        """Accuracy, macro-F1 and calibration error of each question, on a split."""
+        batches = data.split_batches(split, self.train.batch_size)
+        return score_batches(model, batches, data.unit, data.clusters[split], data.cluster)
 
     def measure(self, opened: OpenRun, model: nn.Module, data: TaskData, options: Any) -> Scores:
-        return self.score(model, data)
+        """The same on validation and on test."""
+        scores = {}
+        for split, name in ((VAL, "validation"), (TEST, "test")):
+            for measure, value in self.score(model, data, split).items():
+                scores[f"{name} {measure}"] = value
+        return scores
 
     def guesses(self, model: Classifier, data: TaskData) -> tuple[np.ndarray, list[str]]:
-        """Rows of some held-out examples, and "true class → predicted class" of each."""
-        rows = np.linspace(0, len(data.labels[SPLITS[1]]) - 1, self.SHOWN).astype(int)
-        found = predictions(model, [data.read(SPLITS[1], rows)])
+        """Rows of some validation examples, and "true class → predicted class" of each."""
+        rows = np.linspace(0, len(data.labels[VAL]) - 1, self.SHOWN).astype(int)
+        found = predictions(model, [data.read(VAL, rows)])
         question = next(iter(found))
         probabilities, labels = found[question]
         names = model.classes[question]
@@ -91,19 +97,30 @@ class ClassifyRun(Run):
             print_shares(dict(zip(self.classes[question], found[0].tolist())))
 
 
-def score_batches(model: Classifier, batches: Iterable[Batch]) -> Scores:
-    """metrics.classification of each question, with its name appended if there are several."""
+def score_batches(
+    model: Classifier,
+    batches: Iterable[Batch],
+    unit: str = "examples",
+    clusters: Sequence[str] = (),
+    cluster: str = "",
+) -> Scores:
+    """metrics.classification of each question, with its name appended if there are several.
+
+    The interval of an accuracy is over the clusters, see metrics.proportion.
+    """
     found = predictions(model, batches)
     scores = {}
     for question, (probabilities, labels) in found.items():
+        own = metrics.classification(probabilities, labels)
+        right = probabilities.argmax(1) == labels
+        own["accuracy"] = metrics.proportion(right, unit, clusters, cluster)
         suffix = f" {question}" if len(found) > 1 else ""
-        for name, value in metrics.classification(probabilities, labels).items():
-            scores[name + suffix] = value
+        scores |= {name + suffix: value for name, value in own.items()}
     return scores
 
 
 def score_untrained(opened: OpenRun, data: TaskData, shots: int = 0) -> Scores:
-    """Scores of a model not trained on the task, on its first question.
+    """Scores of a model not trained on the task, on the test examples and its first question.
 
     With shots, also how many examples the prompts had on average, and the share of prompts without.
     """
@@ -111,7 +128,9 @@ def score_untrained(opened: OpenRun, data: TaskData, shots: int = 0) -> Scores:
     classes = len(next(iter(data.classes.values())))
     confusion = metrics.confusion_matrix(guesses, truth, classes)
     scores = {
-        "accuracy": metrics.proportion(guesses == truth, data.unit),
+        "accuracy": metrics.proportion(
+            guesses == truth, data.unit, data.clusters[TEST], data.cluster
+        ),
         "macro_f1": metrics.macro_f1(confusion),
     }
     if shots:

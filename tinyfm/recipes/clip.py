@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data import pictures
-from data.labelled import SPLITS
+from data.splits import TEST
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.pair_files import Split
@@ -140,13 +140,12 @@ class CLIPRun(Run):
         if shots:
             raise ValueError("--shots puts examples into a prompt, which CLIP does not read")
         model = opened.model
-        held_out = SPLITS[1]
         names = next(iter(data.classes.values()))
         templates = files.read_json(opened.folder / TEMPLATES)
-        x = zero_shot.embed_images(model, data.inputs[held_out])
+        x = zero_shot.embed_images(model, data.inputs[TEST])
         classes = zero_shot.class_vectors(model, opened.tokenizer, names, templates)
         guesses = zero_shot.classify(x, classes, model.scale())
-        return Answers(guesses.cpu().numpy(), data.labels[held_out][:, 0], [])
+        return Answers(guesses.cpu().numpy(), data.labels[TEST][:, 0], [])
 
 
 # ---- sample.py ----------------------------------------------------------------------------------

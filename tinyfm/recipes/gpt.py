@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data import labelled as tables
-from data.labelled import SPLITS
 from data.report import Report
+from data.splits import TEST, TRAIN, VAL
 from tinyfm import compiled, generate, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil
@@ -115,14 +115,13 @@ class GPTRun(Run):
 
     def classify_untrained(self, opened: OpenRun, data: TaskData, shots: int) -> Answers:
         """By likelihood, after up to `shots` examples that the seed of the data draws."""
-        train, held_out = SPLITS
         names = next(iter(data.classes.values()))
 
         def text(split: str, i: int) -> str:
             return opened.tokenizer.decode(data.inputs[split][i].tolist())
 
-        pool = [(text(train, i), names[data.labels[train][i, 0]]) for i in data.chosen]
-        queries = [text(held_out, i) for i in range(len(data.labels[held_out]))]
+        pool = [(text(TRAIN, i), names[data.labels[TRAIN][i, 0]]) for i in data.chosen]
+        queries = [text(TEST, i) for i in range(len(data.labels[TEST]))]
         found = likelihood.classify(
             opened.model,
             opened.tokenizer,
@@ -134,7 +133,7 @@ class GPTRun(Run):
             calibrate=True,
         )
         guesses = np.array([names.index(guess.label) for guess in found])
-        return Answers(guesses, data.labels[held_out][:, 0], [guess.shots for guess in found])
+        return Answers(guesses, data.labels[TEST][:, 0], [guess.shots for guess in found])
 
 
 def write_texts(opened: OpenRun, options: Any) -> None:
@@ -263,9 +262,9 @@ class GPTClassifyRun(ClassifyRun):
         return labelled.texts(self.data, own, length, train.batch_size, train.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
-        """Write held-out texts, each with its class and the predicted one."""
+        """Write validation texts, each with its class and the predicted one."""
         rows, titles = self.guesses(model, data)
-        texts = [data.tokenizer.decode(data.inputs[SPLITS[1]][i].tolist()) for i in rows]
+        texts = [data.tokenizer.decode(data.inputs[VAL][i].tolist()) for i in rows]
         write_texts_file(folder, step, [f"{t}\n{text}" for t, text in zip(titles, texts)])
         return f"--- step {step} finds: " + "; ".join(titles[:3])
 

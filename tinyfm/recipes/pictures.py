@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data import pictures
-from data.labelled import SPLITS
+from data.splits import VAL
 from tinyfm.adapt.heads import Classifier
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
@@ -81,9 +81,9 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
         return labelled.pictures(self.data, size, self.channels, train.batch_size, train.seed)
 
     def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
-        """Draw held-out pictures, each with its class and the predicted one."""
+        """Draw validation pictures, each with its class and the predicted one."""
         rows, titles = self.guesses(model, data)
-        images = data.inputs[SPLITS[1]][rows].transpose(0, 2, 3, 1)
+        images = data.inputs[VAL][rows].transpose(0, 2, 3, 1)
         write_step_file(
             folder, step, "png", lambda path: pictures.save_grid(images, path, 8, titles)
         )
