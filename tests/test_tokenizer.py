@@ -407,18 +407,28 @@ def with_model(spec: dict, **fields) -> dict:
 def test_other_kinds_of_tokenizer_json_are_refused(tmp_path):
     spec = json.loads(reference_tokenizer("gpt2").to_str())
     vocab = spec["model"]["vocab"]
-    without_a = {token: i for token, i in vocab.items() if token != "a"}
+    merged = "".join(spec["model"]["merges"][-1])
+    without = {token: i for token, i in vocab.items() if token != merged}
     without_end = {token: i for token, i in vocab.items() if token != T.EOT}
     end = spec["added_tokens"][0]
     other = {"content": "<|im_end|>", "id": 1}
     cases = [
-        ("not byte-level BPE", with_model(spec, type="WordPiece")),
-        ("not byte-level", with_model(spec, end_of_word_suffix="</w>")),
-        ("normalizer Lowercase", spec | {"normalizer": {"type": "Lowercase"}}),
-        ("pre-tokenizer None", spec | {"pre_tokenizer": None}),
-        ("lacks", with_model(spec, vocab=without_a)),
-        ("not written in", with_model(spec, vocab=vocab | {"一": 900})),
-        ("surroundings", spec | {"added_tokens": [end | {"lstrip": True}]}),
+        ("WordPiece; .*BPE", with_model(spec, type="WordPiece")),
+        ("ends of words", with_model(spec, end_of_word_suffix="</w>")),
+        ("normalizer BertNormalizer .*NFC", spec | {"normalizer": {"type": "BertNormalizer"}}),
+        ("pre-tokenizer UnicodeScripts", spec | {"pre_tokenizer": {"type": "UnicodeScripts"}}),
+        ("lacks a token", with_model(spec, vocab=without)),
+        ("'Q' is 1.5", with_model(spec, vocab=vocab | {"Q": 1.5})),
+        ("'Q' is True", with_model(spec, vocab=vocab | {"Q": True})),
+        ("'Q' is -1", with_model(spec, vocab=vocab | {"Q": -1})),
+        (f"'Q' is {10**12}", with_model(spec, vocab=vocab | {"Q": 10**12})),
+        ("share the id 9", with_model(spec, vocab=vocab | {"Q": 9, "Z": 9})),
+        ("not two tokens", with_model(spec, merges=["a b c"])),
+        ("merges is dict", with_model(spec, merges={"a": "b"})),
+        ("no model", {"model": [], "added_tokens": []}),
+        ("id 5000 in added_tokens and 0", spec | {"added_tokens": [end | {"id": 5000}]}),
+        ("unk_token", with_model(spec, unk_token="<unk>")),
+        ("flag", spec | {"added_tokens": [end | {"lstrip": "yes"}]}),
         ("ends a text", with_model(spec, vocab=without_end) | {"added_tokens": [other]}),
     ]
     for message, case in cases:
@@ -513,11 +523,9 @@ def test_sentencepiece_models_that_change_the_text_are_refused(tmp_path):
         "byte_fallback": True,
     }
     lossy = [
-        {"add_dummy_prefix": True},
         {"normalization_rule_name": "nfkc"},
         {"remove_extra_whitespaces": True},
         {"byte_fallback": False},
-        {"split_by_whitespace": False},
     ]
     for change in [{}, *lossy]:
         writer = io.BytesIO()

@@ -12,9 +12,14 @@
 In all three a token stands for fixed bytes, so that decoding is a table look-up. For all but CLIP's
 decode(encode(text)) == text.
 
-The formats of published tokenizers are read and written by hub/tokenizers.py.
+Published tokenizers of kinds 2 and 3 are read too (hub/tokenizers.py); their ids are those of the
+library that they were published for. Some of them change the text: they put a space in front, or
+compose its letters. decode then gives the changed text.
+
 Left out: WordPiece, subword sampling, and SentencePiece models that normalise the text, as T5's do.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -30,21 +35,39 @@ import regex
 import sentencepiece
 
 from tinyfm import bpe
+from tinyfm.hub.text_steps import (
+    CHAR_OF,
+    SPACE,
+    AddedToken,
+    AddedTokens,
+    lower,
+    split_all,
+    write_bytes,
+    written,
+)
 from tinyfm.hub.tokenizers import (
+    BYTE_TOKENS,
+    CLIP_CONTEXT_LENGTH,
     CLIP_PATTERN,
     END_NAMES,
     END_OF_WORD,
     EOT,
     START,
     Vocabulary,
+    added_tokens_files,
+    check_ids,
     clip_files,
+    export_files,
     hugging_face_files,
+    is_tiktoken,
     learned_spec,
     marks_word_ends,
     published_spec,
     read_clip_spec,
+    read_companions,
     read_spec,
     sentencepiece_spec,
+    token_content,
     vocab_and_merges_files,
     write_files,
 )
@@ -65,42 +88,57 @@ class Tokenizer:
     """The interface: ids are 0 ... vocab_size - 1, and the special token `eot` ends a text.
 
     `bot` starts a text; it is None for all but CLIP's. A subclass gives the bytes of each id and
-    the special tokens, text -> id, to this constructor, and defines four methods:
+    the tokens that are found in a text as a whole, to this constructor, and defines four methods:
 
-        _encode(text)   the ids of a text without special tokens
+        _encode(text, first)   the ids of a text without such tokens; first: it starts the text
         _files()        name -> content of the files that `save` writes, which determine the ids
         _spec()         its tokenizer.json
         __reduce__()    its class and the arguments of its constructor, to pickle it for a process
     """
 
-    def __init__(self, table: Sequence[bytes], specials: dict[str, int]):
-        ends = [name for name in END_NAMES if name in specials]
+    chat_template = ""  # how transformers writes a conversation; set before save_pretrained
+
+    def __init__(self, table: Sequence[bytes], added: Sequence[AddedToken], end: str | None = None):
+        """table: bytes of each id. end: the token that ends a text, if it has no usual name.
+
+        Raises ValueError if no special token ends a text.
+        """
+        names = [token.content for token in added]
+        ends = [name for name in (*END_NAMES, end) if name in names]
         if not ends:
-            raise ValueError(f"none of the special tokens {[*specials]} ends a text; add {EOT}")
-        self.vocab_size = len(table)
-        self.specials = specials
-        self.eot = specials[ends[0]]
-        self.bot = None
+            raise ValueError(f"none of the special tokens {names[:9]} ends a text; add {EOT}")
         self._end = ends[0]
+        # The token that ends a text is always special: a text from outside must not contain it.
+        added = [
+            token._replace(special=token.special or token.content == self._end) for token in added
+        ]
+        self.vocab_size = len(table)
+        self.specials = {token.content: token.id for token in added if token.special}
+        self.eot = self.specials[self._end]
+        self.bot = None
         self._table = list(table)
-        for text, i in specials.items():
-            self._table[i] = text.encode("utf-8")
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        for token in added:
+            self._table[token.id] = token.content.encode("utf-8")
+        self._added = AddedTokens(token for token in added if not token.normalized)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text. A lone surrogate is encoded as U+FFFD.
 
         Special tokens in the text are encoded as such only if specials is True. By default they
-        are ordinary characters, so that a text from outside cannot end a document.
+        are ordinary characters, so that a text from outside cannot end a document. Other added
+        tokens, which some published vocabularies have, are always found.
         """
-        if not specials:
-            return self._encode(replace_surrogates(text))
-        parts = self._special.split(text)  # text, special, text, ..., text
-        rows = self.encode_batch(parts[::2])
-        for row, name in zip(rows, parts[1::2]):
-            row.append(self.specials[name])
-        return list(chain.from_iterable(rows))
+        ids = []
+        for piece, token, start in self._added.cut(replace_surrogates(text), specials):
+            if token is None:
+                ids += self._encode_piece(piece, start == 0, specials)
+            else:
+                ids.append(token)
+        return ids
+
+    def _encode_piece(self, text: str, first: bool, specials: bool) -> list[int]:
+        """The ids of the text between two added tokens."""
+        return self._encode(text, first)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -124,9 +162,18 @@ class Tokenizer:
         """Write the files that `load` reads."""
         write_files(folder, self._files())
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Also write a tokenizer.json, for the libraries tokenizers and transformers."""
-        write_files(folder, self._files() | hugging_face_files(self._spec(), self._end))
+    def save_pretrained(self, folder: str | Path, captions: int = 0) -> None:
+        """Also write a tokenizer.json, for the libraries tokenizers and transformers.
+
+        captions: context length of a text tower; the library then builds the rows of
+        `encode_captions`. Otherwise it pads on the left, as a model that continues texts needs it.
+        """
+        files = export_files(self._spec(), self._end, captions, self.chat_template)
+        write_files(folder, self._files() | files)
+
+    def without_template(self) -> Tokenizer:
+        """The same tokenizer, which puts no special tokens around a text in transformers either."""
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the files that determine the ids."""
@@ -140,12 +187,12 @@ class ByteTokenizer(Tokenizer):
     """The id of a byte is the byte."""
 
     def __init__(self):
-        super().__init__([bytes([b]) for b in range(256)] + [b""], {EOT: 256})
+        super().__init__([bytes([b]) for b in range(256)] + [b""], [AddedToken(EOT, 256)])
 
     def __reduce__(self):
         return type(self), ()
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, first: bool) -> list[int]:
         return list(text.encode("utf-8"))
 
     def _files(self) -> dict[str, bytes]:
@@ -177,41 +224,96 @@ class ChunkCache(dict):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE as a parsed tokenizer.json describes it: ours, GPT-2's, Llama 3's, Qwen's."""
+    """BPE as a parsed tokenizer.json describes it: ours, GPT-2's, Llama's, Qwen's, Gemma's."""
 
-    def __init__(self, spec: dict):
-        """Raises ValueError for what is not supported: see read_spec."""
+    def __init__(self, spec: dict, end: str | None = None):
+        """end: the token that ends a text, if it has no usual name.
+
+        Raises ValueError for what is not supported: see read_spec.
+        """
         self._tokenizer_json = spec
-        self._vocabulary = self._read(spec)
-        ids = self._vocabulary.ids
-        specials = self._vocabulary.specials
-        size = 1 + max(*ids.values(), *specials.values())
+        self._given_end = end
+        self._vocabulary = vocabulary = self._read(spec)
+        ids = vocabulary.ids
+        size = 1 + max([*ids.values(), *(token.id for token in vocabulary.added)])
         table = [b""] * size
         for token, i in ids.items():
-            table[i] = token
-        super().__init__(table, specials)
-        self._byte_ids = [ids[bytes([b])] for b in range(256)]
+            table[i] = token_content(token, vocabulary)
+        super().__init__(table, vocabulary.added, end)
+        normalised = [token for token in vocabulary.added if token.normalized]
+        self._added_after = AddedTokens(normalised, self._normalize)
+        # Chunks of byte-level BPE are kept as text until they are looked up.
+        self._splitters = list(vocabulary.splitters)
+        self._writes_bytes = self._splitters[-1:] == [write_bytes]
+        if self._writes_bytes:
+            self._splitters.pop()
+        self._byte_ids = [ids.get(char) for char in CHAR_OF]
+        self._whole_alphabet = None not in self._byte_ids
         self._ids_of_chunk = ChunkCache(self._encode_chunk)
 
     def __reduce__(self):
-        return type(self), (self._tokenizer_json,)
+        return type(self), (self._tokenizer_json, self._given_end)
 
     def _read(self, spec: dict) -> Vocabulary:
         return read_spec(spec)
 
-    def _encode_chunk(self, chunk: str) -> list[int]:
-        content = chunk.encode("utf-8")
-        if self._vocabulary.ignore_merges and content in self._vocabulary.ids:
-            return [self._vocabulary.ids[content]]
-        return bpe.apply_merges([self._byte_ids[b] for b in content], self._vocabulary.rules)
+    def without_template(self) -> Tokenizer:
+        return type(self)(self._tokenizer_json | {"post_processor": None}, self._given_end)
 
-    def _encode(self, text: str) -> list[int]:
-        if self._vocabulary.normalizer:
-            text = unicodedata.normalize(self._vocabulary.normalizer, text)
-        chunks = [text]
-        for pattern in self._vocabulary.patterns:  # split also returns the text between matches
-            chunks = filter(None, chain.from_iterable(map(pattern.split, chunks)))
+    def _spell(self, char: str) -> list[int]:
+        """The ids of a character without a token: its bytes, else none."""
+        if not self._vocabulary.byte_fallback:
+            return []
+        ids = [self._vocabulary.ids.get(f"<0x{b:02X}>") for b in char.encode("utf-8")]
+        return [] if None in ids else ids
+
+    def _symbols(self, chunk: str) -> list[int]:
+        """The ids that the merges start from: one for each character, where it has a token."""
+        ids = []
+        unknown = self._vocabulary.unknown
+        after_unknown = False
+        for char in chunk:
+            i = self._vocabulary.ids.get(char)
+            found = self._spell(char) if i is None else [i]
+            is_unknown = not found and unknown is not None
+            if is_unknown and not (after_unknown and self._vocabulary.fuse_unknown):
+                found = [unknown]
+            after_unknown = is_unknown
+            ids += found
+        return ids
+
+    def _encode_chunk(self, chunk: str) -> list[int]:
+        vocabulary = self._vocabulary
+        if self._writes_bytes and self._whole_alphabet and not vocabulary.ignore_merges:
+            symbols = [self._byte_ids[b] for b in chunk.encode("utf-8")]  # the usual case
+            return bpe.apply_merges(symbols, vocabulary.rules)
+        if self._writes_bytes:
+            chunk = written(chunk)
+        if vocabulary.ignore_merges and chunk in vocabulary.ids:
+            return [vocabulary.ids[chunk]]
+        return bpe.apply_merges(self._symbols(chunk), vocabulary.rules)
+
+    def _normalize(self, text: str) -> str:
+        for normalize in self._vocabulary.normalizers:
+            text = normalize(text)
+        return text
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        chunks = split_all(self._splitters, text, first)
         return list(chain.from_iterable(map(self._ids_of_chunk.__getitem__, chunks)))
+
+    def _encode_piece(self, text: str, first: bool, specials: bool) -> list[int]:
+        ids = []
+        for piece, token, start in self._added_after.cut(self._normalize(text), specials):
+            if token is None:
+                ids += self._encode(piece, first and start == 0)
+            else:
+                ids.append(token)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._vocabulary.drop_space else text
 
     def _files(self) -> dict[str, bytes]:
         return hugging_face_files(self._tokenizer_json, self._end)
@@ -244,8 +346,7 @@ class BPETokenizer(Tokenizer):
 
 def clean(text: str) -> str:
     """Composed and lower-case. White space need not be collapsed: the split drops all of it."""
-    # str.lower gives the sigma at the end of a word another form; CLIPTokenizer does not.
-    return unicodedata.normalize("NFC", text).replace("Σ", "σ").lower()
+    return lower(unicodedata.normalize("NFC", text))
 
 
 class ClipTokenizer(BPETokenizer):
@@ -254,30 +355,33 @@ class ClipTokenizer(BPETokenizer):
     `bot` starts a row of ids, `eot` ends it. The bytes of a token that ends a word end in a space.
     """
 
-    def __init__(self, spec: dict):
+    def __init__(self, spec: dict, end: str | None = None):
         """Raises ValueError for BPE with ends of words that is not CLIP's."""
-        super().__init__(spec)
+        super().__init__(spec, end)
         self.bot = self.specials[START]
-        mark = END_OF_WORD.encode("utf-8")
-        self._end_ids = [self._vocabulary.ids[bytes([b]) + mark] for b in range(256)]
+        self._end_ids = [self._vocabulary.ids[char + END_OF_WORD] for char in CHAR_OF]
         for token, i in self._vocabulary.ids.items():
-            if token.endswith(mark):
-                self._table[i] = token.removesuffix(mark) + b" "
+            if token.endswith(END_OF_WORD):
+                word = token_content(token.removesuffix(END_OF_WORD), self._vocabulary)
+                self._table[i] = word + b" "
 
     def _read(self, spec: dict) -> Vocabulary:
         return read_clip_spec(spec)
 
+    def without_template(self) -> Tokenizer:
+        return self  # the tokens that it puts around a text are those of training
+
     def _encode_chunk(self, chunk: str) -> list[int]:
         ids = []
         # A chunk is one word, but for the name of a special token, which is split further.
-        for word in self._vocabulary.patterns[0].findall(chunk):
+        for word in bpe.CHUNK.findall(chunk):
             *inside, last = word.encode("utf-8")
             symbols = [self._byte_ids[b] for b in inside]
             symbols.append(self._end_ids[last])
             ids += bpe.apply_merges(symbols, self._vocabulary.rules)
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, first: bool) -> list[int]:
         words = regex.findall(CLIP_PATTERN, clean(text))
         return list(chain.from_iterable(map(self._ids_of_chunk.__getitem__, words)))
 
@@ -285,12 +389,17 @@ class ClipTokenizer(BPETokenizer):
         """The cleaned words of the ids with a space between; special tokens become their name."""
         return super().decode(ids).strip()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write both published layouts, for the libraries tokenizers and transformers."""
-        write_files(folder, self._files() | vocab_and_merges_files(self._spec()))
+    def save_pretrained(self, folder: str | Path, captions: int = 0) -> None:
+        """Write both published layouts, for the libraries tokenizers and transformers.
+
+        captions: the context length; by default that of OpenAI's models.
+        """
+        spec = self._spec()
+        files = clip_files(spec, captions or CLIP_CONTEXT_LENGTH)
+        write_files(folder, files | vocab_and_merges_files(spec))
 
     def _files(self) -> dict[str, bytes]:
-        return clip_files(self._spec())
+        return clip_files(self._spec(), CLIP_CONTEXT_LENGTH)
 
 
 def encode_captions(
@@ -319,7 +428,6 @@ def encode_captions(
 
 # ---- 3. SentencePiece ----------------------------------------------------------------------------
 
-SPACE = "\u2581"  # how SentencePiece writes a space
 # The library is several times faster on short texts, so we cut a text into sections. A cut before a
 # space that follows another character is safe, because no piece of ours continues there. A literal
 # U+2581 is a section by itself, and is spelled in bytes.
@@ -347,42 +455,77 @@ OPTIONS = {
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, given as the content of its tokenizer.model."""
+    """A SentencePiece model, given as the content of its tokenizer.model.
 
-    def __init__(self, model: bytes):
-        """Raises ValueError for a model that would change the text."""
+    It may put a space in front of each text, as Llama 2's does; decode drops it again. Other
+    changes to a text, such as a normal form, are refused.
+    """
+
+    def __init__(self, model: bytes, added: Sequence[AddedToken] = (), end: str | None = None):
+        """added: further tokens, from an added_tokens.json.
+
+        Raises ValueError for a model that would change the text.
+        """
         self._model = model
+        self._further = list(added)
+        self._given_end = end
         self._library = library = sentencepiece.SentencePieceProcessor(model_proto=model)
-        names = [library.id_to_piece(i) for i in range(library.get_piece_size())]
+        size = library.get_piece_size()
+        names = [library.id_to_piece(i) for i in range(size)]
+        controls = [AddedToken(names[i], i) for i in range(size) if library.is_control(i)]
+        known = {token.content for token in controls}
+        further = [token for token in added if token.content not in known]
+        check_ids([*zip(names, range(size)), *((token.content, token.id) for token in further)])
         table = [name.replace(SPACE, " ").encode("utf-8") for name in names]
-        for b in range(256):
-            table[library.piece_to_id(f"<0x{b:02X}>")] = bytes([b])
-        specials = {name: i for i, name in enumerate(names) if library.is_control(i)}
-        super().__init__(table, specials)
+        for name, b in BYTE_TOKENS.items():
+            table[library.piece_to_id(name)] = bytes([b])
+        table += [b""] * (1 + max([size - 1, *(token.id for token in further)]) - size)
+        super().__init__(table, controls + further, end)
         self._space_ids = [library.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode("utf-8")]
 
         # Spaces that the model may drop, and a character that it may normalise or not know.
         probe = " a  \u00bd"
+        self._prefix = library.decode(library.encode("a")) != super().decode(library.encode("a"))
         has_phrases = any(SPACE in name.lstrip(SPACE) for name in names)
-        if has_phrases or self.decode(library.encode(probe)) != probe:
-            reasons = "normalises, puts a space in front, or lacks bytes or has phrases as pieces"
-            raise ValueError(f"tokenizer.model would change the text, as it {reasons}; train one")
+        self._in_sections = not (self._prefix or has_phrases)
+        if self.decode(library.encode(probe)) != probe:
+            raise ValueError(
+                "tokenizer.model would change the text, as it normalises it or lacks bytes as "
+                "pieces; train a tokenizer, or use one with a tokenizer.json"
+            )
 
     def __reduce__(self):
-        return type(self), (self._model,)
+        return type(self), (self._model, self._further, self._given_end)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, first: bool) -> list[int]:
+        if not self._in_sections:
+            return self._library.encode(text)
         sections = SECTION.findall(text)
         ids = []
         for section, section_ids in zip(sections, self._library.encode(sections)):
             ids += self._space_ids if section == SPACE else section_ids
         return ids
 
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._prefix else text
+
+    def is_lossless(self) -> bool:
+        """Whether decode(encode(text)) is the text, as it is for those that are trained here."""
+        return self._in_sections
+
     def _files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self._model}
+        files = {"tokenizer.model": self._model}
+        if self._further:
+            files |= added_tokens_files(self._further, self._end)
+        return files
 
     def _spec(self) -> dict:
-        return sentencepiece_spec(self._library, self.specials)
+        spec = sentencepiece_spec(self._library, self.specials, self._prefix)
+        described = [token["content"] for token in spec["added_tokens"]]
+        further = [token for token in self._further if token.content not in described]
+        spec["added_tokens"] += [token._asdict() for token in further]
+        return spec
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -501,15 +644,27 @@ def train(
 # ---- load ----------------------------------------------------------------------------------------
 
 FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "bytes.json")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer in files, name -> content: the first of FILES decides on its kind."""
-    if "tokenizer.model" in files:
-        return SentencePieceTokenizer(files["tokenizer.model"])
-    spec = published_spec(files)
+    """The tokenizer in files, name -> content: the first of FILES decides on its kind.
+
+    A tokenizer.json counts before a tokenizer.model that another library wrote: that of tiktoken
+    lacks the split pattern, and a SentencePiece model may lack the added tokens.
+    """
+    companions = read_companions(files)
+    added, end = companions.added, companions.end
+    model = files.get("tokenizer.model")
+    spec = published_spec(files, companions)
+    if model is not None and is_tiktoken(model) and spec is None:
+        raise ValueError("tokenizer.model is tiktoken's, without a split: add its tokenizer.json")
+    if model is not None and not is_tiktoken(model):
+        pieces = SentencePieceTokenizer(model, added, end)
+        if spec is None or pieces.is_lossless():
+            return pieces
     if spec is not None:
-        return ClipTokenizer(spec) if marks_word_ends(spec) else BPETokenizer(spec)
+        return ClipTokenizer(spec, end) if marks_word_ends(spec) else BPETokenizer(spec, end)
     if "bytes.json" in files:
         return ByteTokenizer()
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")
@@ -517,7 +672,7 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
 
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer in a folder, ours or a published one. Raises ValueError if there is none."""
-    paths = [Path(folder) / name for name in FILES]
+    paths = [Path(folder) / name for name in FILES + COMPANIONS]
     try:
         return from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
     except (ValueError, RuntimeError, LookupError, TypeError) as error:

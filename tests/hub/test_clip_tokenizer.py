@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from tinyfm import tokenizer as T
+from tinyfm.hub import text_steps
 from tinyfm.hub import tokenizers as formats
 from tinyfm.hub.tokenizers import CLIP_CONTEXT_LENGTH, CLIP_WORDS, START, clip_spec
 from tinyfm.tokenizer import ClipTokenizer, encode_captions
@@ -56,15 +57,15 @@ def make_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     often has several pairs to merge, and the rank decides.
     """
     r = random.Random(0)
-    order = [*sorted(formats.VISIBLE), *formats.HIDDEN]
-    base = [formats.CHAR_OF[b] for b in order]
+    order = [*sorted(text_steps.VISIBLE), *text_steps.HIDDEN]
+    base = [text_steps.CHAR_OF[b] for b in order]
     tokens = [*base, *(char + "</w>" for char in base)]
     merges = {}  # a dict without values keeps the order and drops repetitions
-    letters = [formats.CHAR_OF[b] for b in b"acehost"]
+    letters = [text_steps.CHAR_OF[b] for b in b"acehost"]
     for _ in range(60):
         merges[r.choice(letters), r.choice(letters) + r.choice(["", "</w>"])] = None
     for word in LEARNED.split():
-        chars = [formats.CHAR_OF[b] for b in word.encode()]
+        chars = [text_steps.CHAR_OF[b] for b in word.encode()]
         chars[-1] += "</w>"
         for i in range(1, len(chars)):
             merges["".join(chars[:i]), chars[i]] = None
@@ -301,7 +302,7 @@ def test_other_tokenizers_with_ends_of_words_are_refused(tmp_path):
         ("splits differently", spec | {"pre_tokenizer": None}),
         ("splits differently", spec | {"pre_tokenizer": {"pretokenizers": [other, split[1]]}}),
         ("splits differently", spec | {"pre_tokenizer": {"pretokenizers": split[1:]}}),
-        ("not byte-level", spec | {"model": model | {"type": "WordPiece"}}),
+        ("WordPiece", spec | {"model": model | {"type": "WordPiece"}}),
     ]
     others = {token: i for token, i in VOCAB.items() if token != START}
     cases.append((f"lack {re.escape(START)}; add it", clip_spec(others, MERGES_TXT)))

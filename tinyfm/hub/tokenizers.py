@@ -1,31 +1,47 @@
 """The files that tokenizers are published in, read and written.
 
-    tokenizer.json          Hugging Face's format. Its "model" holds the vocabulary and the merges,
-                            "added_tokens" the special tokens. "normalizer" and "pre_tokenizer" say
-                            how a text is changed and split before the merges are applied.
-    vocab.json, merges.txt  GPT-2 and CLIP as they were first published; converted to a
-                            tokenizer.json here, so that there is one reader for all
-    tokenizer_config.json   written for the library transformers
+    tokenizer.json          Hugging Face's format. Its "model" holds the vocabulary and the merges.
+                            "added_tokens", "normalizer" and "pre_tokenizer" say what happens to a
+                            text before the merges are applied: see text_steps.py
+    vocab.json, merges.txt  GPT-2, RoBERTa, Qwen2 and CLIP as they were first published; converted
+                            to a tokenizer.json here, so that there is one reader for all
+    added_tokens.json       further tokens and their ids, beside these two or a tokenizer.model
+    tokenizer_config.json   written for the library transformers; it also names the tokens that
+                            start, end and pad a text
 
 A parsed tokenizer.json is called a spec here. read_spec and read_clip_spec turn it into a
 Vocabulary, or raise ValueError for what they do not support. The algorithms are in bpe.py and
 tokenizer.py. SentencePiece's tokenizer.model is read by its own library; sentencepiece_spec
 converts it to a spec, to be written as a tokenizer.json.
 
-Left out: WordPiece; a tokenizer.json with a Unigram model or with BPE on characters, as
-SentencePiece models are exported; and the post_processor, which puts special tokens around a text.
+Two kinds of BPE are read. Byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek, Falcon, StarCoder, Phi)
+has the bytes for its alphabet. BPE on characters (Llama 2, Mistral, Gemma) writes a space as
+U+2581, and spells a character without a token in bytes, <0x00> ... <0xFF>.
+
+Left out: WordPiece; a tokenizer.json with a Unigram model; and the post_processor, which puts
+special tokens around a text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import regex
-
-from tinyfm.bpe import GPT2_PATTERN, Pair, Rules
+from tinyfm.bpe import Pair, Rules
+from tinyfm.hub.text_steps import (
+    BYTE_OF,
+    CHAR_OF,
+    QWEN2_PATTERN,
+    SPACE,
+    AddedToken,
+    Normalizer,
+    Splitter,
+    read_normalizers,
+    read_splitters,
+    write_bytes,
+)
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -34,104 +50,156 @@ START = "<|startoftext|>"  # stands before a text; CLIP's only
 EOT = "<|endoftext|>"  # stands between documents
 END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # its names in published vocabularies
 END_OF_WORD = "</w>"  # CLIP's only: marks a token that ends a word
-
-
-# ---- bytes written as characters -----------------------------------------------------------------
-
-# JSON holds text, but tokens are bytes. GPT-2 writes each byte as a visible character: as itself
-# where it prints, else as one from U+0100 on. A space is thus written as U+0120.
-VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-HIDDEN = [b for b in range(256) if b not in VISIBLE]
-CHAR_OF = [chr(b if b in VISIBLE else 256 + HIDDEN.index(b)) for b in range(256)]
-BYTE_OF = {char: b for b, char in enumerate(CHAR_OF)}
-
-
-def to_bytes(token: str) -> bytes:
-    """The bytes of a token that is written in GPT-2's characters."""
-    if not BYTE_OF.keys() >= set(token):
-        raise ValueError(f"token {token!r} is not written in GPT-2's characters for bytes")
-    return bytes(BYTE_OF[char] for char in token)
-
+BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how SentencePiece writes a byte
+HIGHEST_ID = (1 << 22) - 1  # of a token; the largest published vocabularies have 2**18
 
 # ---- read a tokenizer.json -----------------------------------------------------------------------
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer.json of byte-level BPE, in the form that encoding needs."""
+    """A tokenizer.json with a BPE model, in the form that encoding needs."""
 
-    ids: dict[bytes, int]  # ordinary tokens
+    ids: dict[str, int]  # ordinary tokens, as they are written in the file
     rules: Rules  # pair of ids -> (rank, new id)
-    specials: dict[str, int]  # found in the text before it is split; never made by merges
-    patterns: list[regex.Pattern]  # each splits further what the one before it left
-    normalizer: str | None  # a Unicode normal form, such as Qwen's NFC
+    added: list[AddedToken]  # found in the text before it is split
+    normalizers: list[Normalizer]
+    splitters: list[Splitter]  # each splits further what the one before it left
+    by_bytes: bool  # tokens are written in GPT-2's characters for bytes
+    unknown: int | None  # id for characters without a token; None = they are left out
+    fuse_unknown: bool  # a row of such characters is one token
+    byte_fallback: bool  # a character without a token is spelled in bytes, <0x00> ... <0xFF>
     ignore_merges: bool  # a chunk that is a token becomes that token, merges or not (Llama 3)
+    drop_space: bool  # decoding drops the space in front, which encoding added
 
 
-def split_patterns(step: dict | None) -> list[str]:
-    """The patterns in the pre_tokenizer of a tokenizer.json."""
-    match step:
-        case {"type": "Sequence", "pretokenizers": steps}:
-            return [pattern for inner in steps for pattern in split_patterns(inner)]
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return [GPT2_PATTERN] if step.get("use_regex", True) else []
-        case {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}:
-            return [p]
-    raise ValueError(f"pre-tokenizer {step} is not supported; only byte-level BPE is read")
+def check_id(name: str, i: Any) -> int:
+    """Return the id of a token. Raises ValueError if it is no whole number in range."""
+    if type(i) is not int or not 0 <= i <= HIGHEST_ID:
+        raise ValueError(f"the id of token {name[:40]!r} is {i!r}; use 0 ... {HIGHEST_ID}")
+    return i
 
 
-def read_patterns(step: dict | None) -> list[regex.Pattern]:
-    """The compiled patterns of a pre_tokenizer, each in a group so that `split` keeps matches."""
-    patterns = [regex.compile(f"({pattern})") for pattern in split_patterns(step)]
-    if any(pattern.groups > 1 for pattern in patterns):
-        raise ValueError(f"split patterns {patterns} have groups that capture: write (?: ) instead")
-    return patterns
+def check_ids(ids: Iterable[tuple[str, Any]]) -> None:
+    """Raise ValueError if an id is out of range, or if two tokens share one. ids: (token, id)."""
+    names: dict[int, str] = {}
+    for name, i in ids:
+        first = names.setdefault(check_id(name, i), name)
+        if first != name:
+            raise ValueError(f"tokens {first[:40]!r} and {name[:40]!r} share the id {i}")
 
 
-def read_model(model: dict, specials: dict[str, int]) -> tuple[dict[bytes, int], Rules]:
-    """The ids and the rules of a Vocabulary, from the model of a tokenizer.json."""
-    ids = {to_bytes(token): i for token, i in model["vocab"].items() if token not in specials}
-    for b in range(256):
-        if bytes([b]) not in ids:
-            raise ValueError(f"the vocabulary lacks the byte {bytes([b])}")
+def read_added(raw: Any) -> list[AddedToken]:
+    """The added tokens of a tokenizer.json. Raises ValueError for one that is malformed."""
+    if not isinstance(raw, list):
+        raise ValueError(f"added_tokens is {type(raw).__name__}, not a list")
+    tokens = []
+    for fields in raw:
+        if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+            raise ValueError(f"added token {str(fields)[:80]} has no content")
+        known = {name: fields[name] for name in AddedToken._fields if name in fields}
+        flags = [known[name] for name in AddedToken._fields[2:] if name in known]
+        if any(type(flag) is not bool for flag in flags):
+            raise ValueError(f"added token {fields['content'][:40]!r} has a flag that is no bool")
+        check_id(fields["content"], fields.get("id"))
+        tokens.append(AddedToken(**known))
+    return tokens
+
+
+def read_merge(merge: Any) -> tuple[str, str]:
+    """The two tokens of a merge, "a b" or ["a", "b"]."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    match parts:
+        case [str(first), str(second)]:
+            return first, second
+    raise ValueError(f"merge {str(merge)[:80]!r} is not two tokens")
+
+
+def read_rules(merges: Any, ids: dict[str, int]) -> Rules:
+    """The rules of a model's merges. Raises ValueError for a token that the vocabulary lacks."""
+    if not isinstance(merges, list):
+        raise ValueError(f"merges is {type(merges).__name__}, not a list")
     rules = {}
-    for rank, merge in enumerate(model["merges"]):
-        first, second = merge.split(" ") if isinstance(merge, str) else merge
-        a = to_bytes(first)
-        b = to_bytes(second)
+    for rank, merge in enumerate(merges):
+        a, b = read_merge(merge)
         if not {a, b, a + b} <= ids.keys():
             raise ValueError(f"the vocabulary lacks a token of the merge {(a, b)}")
         rules[ids[a], ids[b]] = (rank, ids[a + b])
-    return ids, rules
+    return rules
+
+
+def drops_space(decoder: Any) -> bool:
+    """Whether a decoder drops the space in front of a text."""
+    match decoder:
+        case {"type": "Sequence", "decoders": [*steps]}:
+            return any(map(drops_space, steps))
+        case {"type": "Strip", "content": " ", "start": 1}:
+            return True
+        case {"type": "Metaspace"}:
+            return decoder.get("prepend_scheme", "always") != "never"
+    return False
+
+
+def read_model(spec: dict) -> dict[str, Any]:
+    """The model of a tokenizer.json. Raises ValueError if it is not BPE as it is done here."""
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise ValueError("tokenizer.json has no model with a vocab")
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or isinstance(model["vocab"], list):
+        raise ValueError(f"the model is {kind}; the only kind that is read is BPE")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(option):
+            raise ValueError(f"a BPE model with {option} is not supported, but for CLIP's suffix")
+    return model
 
 
 def read_spec(spec: dict) -> Vocabulary:
-    """Read a tokenizer.json of byte-level BPE, such as GPT-2's, Llama 3's and Qwen's.
+    """Read a tokenizer.json with a BPE model, such as GPT-2's, Llama's, Qwen's and Gemma's.
 
     Raises ValueError for what cannot be followed exactly here. Its post_processor, which puts
     special tokens around a text, is ignored.
     """
-    model = spec["model"]
-    added = spec.get("added_tokens") or []
-    kind = model.get("type", "BPE")
-    if kind != "BPE":
-        raise ValueError(f"a {kind} model is not byte-level BPE, the only kind that is read")
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-        if model.get(option):
-            raise ValueError(f"a model with {option} is not byte-level BPE, the only kind read")
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(
-            f"normalizer {normalizer} is not supported; only Unicode's normal forms are"
-        )
+    model = read_model(spec)
+    vocab = model["vocab"]
+    added = read_added(spec.get("added_tokens") or [])
+    check_ids([*vocab.items(), *((token.content, token.id) for token in added)])
     for token in added:
-        if any(map(token.get, ("lstrip", "rstrip", "single_word"))):
-            raise ValueError(f"special token {token} depends on its surroundings: not supported")
-    patterns = read_patterns(spec.get("pre_tokenizer"))
-    specials = {token["content"]: token["id"] for token in added}
-    ids, rules = read_model(model, specials)
+        if vocab.get(token.content, token.id) != token.id:
+            raise ValueError(
+                f"token {token.content!r} has the id {token.id} in added_tokens and "
+                f"{vocab[token.content]} in the vocabulary"
+            )
+    # Special tokens are never made by merges.
+    specials = {token.content for token in added if token.special}
+    ids = {token: i for token, i in vocab.items() if token not in specials}
+    unknown = model.get("unk_token")
+    if unknown is not None and unknown not in vocab:
+        raise ValueError(f"the vocabulary lacks the unk_token {unknown!r}")
+    splitters = read_splitters(spec.get("pre_tokenizer"))
     return Vocabulary(
-        ids, rules, specials, patterns, normalizer, ignore_merges=model.get("ignore_merges", False)
+        ids=ids,
+        rules=read_rules(model.get("merges"), ids),
+        added=added,
+        normalizers=read_normalizers(spec.get("normalizer")),
+        splitters=splitters,
+        by_bytes=write_bytes in splitters,
+        unknown=None if unknown is None else vocab[unknown],
+        fuse_unknown=bool(model.get("fuse_unk")),
+        byte_fallback=bool(model.get("byte_fallback")),
+        ignore_merges=bool(model.get("ignore_merges")),
+        drop_space=drops_space(spec.get("decoder")),
     )
+
+
+def token_content(token: str, vocabulary: Vocabulary) -> bytes:
+    """The bytes that a token of a Vocabulary stands for."""
+    if vocabulary.by_bytes:
+        if BYTE_OF.keys() >= set(token):
+            return bytes(BYTE_OF[char] for char in token)
+        return token.encode("utf-8")  # no text becomes this token
+    if vocabulary.byte_fallback and token in BYTE_TOKENS:
+        return bytes([BYTE_TOKENS[token]])
+    return token.replace(SPACE, " ").encode("utf-8")
 
 
 # ---- make a tokenizer.json -----------------------------------------------------------------------
@@ -175,8 +243,12 @@ def ranked_merges(scores: dict[str, float]) -> list[list[str]]:
     return merges
 
 
-def sentencepiece_spec(library: SentencePieceProcessor, specials: dict[str, int]) -> dict:
-    """The tokenizer.json of a SentencePiece model that does not normalise; unknown is id 0.
+def sentencepiece_spec(
+    library: SentencePieceProcessor, specials: dict[str, int], prefix_space: bool = False
+) -> dict:
+    """The tokenizer.json of a SentencePiece model that does not normalise.
+
+    prefix_space: whether the model puts a space in front of a text.
 
     It gives the same ids, with two exceptions: a literal U+2581 in the text becomes a space, and of
     two equally probable unigram segmentations the other may be taken.
@@ -189,7 +261,12 @@ def sentencepiece_spec(library: SentencePieceProcessor, specials: dict[str, int]
     # The scores of a unigram model are log p; those of BPE are ranks, which are whole.
     if any(score % 1 for score in scores.values()):
         vocab = [[name, library.get_score(i)] for i, name in enumerate(names)]
-        model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}
+        model = {
+            "type": "Unigram",
+            "unk_id": library.unk_id(),
+            "vocab": vocab,
+            "byte_fallback": True,
+        }
         # The library finds the piece of a byte by its name: keep "<0x41>" in a text from being it.
         pattern = {"Regex": r"<(?=(0x[0-9A-F]{2}|unk|\|endoftext\|)>)"}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -198,22 +275,77 @@ def sentencepiece_spec(library: SentencePieceProcessor, specials: dict[str, int]
             "type": "BPE",
             "vocab": {name: i for i, name in enumerate(names)},
             "merges": ranked_merges(scores),
-            "unk_token": names[0],
+            "unk_token": names[library.unk_id()],
             "byte_fallback": True,
         }
         split = None
     to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if prefix_space:
+        prepend = {"type": "Prepend", "prepend": "▁"}
+        normalizer = {"type": "Sequence", "normalizers": [prepend, normalizer]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return make_spec(
         model,
         specials,
-        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        normalizer=normalizer,
         pre_tokenizer=split,
         decoder={"type": "Sequence", "decoders": decoders},
     )
 
 
-# ---- GPT-2's vocab.json and merges.txt ----------------------------------------------------------
+# ---- vocab.json and merges.txt -------------------------------------------------------------------
+
+# Classes of transformers that split by GPT-2's pattern, as such a folder does by default.
+LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "CodeGen", "Longformer", "CLIP", "PreTrained")
+NAMES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # of special tokens in a config
+
+
+class Companions(NamedTuple):
+    """What the files beside a vocabulary say."""
+
+    kind: str  # the class of transformers, without "Tokenizer"; "" if unknown
+    end: str | None  # the token that ends a text
+    specials: list[str]  # names of special tokens
+    added: list[AddedToken]  # from added_tokens.json and tokenizer_config.json
+    prefix_space: bool  # whether a space is put in front of a text
+
+
+def token_name(token: Any) -> str | None:
+    """The name of a token in a config: a text, or an object with the text and its flags."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def read_companions(files: dict[str, bytes]) -> Companions:
+    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json, if present."""
+    config = read_object(files, "special_tokens_map.json")
+    config |= read_object(files, "tokenizer_config.json")
+    specials = [token_name(config.get(f"{name}_token")) for name in NAMES]
+    further = config.get("additional_special_tokens") or []
+    specials += map(token_name, further if isinstance(further, list) else [])
+    specials = [name for name in dict.fromkeys(specials) if name]
+    tokens = {}
+    for name, i in read_object(files, "added_tokens.json").items():
+        tokens[name] = AddedToken(name, check_id(name, i), name in specials)
+    described = config.get("added_tokens_decoder") or {}
+    if not isinstance(described, dict):
+        raise ValueError("tokenizer_config.json: added_tokens_decoder is not an object")
+    for i, fields in described.items():
+        if not i.isdecimal() or not isinstance(fields, dict):
+            raise ValueError(f"tokenizer_config.json: added_tokens_decoder has {i[:40]!r}")
+        for token in read_added([fields | {"id": int(i)}]):
+            tokens[token.content] = token
+    kind = str(config.get("tokenizer_class") or "")
+    return Companions(
+        kind=kind.removesuffix("Fast").removesuffix("Tokenizer"),
+        end=token_name(config.get("eos_token")),
+        specials=specials,
+        added=list(tokens.values()),
+        prefix_space=config.get("add_prefix_space") is True,
+    )
 
 
 def read_merges(text: str) -> list[str]:
@@ -221,12 +353,31 @@ def read_merges(text: str) -> list[str]:
     return [line for line in text.split("\n") if line and not line.startswith("#version")]
 
 
-def gpt2_spec(vocab: dict[str, int], merges_txt: str) -> dict:
+def gpt2_spec(vocab: dict[str, int], merges_txt: str, companions: Companions) -> dict:
     """The tokenizer.json of a vocab.json and merges.txt, as GPT-2 was first published."""
     merges = read_merges(merges_txt)
     if any(merge.endswith(END_OF_WORD) for merge in merges):
         raise ValueError("merges.txt marks ends of words with </w>: it is not byte-level BPE")
-    return bpe_spec(vocab, merges, {name: vocab[name] for name in END_NAMES if name in vocab})
+    specials = {name: vocab[name] for name in END_NAMES if name in vocab}
+    specials |= {name: vocab[name] for name in companions.specials if name in vocab}
+    spec = bpe_spec(vocab, merges, specials)
+    if companions.kind == "Qwen2":
+        pattern = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
+        steps = [pattern | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        spec["normalizer"] = {"type": "NFC"}
+    elif companions.kind and companions.kind not in LIKE_GPT2:
+        raise ValueError(
+            f"tokenizer_class is {companions.kind}Tokenizer, whose way to split a text is not in "
+            "vocab.json and merges.txt: add its tokenizer.json"
+        )
+    elif companions.prefix_space:
+        spec["pre_tokenizer"] = BYTE_LEVEL | {"add_prefix_space": True}
+    described = {token.content: token for token in companions.added}
+    entries = [token for token in spec["added_tokens"] if token["content"] not in described]
+    entries += [token._asdict() for token in described.values()]
+    spec["added_tokens"] = sorted(entries, key=lambda token: token["id"])
+    return spec
 
 
 # ---- CLIP's tokenizer.json -----------------------------------------------------------------------
@@ -252,7 +403,8 @@ CLIP_SPLIT = {
 
 def marks_word_ends(spec: dict) -> bool:
     """Whether the tokens of a tokenizer.json carry CLIP's mark where they end a word."""
-    return spec["model"].get("end_of_word_suffix") == END_OF_WORD
+    model = spec.get("model") if isinstance(spec, dict) else None
+    return isinstance(model, dict) and model.get("end_of_word_suffix") == END_OF_WORD
 
 
 def is_clip(spec: dict) -> bool:
@@ -273,22 +425,29 @@ def read_clip_spec(spec: dict) -> Vocabulary:
     merges must be CLIP's, which ClipTokenizer has in code. Raises ValueError if they are not.
     """
     # A special token that is one byte is for padding, "!" in Stable Diffusion 2, and stays a byte.
-    added = [token for token in spec.get("added_tokens") or [] if token["content"] not in BYTE_OF]
+    added = [
+        token
+        for token in spec.get("added_tokens") or []
+        if not isinstance(token, dict) or token.get("content") not in BYTE_OF
+    ]
+    model = spec.get("model")
     plain = {
-        "model": spec["model"] | {"end_of_word_suffix": None},
+        "model": model | {"end_of_word_suffix": None, "unk_token": None},
         "normalizer": None,
         "pre_tokenizer": BYTE_LEVEL,
         "added_tokens": added,
     }
     vocabulary = read_spec(plain)
     refusal = "BPE with ends of words, but not byte-level as CLIP's"
+    specials = {token.content for token in vocabulary.added}
     for name in (START, EOT):
-        if name not in vocabulary.specials:
+        if name not in specials:
             raise ValueError(f"{refusal}: the special tokens lack {name}; add it to added_tokens")
-    for b in range(256):
-        end = bytes([b]) + END_OF_WORD.encode("utf-8")
-        if end not in vocabulary.ids:
-            raise ValueError(f"{refusal}: the vocabulary lacks {end}")
+    for char, b in BYTE_OF.items():
+        for token in (char, char + END_OF_WORD):
+            if token not in vocabulary.ids:
+                end = token.removeprefix(char).encode("utf-8")
+                raise ValueError(f"{refusal}: the vocabulary lacks {bytes([b]) + end}")
     if not is_clip(spec):
         raise ValueError(f"{refusal}: its normalizer or pre_tokenizer splits differently")
     return vocabulary
@@ -325,17 +484,30 @@ def clip_spec(vocab: dict[str, int], merges_txt: str) -> dict:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def published_spec(files: dict[str, bytes]) -> dict | None:
+def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in a file; {} if it is absent. Raises ValueError if it is no object."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is a {type(value).__name__}, not an object")
+    return value
+
+
+def published_spec(files: dict[str, bytes], companions: Companions) -> dict | None:
     """The spec that files, name -> content, hold in tokenizer.json, or in vocab.json and
     merges.txt. None if they hold neither."""
     if "tokenizer.json" in files:
-        return json.loads(files["tokenizer.json"])
+        return read_object(files, "tokenizer.json")
     if "vocab.json" in files and "merges.txt" in files:
-        vocab = json.loads(files["vocab.json"])
+        vocab = read_object(files, "vocab.json")
         merges_txt = files["merges.txt"].decode("utf-8")
         if "a" + END_OF_WORD in vocab:
             return clip_spec(vocab, merges_txt)
-        return gpt2_spec(vocab, merges_txt)
+        return gpt2_spec(vocab, merges_txt, companions)
     return None
 
 
@@ -345,7 +517,7 @@ def to_json(value: dict) -> bytes:
 
 
 def hugging_face_files(spec: dict, end: str) -> dict[str, bytes]:
-    """Files by name for the libraries tokenizers and transformers; end is the end-of-text token."""
+    """The files of a tokenizer.json by name; end is the end-of-text token."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
@@ -355,14 +527,57 @@ def hugging_face_files(spec: dict, end: str) -> dict[str, bytes]:
     return {"tokenizer.json": to_json(spec), "tokenizer_config.json": to_json(config)}
 
 
-def clip_files(spec: dict) -> dict[str, bytes]:
+def export_files(
+    spec: dict, end: str, captions: int = 0, chat_template: str = ""
+) -> dict[str, bytes]:
+    """The same files for the rows that a model was trained on; the end token also pads.
+
+    captions: context length of a text tower, whose rows are a text, the end token, and padding.
+    chat_template: how transformers writes a conversation, in Jinja.
+    """
+    config = json.loads(hugging_face_files(spec, end)["tokenizer_config.json"])
+    config |= {"pad_token": end, "padding_side": "left"}  # so that a batch continues at its right
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    if captions:
+        config |= {"padding_side": "right", "model_max_length": captions}
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        pair = {"Sequence": {"id": "B", "type_id": 0}}
+        end_token = {"SpecialToken": {"id": end, "type_id": 0}}
+        spec = spec | {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [text, end_token],
+                "pair": [text, end_token, pair, end_token],
+                "special_tokens": {end: {"id": end, "ids": [ids[end]], "tokens": [end]}},
+            }
+        }
+    if chat_template:
+        config["chat_template"] = chat_template
+    return {"tokenizer.json": to_json(spec), "tokenizer_config.json": to_json(config)}
+
+
+def added_tokens_files(added: Iterable[AddedToken], end: str) -> dict[str, bytes]:
+    """The files that say which tokens stand beside a tokenizer.model, and which ends a text."""
+    described = {str(token.id): token._asdict() for token in added}
+    config = {"eos_token": end, "added_tokens_decoder": described}
+    return {"tokenizer_config.json": to_json(config)}
+
+
+def is_tiktoken(model: bytes) -> bool:
+    """Whether a tokenizer.model is tiktoken's: lines of a token in base64 and its rank."""
+    words = model.split(b"\n", 1)[0].split(b" ")
+    return len(words) == 2 and words[1].strip().isdigit()
+
+
+def clip_files(spec: dict, context_length: int) -> dict[str, bytes]:
     """The same files for CLIP's tokenizer, for which transformers has a class."""
     config = {
         "eos_token": EOT,
         "unk_token": EOT,
         "pad_token": EOT,
         "bos_token": START,
-        "model_max_length": CLIP_CONTEXT_LENGTH,
+        "model_max_length": context_length,
         "tokenizer_class": "CLIPTokenizer",
     }
     return {"tokenizer.json": to_json(spec), "tokenizer_config.json": to_json(config)}

@@ -1,0 +1,341 @@
+"""Published tokenizers, built small with the library `tokenizers`: equal ids on any text.
+
+Each family's normalizer, pre-tokenizer, model options and added tokens are those of its published
+tokenizer.json; only the vocabulary is small.
+"""
+
+import io
+import json
+import pickle
+import time
+import unicodedata
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Punctuation, Sequence, Split
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer
+
+from tinyfm import tokenizer as T
+from tinyfm.hub.text_steps import LLAMA3_PATTERN, QWEN2_PATTERN, SPACE
+
+WORDS = """the cat cats catch photo of naïve Ångström angel 中文 中 日本 🙂 'S 's 't 're it's don't
+def return import self __init__ == != >= 12 1999 2024 3.14 x1 ½ ² Ⅷ ٣ <|im_start|> user assistant
+    indented  twice\tand tabs ... !? (a+b)*c é e\u0301 ﬁ straße"""
+TEXT = "\n".join(f"{WORDS} {a}{b} {b}" for a in WORDS.split()[:20] for b in WORDS.split()[20:])
+PIECES = [*WORDS.split(), " ", "  ", "    ", "\n", "\t", "1", "234", "é", SPACE, "<0x41>"]
+
+DEEPSEEK = [
+    r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}",
+]  # fmt: skip
+
+
+def level(**options) -> ByteLevel:
+    return ByteLevel(**({"add_prefix_space": False} | options))
+
+
+def split(pattern: str, behavior: str = "isolated") -> Split:
+    return Split(Regex(pattern), behavior)
+
+
+def no_regex(*steps) -> Sequence:
+    return Sequence([*steps, level(use_regex=False)])
+
+
+# Family -> its pre-tokenizer, its normalizer, and the options of its model.
+LIKE_LLAMA = {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+LLAMA_NORMALIZER = normalizers.Sequence(
+    [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+)
+FAMILIES = {
+    "gpt2": (level(), None, {}),
+    "roberta": (level(add_prefix_space=True), None, {}),
+    "llama-2": (None, LLAMA_NORMALIZER, LIKE_LLAMA),
+    "mistral-0.3": (Metaspace(SPACE, "first", split=False), None, LIKE_LLAMA),
+    "phi-3": (None, LLAMA_NORMALIZER, LIKE_LLAMA),
+    "gemma": (Split(" ", "merged_with_previous"), normalizers.Replace(" ", SPACE), LIKE_LLAMA),
+    "llama-3": (no_regex(split(LLAMA3_PATTERN)), None, {"ignore_merges": True}),
+    "qwen-2": (no_regex(split(QWEN2_PATTERN)), normalizers.NFC(), {}),
+    "deepseek": (no_regex(*map(split, DEEPSEEK)), normalizers.Sequence([]), {}),
+    "falcon": (
+        Sequence([Punctuation("contiguous"), level(), Digits(), split("[0-9][0-9][0-9]")]), None, {}
+    ),
+    "starcoder": (Sequence([Digits(individual_digits=True), level()]), None, {}),
+    "phi-2": (level(), None, {}),
+    "bloom": (
+        no_regex(split(r" ?[^(\s|[.,!?…。，、।۔،])]+")), None, {}
+    ),
+    "t5-like steps": (
+        Metaspace(SPACE, "always"),
+        normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        ),
+        {"unk_token": "<unk>"},
+    ),
+    "words": (
+        Sequence([pre_tokenizers.Whitespace(), split("'", "merged_with_next")]),
+        normalizers.Sequence(
+            [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
+        ),
+        {"unk_token": "<unk>", "fuse_unk": True},
+    ),
+    "no byte alphabet": (level(), None, {}),
+}  # fmt: skip
+SPECIALS = [T.EOT, "<unk>", "<|im_end|>"]
+ADDED = {
+    "roberta": [AddedToken("<mask>", lstrip=True, special=True)],
+    "llama-2": [AddedToken("<extra>", normalized=True, special=False)],
+    "mistral-0.3": [AddedToken("[INST]", special=True), AddedToken("<tool>", special=False)],
+    "phi-3": [AddedToken("<|end|>", rstrip=True, special=True)],
+    "gemma": [AddedToken("  " * n, normalized=False, special=False) for n in (1, 2, 3)],
+    "qwen-2": [AddedToken("<tool_call>", normalized=False, special=False)],
+    "phi-2": [AddedToken(" " * n, normalized=False, special=False) for n in range(9, 1, -1)],
+    "words": [
+        AddedToken("cat", single_word=True, special=False),
+        AddedToken("É", normalized=True, special=False),
+    ],
+}
+
+
+def build(family: str) -> Tokenizer:
+    """A tokenizer of the library, in the layout of a family."""
+    pre_tokenizer, normalizer, options = FAMILIES[family]
+    tokenizer = Tokenizer(models.BPE(**options))
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    specials = list(SPECIALS)
+    if options.get("byte_fallback"):
+        specials += [f"<0x{b:02X}>" for b in range(256)]
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if family != "gemma":
+            steps.append(decoders.Strip(" ", 1, 0))
+        tokenizer.decoder = decoders.Sequence(steps)
+    else:
+        tokenizer.decoder = decoders.ByteLevel()
+    alphabet = []
+    if "ByteLevel" in str(pre_tokenizer) and family != "no byte alphabet":
+        alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=900, special_tokens=specials, initial_alphabet=alphabet, show_progress=False,
+        max_token_length=12,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
+    spec = json.loads(tokenizer.to_str())
+    bytes_only = set(specials[len(SPECIALS) :])
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in bytes_only]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.add_tokens(ADDED.get(family, []))
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """The library's tokenizer, and ours that read its file."""
+    reference = build(request.param)
+    folder = tmp_path_factory.mktemp("family")
+    reference.save(str(folder / "tokenizer.json"))
+    return reference, T.load(folder)
+
+
+def texts_with(pieces: list[str]):
+    texts = st.one_of(
+        st.text(max_size=30),
+        st.text(st.sampled_from("ab eE'\n\t .,0129▁é中🙂s<|>²٣"), max_size=40),
+        st.lists(st.sampled_from(pieces), max_size=12).map("".join),
+        st.lists(st.sampled_from(pieces), max_size=12).map(" ".join),
+    )
+    # The libraries know different versions of Unicode, so compare only assigned characters.
+    return texts.map(lambda t: "".join(c for c in t if unicodedata.category(c) not in ("Cn", "Cs")))
+
+
+def test_ids_are_those_of_the_library(pair):
+    reference, ours = pair
+    added = [token.content for token in reference.get_added_tokens_decoder().values()]
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=texts_with([*PIECES, *added]))
+    def assert_same_ids(text):
+        reference.encode_special_tokens = False
+        assert ours.encode(text, specials=True) == reference.encode(text).ids
+        reference.encode_special_tokens = True
+        assert ours.encode(text) == reference.encode(text).ids
+
+    assert_same_ids()
+    latin = "".join(map(chr, range(1500)))
+    for text in ["", *(f"a{name} {name}b" for name in added), TEXT[:5000], "a" * 300, latin]:
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+        reference.encode_special_tokens = False
+        assert ours.encode(text, specials=True) == reference.encode(text).ids, text
+    assert ours.vocab_size >= reference.get_vocab_size()
+
+
+def test_a_copy_in_another_process_gives_the_same_ids(pair):
+    _, ours = pair
+    copy = pickle.loads(pickle.dumps(ours))
+    assert copy.encode(TEXT[:2000]) == ours.encode(TEXT[:2000])
+    assert copy.fingerprint() == ours.fingerprint()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-2", "gemma", "llama-3", "phi-3"])
+def test_the_text_of_ids_is_that_of_the_library(family, tmp_path):
+    reference = build(family)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    ours = T.load(tmp_path)
+    for text in ("The cat's naïve 中文 🙂", "  two\n\n lines", "12 ² x", "<0x41>"):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=False) == text
+
+
+# ---- other files ---------------------------------------------------------------------------------
+
+
+def write_slow(folder, family: str, config: dict, **others: dict) -> None:
+    """The files of a slow tokenizer: vocab.json, merges.txt, its config and further JSON files."""
+    build(family).model.save(str(folder))
+    for name, content in {"tokenizer_config": config, **others}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gpt2", {"tokenizer_class": "GPT2Tokenizer", "eos_token": T.EOT, "pad_token": "<pad>"}),
+        ("qwen-2", {"tokenizer_class": "Qwen2Tokenizer", "eos_token": T.EOT, "pad_token": "<pad>"}),
+    ],
+)
+def test_added_tokens_of_the_slow_layout(family, config, tmp_path):
+    size = build(family).get_vocab_size(with_added_tokens=False)
+    added = {"<extra>": size, "<pad>": size + 1}
+    write_slow(tmp_path, family, config, added_tokens=added)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ours = T.load(tmp_path)
+    for text in ["a<extra>b <pad>c", *PIECES, TEXT[:3000], "e\u0301 12345 <|im_end|>"]:
+        ids = reference.encode(text, add_special_tokens=False)
+        assert ours.encode(text, specials=True) == ids
+    assert ours.encode("<extra>") == [size]
+    assert size + 1 not in ours.encode("<pad>")
+    ours.save(tmp_path / "again")
+    assert T.load(tmp_path / "again").fingerprint() == ours.fingerprint()
+
+
+def test_a_slow_layout_of_an_unknown_class_is_refused(tmp_path):
+    write_slow(tmp_path, "deepseek", {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(ValueError, match=r"LlamaTokenizer.*tokenizer\.json"):
+        T.load(tmp_path)
+
+
+def test_an_end_of_text_that_the_config_names(tmp_path):
+    reference = build("deepseek")
+    spec = json.loads(reference.to_str().replace(T.EOT, "<｜end▁of▁sentence｜>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match="ends a text"):
+        T.load(tmp_path)
+    config = {"eos_token": {"content": "<｜end▁of▁sentence｜>", "lstrip": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours = T.load(tmp_path)
+    assert ours.decode([ours.eot]) == "<｜end▁of▁sentence｜>"
+    ours.save(tmp_path / "again")
+    assert T.load(tmp_path / "again").eot == ours.eot
+
+
+def sentencepiece_model(**options) -> bytes:
+    """A small model as Llama 2's: BPE, with bytes, and a space in front of each text."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n")), model_writer=writer, vocab_size=700,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2, num_threads=1, **options,
+    )  # fmt: skip
+    return writer.getvalue()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_gives_the_ids_of_its_library(prefix, tmp_path):
+    model = sentencepiece_model(add_dummy_prefix=prefix)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    config = {"added_tokens_decoder": {"700": {"content": "<pad>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = T.load(tmp_path)
+    assert (ours.vocab_size, ours.specials["<pad>"]) == (701, 700)
+    assert 700 in ours.encode("a<pad>b", specials=True) and 700 not in ours.encode("a<pad>b")
+    ours.save_pretrained(tmp_path / "again")
+    again = T.load(tmp_path / "again")
+    exported = Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=texts_with(PIECES))
+    def assert_same_ids(text):
+        text = text.replace(SPACE, "")  # ours keep it; the library makes it a space
+        ids = library.encode(text)
+        assert ours.encode(text) == again.encode(text) == ids
+        assert ours.decode(ids) == text
+        assert exported.encode(text).ids == ids
+
+    assert_same_ids()
+
+
+def test_a_tokenizer_json_counts_before_a_tokenizer_model_of_others(tmp_path):
+    """Such a model is tiktoken's, or lacks the added tokens; our own counts first."""
+    reference = build("llama-3")
+    reference.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(b"AA== 0\nAQ== 1\n")
+    assert T.load(tmp_path).encode(TEXT[:500]) == reference.encode(TEXT[:500]).ids
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    assert T.load(tmp_path).encode(TEXT[:500]) == reference.encode(TEXT[:500]).ids
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"AA== 0\nAQ== 1\n")
+    with pytest.raises(ValueError, match=r"tiktoken.*tokenizer\.json"):
+        T.load(tmp_path)
+    own = T.train("sentencepiece", [TEXT], 600)
+    own.save_pretrained(tmp_path)
+    assert isinstance(T.load(tmp_path), T.SentencePieceTokenizer)
+
+
+# ---- strangers' files ----------------------------------------------------------------------------
+
+
+def with_split(**fields) -> dict:
+    """GPT-2's tokenizer.json with another split."""
+    spec = json.loads(build("gpt2").to_str())
+    step = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"]["add_prefix_space"] = False
+    steps = [step | fields, spec["pre_tokenizer"]]
+    return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+def test_a_pattern_that_never_ends_is_stopped():
+    ours = T.BPETokenizer(with_split(pattern={"Regex": r"(a+)+$|(a|aa)+b"}))
+    assert ours.encode("cat") == ours.encode("cat")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"pattern '\(a\+\)\+.* takes over 0.5 s on 60 characters"):
+        ours.encode("a" * 59 + "!")
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": {"Regex": "(a"}}, "'\\(a' cannot be read"),
+        ({"pattern": {"Regex": "a" * 10**6}}, "reasonable length"),
+        ({"pattern": {"Regex": 7}}, "neither a String nor a Regex"),
+        ({"pattern": {"Regex": r"[a-z&&[^b]]"}}, "&&"),
+        ({"behavior": "Sideways"}, "Sideways"),
+    ],
+)
+def test_a_split_that_cannot_be_followed_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        T.BPETokenizer(with_split(**fields))
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for content in ("[" * 100_000, "[]", '"text"', "{", '{"model": {"vocab": []}}'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            T.load(tmp_path)
