@@ -153,6 +153,45 @@ def test_a_fault_on_one_rank_is_handled_by_both(options, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "nan") if "loss" in row] == [1, 2, 4]
 
 
+# Runs train.py three times with ranks that differ: in an option, in the data, in the code.
+UNLIKE = """
+import os, sys
+import train
+from tinyfm.training import distributed
+from tinyfm.batches.text import TextData
+distributed.stop = lambda: None
+out, *options = sys.argv[1:]
+second = os.environ["RANK"] == "1"
+plain_init = TextData.__init__
+plain_software = distributed.software
+
+def init(self, *arguments):
+    plain_init(self, *arguments)
+    self.fingerprint += " other" * (fault == "data" and second)
+
+def software():
+    return plain_software() | {"code of tinyfm": f"version {fault == 'code' and second}"}
+
+TextData.__init__ = init
+distributed.software = software
+for fault in ("option", "data", "code"):
+    more = ["--optim.lr", "0.5"] if fault == "option" and second else []
+    sys.argv = ["train.py", *options, *more, "--out", f"{out}/{fault}"]
+    print(train.main(), flush=True)
+os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
+"""
+
+
+def test_ranks_that_differ_do_not_train(options, tmp_path):
+    expected = ["optim.lr is 0.5, not 0.012", "fingerprint of the data is", "version True, not"]
+    for out, err in run_two_ranks(UNLIKE, tmp_path / "runs", *options):
+        lines = [line for line in out.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 3, out + err
+        for line, part in zip(lines, expected):
+            assert "rank 1 differs from rank 0: " in line and part in line
+    assert not [*(tmp_path / "runs").rglob("*.json")]
+
+
 # ---- reproducibility ----------------------------------------------------------------------------
 
 

@@ -133,7 +133,7 @@ def stopping(data, place: str, number: int, at: int):
     def val_batches(n):
         evaluations.append(n)
         for i, batch in enumerate(data.val_batches(n)):
-            if place == "evaluation" and len(evaluations) == at and i == 1:
+            if place == "evaluation" and len(evaluations) == at and i == 0:
                 signal.raise_signal(number)
             yield batch
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ def resolve(
     Raises ValueError for options that do not fit together, or runs that do not fit, before anything
     is trained.
     """
+    if distributed.joined():
+        options = {"preset": name, **run_dir.flatten(asdict(run))}
+        distributed.check_alike(options | distributed.software(), world)
     changes = {}
     if not run.dry_run:
         out = Path(run.out)
@@ -280,6 +283,7 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
         if status:
             return status
     data = plan.data or open_data(run, world)
+    distributed.check_alike({"fingerprint of the data": data.fingerprint}, world)
     record = run_dir.to_record(plan.name, run, data.fingerprint)
     torch.manual_seed(run.train.seed)
     model = build_model(plan, data)

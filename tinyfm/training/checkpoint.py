@@ -19,9 +19,8 @@ One process owns a run directory (common/folders.py), so what others left there 
 
 The training state is what a run needs besides its weights to resume bit for bit. It is stored by
 torch.distributed.checkpoint (DCP): every rank writes its part, and any number of ranks can read it
-back. DCP's index is a pickle, and a pickle can run code when it is read. So resume only your own
-runs. Everything else in a checkpoint is safe to share, and sampling, evaluating and exporting never
-open state/.
+back. DCP's index is a pickle, and a pickle can run code when it is read; unpickle.py reads it so
+that it cannot. Sampling, evaluating and exporting never open state/.
 
 Under torchrun every rank calls `save`, on one shared file system. Rank 0 writes the weights and
 the manifest, each rank writes its part of state/, and an error on one rank is raised on all ranks.
@@ -300,7 +299,7 @@ def restore_state(
     optimizers: Sequence[Optimizer],
     counters: dict[str, Any],
 ) -> None:
-    """Fill optimizers and counters in place from folder/state, which must be from your own run.
+    """Fill optimizers and counters in place from folder/state. No code in it is run.
 
     Every rank calls this, with the same arguments as `collect_state`; the number of ranks may
     differ. DCP fills a template: `counters` has the names that were saved, and for a fresh
@@ -315,13 +314,15 @@ def restore_state(
         set_optimizer_state_dict,
     )
 
+    from tinyfm.training.unpickle import Planner, Reader
+
     folder = Path(folder) / "state"
     states = {}
     for index, optimizer in enumerate(optimizers):
         states[str(index)] = get_optimizer_state_dict(model, optimizer)
     try:
         # Compare the template with the names that were saved.
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        saved = Reader(folder).read_metadata().state_dict_metadata
         unused = {name for name in saved if name.startswith("optimizers.") and ".state." in name}
         for index, template in states.items():
             for name, slots in list(template["state"].items()):
@@ -335,7 +336,7 @@ def restore_state(
         # Fill the template, and hand it to the optimizers.
         with _dcp_errors():
             tree = {"optimizers": states, "counters": counters}
-            dcp.load(tree, checkpoint_id=folder, process_group=None)
+            dcp.load(tree, storage_reader=Reader(folder), planner=Planner())
         for state, optimizer in zip(states.values(), optimizers):
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -9,13 +9,17 @@ and on when to stop.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +103,39 @@ def on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup | None = Non
     if problem:
         raise problem
     return result
+
+
+def software() -> dict[str, str]:
+    """The code and the libraries that the numbers of a run depend on: {name: version}."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("tinyfm/**/*.py"), *root.glob("data/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    versions = {"code of tinyfm": digest.hexdigest()[:12], "Python": platform.python_version()}
+    for name in ("torch", "numpy", "sentencepiece", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def check_alike(facts: dict[str, Any], world: World) -> None:
+    """Raise ValueError on every rank, with what differs, unless all ranks have the same facts.
+
+    Ranks that differ train on without an error: each computes gradients of another loss.
+    """
+    if not joined():
+        return
+    everyone: list[dict[str, Any]] = [{}] * world.size
+    dist.all_gather_object(everyone, facts)
+    first = everyone[0]
+    for number, own in enumerate(everyone):
+        different = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+        if different:
+            shown = [f"{name} is {own.get(name)}, not {first.get(name)}" for name in different[:3]]
+            raise ValueError(
+                f"rank {number} differs from rank 0: {'; '.join(shown)}. Start all ranks with the "
+                "same options, data, code and libraries"
+            )
 
 
 @contextlib.contextmanager

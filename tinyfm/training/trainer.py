@@ -420,7 +420,12 @@ class Trainer:
             self.ema.load(parallel.distribute(averages, self.ema.average))
         checkpoint.restore_state(folder, self.model, self.optimizers, self.counters)
         self.scores = checkpoint.read_meta(folder)
-        del self.scores["step"]
+        step = self.scores.pop("step")
+        if self.counters["step"] != step:
+            raise files.CheckpointError(
+                f"{folder}: the training state is of step {self.counters['step']}, meta.json of "
+                f"step {step}; resume from another checkpoint"
+            )
         return folder
 
     # ---- the run ---------------------------------------------------------------------------------
