@@ -12,7 +12,8 @@ wording of the questions are drawn by a generator whose seed is the name of the 
 are the same on every machine with the same Python.
 
 The splits are those of data/docs.py: what is said about a class or function is held out here if its
-documentation is held out there. So a model that was trained on `docs` has not read the answers.
+documentation is held out there. So a model that was trained on `docs` has not read the answers. A
+few are left out because training has the same sentence about another function.
 
     python -m data.chats
 """
@@ -24,10 +25,11 @@ import platform
 import random
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from data.docs import SKIPPED, definition_of, docstrings, name_in
 from data.report import Report, show
-from data.splits import split_of
+from data.splits import TRAIN, split_of
 from data.stdlib import HELD_OUT, library_folder, module_name, python_files
 
 MAX_ANSWER_CHARS = 200
@@ -41,9 +43,13 @@ ARGUMENTS = ("Which arguments does {} take?", "What are the arguments of {}?")
 Messages = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def first_sentence(docstring: str) -> str:
     """The first sentence of the first paragraph, on one line; the whole paragraph if none ends."""
-    paragraph = " ".join(inspect.cleandoc(docstring).strip().split("\n\n")[0].split())
+    paragraph = one_line(inspect.cleandoc(docstring).strip().split("\n\n")[0])
     found = SENTENCE.match(paragraph)
     return found[0] if found else paragraph
 
@@ -93,6 +99,30 @@ def version() -> str:
     return f"chats-2 python-{platform.python_version()}"
 
 
+class Entry(NamedTuple):
+    """A docstring of the standard library."""
+
+    heading: str
+    docstring: str
+    module: str
+    split: str
+
+
+def library_entries(report: Report) -> Iterator[Entry]:
+    """Yield the docstrings of all modules, with the split of the definition each belongs to."""
+    root = library_folder()
+    for path in python_files(root, SKIPPED):
+        module = module_name(path, root, "")
+        try:
+            found = docstrings(path.read_bytes(), module)
+        except (SyntaxError, ValueError) as error:
+            report.skip(f"does not parse: {type(error).__name__}", module)
+            continue
+        for heading, docstring in found:
+            split = split_of(definition_of(heading, module), HELD_OUT)
+            yield Entry(heading, docstring, module, split)
+
+
 def conversations(report: Report | None = None) -> Iterator[dict[str, str | Messages]]:
     """Yield a conversation for each public function, method and class with a docstring:
 
@@ -102,32 +132,27 @@ def conversations(report: Report | None = None) -> Iterator[dict[str, str | Mess
         report = Report()
     names = set()
     meanings = set()
-    root = library_folder()
-    for path in python_files(root, SKIPPED):
-        module = module_name(path, root, "")
-        try:
-            entries = docstrings(path.read_bytes(), module)
-        except (SyntaxError, ValueError) as error:
-            report.skip(f"does not parse: {type(error).__name__}", module)
+    entries = list(library_entries(report))
+    read_in_training = one_line(" ".join(e.docstring for e in entries if e.split == TRAIN))
+    for heading, docstring, module, split in entries:
+        if heading.startswith("module "):
             continue
-        for heading, docstring in entries:
-            if heading.startswith("module "):
-                continue
-            name = name_in(heading)
-            meaning = first_sentence(docstring)
-            report.found += 1
-            if name.startswith("_") or "._" in name:
-                report.skip("private", name)
-            elif not 0 < len(meaning) <= MAX_ANSWER_CHARS:
-                report.skip(f"no sentence of at most {MAX_ANSWER_CHARS} characters", name)
-            elif meaning in meanings or name in names:
-                report.skip("explained as another is", name)
-            else:
-                names.add(name)
-                meanings.add(meaning)
-                report.used += 1
-                split = split_of(definition_of(heading, module), HELD_OUT)
-                yield {"split": split, "messages": conversation(heading, meaning, module)}
+        name = name_in(heading)
+        meaning = first_sentence(docstring)
+        report.found += 1
+        if name.startswith("_") or "._" in name:
+            report.skip("private", name)
+        elif not 0 < len(meaning) <= MAX_ANSWER_CHARS:
+            report.skip(f"no sentence of at most {MAX_ANSWER_CHARS} characters", name)
+        elif meaning in meanings or name in names:
+            report.skip("explained as another is", name)
+        elif split != TRAIN and meaning in read_in_training:
+            report.skip("held out, but training has the explanation too", name)
+        else:
+            names.add(name)
+            meanings.add(meaning)
+            report.used += 1
+            yield {"split": split, "messages": conversation(heading, meaning, module)}
 
 
 if __name__ == "__main__":

@@ -58,14 +58,16 @@ def hash_words(text: str) -> np.ndarray:
 
 
 def hash_runs(words: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each run of `length` words; words (n,) -> uint64 (max(0, n - length + 1),)."""
+    """A hash of each run of `length` words; words (n,) -> uint64 (max(0, n - length + 1),).
+
+    It is a polynomial in the multiplier of splitmix64, whose coefficients are the words.
+    """
     count = max(0, len(words) - length + 1)
     mixed = np.zeros(count, dtype=np.uint64)
-    for i in range(length):
-        # Mix the next word into all runs at once, with the multiplier of splitmix64.
-        mixed = (mixed ^ words[i : i + count]) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(29)
-    return mixed
+    for i in range(length):  # the next word of all runs at once
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed += words[i : i + count]
+    return mixed * np.uint64(0x94D049BB133111EB)
 
 
 def shingles(text: str) -> np.ndarray:
@@ -74,7 +76,8 @@ def shingles(text: str) -> np.ndarray:
     A text of fewer words is a single run, padded with zeros.
     """
     words = hash_words(text)
-    words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
+    if len(words) < SHINGLE_WORDS:
+        words = np.append(words, np.zeros(SHINGLE_WORDS - len(words), dtype=np.uint64))
     return (hash_runs(words, SHINGLE_WORDS) >> np.uint64(32)).astype(np.uint32)
 
 

@@ -306,7 +306,7 @@ def small_run(d_model: int, n_head: int, data: TextConfig, train: TrainConfig) -
 
 def sweep_preset(d_model: int, steps: int) -> Preset:
     """A run on the standard library's code: 0.45 tokens a parameter, whatever the size."""
-    data = TextConfig(path="stdlib", val_fraction=0.03)
+    data = TextConfig(path="stdlib")
     train = TrainConfig(steps=steps, batch_size=16, micro_batch_size=8, eval_every=0)
     about = f"width {d_model}: one of seven runs for a scaling law"
     return Preset(about, small_run(d_model, d_model // 32, data, train))
@@ -325,7 +325,7 @@ PRESETS = {
         small_run(
             d_model=256,
             n_head=2,
-            data=TextConfig(val_fraction=0.03),  # each evaluation reads the whole validation text
+            data=TextConfig(),
             train=TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
         ),
         usual="1.65 to 1.66, as three seeds gave",
