@@ -22,11 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from data.report import NAMES_SHOWN
+from data.report import MAX_REASONS, NAMES_SHOWN, OTHER_REASONS, printable
 
 # ---- counts --------------------------------------------------------------------------------------
-
-MAX_REASONS = 40  # different reasons; more, from other people's files, could fill the memory
 
 
 @dataclass
@@ -43,11 +41,12 @@ class Tally:
 
     def drop(self, reason: str, names: list[str], count: int = 1) -> None:
         """Count documents as dropped. `names` has some or all of their names."""
+        reason = printable(reason)
         if len(self.dropped) >= MAX_REASONS and reason not in self.dropped:
-            reason = "other reasons"
+            reason = OTHER_REASONS
         entry = self.dropped.setdefault(reason, [0, []])
         entry[0] += count
-        entry[1] += names[: NAMES_SHOWN - len(entry[1])]
+        entry[1] += map(printable, names[: NAMES_SHOWN - len(entry[1])])
 
     def change(self, what: str, count: int = 1) -> None:
         """Count changes of a kind."""

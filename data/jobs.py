@@ -87,6 +87,27 @@ def check_settings(folder: Path, before: dict, now: dict, late: Iterable[str] = 
         )
 
 
+def read_journal(path: Path) -> dict:
+    """The state in a journal. Raises ValueError that names the file if it is malformed."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        match state:
+            case {
+                "settings": dict(),
+                "stage": str(),
+                "done": int(done),
+                "lengths": dict(lengths),
+            } if done >= 0:
+                sizes_fit = all(type(size) is int and size >= 0 for size in lengths.values())
+                if sizes_fit and all(Path(name).name == name for name in lengths):
+                    return state
+        raise ValueError("an entry is missing or of another kind")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete the folder {path.parent} and start again"
+        ) from error
+
+
 class Journal:
     """The state of a folder that is being made.
 
@@ -97,18 +118,20 @@ class Journal:
     def __init__(self, folder: Path, settings: dict, late: Iterable[str] = ()):
         """Start a folder, or return it to the last state on disk.
 
-        Raises ValueError if the folder was started with other settings. Those named in `late`,
-        which only the last stage ("encode") uses, may differ until that stage.
+        Raises ValueError if the folder was started with other settings, or if a file is missing or
+        shorter than it was. The settings named in `late`, which only the last stage ("encode")
+        uses, may differ until that stage.
         """
         self.folder = folder
         self.path = folder / "journal.json"
         self.state = {"settings": settings, "stage": "clean", "done": 0, "lengths": {}}
         if self.path.exists():
-            self.state = json.loads(self.path.read_text(encoding="utf-8"))
+            self.state = read_journal(self.path)
             may_differ = () if self.state["stage"] == "encode" else late
             check_settings(folder, self.state["settings"], settings, may_differ)
             self.state["settings"] = settings
         folder.mkdir(parents=True, exist_ok=True)
+        self.check_lengths()
         # Cut each file to its length then, and remove the files that did not exist then.
         for file in filter(Path.is_file, folder.iterdir()):
             length = self.state["lengths"].get(file.name)
@@ -116,6 +139,17 @@ class Journal:
                 os.truncate(file, length)
             elif file != self.path:
                 file.unlink()
+
+    def check_lengths(self) -> None:
+        """Raise ValueError if a file is shorter than at the last commit: a part of it is lost."""
+        for name, length in self.state["lengths"].items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else 0
+            if size < length or not path.is_file():
+                raise ValueError(
+                    f"{path} has {size:,} bytes, and had {length:,} when {self.path.name} was "
+                    f"written: delete the folder {self.folder} and start again"
+                )
 
     def commit(self, **state) -> None:
         """Update the state: force all files onto the disk, then replace the journal."""

@@ -12,16 +12,14 @@ skipped, with reasons. All texts are in memory at once; pictures are opened one 
     python -m data.labelled reviews.csv
 """
 
-import csv
 import hashlib
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data import files
+from data import reading, tables
 from data.report import Report
 
 # Modules that read pictures are imported in the functions that need them, so that a table of texts
@@ -29,8 +27,6 @@ from data.report import Report
 if TYPE_CHECKING:
     from data.pictures import Record
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLES = (*DELIMITERS, ".jsonl")
 LABEL_COLUMNS = ("label",)
 
 
@@ -53,34 +49,13 @@ class Row(NamedTuple):
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def read_table(table: Path) -> list[dict]:
-    """The rows of a table; {} for one without the right fields.
-
-    Raises ValueError if it cannot be read or has no rows.
-    """
-    try:
-        text, _ = files.read(table)
-        if table.suffix.lower() == ".jsonl":
-            lines = [files.parse_json(line) for line in text.split("\n") if line.strip()]
-            return [line if isinstance(line, dict) else {} for line in lines]
-        delimiter = DELIMITERS[table.suffix.lower()]
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{table} cannot be read: {error}") from error
-    if not rows:
-        raise ValueError(f"{table} has no row below its header line: add some")
-    # The reader marks a row of too many fields by a key None, one of too few by values None.
-    return [{} if None in row or None in row.values() else row for row in rows]
-
-
-def find_column(
-    table: Path, rows: list[dict], input_columns: Sequence[str], label_columns: Sequence[str]
+def check_columns(
+    table: Path, names: Sequence[str], input_columns: Sequence[str], label_columns: Sequence[str]
 ) -> str:
-    """The first of `input_columns` that the table has.
+    """The first of `input_columns` that the table, with columns of these names, has.
 
     Raises ValueError if it has none of them, or if one of `label_columns` is missing.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
     found = ", ".join(map(repr, names)) or "none"
     for name in label_columns:
         if name not in names:
@@ -115,24 +90,27 @@ def check_enough(rows: list[Row], path: str | Path, report: Report) -> None:
 def table_rows(
     table: Path, report: Report, input_columns: Sequence[str], label_columns: Sequence[str]
 ) -> list[Row]:
-    """The rows of a table that have an input and all labels; an input that repeats is used once."""
-    lines = read_table(table)
-    column = find_column(table, lines, input_columns, label_columns)
+    """The rows of a table that have an input and all labels; an input that repeats is used once.
+
+    Raises ValueError if the table cannot be read, has no rows, or lacks a column.
+    """
+    lines = list(tables.records(table, report))
+    if not lines:
+        raise ValueError(f"{table} has no row below its header line ({report}): add some")
+    names = list(dict.fromkeys(name for _, line in lines for name in line))
+    column = check_columns(table, names, input_columns, label_columns)
     seen: dict[str, tuple[str, ...]] = {}  # input -> labels
-    report.found += len(lines)
-    for number, line in enumerate(lines, 1):
+    for place, line in lines:
         source = as_text(line.get(column))
         labels = tuple(as_text(line.get(name)) for name in label_columns)
-        if not line:
-            report.skip("not as many fields as the header, or no JSON object", f"row {number}")
-        elif not source:
-            report.skip(f"no {column}", f"row {number}")
+        if not source:
+            report.skip(f"no {column}", place)
         elif not all(labels):
-            report.skip("no label", f"row {number}")
+            report.skip("no label", place)
         elif source in seen and seen[source] == labels:
-            report.skip(f"the same {column} as a row before", f"row {number}")
+            report.skip(f"the same {column} as a row before", place)
         elif source in seen:
-            report.skip(f"the same {column} as a row before, with another label", f"row {number}")
+            report.skip(f"the same {column} as a row before, with another label", place)
         else:
             seen[source] = labels
     return [Row(source, labels) for source, labels in seen.items()]
@@ -149,8 +127,9 @@ def text_rows(
     Raises ValueError if there are fewer than two, or a column is missing.
     """
     table = Path(path).expanduser()
-    if not table.is_file() or table.suffix.lower() not in TABLES:
-        raise ValueError(f"{path} is not a file of labelled texts: give a {', '.join(TABLES)}")
+    if not table.is_file() or not tables.kind_of(table):
+        kinds = ", ".join(tables.SUFFIXES)
+        raise ValueError(f"{path} is not a file of labelled texts: give a {kinds}")
     rows = table_rows(table, report, (input_column or "text",), label_columns)
     report.used += len(rows)
     check_enough(rows, path, report)
@@ -180,23 +159,23 @@ def picture_rows(
             )
         pairs = captioned.folder_pairs(path, report, template="")
         rows = [Row(str(pair.path), (pair.label,)) for pair in pairs if pair.path.parent != path]
-    elif path.is_file() and path.suffix.lower() in TABLES:
+    elif path.is_file() and tables.kind_of(path):
         columns = (input_column,) if input_column else ("path", "image")
         rows = table_rows(path, report, columns, label_columns)
         rows = [Row(str(path.parent / row.source), row.labels) for row in rows]
     else:
-        tables = ", ".join(TABLES)
-        raise ValueError(f"{path} is no folder with a folder for each class, and no {tables}")
+        kinds = ", ".join(tables.SUFFIXES)
+        raise ValueError(f"{path} is no folder with a folder for each class, and no {kinds}")
     check_enough(rows, path, report)
     return rows
 
 
 def version(rows: Sequence[Row]) -> str:
-    """A name for the exact pictures: paths and labels, and the files' sizes and times of change."""
+    """A name for the exact pictures: their paths and labels, and a hash of each file."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((*row, files.state_of(Path(row.source)))).encode())
-    return f"labelled-2 {digest.hexdigest()}"
+        digest.update(repr((*row, reading.state_of(Path(row.source)))).encode())
+    return f"labelled-3 {digest.hexdigest()}"
 
 
 def records(

@@ -31,6 +31,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -45,9 +46,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data import dedupe, files
+from data import dedupe, files, reading, tables
 from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally, failed, mask
 from data.jobs import Journal, check_settings, ordered
+from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
@@ -116,9 +118,9 @@ def cut_position(piece: bytes) -> int:
     return after_line or after_space or last_character
 
 
-def plain_rows(path: Path) -> Iterator[files.Row]:
+def plain_rows(path: Path) -> Iterator[tables.Row]:
     """Yield a plain file in pieces of at most DOCUMENT_BYTES, cut at line ends if possible."""
-    with open(path, "rb") as file:
+    with reading.open_file(path) as file:
         start = 0
         rest = b""
         while True:
@@ -129,26 +131,26 @@ def plain_rows(path: Path) -> Iterator[files.Row]:
             name = path.as_posix()
             if start:
                 name += f", from byte {start}"
-            yield files.Row(name, "text", piece[:cut])
-            if b"\0" in piece[: files.HEAD_BYTES]:
+            yield tables.Row(name, "text", piece[:cut])
+            if b"\0" in piece[: reading.HEAD_BYTES]:
                 return  # a binary file: read no further
             start += cut
             rest = piece[cut:]
 
 
-def rows_of(path: Path, field: str) -> Iterator[files.Row]:
+def rows_of(path: Path, field: str, notes: Counter[str]) -> Iterator[tables.Row]:
     """The rows of a table, or the pieces of a plain file."""
-    if files.is_table(path):
-        return files.rows(path, field)
-    return files.to_the_end(path, plain_rows(path))
+    if tables.holds_documents(path, field):
+        return tables.rows(path, field, notes)
+    return tables.to_the_end(path, plain_rows(path))
 
 
-def batches(paths: list[Path], field: str) -> Iterator[list[files.Row]]:
-    """The rows of all files, in batches of about BATCH_BYTES."""
+def batches(paths: list[Path], field: str, notes: Counter[str]) -> Iterator[list[tables.Row]]:
+    """The rows of all files, in batches of about BATCH_BYTES. `notes` counts what is odd."""
     batch = []
     size = 0
     for path in paths:
-        for row in rows_of(path, field):
+        for row in rows_of(path, field, notes):
             batch.append(row)
             size += len(row.content) + 100  # even an almost empty row has a cost
             if size >= BATCH_BYTES:
@@ -169,14 +171,18 @@ class Kept(NamedTuple):
 
 
 def clean_batch(
-    batch: list[files.Row], field: str, filters: tuple[str, ...], masks: tuple[str, ...], near: bool
+    batch: list[tables.Row],
+    field: str,
+    filters: tuple[str, ...],
+    masks: tuple[str, ...],
+    near: bool,
 ) -> tuple[Tally, list[Kept]]:
     """The work of a worker on a batch: parse the rows, drop some, mask private data, make keys."""
     tally = Tally(found=len(batch))
     kept = []
     for row in batch:
         try:
-            text, replaced = files.parse(row, field)
+            text, replaced = tables.parse(row, field)
         except ValueError as error:
             tally.drop(str(error), [row.name])
             continue
@@ -208,8 +214,11 @@ def read_seen(path: Path, index_mb: int, width: int) -> dedupe.Seen:
     return seen
 
 
-def clean(config: PrepareConfig, paths: list[Path], journal: Journal) -> None:
-    """The first pass: fill the spool. Raises ValueError if no document is left."""
+def clean(config: PrepareConfig, paths: list[Path], left_out: Tally, journal: Journal) -> None:
+    """The first pass: fill the spool. Raises ValueError if no document is left.
+
+    left_out: counts of what was not even opened.
+    """
     spool = journal.folder / SPOOL
     keys = journal.folder / KEYS
 
@@ -218,14 +227,15 @@ def clean(config: PrepareConfig, paths: list[Path], journal: Journal) -> None:
     width = dedupe.KEYS if near else 1
     seen = read_seen(keys, config.index_mb, width)
     state = journal.state
-    tally = Tally(**state.get("tally", {}))
+    tally = Tally(**state["tally"]) if "tally" in state else left_out
     chars = state.get("chars", 0)
 
     # Clean the batches that are not done.
     work = partial(
         clean_batch, field=config.field, filters=config.filters, masks=config.masks, near=near
     )
-    rest = islice(batches(paths, config.field), state["done"], None)
+    notes: Counter[str] = Counter()
+    rest = islice(batches(paths, config.field, notes), state["done"], None)
     bar = tqdm(desc="reading", unit=" documents", initial=tally.found, leave=False, disable=None)
     for done, (counts, kept) in enumerate(ordered(work, rest, config.workers), state["done"] + 1):
         tally.add(counts)
@@ -251,6 +261,8 @@ def clean(config: PrepareConfig, paths: list[Path], journal: Journal) -> None:
         raise ValueError(
             f"no document of {', '.join(config.paths)} is left: {'; '.join(tally.lines())}"
         )
+    for note, count in notes.items():
+        tally.change(note, count)
     percent = round(100 * seen.lost(width), 1)
     if percent >= 0.1:
         tally.change(
@@ -327,14 +339,24 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
 # ---- both passes ---------------------------------------------------------------------------------
 
 
-def find_paths(config: PrepareConfig) -> list[Path]:
-    """The files to read, each once. The files in the folder that is being made are left out."""
-    found = dict.fromkeys(path for name in config.paths for path in files.find(name))
+def find_paths(config: PrepareConfig) -> tuple[list[Path], Tally]:
+    """The files to read, each once, and counts of what is left out.
+
+    The files in the folder that is being made are left out silently.
+    """
+    report = Report()
+    found = dict.fromkeys(path for name in config.paths for path in files.find(name, report))
     out = Path(config.out).resolve()
     own = {out, out.with_name(f"{out.name}.part")}
     paths = [path for path in found if not own & {*path.resolve().parents}]
     files.check_libraries(paths)
-    return paths
+    tally = Tally(found=report.found)
+    for reason, names in report.skipped.items():
+        tally.drop(reason, names, len(names))
+    plain = files.plain_tables(paths, config.field)
+    if plain:
+        tally.change(f"tables without {config.field!r}, read as plain text", len(plain))
+    return paths, tally
 
 
 def settings_of(
@@ -357,7 +379,7 @@ def prepare(config: PrepareConfig) -> Path:
     """
     start = time.perf_counter()
     out = Path(config.out)
-    paths = find_paths(config)
+    paths, left_out = find_paths(config)
     fixed = open_tokenizer(config)
     settings = settings_of(config, paths, fixed)
     if out.exists() and not (out / "manifest.json").exists():
@@ -369,7 +391,7 @@ def prepare(config: PrepareConfig) -> Path:
         part = out.with_name(f"{out.name}.part")
         journal = Journal(part, settings, LATE)
         if journal.state["stage"] == "clean":
-            clean(config, paths, journal)
+            clean(config, paths, left_out, journal)
         manifest = encode(config, fixed, journal)
         os.replace(part, out)
     for name in (SPOOL, KEYS, "journal.json"):

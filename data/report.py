@@ -5,6 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 NAMES_SHOWN = 3  # for each reason, the report names this many candidates
+# More names, reasons and notes than these are only counted: they could fill the memory.
+MAX_NAMES = 10_000
+MAX_REASONS = 40
+OTHER_REASONS = "other reasons"
+MORE_NOTES = "more notes"
+
+
+def printable(name: str) -> str:
+    """A name of a file for people: a name may hold any bytes, also such that move the cursor."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 @dataclass
@@ -18,19 +28,44 @@ class Report:
     used: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
     notes: list[str] = field(default_factory=list)  # other remarks, such as repairs
+    unnamed: dict[str, int] = field(default_factory=dict)  # skipped ones beyond MAX_NAMES, noted
 
     def skip(self, reason: str, name: str) -> None:
         """Count a candidate as skipped."""
-        self.skipped.setdefault(reason, []).append(name)
+        reason = printable(reason)
+        if len(self.skipped) >= MAX_REASONS and reason not in self.skipped:
+            reason = OTHER_REASONS
+        names = self.skipped.setdefault(reason, [])
+        if len(names) < MAX_NAMES:
+            names.append(printable(name))
+        else:
+            self.unnamed[reason] = self.unnamed.get(reason, 0) + 1
+
+    def note(self, remark: str) -> None:
+        """Add a remark."""
+        if len(self.notes) < MAX_REASONS:
+            self.notes.append(printable(remark))
+        else:
+            self.unnamed[MORE_NOTES] = self.unnamed.get(MORE_NOTES, 0) + 1
+
+    def note_replaced(self, count: int, name: str) -> None:
+        """Add the remark that bytes of a file were no text, if there were any."""
+        if count:
+            self.note(f"{count:,} invalid bytes replaced in {name} (save it as UTF-8)")
 
     def __str__(self) -> str:
         parts = [f"{self.found:,} found, {self.used:,} used"]
         for reason, names in self.skipped.items():
+            count = len(names) + self.unnamed.get(reason, 0)
             shown = ", ".join(names[:NAMES_SHOWN])
-            if len(names) > NAMES_SHOWN:
+            if count > NAMES_SHOWN:
                 shown += ", ..."
-            parts.append(f"{len(names):,} skipped: {reason} ({shown})")
-        return "; ".join(parts + self.notes)
+            parts.append(f"{count:,} skipped: {reason} ({shown})")
+        parts += self.notes
+        more = self.unnamed.get(MORE_NOTES, 0)
+        if more:
+            parts.append(f"{more:,} {MORE_NOTES}")
+        return "; ".join(parts)
 
 
 def show(documents: Iterable[str], report: Report, excerpt_chars: int = 600) -> None:

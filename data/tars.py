@@ -19,7 +19,6 @@ claim any size) are skipped and counted. So are files that are compressed, incom
 
 import glob
 import io
-import json
 import re
 import sys
 import tarfile
@@ -27,11 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data import files
+from data import reading, tables
 from data.report import Report
 
 MAX_BYTES = 1 << 26
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+MAX_TARS = 100_000  # that a range may stand for
+# What the library raises for a damaged tar.
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -49,7 +51,15 @@ def is_tar(path: str | Path) -> bool:
 
 
 def expand(name: str) -> list[str]:
-    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar. With several ranges: all combinations."""
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar. With several ranges: all combinations.
+
+    Raises ValueError if these are more than MAX_TARS.
+    """
+    count = 1
+    for first, last in RANGE.findall(name):
+        count *= max(0, int(last[:20]) - int(first[:20]) + 1)
+    if count > MAX_TARS:
+        raise ValueError(f"{name} stands for {count:,} files, more than {MAX_TARS:,}: give a glob")
     found = RANGE.search(name)
     if not found:
         return [name]
@@ -67,85 +77,106 @@ def find(path: str | Path) -> list[Path]:
     Raises ValueError if there is none, or if one of a range is missing.
     """
     found = []
-    for name in expand(str(Path(path).expanduser())):
+    names = expand(str(Path(path).expanduser()))
+    if not names:
+        raise ValueError(f"the range in {path} is empty: give the smaller number first")
+    for name in names:
         matches = [name] if Path(name).is_file() else glob.glob(name)
         if not matches:
             raise ValueError(f"there is no file {name}: give a .tar, a glob or a range of them")
         found += matches
-    return [Path(name).resolve() for name in sorted(set(found))]
+    return [Path(name).resolve() for name in sorted(set(found)) if Path(name).is_file()]
 
 
-def allowed(path: Path, report: Report) -> set[str]:
-    """The names of the members of a tar that are safe to read; the report has the others."""
+def reason_to_skip(member: tarfile.TarInfo) -> str | None:
+    """Why a member of a tar is not read; None if it is."""
+    parts = PurePosixPath(member.name)
+    if not member.isreg() or member.issparse():
+        return "a link, a device or a sparse file"
+    if parts.is_absolute() or ".." in parts.parts:
+        return "its name leads out of the folder"
+    if member.size > MAX_BYTES:
+        return f"larger than {MAX_BYTES >> 20} MiB"
+    return None
+
+
+def members(path: Path, report: Report) -> Iterator[dict]:
+    """Yield the files in a tar, as webdataset has them: {"fname": name, "data": content}.
+
+    Only those that are safe to read are, and of several with the same name the first one. The
+    report has the others. A member's content is read when its turn comes, from its place in the
+    file, and not before the next header shows that it is there as a whole.
+    """
     names = set()
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as members:
-            for member in members:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            size = path.stat().st_size
+            while member := tar.next():
+                tar.members.clear()  # the library keeps them all
                 if member.isdir():
                     continue
-                parts = PurePosixPath(member.name)
-                if not member.isreg() or member.issparse():
-                    reason = "a link, a device or a sparse file"
-                elif parts.is_absolute() or ".." in parts.parts:
-                    reason = "its name leads out of the folder"
-                elif member.size > MAX_BYTES:
-                    reason = f"larger than {MAX_BYTES >> 20} MiB"
-                elif member.name in names:
+                reason = reason_to_skip(member)
+                if reason is None and member.offset_data + member.size > size:
+                    raise tarfile.ReadError("it ends within a file")
+                if reason is None and member.name in names:
                     reason = "a second file of that name"
-                else:
-                    names.add(member.name)
+                if reason:
+                    report.skip(reason, f"{path.name}/{member.name}")
                     continue
-                report.skip(reason, f"{path.name}/{member.name}")
+                names.add(member.name)
+                content = tar.extractfile(member).read()
+                yield {"__url__": path.name, "fname": member.name, "data": content}
             # A complete tar ends with blocks of zeros. Without them, it was cut short.
-            members.fileobj.seek(members.offset)
-            if members.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends without its mark")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except TAR_ERRORS as error:
         report.skip(f"not a whole, unpacked tar: {error}", path.name)
-    return names
+
+
+def caption_list(member: dict[str, bytes]) -> list[str]:
+    """The captions of a sample, {extension: content}: of its .txt, or else of its .json.
+
+    There are none if they cannot be read.
+    """
+    if "txt" in member:
+        text, _ = reading.decode(member["txt"])
+        return text.split("\n")
+    if "json" not in member:
+        return []
+    text, _ = reading.decode(member["json"])
+    fields = tables.clean(tables.parse_json(text))
+    listed = fields.get("caption") or fields.get("text") or []
+    return listed if isinstance(listed, list) else [listed]
 
 
 def captions_of(member: dict[str, bytes]) -> tuple[str, ...]:
-    """The captions of a sample, {extension: content}: of its .txt, or else of its .json.
-
-    None if there are none or they cannot be read.
-    """
-    listed = member.get("txt", b"").decode("utf-8", "replace").splitlines()
-    if not listed:
-        try:
-            fields = json.loads(member.get("json", b"{}"))
-            listed = fields.get("caption") or fields.get("text") or []
-        except (ValueError, AttributeError, RecursionError):
-            pass
-    if isinstance(listed, str):
-        listed = [listed]
-    if not isinstance(listed, list):
-        listed = []  # neither a text nor a list of them
+    """The captions of a sample, each once; none if there are none, or they are no text."""
+    try:
+        listed = caption_list(member)
+    except (ValueError, RecursionError):
+        return ()
     texts = [text.strip() for text in listed if isinstance(text, str)]
     return tuple(dict.fromkeys(filter(None, texts)))
 
 
-def grouped(tar: Path, names: set[str]) -> Iterator[dict]:
-    """Yield the samples of a tar as webdataset has them: "__key__", and {extension: content}.
+def grouped(path: Path, report: Report) -> Iterator[dict]:
+    """Yield the samples of a tar as webdataset has them: "__key__", and {extension: content}."""
+    tariterators = reading.extra("webdataset").tariterators
 
-    Only members in `names` are read, and of several with the same name the first one.
-    """
-    webdataset = files.extra("webdataset")
-    unread = set(names)
+    def keyed() -> Iterator[dict]:
+        for member in members(path, report):
+            key, _ = tariterators.base_plus_ext(member["fname"])
+            if key is None:
+                report.skip("hidden, or without an extension", f"{path.name}/{member['fname']}")
+            else:
+                yield member
 
-    def is_first(name: str) -> bool:
-        if name not in unread:
-            return False
-        unread.remove(name)
+    def skip_second(error: Exception) -> bool:
+        report.skip("a second file of that name and extension", f"{path.name}: {error.args[0]}")
         return True
 
-    # Errors are ignored, because `allowed` has reported them.
-    ignore = webdataset.ignore_and_continue
-    with open(tar, "rb") as stream:  # opened here: the library might take a name for a URL
-        members = webdataset.tariterators.tar_file_expander(
-            [{"url": tar.name, "stream": stream}], select_files=is_first, handler=ignore
-        )
-        yield from webdataset.tariterators.group_by_keys(members, handler=ignore)
+    yield from tariterators.group_by_keys(keyed(), handler=skip_second)
 
 
 def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[Sample]:
@@ -155,12 +186,12 @@ def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[S
     variables RANK and WORLD_SIZE) and of this worker of a DataLoader. Raises ValueError if a tar
     is missing.
     """
-    webdataset = files.extra("webdataset")
+    webdataset = reading.extra("webdataset")
     tars = iter(find(path))
     if split:
         tars = webdataset.split_by_worker(webdataset.split_by_node(tars))
     for tar in tars:
-        for member in grouped(tar, allowed(tar, report)):
+        for member in grouped(tar, report):
             name = f"{tar.name}/{member['__key__']}"
             image = next((kind for kind in IMAGES if kind in member), None)
             report.found += 1

@@ -246,8 +246,9 @@ def test_lines_that_teach_nothing_are_skipped_and_listed(tmp_path):
         "3 conversations",
         "10 found, 3 used",
         "1 skipped: not JSON (a.jsonl:4)",
-        '2 skipped: no list of "messages" (a.jsonl:6, a.jsonl:11)',
-        "2 skipped: the assistant says nothing (a.jsonl:7, a.jsonl:8)",
+        "1 skipped: not a JSON object (a.jsonl:6)",
+        '1 skipped: no list of "messages" or "conversations", no "instruction" (a.jsonl:11)',
+        "2 skipped: the assistant says nothing to learn (a.jsonl:7, a.jsonl:8)",
         "unknown role 'bot'",
         "1 skipped: an exact duplicate (a.jsonl:10)",
     ):

@@ -21,7 +21,7 @@ from conftest import ROOT, call
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from data import captioned, dedupe, files, filters, prepare, tars
+from data import captioned, dedupe, files, filters, prepare, reading, tables, tars
 from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
@@ -157,8 +157,8 @@ def test_broken_files_give_what_they_can_and_a_reason(tmp_path):
 def test_files_that_expand_without_end_take_no_memory(tmp_path, monkeypatch):
     bomb = pack(b"a" * (1 << 24))
     assert len(bomb) < 2000
-    monkeypatch.setattr(files, "FREE_BYTES", 1 << 20)
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 18)
+    monkeypatch.setattr(reading, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1 << 18)
     (tmp_path / "a.jsonl.zst").write_bytes(bomb)
     with pytest.raises(ValueError, match="expands more than 500-fold"):
         list(files.documents(str(tmp_path)))
@@ -167,7 +167,7 @@ def test_files_that_expand_without_end_take_no_memory(tmp_path, monkeypatch):
     report = Report()
     assert [*files.documents(str(tmp_path), report)] == ["short"]
     assert [*report.skipped.values()] == [[f"{tmp_path.as_posix()}/a.jsonl.zst:1"]]
-    assert [*files.lines(io.BytesIO(b"1\n" + b"2" * (1 << 19)), 1e9)] == [b"1\n", None]
+    assert [*reading.byte_lines(io.BytesIO(b"1\n" + b"2" * (1 << 19)))] == [b"1\n", None]
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
@@ -517,11 +517,11 @@ def test_a_long_plain_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     assert all(row.content.endswith(b"\n") and len(row.content) <= 1000 for row in rows)
     assert rows[1].name.endswith(f"a.txt, from byte {len(rows[0].content)}")
     (tmp_path / "b.txt").write_bytes(b"a" + "ü".encode() * 2001)  # no line end and no space
-    assert all(files.parse(row)[1] == 0 for row in prepare.plain_rows(tmp_path / "b.txt"))
+    assert all(tables.parse(row)[1] == 0 for row in prepare.plain_rows(tmp_path / "b.txt"))
     (tmp_path / "c.txt").write_bytes(b"\0" * 5000)
     assert len([*prepare.plain_rows(tmp_path / "c.txt")]) == 1
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    (row,) = next(prepare.batches([tmp_path / "gone.txt"], "text"))
+    (row,) = next(prepare.batches([tmp_path / "gone.txt"], "text", Counter()))
     assert (row.kind, row.content) == ("unreadable", b"No such file or directory")
 
 

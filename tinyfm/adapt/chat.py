@@ -29,7 +29,8 @@ from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+# {"role": one of ROLES, "content": text}; also "weight": 0 if the assistant is not to learn it
+Message = dict[str, Any]
 
 
 # ---- the template --------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], l
     """Ids of one message, with EOT at its end, and for each whether it is trained on."""
     role = tokenizer.encode(f"{message['role']}:")
     content = [*tokenizer.encode(f" {message['content']}"), tokenizer.eot]
-    trained = message["role"] == "assistant"
+    trained = message["role"] == "assistant" and message.get("weight", 1) != 0
     return role + content, [False] * len(role) + [trained] * len(content)
 
 

@@ -1,5 +1,8 @@
 """Conversations -> rows to train on: {"messages": [{"role": ..., "content": ...}, ...]} a line.
 
+The forms of OpenAI, ShareGPT and Alpaca are read, from any table that data/tables.py reads. A key
+that changes what is learnt is obeyed ("weight": 0) or its conversation is skipped (tool calls).
+
 A row is one conversation in the template of adapt/chat.py. It starts at position 0, as in sampling.
 So rows are padded to the longest of a batch rather than packed: no row contains parts of two
 conversations. A conversation longer than the context continues in another row, which repeats its
@@ -18,14 +21,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from data import chats, dedupe, files
+from data import chats, dedupe, reading, tables
 from data.report import Report
 from data.splits import HELD_OUT, SPLITS, TRAIN
-from tinyfm.adapt.chat import Message, check_messages, encode_message, split_exchanges
+from tinyfm.adapt.chat import ROLES, Message, check_messages, encode_message, split_exchanges
 from tinyfm.batches.order import check_val_fraction, hash_order, held_out_count, shuffle
 from tinyfm.tokenizer import Tokenizer
 
@@ -38,8 +42,8 @@ INDEX_MB = 64  # of memory, to recognize duplicates; it is touched only as far a
 class ChatConfig:
     """Which conversations to learn from."""
 
-    # chats (questions about the standard library), or a jsonl file, folder or "glob", each line
-    # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    # chats (questions about the standard library), or a file, folder or "glob" of conversations in
+    # the forms of OpenAI, ShareGPT or Alpaca, such as jsonl with {"messages": [...]} a line
     path: str = "chats"
     tokenizer: str = ""  # folder with a saved tokenizer; default: that of the base run
     # share of your own conversations held out, half for validation and half for test; chats have
@@ -52,41 +56,155 @@ class ChatConfig:
         check_val_fraction(self.val_fraction)
 
 
+# ---- one conversation, in any of the usual forms -------------------------------------------------
+
+FORMS = (
+    '{"messages": [{"role": "user", "content": "..."}, ...]} (OpenAI), '
+    '{"conversations": [{"from": "human", "value": "..."}, ...]} (ShareGPT), or '
+    '{"instruction": "...", "input": "...", "output": "..."} (Alpaca)'
+)
+ROLE_NAMES = {  # as others name them
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+}
+# What these say is lost in a conversation of texts. Empty ones say nothing.
+UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "audio",
+               "images", "image", "videos", "refusal")  # fmt: skip
+# Whether a message is trained on: OpenAI's "weight", and "train" and "masked" of other trainers.
+WEIGHTS = {"weight": (1, 0), "train": (True, False), "masked": (False, True)}
+USED_KEYS = {"messages", "conversations", "instruction", "input", "output", "system", "history",
+             "role", "content", "from", "value", *UNSUPPORTED, *WEIGHTS}  # fmt: skip
+
+
+def refuse_unsupported(fields: dict) -> None:
+    """Raise ValueError that names a key whose meaning would be lost."""
+    for name in UNSUPPORTED:
+        if fields.get(name):
+            raise ValueError(f"{name!r} cannot be learnt: only texts of {', '.join(ROLES)}")
+
+
+def read_content(content: Any) -> str:
+    """The text of a message: a text, or a list of parts that are texts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError("a message whose content is no text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of a message of type {kind!r}, which is no text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def is_trained(message: dict) -> bool:
+    """Whether the assistant learns to say this message, by the keys of WEIGHTS."""
+    trained = True
+    for name, (yes, no) in WEIGHTS.items():
+        value = message.get(name)
+        if value is None:
+            continue
+        if value not in (yes, no):
+            raise ValueError(f"{name!r} is {value!r}: it must be {yes} or {no}")
+        trained = trained and value == yes
+    return trained
+
+
+def read_message(fields: Any) -> Message:
+    """A message with "role" and "content", or "from" and "value".
+
+    The result has "weight": 0 if it is a message of the assistant that is not trained on.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError("a message that is no object")
+    refuse_unsupported(fields)
+    name = fields.get("role", fields.get("from"))
+    content = fields.get("content", fields.get("value"))
+    if name is None or content is None:
+        raise ValueError('a message without "role" and "content"')
+    if not isinstance(name, str) or name not in ROLE_NAMES:
+        raise ValueError(f"unknown role {name!r}, none of {', '.join(ROLE_NAMES)}")
+    message = {"role": ROLE_NAMES[name], "content": read_content(content)}
+    if message["role"] == "assistant" and not is_trained(fields):
+        message["weight"] = 0
+    return message
+
+
+def read_alpaca(fields: dict) -> list[Message]:
+    """The messages of an instruction, perhaps with an input, and its answer."""
+    texts = [fields.get(name) or "" for name in ("system", "instruction", "input", "output")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("an instruction, input or output that is no text")
+    if fields.get("history"):
+        raise ValueError("'history' cannot be learnt: write the turns as \"messages\"")
+    system, instruction, given, output = texts
+    question = "\n\n".join(text for text in (instruction, given) if text.strip())
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": output})
+    return messages
+
+
+def read_conversation(fields: dict) -> list[Message]:
+    """The messages of an object in one of FORMS. Raises ValueError with the reason for others."""
+    refuse_unsupported(fields)
+    if isinstance(fields.get("instruction"), str) and "output" in fields:
+        messages = read_alpaca(fields)
+    else:
+        listed = fields.get("messages") or fields.get("conversations")
+        if not isinstance(listed, list) or not listed:
+            raise ValueError('no list of "messages" or "conversations", no "instruction"')
+        messages = [read_message(message) for message in listed]
+        if isinstance(fields.get("system"), str) and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": fields["system"]})
+    check_messages(messages)
+    learnt = (m for m in messages if m["role"] == "assistant" and m.get("weight", 1))
+    if not any(message["content"].strip() for message in learnt):
+        raise ValueError("the assistant says nothing to learn")
+    return messages
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_line(line: str) -> list[Message]:
-    """The messages of a line of jsonl. Raises ValueError with the reason if they teach nothing."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    check_messages(messages)
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError("the assistant says nothing")
-    return [{key: message[key] for key in ("role", "content")} for message in messages]
+def unused_keys(fields: dict) -> Iterator[str]:
+    """The keys of a conversation and of its messages that nothing here reads."""
+    yield from fields.keys() - USED_KEYS
+    for message in fields.get("messages") or fields.get("conversations") or ():
+        yield from message.keys() - USED_KEYS
 
 
 def read_files(path: str, report: Report) -> Iterator[tuple[str, list[Message]]]:
-    """Yield (place, messages) of each line of jsonl that can be used.
+    """Yield (place, messages) of each row that can be used, of all files that `path` names.
 
-    The report counts the lines that were found and skipped.
+    The report counts the rows that were found and skipped.
     """
-    for name in files.find(path):
+    unused: Counter[str] = Counter()
+    for file in reading.find(path, report):
+        before = report.found
         try:
-            text, _ = files.read(name)
-        except (ValueError, OSError) as error:
-            report.skip(str(error), name.name)
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            report.found += 1
-            try:
-                yield f"{name.name}:{number}", read_line(line)
-            except ValueError as error:
-                report.skip(str(error), f"{name.name}:{number}")
+            for place, fields in tables.records(file, report):
+                try:
+                    messages = read_conversation(fields)
+                except ValueError as error:
+                    report.skip(str(error), place)
+                    continue
+                unused.update(unused_keys(fields))
+                yield place, messages
+            if report.found == before:
+                report.skip("empty", file.name)
+        except ValueError as error:
+            report.skip(str(error), file.name)
+    if unused:
+        names = ", ".join(f"{name!r} ({count:,})" for name, count in unused.most_common(8))
+        report.note(f"keys that are not used: {names}")
 
 
 def without_duplicates(
@@ -121,7 +239,7 @@ def read_splits(config: ChatConfig, report: Report) -> dict[str, list[list[Messa
         return splits
     found = [messages for _, messages in without_duplicates(read_files(path, report), report)]
     if not found:
-        raise ValueError(f"no conversation to learn from in {path!r}: {report}")
+        raise ValueError(f"no conversation to learn from in {path!r}: {report}; give {FORMS}")
     if len(found) < 2:
         raise ValueError(f"{path!r} has one conversation; give one more to hold out")
     return hold_out(found, config.val_fraction)
@@ -278,7 +396,7 @@ class ChatData:
             f"{learnt:,} of {len(ids):,} tokens are trained on, {learnt / len(ids):.0%}"
         ]
         parts += [f"{count:,} {problem}" for problem, count in cuts.items() if count]
-        if report.skipped:
+        if report.skipped or report.notes:
             parts.append(str(report))
         self.description = "; ".join(parts)
 
