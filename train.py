@@ -2,22 +2,25 @@
 
   python train.py                                   # a small GPT on the documentation at hand
   python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
-  python train.py clip                              # pictures and captions; also autoencoder, ddpm
+  python train.py clip                              # pictures and names; also autoencoder, ddpm
   python train.py text2image                        # trains its autoencoder and text tower first
-  python train.py gpt --resume                      # continue a run that was stopped
+  python train.py --resume --out runs/mine          # continue a run that was stopped
   python train.py gpt2-124m --dry-run               # what would it cost?
   torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
+
+An option changes a setting of the preset.
 """
 
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 import tyro
 
 import tinyfm.common.startup as startup
 from tinyfm.common.console import console
-from tinyfm.recipes import launch, registry
+from tinyfm.recipes import launch, registry, run_dir
 from tinyfm.recipes.base import Preset, Run
 from tinyfm.training import distributed
 
@@ -30,23 +33,42 @@ def describe(name: str) -> str:
     return "\n".join([__doc__, "Presets:", *lines, "", f"Below: {name}"])
 
 
-def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:
-    """(preset's name, preset, run with the user's options)."""
-    name = "gpt"
-    if argv and not argv[0].startswith("-"):
-        name, *argv = argv
-    # These options decide which other options there are.
+def find_settings(name: str, argv: list[str]) -> tuple[str, Preset, Run]:
+    """(preset's name, preset, the run before the user's options), by the options that decide which
+    other options there are.
+
+    name: of a preset, or empty. Raises ValueError for an unknown one.
+    """
     deciding = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     deciding.add_argument("--task", default="")
     deciding.add_argument("--adapt", default="full")
     deciding.add_argument("--init-from", default="")
-    preset = registry.get_preset(name, **vars(deciding.parse_known_args(argv)[0]))
+    deciding.add_argument("--out", default="")
+    deciding.add_argument("--resume", action="store_true")
+    given, _ = deciding.parse_known_args(argv)
+    words = [name or "gpt", given.task, "" if given.adapt == "full" else given.adapt]
+    out = given.out or "runs/" + "-".join(filter(None, words))
+    saved = Path(out) / "config.json"
+    if given.resume and saved.exists():  # the run's own settings
+        saved_name, run = run_dir.read_settings(saved)
+        if name not in ("", saved_name):
+            raise ValueError(f"{out} is a run of preset {saved_name}: leave out {name}")
+        preset = registry.get_preset(saved_name, run.task, run.adapt, run.init_from)
+        return saved_name, preset, dataclasses.replace(run, out=out)
+    preset = registry.get_preset(name or "gpt", given.task, given.adapt, given.init_from)
+    return name or "gpt", preset, dataclasses.replace(preset.run, out=out)
+
+
+def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:
+    """(preset's name, preset, run with the user's options)."""
+    name = ""
+    if argv and not argv[0].startswith("-"):
+        name, *argv = argv
+        name = registry.ALIASES.get(name, name)
+    name, preset, start = find_settings(name, argv)
     help_wanted = {"-h", "--help"} & {*argv}
     description = describe(name) if help_wanted else __doc__
-    run = tyro.cli(type(preset.run), default=preset.run, args=argv, description=description)
-    if not run.out:
-        words = [name, run.task, "" if run.adapt == "full" else run.adapt]
-        run = dataclasses.replace(run, out="runs/" + "-".join(filter(None, words)))
+    run = tyro.cli(type(start), default=start, args=argv, description=description)
     return name, preset, run
 
 

@@ -18,7 +18,7 @@ from tinyfm.calc import __main__ as calc
 from tinyfm.calc import estimate, memory, report, systems, trace
 from tinyfm.calc.memory import Layout, MemoryUse, Training
 from tinyfm.calc.network import MeasuredModule
-from tinyfm.common import gpus
+from tinyfm.common import gpus, units
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes import registry
@@ -565,11 +565,13 @@ def test_description_of_a_run():
     optim = OptimConfig()
     train = TrainConfig(steps=10, batch_size=32, micro_batch_size=4, device="cpu", dtype="float32")
     line = estimate.describe(model, optim, train)
-    peak = max(trace.step_bytes(model, optim, 4, accumulate=True)) / GiB
-    assert f"a peak of {peak:.2f} GiB" in line
+    peak = max(trace.step_bytes(model, optim, 4, accumulate=True))
+    assert f"a peak of {units.size(peak)} of tensors" in line
     assert "4 rows" in line and "float32" in line
     assert f"{32 * model.flops_per_row() * 10:.3g} FLOP" in line
     assert "\n" not in line
+    costs = estimate.forecast(model, optim, train)
+    assert costs.flops == 320 * model.flops_per_row() and 0 < costs.seconds < 60
     # A dry run for another machine: this one may have no GPU.
     assert "peak of" in estimate.describe(model, optim, replace(train, device="cuda", dtype="auto"))
 

@@ -25,6 +25,7 @@ from tinyfm.common import device as machine
 from tinyfm.common import files, folders
 from tinyfm.gpt import GPT
 from tinyfm.recipes import gpt, registry, run_dir
+from tinyfm.recipes.base import Preset
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import Trainer
 
@@ -62,9 +63,10 @@ def test_the_output_and_files_of_a_run(tmp_path, options, capsys):
         r"reference-txt-\w+: 0.0 MB of text",
         r"[\d,]+ parameters; ",
         r"step 4/4  loss",
-        r"--- step 2 writes: ",
+        r"--- step 2 writes:",
         r"val_bpb: \d.\d{3} untrained, \d.\d{3} reached; no usual value",
-        r"s in all, .* GiB of memory; see ",
+        r"s in all, at most .* (MB|GiB) of memory; in ",
+        r"next: python sample.py \S+, or python -m tinyfm.evaluate ",
     ):
         assert re.search(line, printed), line
     names = {path.name for path in out.iterdir()}
@@ -82,8 +84,16 @@ def test_the_output_and_files_of_a_run(tmp_path, options, capsys):
     assert record["preset"] == "gpt"
     assert (out / "samples" / "step-000004.txt").read_text(encoding="utf-8").count("----") == 1
 
-    assert call(train, *options, "--out", out, "--model.dropout", "0.1", "--resume") == 0
-    assert "the run is complete:" in capsys.readouterr().out
+    for given in ([*options, "--model.dropout", "0.1"], []):  # all options again, or none
+        assert call(train, "--resume", "--out", out, *given) == 0
+        assert "the run is complete:" in capsys.readouterr().out
+    for other, message in (
+        (["clip"], "is a run of preset gpt"),
+        (["--model.dropout", "0"], "was 0.1"),
+    ):
+        words = [*other, "--resume", "--out", out]
+        assert call(train, *words) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_the_verdict_has_the_usual_value_of_an_unchanged_preset():
@@ -98,6 +108,15 @@ def test_the_verdict_has_the_usual_value_of_an_unchanged_preset():
         assert re.fullmatch(rf"val_bpb: 8.000 untrained, 3.000 reached; .*{ending}", line)
 
 
+def test_a_run_that_diverged_is_called_so():
+    run = registry.find_preset("gpt").run
+    before = {"val_loss": 5.5, "val_bpb": 3.0}
+    for loss, diverged in ((2.0, False), (6.0, True)):
+        line = run_dir.verdict(Preset("", run), run, before, {"val_loss": loss, "val_bpb": 4e9})
+        assert ("worse than untrained, 5.5" in line) == diverged
+        assert ("lower --optim.lr" in line) == diverged
+
+
 PUBLISHED = {"gpt2-124m": "124,439,808", "gpt2-1.5b": "1,557,611,200", "llama-1b": "1,235,814,400"}
 
 
@@ -106,12 +125,14 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(train, name, "--dry-run", "--train.steps", "7") == 0
     text = capsys.readouterr().out
-    record, end = json.JSONDecoder().raw_decode(text)
+    lines = text[: text.index("\n{")].splitlines()
+    record = json.loads(text[text.index("\n{") :])
     assert record["preset"] == name
     assert record["train"]["steps"] == 7
-    costs, *parts = text[end:].strip().splitlines()
+    costs, *parts = lines
     trained = r"(, [\d,]+ of them trained)?"
-    assert re.fullmatch(rf"[\d,]+ parameters{trained}; .* GiB .* TFLOP .* FLOP .*", costs)
+    time = r"[\d.,]+ (second|minute|hour|day|year)s?"
+    assert re.fullmatch(rf"[\d,]+ parameters{trained}; .* (MB|GiB) .* FLOP, about {time}", costs)
     if name in PUBLISHED:
         assert costs.startswith(f"{PUBLISHED[name]} parameters")
     if name == "text2image":  # the parts that would be trained first
@@ -122,11 +143,22 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_as_json(capsys):
+    assert call(train, "vae", "--dry-run", "--json") == 0  # also by its other name
+    record = json.loads(capsys.readouterr().out)
+    assert record["settings"]["preset"] == "autoencoder"
+    assert record["costs"]["cost"]["parameters"] > 1e5 and record["costs"]["seconds"] > 0
+
+
 def test_help_lists_presets_and_options(capsys):
+    for family in registry.family_names():
+        assert call(train, family, "--help") == 0
+        text = capsys.readouterr().out
+        for name in registry.family_presets(family):
+            assert f"  {name}: " in text
+        assert all(name in text for name in registry.family_names())
     assert call(train, "--help") == 0
     text = capsys.readouterr().out
-    for name in registry.all_presets():
-        assert f"  {name}: " in text
     assert "--model.n-layer INT" in text and "number of blocks" in text
     assert "--train.steps INT" in text and "number of updates of the weights" in text
 

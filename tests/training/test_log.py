@@ -6,6 +6,7 @@ import sys
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from tinyfm.training import log
 
@@ -23,7 +24,7 @@ def test_rows_lines_and_curve(tmp_path, capsys):
     logbook.close()
     assert capsys.readouterr().out.splitlines() == [
         "step 0/30  val_loss 5.5",
-        "step 10/30  loss 3.25  lr 0.5",
+        "step 10/30  loss 3.25",
         "--- step 10 writes: naïve",
     ]
     rows = log.read_metrics(tmp_path / "metrics.jsonl")
@@ -69,6 +70,45 @@ def test_damaged_lines_are_kept_aside(tmp_path, capsys):
     assert "damaged" not in capsys.readouterr().out
 
 
+def test_a_line_is_short_and_the_file_has_all(tmp_path, capsys):
+    logbook = open_log(tmp_path)
+    row = {"step": 10, "loss": 3.25, "lr": 0.5, "grad_norm": 1.5, "tokens_per_s": 15_123.4}
+    logbook.add(row)
+    logbook.close()
+    assert capsys.readouterr().out == "step 10/30  loss 3.25  15.1k tokens/s\n"
+    assert log.read_metrics(tmp_path / "metrics.jsonl")[0].items() >= row.items()
+
+
+@pytest.mark.parametrize(
+    ("scores", "name"),
+    [
+        ({"step": 3, "val_loss": 2.0, "val_bpb": 1.5, "time": 0.0}, "val_bpb"),
+        ({"val_loss": 2.0, "val_loss_kl": 1.0}, "val_loss"),
+        (
+            {"step": 3, "val_loss": 2.0, "val_loss_kl": 1.0, "zero_shot": 0.5, "other": 1},
+            "zero_shot",
+        ),
+    ],
+)
+def test_the_score_that_sums_up(scores, name):
+    assert log.summary_score(scores) == name
+
+
+def test_the_curve_has_the_score_and_its_usual_value(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    logbook = open_log(tmp_path, usual=(1.65, 1.66))
+    logbook.add({"step": 0, "val_loss": 5.5, "val_bpb": 3.5})
+    logbook.add({"step": 10, "loss": 3.25})
+    logbook.draw()
+    logbook.close()
+    losses, score = drawn[0].axes
+    assert [line.get_label() for line in losses.lines] == ["loss of the batches", "validation loss"]
+    assert list(score.lines[0].get_ydata()) == [3.5]
+    assert [line.get_ydata()[0] for line in score.lines[1:]] == [1.65, 1.66]
+    assert score.get_ylabel() == "bits per byte of validation text"
+
+
 def test_other_ranks_are_silent(tmp_path, capsys):
     logbook = open_log(tmp_path / "run", first=False)
     logbook.add({"step": 1, "loss": math.pi})
@@ -87,7 +127,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     logbook.say("a line")
     logbook.close()
     out = capsys.readouterr()
-    assert out.out == "a line\n" and "10/30" in out.err and "loss=3.25" in out.err
+    assert out.out == "a line\n" and "10/30" in out.err and "loss 3.25" in out.err
 
 
 def test_a_missing_tensorboard_is_named(monkeypatch):

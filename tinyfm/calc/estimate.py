@@ -7,6 +7,7 @@ treat the two alike. Every function here is given a model; none looks one up by 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,9 @@ from tinyfm.calc.ledgers import Stack
 from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.network import MeasuredModule
 from tinyfm.common import device as devices
+from tinyfm.common import units
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
-
-GiB = 2**30
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ def micro_batch(model: nn.Module, train: TrainConfig, world: int = 1) -> tuple[i
     return rows, rows < batch
 
 
+def processes() -> int:
+    """Number of processes that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tuple[int, str]:
     """(bytes of tensors at the peak of a step, how the step is run in words), as the trainer does.
 
@@ -91,42 +96,73 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
     except ValueError:
         device = trace.CPU
         dtype = devices.choose_dtype("auto", device)
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rows, several = micro_batch(model, train, world)
+    rows, several = micro_batch(model, train, processes())
     at_once = train.micro_batch_size
     peak = max(trace.step_bytes(model, optim, rows, several, at_once, device, dtype))
     return peak, f"{at_once or rows} rows at once in {str(dtype).removeprefix('torch.')}"
 
 
-def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
-    """One line on the cost of training for one process.
+@dataclass(frozen=True)
+class Forecast:
+    """What one process needs to train a run."""
 
-    It predicts the peak of memory if the model has example_batch(rows). A failed prediction is
-    reported in the line and never stops a run.
-    """
-    try:
-        cost = training_cost(model, optim, train.batch_size)
-        state = f"{cost.state_bytes / GiB:.2f} GiB for weights, gradients and optimizer"
-        if hasattr(model, "example_batch"):
-            peak, how = predict_peak(model, optim, train)
-            activations = (peak - cost.state_bytes) / GiB
-            memory_use = (
-                f"a peak of {peak / GiB:.2f} GiB of tensors predicted for {how}: {state}, "
-                f"{activations:.2f} GiB for activations"
-            )
+    cost: TrainingCost
+    peak_bytes: int  # tensors at the peak of a step; 0 = unknown
+    how: str  # how a step is run, such as "8 rows at once in bfloat16"
+    flops: int  # of all steps; 0 = unknown
+    seconds: float  # on this machine, evaluations and checkpoints not counted; 0 = unknown
+
+    def __str__(self) -> str:
+        cost = self.cost
+        line = f"{cost.parameters:,} parameters"
+        if cost.learnt < cost.parameters:
+            line += f", {cost.learnt:,} of them trained"
+        state = f"{units.size(cost.state_bytes)} for weights, gradients and optimizer"
+        if self.peak_bytes:
+            line += f"; predicted: a peak of {units.size(self.peak_bytes)} of tensors, {state}"
         else:
-            memory_use = f"{state}, plus activations"
+            line += f"; {state}, plus activations"
+        if self.how:
+            line += f", with {self.how}"
+        if self.flops:
+            line += f"; {self.flops:.3g} FLOP"
+        if self.seconds:
+            line += f", about {units.duration(self.seconds)}"
+        return line
+
+
+# The part of the speed of a large matrix product that training reaches on a CPU: 0.26 to 0.38 for
+# the presets, as benchmarks/README.md records their times. So the predicted time is a rough one.
+SHARE_OF_PRODUCT_SPEED = 1 / 3
+
+
+def forecast(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> Forecast:
+    """Predict the cost of training for one process.
+
+    The peak of memory is predicted if the model has example_batch(rows), on the device of `train`.
+    The time is predicted if that device is at hand. Raises what the model raises.
+    """
+    cost = training_cost(model, optim, train.batch_size)
+    peak = 0
+    how = ""
+    if hasattr(model, "example_batch"):
+        peak, how = predict_peak(model, optim, train)
+    flops = cost.flops_per_step * train.steps
+    seconds = 0.0
+    with contextlib.suppress(ValueError):  # a device that is not at hand
+        device = devices.choose_device(train.device)
+        speed = devices.product_speed(device, devices.choose_dtype(train.dtype, device))
+        seconds = flops / processes() / (SHARE_OF_PRODUCT_SPEED * speed)
+    return Forecast(cost, peak, how, flops, seconds)
+
+
+def describe(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> str:
+    """One line on the cost of training. A failed prediction is reported in it: it stops no run."""
+    try:
+        return str(forecast(model, optim, train))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"the cost of training cannot be predicted ({reason})"
-    line = f"{cost.parameters:,} parameters"
-    if cost.learnt < cost.parameters:
-        line += f", {cost.learnt:,} of them trained"
-    line += f"; {memory_use}"
-    if cost.flops_per_step:
-        line += f"; {cost.flops_per_step / 1e12:.3g} TFLOP a step, "
-        line += f"{cost.flops_per_step * train.steps:.3g} FLOP in all"
-    return line
 
 
 def data_unit(model: nn.Module) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if gpu is None or "bf16" not in gpu.peaks:
         return None
     return gpu.peak("bf16")
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on the device, as measured in about a tenth of a second."""
+    width = 1024 if device.type == "cpu" else 4096
+    with torch.device(device):  # also where the caller builds on the meta device
+        a = torch.ones(width, width, dtype=dtype)
+        times = []
+        for _ in range(4):  # the first one warms up; the fastest was least disturbed
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the result
+            times.append(time.perf_counter() - start)
+    return 2 * width**3 / min(times)
 
 
 def keep_freed_memory() -> None:

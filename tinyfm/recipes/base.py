@@ -14,6 +14,7 @@ its recipe, and add the recipe to registry.RECIPES.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,8 @@ class Run:
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = ""  # folder of the run; default: runs/PRESET
     resume: bool = False  # continue from the last checkpoint in that folder
-    dry_run: bool = False  # print the settings and what they cost, then stop
+    dry_run: bool = False  # print the cost of training and the settings, then stop
+    json: bool = False  # with --dry-run: print both as JSON
     task: str = ""  # fine-tune for a task instead of pretraining: classify or chat
     # start from this run: it supplies the weights, the sizes and the tokenizer
     init_from: str = may_change("")
@@ -156,7 +158,12 @@ class Preset:
 
     about: str  # one line for --help
     run: Run
-    usual: str = ""  # the score that a run of it ends with, as recorded in the README
+    # The score that a run of it ends with, as recorded in benchmarks/README.md: "1.65 to 1.66, ..."
+    usual: str = ""
+
+    def usual_range(self) -> list[float]:
+        """The numbers with which `usual` starts."""
+        return [float(word) for word in re.findall(r"\d+\.?\d*", self.usual.split(",")[0])]
 
 
 class Answers(NamedTuple):

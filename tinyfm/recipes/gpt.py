@@ -82,7 +82,7 @@ class GPTRun(Run):
         """Write two texts, from nothing; return one."""
         starts = [[data.tokenizer.eot]] * 2
         text = self.write(model, data.tokenizer, starts, 0.8, folder, step)
-        return f"--- step {step} writes: {text}"
+        return f"--- step {step} writes:\n{text}"
 
     def write(
         self,
@@ -102,7 +102,7 @@ class GPTRun(Run):
         rows = generate.complete(model, [self.prompt_ids + ids for ids in starts], sampling)
         texts = [tokenizer.decode(ids[1:] + row) for ids, row in zip(starts, rows)]
         write_texts_file(folder, step, texts)
-        return " ".join(texts[0].split())[:300]
+        return texts[0].strip()[:300]
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Continue --prompt, or classify it after --shots of --examples."""
@@ -212,7 +212,7 @@ class ChatRun(GPTRun):
         """Answer the first questions of held-out conversations; return one with its answer."""
         length = self.model.context_length // 2
         starts = [row.ids[: row.trained.argmax()].tolist()[-length:] for row in data.val[:8]]
-        return f"--- step {step}: {self.write(model, data.tokenizer, starts, 0.0, folder, step)}"
+        return f"--- step {step}:\n{self.write(model, data.tokenizer, starts, 0.0, folder, step)}"
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Answer --prompt; or, with --chat, what the user types, until the end of input."""

@@ -15,7 +15,10 @@ other runs are not needed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +30,7 @@ from torch import nn
 from tinyfm import adapt
 from tinyfm.calc import estimate
 from tinyfm.common import device as devices
-from tinyfm.common import files
+from tinyfm.common import files, units
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint, distributed
@@ -51,11 +54,11 @@ class Plan:
     first: dict[str, Plan] = field(default_factory=dict)
     # The opened data; None in a dry run, or if they need a part that is still to be trained.
     data: Any = None
-    resume_with: str = "--resume"  # what the user adds to continue a run that was stopped
+    part: bool = False  # whether it is trained as a part of another run
 
 
 def resolve(
-    name: str, preset: Preset, run: Run, world: distributed.World, resume_with: str = "--resume"
+    name: str, preset: Preset, run: Run, world: distributed.World, part: bool = False
 ) -> Plan:
     """The plan for a run with these options. preset: the run's, before the user's options.
 
@@ -97,7 +100,7 @@ def resolve(
     if not run.dry_run and not first:
         data = open_data(run, world)
         run = replace(run, **run.facts_of(data))
-    return Plan(name, preset, run, base, teacher, given, first, data, resume_with)
+    return Plan(name, preset, run, base, teacher, given, first, data, part)
 
 
 def open_data(run: Run, world: distributed.World) -> Any:
@@ -188,7 +191,7 @@ def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], 
             preset = registry.find_preset(name)
             part = run.part_run(option, preset.run, autoencoder)
             part = replace(part, dry_run=run.dry_run)
-            first[option] = resolve(name, preset, part, world, resume_with="the same command")
+            first[option] = resolve(name, preset, part, world, part=True)
     return given, first
 
 
@@ -206,11 +209,18 @@ def from_parts(run: Run, given: dict[str, OpenRun], first: dict[str, Plan]) -> d
 
 
 def describe(plan: Plan) -> str:
-    """The plan in words: the settings as JSON, then what training them costs."""
+    """The plan in words: what training costs, what it takes from other runs, the settings as JSON.
+
+    With --json: JSON alone.
+    """
     run = plan.run
+    settings = run_dir.to_record(plan.name, run)
     with torch.device("meta"):  # shapes without memory: any size fits
-        costs = estimate.describe(run_dir.build_start(run), run.optim, run.train)
-    lines = [json.dumps(run_dir.to_record(plan.name, run), indent=2), costs]
+        model = run_dir.build_start(run)
+        if run.json:
+            costs = dataclasses.asdict(estimate.forecast(model, run.optim, run.train))
+            return json.dumps({"costs": costs, "settings": settings}, indent=2)
+        lines = [estimate.describe(model, run.optim, run.train)]
     if plan.base:
         lines.append(f"starts from {plan.base.folder}")
     if plan.teacher:
@@ -219,7 +229,7 @@ def describe(plan: Plan) -> str:
         lines.append(f"takes the {option} from {part.folder}")
     for option, part in plan.first.items():
         lines.append(f"first trains the {option}, in {part.run.out}")
-    return "\n".join(lines)
+    return "\n".join([*lines, json.dumps(settings, indent=2)])
 
 
 def build_model(plan: Plan, data: Any) -> nn.Module:
@@ -254,7 +264,20 @@ def make_trainer(
         score=lambda model: run.score(model, data),
         show=lambda model, folder, step: run.show(model, data, folder, step),
         world=world,
+        usual=plan.preset.usual_range() if run_dir.is_preset(plan.preset, run) else (),
     )
+
+
+def resume_command(plan: Plan, world: distributed.World) -> str:
+    """The command that continues a run after it was stopped."""
+    if plan.part:
+        return "the command that started it"
+    start = "python"
+    if world.size > 1:
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
+        where = f"--standalone --nproc_per_node={world.size}" if one_machine else "(as before)"
+        start = f"torchrun {where}"
+    return f"{start} train.py --resume --out {shlex.quote(plan.run.out)}"
 
 
 def train(plan: Plan, world: distributed.World) -> int:
@@ -305,13 +328,18 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     scores = trainer.fit()
     if trainer.signals.agreed:
         step = trainer.counters["step"]
-        say(f"stopped at step {step} and saved; continue with {plan.resume_with}")
+        say(f"stopped at step {step} and saved; continue with {resume_command(plan, world)}")
         return 128 + trainer.signals.agreed
     # Report.
     rows = read_metrics(out / "metrics.jsonl")
     untrained = next((row for row in rows if not row["step"]), {})
     say(run_dir.verdict(plan.preset, run, untrained, scores))
     seconds = time.perf_counter() - started
-    gib = devices.peak_memory_bytes(trainer.device) / 2**30
-    say(f"{seconds:.0f} s in all, at most {gib:.2f} GiB of memory; see {out}")
+    line = f"{seconds:.0f} s in all"
+    peak = devices.peak_memory_bytes(trainer.device)
+    if peak:
+        line += f", at most {units.size(peak)} of memory"
+    say(f"{line}; in {out}: loss.png, samples/, and the checkpoint step-{run.train.steps:06d}/")
+    if not plan.part:
+        say(f"next: python sample.py {out}, or python -m tinyfm.evaluate {out}")
     return 0

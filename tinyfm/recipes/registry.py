@@ -22,6 +22,9 @@ RECIPES = (
     "tinyfm.recipes.text2image",
 )
 
+# Other names of presets.
+ALIASES = {"vae": "autoencoder", "diffusion": "ddpm", "t2i": "text2image"}
+
 
 def likely_first(name: str) -> list[str]:
     """The recipes, those first whose own name `name` starts with: they probably define it."""

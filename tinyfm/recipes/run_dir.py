@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint
 from tinyfm.training.distributed import World, on_first_rank
-from tinyfm.training.log import METRICS
+from tinyfm.training.log import METRICS, summary_score
 
 # ---- the record of a run ------------------------------------------------------------------------
 
@@ -47,6 +48,15 @@ def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
+def with_tuples(value: Any) -> Any:
+    """A value of a JSON file, which knows no tuples, as the fields of a run have it."""
+    if isinstance(value, list):
+        return tuple(map(with_tuples, value))
+    if isinstance(value, dict):
+        return {key: with_tuples(inner) for key, inner in value.items()}
+    return value
+
+
 def from_record(record: dict[str, Any]) -> Run:
     """The run that a config.json records.
 
@@ -59,17 +69,23 @@ def from_record(record: dict[str, Any]) -> Run:
         if name not in record:
             continue
         config = getattr(default, name)
-        values[name] = record[name]
+        values[name] = with_tuples(record[name])
         if dataclasses.is_dataclass(config):
-            values[name] = type(config)(**record[name])
+            values[name] = type(config)(**values[name])
     return run_type(**values)
 
 
 def read_run(path: Path) -> Run:
     """The run of a config.json file. Raises ValueError if it does not fit this version."""
+    return read_settings(path)[1]
+
+
+def read_settings(path: Path) -> tuple[str, Run]:
+    """(name of the preset, run) of a config.json file. Raises ValueError as `read_run` does."""
     record = files.read_json(path)
     try:
-        return from_record(record)
+        run = from_record(record)
+        return record.get("preset", run.family), run
     except files.MALFORMED as error:
         problem = f"{path} is not of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
@@ -222,17 +238,31 @@ def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
         )
 
 
-def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
-    """One line: the score before training, after it, and the usual one."""
-    name = next((key for key in scores if not key.startswith("val_loss")), "val_loss")
-    train = dataclasses.replace(run.train, seed=preset.run.train.seed)  # any seed is usual
+def is_preset(preset: Preset, run: Run) -> bool:
+    """Whether a run has the settings of its preset; any seed does."""
+    train = dataclasses.replace(run.train, seed=preset.run.train.seed)
     run = dataclasses.replace(run, train=train)
+    return not differences(to_record("", preset.run), to_record("", run), run)
+
+
+def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
+    """One line: the score before training, after it, and the usual one.
+
+    baseline, scores: the evaluations before and after training.
+    """
+    name = summary_score(scores)
     usual = "no usual value: the settings are not those of a preset"
-    if preset.usual and not differences(to_record("", preset.run), to_record("", run), run):
+    if preset.usual and is_preset(preset, run):
         usual = f"usual for this preset: {preset.usual}"
     start = f"{baseline[name]:.3f}" if name in baseline else "unknown"
     before = "before" if run.init_from else "untrained"
-    return f"{name}: {start} {before}, {scores[name]:.3f} reached; {usual}"
+    line = f"{name}: {start} {before}, {scores[name]:.3f} reached; {usual}"
+    if scores["val_loss"] > baseline.get("val_loss", math.inf):
+        line += (
+            f"\nthe validation loss is worse than {before}, {baseline['val_loss']:.4g}: "
+            "training diverged; try a lower --optim.lr"
+        )
+    return line
 
 
 # ---- opening a trained run ----------------------------------------------------------------------

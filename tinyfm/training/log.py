@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -65,20 +66,50 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
+def summary_score(scores: Mapping[str, float]) -> str:
+    """The name of the score that sums up an evaluation: the first that is no loss, if there is one.
+
+    scores: those of an evaluation, the validation loss and its terms (val_loss_...) among them.
+    """
+    others = [name for name in scores if not name.startswith(("val_loss", "step", "time"))]
+    return others[0] if others else "val_loss"
+
+
+def in_short(row: Mapping[str, float]) -> str:
+    """The loss and the speed of a row, such as "loss 3.214  15.1k tokens/s"."""
+    parts = [f"loss {row['loss']:.4g}"]
+    for name, value in row.items():
+        if name.endswith("_per_s"):
+            parts.append(f"{tqdm.format_sizeof(value)} {name.removesuffix('_per_s')}/s")
+    return "  ".join(parts)
+
+
 class Logbook:
     """Logs the numbers of a run as they come. On all ranks but the first it does nothing.
 
     steps: number of steps of the whole run. start: step from which the run starts or resumes; rows
-    logged after it are dropped, because those steps are trained again.
+    logged after it are dropped, because those steps are trained again. usual: the lowest and the
+    highest final value of the summary score in earlier runs, if they are known.
     """
 
-    def __init__(self, run: Path, steps: int, start: int, first: bool, tensorboard: bool = False):
+    def __init__(
+        self,
+        run: Path,
+        steps: int,
+        start: int,
+        first: bool,
+        tensorboard: bool = False,
+        usual: Sequence[float] = (),
+    ):
         self.run = run
         self.steps = steps
+        self.usual = usual
         self.first = first
         self.board = None
         self.terminal = first and sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.terminal)
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True
+        )
         self.path = run / METRICS
         rows, damaged = read_lines(self.path)
         self.rows = [row for row in rows if row["step"] <= start]
@@ -113,27 +144,42 @@ class Logbook:
         if self.board:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, row["step"])
-        if self.terminal and "val_loss" not in row:  # an evaluation gets a line, also here
-            values = {name: f"{value:.4g}" for name, value in shown.items()}
-            self.bar.set_postfix(values, refresh=False)
-        else:
+        if "loss" not in row:  # an evaluation, in full
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.say(f"step {row['step']}/{self.steps}  {values}")
+        elif self.terminal:
+            self.bar.set_postfix_str(in_short(row), refresh=False)
+        else:
+            self.say(f"step {row['step']}/{self.steps}  {in_short(row)}")
+
+    def points(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of all rows with this number."""
+        rows = [row for row in self.rows if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
 
     def draw(self) -> None:
-        """Redraw loss.png: training and validation loss over steps."""
+        """Redraw loss.png: the losses over steps, and below them the summary score."""
         if not self.first:
             return
-        figure = new_figure(7, 4)
-        axes = figure.add_subplot(xlabel="step", ylabel="loss")
-        for name, style in (("loss", {"linewidth": 1}), ("val_loss", {"marker": "o"})):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                axes.plot(*zip(*points), label=name, **style)
-        axes.set_title(str(self.run.name))
-        axes.grid(alpha=0.3)
-        if axes.lines:
+        evaluations = [row for row in self.rows if "val_loss" in row]
+        score = summary_score(evaluations[-1]) if evaluations else "val_loss"
+        panels = 1 if score == "val_loss" else 2
+        figure = new_figure(7, 3 * panels + 1)
+        losses, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        losses.set_title(str(self.run.name))
+        losses.plot(*self.points("loss"), label="loss of the batches", linewidth=1)
+        losses.plot(*self.points("val_loss"), label="validation loss", marker="o")
+        for axes in below:
+            axes.plot(*self.points(score), label=score, marker="o", color="C1")
+        for i, value in enumerate(self.usual):
+            label = None if i else "usual at the end"
+            figure.axes[-1].axhline(value, linestyle="--", color="gray", label=label)
+        names = ("loss", score.replace("val_bpb", "bits per byte of validation text"))
+        for axes, name in zip(figure.axes, names):
+            axes.set_ylabel(name)
+            axes.grid(alpha=0.3)
             axes.legend()
+        figure.axes[-1].set_xlabel("step")
         figure.savefig(self.run / "loss.png", dpi=110)
 
     def close(self) -> None:

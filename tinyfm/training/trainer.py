@@ -32,7 +32,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,7 @@ class Trainer:
     score(model) returns further numbers for each evaluation, reported with the validation loss.
     show(model, folder, step) writes samples to a folder and returns a line to print.
     world: the processes that train together; default: this process alone.
+    usual: the lowest and the highest final score of earlier runs, for loss.png.
 
     A model whose loss compares the rows of a batch with each other sets `whole_batch`. It gets all
     rows of its rank in one call and cuts them itself, `rows_at_once` rows at a time. It calls its
@@ -205,6 +206,7 @@ class Trainer:
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         show: Callable[[nn.Module, Path, int], str] | None = None,
         world: distributed.World | None = None,
+        usual: Sequence[float] = (),
     ):
         self.model = model
         self.data = data
@@ -215,6 +217,7 @@ class Trainer:
         self.score = score
         self.show = show
         self.world = world or distributed.World()
+        self.usual = usual
 
         # Refuse impossible settings before anything is created.
         processes = self.world.size
@@ -444,7 +447,8 @@ class Trainer:
         """
         start = self.counters["step"]
         steps = self.train.steps
-        log = Logbook(self.out, steps, start, self.world.first, self.train.tensorboard)
+        board = self.train.tensorboard
+        log = Logbook(self.out, steps, start, self.world.first, board, self.usual)
         with contextlib.closing(log), self.signals, contextlib.closing(self.saver):
             # A new run, or one that was stopped before it had evaluated its last step.
             if self.due() and not self.scores:
@@ -464,8 +468,9 @@ class Trainer:
                 log_now = step % self.train.log_every == 0 or step == steps
                 if log_now and math.isfinite(loss):
                     speed = self.speed(step - since, time.perf_counter() - clock)
-                    lr = lr_factor(step - 1, steps, self.optim)
-                    log.add({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **speed})
+                    factor = lr_factor(step - 1, steps, self.optim)
+                    rates = {"lr": factor * self.optim.lr, "lr_factor": factor}
+                    log.add({"step": step, "loss": loss, **rates, "grad_norm": norm, **speed})
                     clock = time.perf_counter()
                     since = step
 
