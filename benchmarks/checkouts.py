@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import describe_machine, seconds_of
+from timing import describe_machine, record, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 Found = dict[str, dict[Path, list[float]]]  # what -> version -> units a second
@@ -140,12 +140,7 @@ def main() -> None:
     text = table(options.other.resolve(), options.what, options.rounds)
     print(text)
     if options.record:
-        page = ROOT / "benchmarks/README.md"
-        content = page.read_text(encoding="utf-8")
-        mark = f"<!-- checkouts {options.what} -->\n"
-        start = content.index(mark) + len(mark)
-        end = content.index("<!-- end -->", start)
-        page.write_text(content[:start] + text + content[end:], encoding="utf-8")
+        record(f"checkouts {options.what}", text)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,24 @@
     python benchmarks/diffusion.py sample [--channels 1] [--batch 16] [--steps 20] [--repeats 3]
 
 train: images/s of whole training steps on pictures of 32 x 32: noise is added, then forward pass,
-mean squared error of v, backward pass, fused AdamW. sample: images/s from noise by DDIM, with one
-call of the network per step. Both in float32, and in bfloat16 by autocast. All models take turns
-in this process; the medians are printed, and our rates over that of the faster peer.
+mean squared error of v, backward pass, fused AdamW; nothing is compiled. sample: images/s from
+noise by DDIM, with one call of the network per step. Both in float32, and in bfloat16 by autocast.
+All models take turns in this process; the medians are printed, and our rates over that of the
+faster peer.
 
-    tinyfm       the model of the ddpm preset, which works on patches of 2 x 2 pixels; by
-                 Diffusion.loss and Diffusion.sample
-    same         the same without patches: this is the network of diffusers
-    diffusers    UNet2DModel, that network with the same weights; trained with DDIMScheduler's
-                 add_noise and get_velocity, as its example does, and sampled by DDIMPipeline
+    same         the network of diffusers, which has no patches, by Diffusion.loss and .sample
+    patches      the model of the ddpm preset, which works on patches of 2 x 2 pixels
+    preset       the same, trained as the preset trains it: Muon for matrices and kernels, AdamW for
+                 the rest, clipping, and a moving average of the weights
+    diffusers    UNet2DModel, with the weights of "same"; trained with DDIMScheduler's add_noise and
+                 get_velocity, as its example does, and sampled by DDIMPipeline
     lucidrains   denoising-diffusion-pytorch: a Unet of another design (RMSNorm, linear attention
                  at the upper levels) with the same channels and levels, in GaussianDiffusion
 
-So "same" compares the code alone, and "tinyfm" what a user trains with about as many parameters;
-the script checks that the numbers of parameters are within 5%. All models predict v on the cosine
-schedule of 1,000 levels and have untrained weights. Freed memory is kept, as in train.py.
+So "same" compares the code alone, "patches" a network with about as many parameters, and "preset"
+what a user of train.py gets. The script checks that the numbers of parameters are within 5%. All
+models predict v on the cosine schedule of 1,000 levels and have untrained weights. Freed memory is
+kept, as in train.py.
 
     pip install "diffusers>=0.35" && pip install --no-deps denoising-diffusion-pytorch
 
@@ -49,6 +52,7 @@ from timing import Work, by_turns, describe_machine, training_step
 from tinyfm.common import device
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.recipes.registry import find_preset
+from tinyfm.training.optim import EMA, build_optimizers, scale_and_clip
 
 NEEDED_BY_ITS_TRAINER = (
     "accelerate",
@@ -108,8 +112,9 @@ def build_models(channels: int, steps: int) -> Models:
     pipeline = DDIMPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return {
-        "tinyfm": Diffusion(config),
         "same": same,
+        "patches": Diffusion(config),
+        "preset": Diffusion(config),
         "diffusers": pipeline,
         "lucidrains": build_lucidrains(config, steps),
     }
@@ -155,8 +160,8 @@ def make_steps(models: Models, images: torch.Tensor, dtype: torch.dtype) -> dict
         return F.mse_loss(y.float(), target)
 
     losses = {
-        "tinyfm": lambda: own_loss("tinyfm"),
         "same": lambda: own_loss("same"),
+        "patches": lambda: own_loss("patches"),
         "diffusers": diffusers_loss,
         "lucidrains": lambda: models["lucidrains"](images),
     }
@@ -165,7 +170,27 @@ def make_steps(models: Models, images: torch.Tensor, dtype: torch.dtype) -> dict
         parameters = network(models[name]).train().parameters()
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         steps[name] = training_step(loss_of, [optimizer], dtype)
+    steps["preset"] = preset_step(models["preset"], lambda: own_loss("preset"), dtype)
     return steps
+
+
+def preset_step(model: Diffusion, loss_of: Callable[[], torch.Tensor], dtype: torch.dtype) -> Work:
+    """A training step with the optimizers of the ddpm preset."""
+    optim = find_preset("ddpm").run.optim
+    optimizers = build_optimizers(model.train(), optim)
+    average = EMA(model, optim.ema_half_life)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of()
+        loss.backward()
+        scale_and_clip(model, 1.0, optim.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update(model, step=0)
+
+    return step
 
 
 def make_samplers(models: Models, batch: int, steps: int, dtype: torch.dtype) -> dict[str, Work]:
@@ -174,8 +199,8 @@ def make_samplers(models: Models, batch: int, steps: int, dtype: torch.dtype) ->
         network(model).eval()
     pipeline = models["diffusers"]
     samplers = {
-        "tinyfm": lambda: models["tinyfm"].sample(batch, steps),
         "same": lambda: models["same"].sample(batch, steps),
+        "patches": lambda: models["patches"].sample(batch, steps),
         "diffusers": lambda: pipeline(batch, num_inference_steps=steps, output_type="pt"),
         "lucidrains": lambda: models["lucidrains"].sample(batch),
     }
@@ -222,7 +247,8 @@ def main() -> None:
         rates = {name: batch / elapsed for name, elapsed in times.items()}
         best = max(PEERS, key=rates.get)
         shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-        ratios = [f"{name} {rates[name] / rates[best]:.2f}x" for name in ("tinyfm", "same")]
+        own = [name for name in rates if name not in PEERS]
+        ratios = [f"{name} {rates[name] / rates[best]:.2f}x" for name in own]
         print(f"{dtype}: {shown} images/s: {', '.join(ratios)} {best}", flush=True)
 
 

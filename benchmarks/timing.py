@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 Work = Callable[[], object]
+PAGE = Path(__file__).with_name("README.md")
 
 
 def processor() -> str:
@@ -28,6 +29,14 @@ def describe_machine() -> str:
     """The date, the processor, the number of threads and the version of torch, in one line."""
     threads = torch.get_num_threads()
     return f"{date.today()}, {processor()}, {threads} threads, torch {torch.__version__}"
+
+
+def record(mark: str, text: str, page: Path = PAGE) -> None:
+    """Write text into the page of recorded results, between `<!-- mark -->` and `<!-- end -->`."""
+    content = page.read_text(encoding="utf-8")
+    start = content.index(f"<!-- {mark} -->\n") + len(f"<!-- {mark} -->\n")
+    end = content.index("<!-- end -->", start)
+    page.write_text(content[:start] + text + content[end:], encoding="utf-8")
 
 
 def seconds_of(work: Work) -> float:

@@ -1,0 +1,77 @@
+"""The benchmarks' own arithmetic: what is scored, what is equal on both sides, what is written."""
+
+import importlib
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, count_parameters
+
+from tinyfm.gpt import GPT
+
+
+@pytest.fixture(scope="module")
+def nanogpt():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("nanogpt")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("n", [9, 17, 64, 65, 66, 200])
+def test_every_byte_but_the_first_is_scored_once(nanogpt, n):
+    """A model that gives id i the probability p_i, so that the order of windows cannot matter."""
+    ids = torch.randint(10, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    log_p = torch.linspace(-3, 1, 10).log_softmax(0)
+    bpb = nanogpt.bits_per_byte(lambda x: log_p.expand(*x.shape, 10), ids, n - 1, length=8)
+    expected = -sum(log_p[i].item() for i in ids[1:]) / math.log(2) / (n - 1)
+    assert bpb == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_have_the_context_of_their_own_text(nanogpt):
+    ids = list(range(20))
+    rows = [row for batch in nanogpt.windows(ids, 8, rows=2) for row in zip(*batch.values())]
+    assert [tokens.tolist() for tokens, _ in rows] == [ids[:9], ids[8:17], ids[11:20]]
+    assert rows[2][1].tolist() == [False] * 5 + [True] * 3
+
+
+def test_both_networks_of_the_equal_comparison_have_the_same_size(nanogpt):
+    """nanoGPT without biases: tied tables, and 12 D^2 + 2 D for a block."""
+    V, T, D, L = 257, 64, 128, 4
+    for option in (f"--block_size={T}", f"--n_embd={D}", f"--n_layer={L}"):
+        assert option in nanogpt.RECIPE
+    sizes = count_parameters(GPT(nanogpt.SAME_NETWORK))
+    assert sizes == V * D + T * D + L * (12 * D * D + 2 * D) + D
+
+
+def test_both_sides_read_the_same_nine_tenths(nanogpt, tmp_path):
+    text = bytes(range(256)) * 4
+    nanogpt.prepare_bytes(tmp_path, text)
+    data = nanogpt.RandomWindows(text, seed=0)
+    for name, ours in (("train", data.train), ("val", data.val)):
+        stored = bytearray((tmp_path / f"{name}.bin").read_bytes())
+        theirs = torch.frombuffer(stored, dtype=torch.int16)
+        assert torch.equal(theirs.long(), ours)
+    assert len(data.val) == 103  # of 1024
+    rows = data.batch(3, slice(None))["tokens"]
+    assert torch.equal(data.batch(3, slice(4, 6))["tokens"], rows[4:6])
+    assert rows.shape == (12, 65)
+    assert (rows.diff() % 256 == 1).all()  # each row is a run of the text
+
+
+def test_a_table_replaces_the_one_between_its_marks(nanogpt, tmp_path):
+    page = tmp_path / "README.md"
+    text = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
+    page.write_text(text, encoding="utf-8")
+    nanogpt.record("x", "new\n", page)
+    assert page.read_text(encoding="utf-8") == text.replace("old", "new")
+
+
+def test_the_page_has_the_marks_that_the_scripts_write_to():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
+    for mark in marks:
+        start = page.index(f"<!-- {mark} -->\n")
+        assert "<!-- end -->" in page[start:]
