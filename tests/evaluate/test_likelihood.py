@@ -157,9 +157,7 @@ def test_bits_per_byte_and_perplexity_by_hand(tmp_path):
     assert score.by("total") == score.log_likelihood
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    both = likelihood.score_file(model, TOKENIZER, str(tmp_path))
-    assert (both.tokens, both.bytes) == (72, 72)
-    assert both.log_likelihood == pytest.approx(2 * score.log_likelihood)
+    assert likelihood.score_files(model, TOKENIZER, str(tmp_path)) == [score, score]
 
 
 def test_a_text_is_scored_after_the_end_of_another():
@@ -369,4 +367,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="is empty"):
         likelihood.score_endings(model, [[]], [[1]])
     with pytest.raises(ValueError, match="no file matches"):
-        likelihood.score_file(model, TOKENIZER, "nowhere.txt")
+        likelihood.score_files(model, TOKENIZER, "nowhere.txt")

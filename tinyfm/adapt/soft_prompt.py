@@ -138,3 +138,6 @@ class PromptedData:
 
     def val_batches(self, rows: int) -> Iterator[dict[str, Tensor]]:
         return (prepend(batch, self.ids) for batch in self.data.val_batches(rows))
+
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, Tensor]]:
+        return (prepend(batch, self.ids) for batch in self.data.split_batches(name, rows))

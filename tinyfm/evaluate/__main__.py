@@ -1,11 +1,13 @@
 """Measure a trained run:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
-A GPT: nats per token and bits per byte of its validation text. CLIP: zero-shot classification among
-all names of each held-out split, retrieval of captions and images, and classification from image
-features alone. Diffusion: the distance of its samples from real pictures. Text-to-image: the share
-of pictures that show what their prompt says. A classifier: accuracy and calibration. Next to each
-figure stands that of the same model before training, or of the run it started from, and for
-features that of the raw pixels: only the difference was learned.
+A GPT: nats per token and bits per byte of its validation and test texts. CLIP: zero-shot
+classification among all names of each held-out split, retrieval of captions and images, and
+classification from image features alone. Diffusion: the distance of its samples from real pictures.
+Text-to-image: the share of pictures that show what their prompt says. A classifier: accuracy and
+calibration. Next to each figure stands that of the same model before training, or of the run it
+started from, and for features that of the raw pixels: only the difference was learned. Losses and
+accuracies have an interval of 95% in parentheses, over the documents or examples that stand behind
+it (metrics.py).
 
 Other questions, which need no training:
 
@@ -20,21 +22,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
 
 from tinyfm.common import device as devices
-from tinyfm.common.seeds import row_generators
-from tinyfm.evaluate import likelihood
-from tinyfm.evaluate.metrics import Scores
+from tinyfm.evaluate import likelihood, metrics
+from tinyfm.evaluate.metrics import Estimate, Scores
 from tinyfm.recipes import registry, run_dir
-from tinyfm.recipes.base import OpenRun, Run
+from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.classify import score_untrained
 
 
@@ -55,20 +58,6 @@ class Options:
 
 
 # ---- measures of the run's own data -------------------------------------------------------------
-
-
-def validation(run: Run, model: nn.Module, data: Any, device: torch.device) -> Scores:
-    """The loss of the validation split, as training measures it."""
-    rows = run.train.batch_size
-    sums = torch.zeros(2)
-    for i, batch in enumerate(data.val_batches(rows)):
-        n = len(next(iter(batch.values())))
-        generators = row_generators(run.train.seed, -1, range(i * rows, i * rows + n))
-        loss, metrics = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
-        weight = float(metrics.get("weight", n))
-        sums += torch.tensor((float(loss) * weight, weight))
-    loss = float(sums[0] / sums[1])
-    return {"val_loss": loss, **data.metrics(loss)}
 
 
 def rebuild_start(opened: OpenRun) -> tuple[str, nn.Module]:
@@ -99,8 +88,7 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
         model.to(device)
         run.get_ready(model, data)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = validation(run, model, data, device)
-            scores |= run.measure(opened, model, data, options)
+            scores = run.losses(model, data) | run.measure(opened, model, data, options)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
     for column, scores in run.baselines(data).items():
@@ -114,8 +102,14 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
 
 def score_text(opened: OpenRun, path: str, options: Options) -> Scores:
     """Likelihood of a file, a folder or a "glob", each text from its start."""
-    found = likelihood.score_file(opened.model, opened.tokenizer, path)
-    return {"perplexity": found.perplexity, "bits per byte": found.bits_per_byte}
+    scores = likelihood.score_files(opened.model, opened.tokenizer, path)
+    nats = np.array([-score.log_likelihood for score in scores])
+    tokens = [score.tokens for score in scores]
+    size = [score.bytes for score in scores]
+    return {
+        "perplexity": metrics.ratio_of_sums(nats, tokens, "documents").through(math.exp),
+        "bits per byte": metrics.ratio_of_sums(nats / math.log(2), size, "documents"),
+    }
 
 
 def check_question(question: dict) -> None:
@@ -153,11 +147,11 @@ def answer_choices(opened: OpenRun, path: str, options: Options) -> Scores:
     found = likelihood.choose(opened.model, opened.tokenizer, asked)
     scores = {"by chance": sum(1 / len(choices) for _, choices in asked) / len(asked)}
     for rule in ("total", "token", "byte"):
-        right = 0
+        right = []
         for choice, question in zip(found, questions):
             values = [score.by(rule) for score in choice.scores]
-            right += values.index(max(values)) == question["answer"]
-        scores[f"right, likelihood by {rule}"] = right / len(questions)
+            right.append(values.index(max(values)) == question["answer"])
+        scores[f"right, likelihood by {rule}"] = metrics.proportion(right, "questions")
     return scores
 
 
@@ -198,6 +192,18 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
 # ---- the command --------------------------------------------------------------------------------
 
 
+def intervals(table: dict[str, Scores]) -> dict[str, dict[str, dict]]:
+    """{measure: {column: its interval}} of the values that have one; null is no number."""
+    found = {}
+    for name, row in table.items():
+        for column, value in row.items():
+            if isinstance(value, Estimate):
+                ends = [None if math.isnan(end) else end for end in (value.low, value.high)]
+                interval = {"low": ends[0], "high": ends[1], "n": value.n, "of": value.about}
+                found.setdefault(name, {})[column] = interval
+    return found
+
+
 def main() -> int | str:
     try:
         options = tyro.cli(Options, description=__doc__)
@@ -214,12 +220,15 @@ def main() -> int | str:
         return 130
     if options.json:
         step = {"folder": str(opened.folder), "weights": opened.weights, **opened.meta}
-        print(json.dumps({"run": step, "scores": table}, indent=2))
+        print(json.dumps({"run": step, "scores": table, "intervals": intervals(table)}, indent=2))
         return 0
     print(f"{opened.folder}: step {opened.meta['step']}, {opened.weights} weights")
     for name, row in table.items():
-        numbers = "  ".join(f"{column} {value:.4g}" for column, value in row.items())
-        print(f"{name:58} {numbers}")
+        parts = [
+            f"{column} {value if isinstance(value, Estimate) else format(value, '.4g')}"
+            for column, value in row.items()
+        ]
+        print(f"{name:58} {'  '.join(parts)}")
     return 0
 
 

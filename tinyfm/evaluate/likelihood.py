@@ -27,13 +27,14 @@ Letters: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import files
@@ -239,18 +240,29 @@ def score_text(model: Any, tokenizer: Tokenizer, text: str, stride: int = 0) -> 
     return score(model, tokenizer, [("", text)], stride)[0]
 
 
-def score_file(model: Any, tokenizer: Tokenizer, path: str, stride: int = 0) -> Score:
-    """The sum of the scores of all texts of a file, folder or glob, each from its start.
+def score_files(model: Any, tokenizer: Tokenizer, path: str, stride: int = 0) -> list[Score]:
+    """The score of each text of a file, folder or glob, from its start.
 
     Raises ValueError if there is no text.
     """
-    scores = score(model, tokenizer, [("", text) for text in files.documents(path)], stride)
-    return Score(
-        sum(s.log_likelihood for s in scores),
-        sum(s.tokens for s in scores),
-        sum(s.bytes for s in scores),
-        all(s.greedy for s in scores),
-    )
+    return score(model, tokenizer, [("", text) for text in files.documents(path)], stride)
+
+
+@torch.inference_mode()
+def score_targets(model: Any, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
+    """-ln p in nats of each target of a model's batches, in order: float64 (n,).
+
+    A target is a token after the first of batch["tokens"] (B, T + 1); those where batch["mask"]
+    (B, T) is False are left out.
+    """
+    device = next(model.parameters()).device
+    found = []
+    for batch in batches:
+        tokens = batch["tokens"].to(device)
+        logits = model(tokens[:, :-1]).float().flatten(0, 1)  # (B T, V)
+        nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        found.append(nats.cpu()[batch["mask"].flatten()])
+    return torch.cat(found).double().numpy()
 
 
 # ---- multiple choice ----------------------------------------------------------------------------

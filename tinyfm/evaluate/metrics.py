@@ -33,7 +33,7 @@ tests of a difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -270,12 +270,23 @@ class Estimate(float):
         self.about = about or f"{n:,} examples"
         return self
 
+    def through(self, function: Callable[[float], float]) -> Estimate:
+        """The measure that a rising function makes of this one: perplexity of a loss."""
+        interval = (function(self.low), function(self.high))
+        return Estimate(function(float(self)), interval, self.n, self.about)
+
     def __str__(self) -> str:
         """Such as "0.584 (0.54 to 0.62; 575 texts in 78 files)"."""
         value = f"{float(self):.4g}"
         if math.isnan(self.low):
             return f"{value} ({self.about}: too few for an interval)"
         return f"{value} ({self.low:.4g} to {self.high:.4g}; {self.about})"
+
+
+def counted(n: int, unit: str) -> str:
+    """1 and "texts" -> "1 text"; 1200 and "texts" -> "1,200 texts"."""
+    singular = {"batches": "batch"}.get(unit, unit.removesuffix("s"))
+    return f"{n:,} {singular if n == 1 else unit}"
 
 
 NO_INTERVAL = (math.nan, math.nan)
@@ -294,8 +305,8 @@ def proportion(
     value = float(right.mean())
     count = len(set(clusters))
     if not count or count == n:
-        return Estimate(value, wilson(int(right.sum()), n), n, f"{n:,} {unit}")
-    about = f"{n:,} {unit} in {count:,} {cluster}"
+        return Estimate(value, wilson(int(right.sum()), n), n, counted(n, unit))
+    about = f"{counted(n, unit)} in {counted(count, cluster)}"
     interval = NO_INTERVAL if count == 1 else clustered_wilson(right, clusters)
     return Estimate(value, interval, n, about)
 
@@ -305,4 +316,4 @@ def ratio_of_sums(parts: np.ndarray, wholes: np.ndarray, unit: str) -> Estimate:
     n = len(parts)
     value = float(np.sum(parts) / np.sum(wholes))
     interval = NO_INTERVAL if n < MIN_UNITS else bootstrap(parts, wholes)
-    return Estimate(value, interval, n, f"{n:,} {unit}")
+    return Estimate(value, interval, n, counted(n, unit))

@@ -15,7 +15,7 @@ its recipe, and add the recipe to registry.RECIPES.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -24,9 +24,12 @@ import numpy as np
 from torch import nn
 from tyro.conf import Suppress
 
+from data.splits import HELD_OUT, VAL
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
 from tinyfm.common.config import may_change
+from tinyfm.common.seeds import row_generators
+from tinyfm.evaluate import metrics
 from tinyfm.evaluate.metrics import Scores
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -116,8 +119,27 @@ class Run:
         """Carry out sample.py's `options`. Raises ValueError for options that make no sense."""
         raise NotImplementedError
 
+    def losses(self, model: nn.Module, data: Any) -> Scores:
+        """Loss on validation and test as training measures it, and data.metrics of validation.
+
+        The intervals are over batches. Data without split_batches have no test split.
+        """
+        rows = self.train.batch_size
+        batches = {VAL: data.val_batches(rows)}
+        if hasattr(data, "split_batches"):
+            batches = {split: data.split_batches(split, rows) for split in HELD_OUT}
+        scores = {}
+        for split, found in batches.items():
+            scores |= batch_losses(model, found, split, self.train.seed, rows)
+        names = data.metrics(0.0)
+        for name in names:
+            scores[name] = scores["val_loss"].through(
+                lambda loss, name=name: data.metrics(loss)[name]
+            )
+        return scores
+
     def measure(self, opened: OpenRun, model: nn.Module, data: Any, options: Any) -> Scores:
-        """Scores that `python -m tinyfm.evaluate` prints after the validation loss.
+        """Scores that `python -m tinyfm.evaluate` prints after the losses.
 
         model: the trained model of `opened`, or the same model before training. options: the
         command's; draw its --picture only for the trained model.
@@ -175,6 +197,29 @@ class Answers(NamedTuple):
 
 
 # ---- helpers of several recipes -----------------------------------------------------------------
+
+
+def batch_losses(
+    model: nn.Module,
+    batches: Iterable[dict],
+    split: str,
+    seed: int,
+    rows: int,
+    unit: str = "batches",
+) -> Scores:
+    """{"SPLIT_loss": mean of model.loss over the batches of `rows` rows}; {} without a batch."""
+    device = next(model.parameters()).device
+    losses = []
+    weights = []
+    for i, batch in enumerate(batches):
+        n = len(next(iter(batch.values())))
+        generators = row_generators(seed, -1, range(i * rows, i * rows + n))
+        loss, found = model.loss({k: v.to(device) for k, v in batch.items()}, generators)
+        weights.append(float(found.get("weight", n)))
+        losses.append(float(loss) * weights[-1])
+    if not weights:
+        return {}
+    return {f"{split}_loss": metrics.ratio_of_sums(losses, weights, unit)}
 
 
 def print_shares(shares: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from data import labelled as tables
 from data.report import Report
-from data.splits import TEST, TRAIN, VAL
+from data.splits import HELD_OUT, TEST, TRAIN, VAL
 from tinyfm import compiled, generate, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil
@@ -24,8 +25,18 @@ from tinyfm.batches.chat import ChatConfig, ChatData
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.evaluate import likelihood
+from tinyfm.evaluate.metrics import ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, print_shares, write_texts_file
+from tinyfm.recipes.base import (
+    Answers,
+    OpenRun,
+    Preset,
+    Run,
+    Scores,
+    batch_losses,
+    print_shares,
+    write_texts_file,
+)
 from tinyfm.recipes.classify import ClassifyRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -72,6 +83,19 @@ class GPTRun(Run):
             self.data, self.model.vocab_size, length, train.batch_size, train.seed
         )
         return self.with_prompt(data)
+
+    def losses(self, model: GPT, data: TextData) -> Scores:
+        """Nats per token and bits per byte of both held-out texts; intervals over documents."""
+        scores = {}
+        for name in HELD_OUT:
+            split = data.split(name)
+            nats = likelihood.score_targets(model, data.split_batches(name, self.train.batch_size))
+            by_document = np.add.reduceat(nats, split.starts)
+            tokens = np.diff([*split.starts, split.predicted])
+            scores[f"{name}_loss"] = ratio_of_sums(by_document, tokens, "documents")
+            bits = by_document / math.log(2)
+            scores[f"{name}_bpb"] = ratio_of_sums(bits, split.bytes, "documents")
+        return scores
 
     def learn_from(self, model: GPT, data: TextData, teacher: OpenRun) -> None:
         """Make the teacher's predictions part of the model's training loss."""
@@ -207,6 +231,18 @@ class ChatRun(GPTRun):
         length = self.model.context_length - len(self.prompt_ids)
         own = tokenizer.load(self.data.tokenizer)
         return self.with_prompt(ChatData(self.data, own, length, train.batch_size, train.seed))
+
+    def losses(self, model: GPT, data: ChatData) -> Scores:
+        """Nats per token and bits per byte of the answers, with intervals over conversations."""
+        scores = {}
+        for name in HELD_OUT:
+            found = batch_losses(
+                model, data.split_batches(name, 1), name, self.train.seed, 1, "conversations"
+            )
+            for loss in found.values():
+                scores[f"{name}_loss"] = loss
+                scores[f"{name}_bpb"] = loss.through(data.split(name).bits_per_byte)
+        return scores
 
     def show(self, model: GPT, data: ChatData, folder: Path, step: int) -> str:
         """Answer the first questions of held-out conversations; return one with its answer."""
