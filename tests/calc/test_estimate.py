@@ -55,3 +55,23 @@ def test_large_presets_have_the_published_sizes(name, parameters):
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert cost.parameters == parameters
     assert run.train.batch_size % (run.train.micro_batch_size * 8) == 0  # for one GPU and for eight
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("Tesla V100-SXM2-32GB", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peak_flops_of_gpus(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert estimate.peak_flops(cuda, torch.bfloat16) == peak
+    assert estimate.peak_flops(cuda, torch.float32) is None
+
+
+def test_the_peak_of_a_cpu_is_unknown():
+    assert estimate.peak_flops(torch.device("cpu"), torch.bfloat16) is None

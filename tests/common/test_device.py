@@ -37,26 +37,6 @@ def test_bfloat16_on_gpus(monkeypatch, capability, fast):
     assert devices.bfloat16_is_fast(torch.device("cuda")) is fast
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("Tesla V100-SXM2-32GB", None),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
-)
-def test_peak_flops_of_gpus(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    cuda = torch.device("cuda")
-    assert devices.peak_flops(cuda, torch.bfloat16) == peak
-    assert devices.peak_flops(cuda, torch.float32) is None
-
-
-def test_the_peak_of_a_cpu_is_unknown():
-    assert devices.peak_flops(CPU, torch.bfloat16) is None
-
-
 def test_peak_memory_counts_a_large_tensor():
     devices.keep_freed_memory()
     block = torch.ones(2**24)

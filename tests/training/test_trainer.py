@@ -63,12 +63,23 @@ def make(out, data, model=TINY, config=TRAIN, optim=OPTIM, seed=0, cls=GPT, **ot
 def rows(run) -> list[dict]:
     """The rows of metrics.jsonl, without the fields that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = ("time", "tokens_per_s")
+    clock = ("time", "tokens_per_s", "mfu")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def losses(run) -> list[float]:
     return [row["loss"] for row in rows(run) if "loss" in row]
+
+
+def test_the_log_has_rates_speed_and_the_share_of_the_peak(tmp_path, data):
+    trainer = make(tmp_path, data, peak_flops=1e9)
+    speed = trainer.speed(steps=3, seconds=2.0)  # 24 rows of 16 tokens
+    assert speed["tokens_per_s"] == 3 * 8 * 16 / 2
+    assert speed["mfu"] == pytest.approx(12 * trainer.model.flops_per_row() / 1e9)
+    trainer.fit()
+    first = rows(tmp_path)[1]
+    assert first["lr_factor"] == 0.5 and first["lr"] == 0.5 * OPTIM.lr  # two steps of warmup
+    assert "mfu" not in make(tmp_path / "other", data).speed(3, 2.0)
 
 
 # ---- learning -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tinyfm.calc.ledgers import Stack
 from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.network import MeasuredModule
 from tinyfm.common import device as devices
-from tinyfm.common import units
+from tinyfm.common import gpus, units
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
 
@@ -100,6 +100,16 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
     at_once = train.micro_batch_size
     peak = max(trace.step_bytes(model, optim, rows, several, at_once, device, dtype))
     return peak, f"{at_once or rows} rows at once in {str(dtype).removeprefix('torch.')}"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of the device in FLOP/s, or None if it is unknown."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    gpu = gpus.by_driver_name(torch.cuda.get_device_name(device))
+    if gpu is None or "bf16" not in gpu.peaks:
+        return None
+    return gpu.peak("bf16")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from tinyfm.common import gpus
-
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA if there is any, else MPS, else the CPU.
@@ -67,16 +65,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({processor}, {torch.get_num_threads()} threads)"
     return f"{device.type} ({processor})"
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of the device in FLOP/s, or None if it is unknown."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    gpu = gpus.by_driver_name(torch.cuda.get_device_name(device))
-    if gpu is None or "bf16" not in gpu.peaks:
-        return None
-    return gpu.peak("bf16")
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

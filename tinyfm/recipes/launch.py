@@ -254,6 +254,7 @@ def make_trainer(
         files.write_json(folder / "config.json", record)
         run.write_files(folder, data)
 
+    device = devices.choose_device(run.train.device)
     return Trainer(
         model,
         data,
@@ -265,6 +266,7 @@ def make_trainer(
         show=lambda model, folder, step: run.show(model, data, folder, step),
         world=world,
         usual=plan.preset.usual_range() if run_dir.is_preset(plan.preset, run) else (),
+        peak_flops=estimate.peak_flops(device, devices.choose_dtype(run.train.dtype, device)),
     )
 
 

@@ -184,6 +184,7 @@ class Trainer:
     show(model, folder, step) writes samples to a folder and returns a line to print.
     world: the processes that train together; default: this process alone.
     usual: the lowest and the highest final score of earlier runs, for loss.png.
+    peak_flops: FLOP/s that the device can reach, if they are known.
 
     A model whose loss compares the rows of a batch with each other sets `whole_batch`. It gets all
     rows of its rank in one call and cuts them itself, `rows_at_once` rows at a time. It calls its
@@ -207,6 +208,7 @@ class Trainer:
         show: Callable[[nn.Module, Path, int], str] | None = None,
         world: distributed.World | None = None,
         usual: Sequence[float] = (),
+        peak_flops: float | None = None,
     ):
         self.model = model
         self.data = data
@@ -218,6 +220,7 @@ class Trainer:
         self.show = show
         self.world = world or distributed.World()
         self.usual = usual
+        self.peak_flops = peak_flops
 
         # Refuse impossible settings before anything is created.
         processes = self.world.size
@@ -516,7 +519,7 @@ class Trainer:
         """
         rows = steps * self.train.batch_size / seconds
         result = {f"{self.data.unit}_per_s": rows * self.data.units_per_row}
-        peak = machine.peak_flops(self.device, self.dtype)
-        if peak and hasattr(self.model, "flops_per_row"):
-            result["mfu"] = rows * self.model.flops_per_row() / (peak * self.world.size)
+        if self.peak_flops and hasattr(self.model, "flops_per_row"):
+            peak = self.peak_flops * self.world.size
+            result["mfu"] = rows * self.model.flops_per_row() / peak
         return result
