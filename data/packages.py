@@ -6,10 +6,14 @@ example is a passage of a few lines from one of its files, and the answer is the
     def decode(self, s, _w=WHITESPACE.match):          json
         obj, end = self.raw_decode(s, idx=_w(s, 0).end())
 
-The split is by files, so that no file is in two splits and memorizing a file does not help. Within
-a split, all classes have the same number of examples. Their first lines are spread evenly over the
-files, so that in a small package the passages overlap. The name of the package may occur in a
-passage; the report says how often.
+The split is by files, so that no file is in two splits and memorizing a file does not help. A
+package of few files may have only one for validation or test; the report says how many do. Files
+copy from one another too. So a passage is not held out if it shares a run of 13 words with a file
+of training, nor is it in test if it shares one with a file of validation.
+
+Within a split, all classes have the same number of examples. Their first lines are spread evenly
+over the files, so that in a small package the passages overlap. The name of the package may occur
+in a passage; the report says how often.
 
 Packages too small for enough passages are left out. The list of packages depends on the version of
 Python.
@@ -25,7 +29,7 @@ from pathlib import Path
 
 from data.labelled import Passage
 from data.report import Report
-from data.splits import SPLITS, TEST, TRAIN, VAL
+from data.splits import HELD_OUT, SPLITS, TEST, TRAIN, VAL, overlap_of
 from data.stdlib import library_folder, python_files
 
 LENGTH = 400  # characters: the most that a passage has; the least is half of it
@@ -88,18 +92,40 @@ def split_files(sources: dict[str, str]) -> dict[str, dict[str, str]]:
     return split
 
 
-def split_passages(sources: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """{split: (passage, its file)} of a package's {file name: text}. No passage occurs twice."""
+def split_passages(files: dict[str, dict[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """{split: (passage, its file)} of what `split_files` gives. No passage occurs twice."""
     found = {}
     known = set()  # the passages so far
-    for split, files in split_files(sources).items():
+    for split, texts in files.items():
         found[split] = []
-        for name, text in files.items():
+        for name, text in texts.items():
             for passage in passages(text):
                 if passage not in known:
                     known.add(passage)
                     found[split].append((passage, name))
     return found
+
+
+def drop_copies(
+    parts: dict[str, dict[str, list[tuple[str, str]]]], files: dict[str, dict[str, dict[str, str]]]
+) -> int:
+    """Remove the held-out passages that another split has; return how many.
+
+    parts: {package: what `split_passages` gives}; files: {package: what `split_files` gives}.
+    Validation is compared with training, and test with both.
+    """
+    dropped = 0
+    texts = []  # of the splits so far
+    for split in SPLITS:
+        if split != TRAIN:
+            held_out = [passage for own in parts.values() for passage, _ in own[split]]
+            counts = dict(zip(held_out, overlap_of(held_out, texts)[:, 0]))
+            for own in parts.values():
+                kept = [pair for pair in own[split] if not counts[pair[0]]]
+                dropped += len(own[split]) - len(kept)
+                own[split] = kept
+        texts += [text for own in files.values() for text in own[split].values()]
+    return dropped
 
 
 def evenly(items: list, count: int) -> list:
@@ -109,7 +135,7 @@ def evenly(items: list, count: int) -> list:
 
 def version() -> str:
     """A name for the exact examples: it changes if they do."""
-    return f"packages-2 python-{platform.python_version()}"
+    return f"packages-3 python-{platform.python_version()}"
 
 
 def examples(report: Report | None = None, root: Path | None = None) -> list[Passage]:
@@ -120,16 +146,21 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
     """
     if report is None:
         report = Report()
+    sources = find_packages(root or library_folder(), report)
+    files = {package: split_files(own) for package, own in sources.items()}
+    parts = {package: split_passages(own) for package, own in files.items()}
+    dropped = drop_copies(parts, files)
     found = []
-    for package, sources in find_packages(root or library_folder(), report).items():
-        parts = split_passages(sources)
-        if any(len(parts[split]) < count for split, count in PER_CLASS.items()):
+    single = 0
+    for package, own in parts.items():
+        if any(len(own[split]) < count for split, count in PER_CLASS.items()):
             report.skip("package too small", package)
             continue
-        report.used += len(sources)
+        report.used += len(sources[package])
         for split, count in PER_CLASS.items():
-            for text, source in evenly(parts[split], count):
+            for text, source in evenly(own[split], count):
                 found.append(Passage(text, (package,), split, source))
+        single += any(len({name for _, name in own[split]}) == 1 for split in HELD_OUT)
     classes = {passage.labels[0] for passage in found}
     if len(classes) < 2:
         raise ValueError(
@@ -138,6 +169,8 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
         )
     named = sum(bool(re.search(rf"\b{p.labels[0]}\b", p.text)) for p in found)
     report.notes.append(f"{len(classes)} packages, {len(found):,} passages")
+    report.notes.append(f"{single} packages hold out a single file for validation or test")
+    report.notes.append(f"{dropped:,} passages not held out, as another split has their text")
     report.notes.append(f"{named / len(found):.0%} of passages contain their package's name")
     return found
 

@@ -16,7 +16,7 @@ from PIL import Image
 from data import glyphs, labelled, packages, scripts, stdlib
 from data.pictures import Record
 from data.report import Report
-from data.splits import SPLITS
+from data.splits import SPLITS, overlap_of
 from tinyfm.batches import labelled as tasks
 from tinyfm.batches.labelled import TaskConfig, hold_out, stratified
 from tinyfm.tokenizer import ByteTokenizer
@@ -364,6 +364,26 @@ def test_no_file_of_a_package_is_in_two_splits(passages):
     for passage in found[::20]:
         (label,) = passage.labels
         assert passage.text in sources[label][passage.source]
+
+
+def test_no_held_out_passage_repeats_code_of_another_split(passages):
+    found, report = passages
+    texts = {split: [p.text for p in found if p.split == split] for split in SPLITS}
+    for split, others in (("val", ["train"]), ("test", ["train", "val"])):
+        known = [text for other in others for text in texts[other]]
+        assert overlap_of(texts[split], known)[:, 0].sum() == 0
+    assert "hold out a single file" in report
+    assert "passages not held out, as another split has their text" in report
+
+
+def test_a_planted_copy_is_not_held_out():
+    code = {name: [(f"{name} {' '.join(map(str, range(i, i + 20)))}", f"{name}.py")] for i, name in
+            ((0, "a"), (100, "b"), (200, "c"))}  # fmt: skip
+    copy = (f"as in a: {code['a'][0][0]}", "copy.py")
+    parts = {"p": {"train": code["a"], "val": [copy, *code["b"]], "test": [*code["c"], copy]}}
+    files = {"p": {split: {name: text for text, name in own} for split, own in parts["p"].items()}}
+    assert packages.drop_copies(parts, files) == 2
+    assert parts["p"] == {"train": code["a"], "val": code["b"], "test": code["c"]}
 
 
 def test_passages_are_whole_lines():
