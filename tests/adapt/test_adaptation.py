@@ -19,6 +19,7 @@ from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import likelihood
+from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import registry, run_dir
 
@@ -237,26 +238,53 @@ def test_few_shot_examples_are_of_all_classes_and_drawn_by_the_seed(tiny_run, re
 
 def test_methods_are_compared_and_results_are_kept(tiny_run, reviews, tmp_path, capsys):
     out = tmp_path / "compared"
-    ways = ["--methods", "head", "lora 1", "from scratch", "--labels", "4", "0"]
+    ways = ["--methods", "head", "bias", "lora 1", "from scratch", "--labels", "4", "0"]
     ways += ["--steps", "2", "2"]
-    data = ["--data.path", str(reviews), "--data.val-fraction", "0.3", "--batch-size", "2"]
+    data = ["--data.path", str(reviews), "--data.val-fraction", "0.4", "--batch-size", "2"]
     arguments = ["compare", str(tiny_run), *ways, *data, "--seeds", "1", "--out", str(out)]
     assert compare.main(arguments) == 0
     rows = lines_of(out / "results.jsonl")
-    assert [row["method"] for row in rows][:5] == [
-        "zero-shot",
-        "few-shot",
-        "head",
-        "lora 1",
-        "from scratch",
-    ]
+    methods = ["zero-shot", "few-shot", "head", "head, gains", "lora 1", "from scratch"]
+    assert [row["method"] for row in rows] == methods + methods[2:]
+    assert {row["n"] for row in rows} == {3}  # all are scored on the three test texts
+    for row in rows:
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    assert rows[1]["shots"] <= 4 and 0 <= rows[1]["without"] <= 1
     n = {row["method"]: row["trained"] for row in rows}
     assert 0 == n["zero-shot"] < n["head"] < n["lora 1"] < n["from scratch"]
+    assert n["head"] < n["head, gains"]
     assert (out / "compare.png").stat().st_size > 10_000
-    table = capsys.readouterr().out.splitlines()[-7:]
+    table = capsys.readouterr().out.splitlines()[-18:]
+    assert any("on test, 3 texts" in line for line in table)
+    assert f"on average {rows[1]['shots']:.1f} of 4 examples fitted" in table[-2]
     assert compare.main(arguments) == 0  # nothing is measured again
     assert capsys.readouterr().out.splitlines() == table
     assert len(lines_of(out / "results.jsonl")) == len(rows)
+
+
+def test_a_row_has_the_interval_of_its_median_seed():
+    about = {"method": "head", "labels": 100, "n": 400, "examples": "400 texts", "trained": 1}
+    about |= {"peak_bytes": 0, "stored_bytes": 0, "seconds": 1.0}
+    rows = []
+    for accuracy in (0.55, 0.5, 0.6):
+        rows.append(
+            {**about, "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
+        )
+    line = compare.accuracy_table(rows, (100,)).splitlines()[-1]
+    assert line.split("  ")[-1].strip() == "55.0 (50.0 to 60.0), seeds 50.0 to 60.0"
+    alone = [{**rows[0], "low": None, "high": None}]
+    assert compare.accuracy_table(alone, (100,)).splitlines()[-1].split() == ["head", "55.0"]
+
+
+def test_what_the_method_bias_trains_is_named():
+    config = {"vocab_size": 8, "context_length": 4, "n_layer": 1, "n_head": 1, "d_model": 8}
+    for options, name in (({}, "gains"), ({"norm": "layernorm", "bias": True}, "biases and gains")):
+        model = GPT(GPTConfig(**config, **options))
+        adapt.apply(model, "bias")
+        trained = {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad}
+        assert ("bias" in trained) == ("biases" in name)
+        assert adapt.kinds_of_bias(model) == name
+    assert adapt.kinds_of_bias(torch.nn.Linear(2, 2)) == "biases"
 
 
 def test_an_adapted_run_exports(lora, tmp_path):

@@ -3,17 +3,20 @@
 One trained model learns one classification task in every way, from few labels and from many:
 
     zero-shot     the likelihoods of the class names are compared; nothing is trained
-    few-shot      the same, after labelled examples in the prompt (a GPT only)
+    few-shot      the same, after labelled examples in the prompt (a GPT only); other ones are drawn
+                  for each query and seed, with all classes alike
     head          a linear map of frozen features: a linear probe
-    bias          the head, and all biases and gains of norms
+    bias          the head, and all biases and gains of norms; the table says which the model has
     lora RANK     the head, and a LoRA of this rank on every hidden matrix
     full          all weights
     from scratch  all weights of a model that was not pretrained: shows the value of pretraining
 
-Each is trained with the settings of `train.py --task classify --adapt ...` and scored on the same
-held-out examples. The table shows the accuracy next to the costs: the number of trained parameters,
-the peak memory of a training step (calc/trace.py), the size of the saved weights, and the CPU time.
-Results are kept in OUT/results.jsonl and are measured again only if the recipe has changed.
+Each is trained with the settings of `train.py --task classify --adapt ...`. All are scored on the
+same examples: all of test, by which nothing is chosen. A first table shows the costs: the number of
+trained parameters, the peak memory of a training step (calc/trace.py), the size of the saved
+weights, and the CPU time. A second one shows the accuracy: the median of the seeds, its interval of
+95% over the test examples (evaluate/metrics.py), and the range of the seeds. Results are kept in
+OUT/results.jsonl and are measured again only if the recipe or the examples have changed.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -29,21 +33,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
+from data.splits import TEST
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
 from tinyfm.common.figures import new_figure
+from tinyfm.evaluate.metrics import Estimate
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
 from tinyfm.recipes.classify import score_untrained
 from tinyfm.training.trainer import Trainer
 
 METHODS = ("head", "bias", "lora 1", "lora 4", "full", "from scratch")
-SHOTS = 4  # labelled examples in the prompt of "few-shot"
+SHOTS = 4  # labelled examples in the prompt of "few-shot", if they fit
+SCORING = "test-1"  # a new name measures all results again
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Options:
     out: str = ""  # folder for results.jsonl and compare.png; default: runs/compare-FAMILY
 
 
-Row = dict[str, float | int | str]  # a line of results.jsonl
+Row = dict[str, Any]  # a line of results.jsonl
 
 
 # ---- one method ---------------------------------------------------------------------------------
@@ -99,8 +107,19 @@ def run_of(options: Options, opened: OpenRun, method: str, labels: int, seed: in
     return replace(run, init_from=options.run)
 
 
+def describe(accuracy: Estimate) -> Row:
+    """The fields of a row for an accuracy on the test examples."""
+    return {
+        "accuracy": float(accuracy),
+        "low": None if math.isnan(accuracy.low) else accuracy.low,
+        "high": None if math.isnan(accuracy.high) else accuracy.high,
+        "n": accuracy.n,
+        "examples": accuracy.about,
+    }
+
+
 def train_one(run: Run, opened: OpenRun) -> Row:
-    """Train as `run` says; return the accuracy on held-out examples and the costs."""
+    """Train as `run` says; return the accuracy on test and the costs."""
     start = time.process_time()
     data = run.open_data()
     run = replace(run, **run.facts_of(data))
@@ -119,11 +138,11 @@ def train_one(run: Run, opened: OpenRun) -> Row:
         stored = weights.stat().st_size
 
     with trainer.autocast():
-        scores = run.score(model.eval(), data)
+        scores = run.score(model.eval(), data, TEST)
     # The first question's: "accuracy", or "accuracy QUESTION" if there are several.
     accuracy = next(value for name, value in scores.items() if name.startswith("accuracy"))
     return {
-        "accuracy": accuracy,
+        **describe(accuracy),
         "trained": trained,
         "peak_bytes": peak,
         "stored_bytes": stored,
@@ -132,16 +151,20 @@ def train_one(run: Run, opened: OpenRun) -> Row:
 
 
 def classify_untrained(opened: OpenRun, data: TaskData, shots: int) -> Row:
-    """Zero-shot or few-shot classification: nothing is trained."""
+    """Zero-shot or few-shot classification of the test examples: nothing is trained."""
     start = time.process_time()
-    accuracy = score_untrained(opened, data, shots)["accuracy"]
-    return {
-        "accuracy": accuracy,
+    scores = score_untrained(opened, data, shots)
+    row = {
+        **describe(scores["accuracy"]),
         "trained": 0,
         "peak_bytes": 0,
         "stored_bytes": 0,
         "seconds": time.process_time() - start,
     }
+    if shots:
+        row["shots"] = scores[f"examples that fitted, of {shots}"]
+        row["without"] = scores["prompts without an example"]
+    return row
 
 
 # ---- all methods --------------------------------------------------------------------------------
@@ -171,17 +194,18 @@ def measure_all(options: Options, opened: OpenRun, out: Path) -> Iterator[Row]:
     for line in lines:
         row = json.loads(line)
         known[json.dumps(row["what"])] = row
+    # The key of a measurement: a hash of all settings it depends on, of the base, and the examples.
     base = adapt.base_hash(opened.model)
+    examples = run_of(options, opened, "head", options.labels[0], 0).open_data().fingerprint
     untrained = opened.run.UNTRAINED
     for seed, labels, method in cases(options, untrained):
-        # The key of a measurement: a hash of all settings it depends on, and of the base.
         if method in untrained:
             run = run_of(options, opened, "head", labels, seed)
             settings = asdict(run.data)
         else:
             run = run_of(options, opened, method, labels, seed)
             settings = asdict(run)
-        recipe = json.dumps(settings) + base
+        recipe = json.dumps(settings) + base + examples + SCORING
         recipe = hashlib.sha256(recipe.encode()).hexdigest()[:16]
         what = [method, labels, seed, run.data.path, recipe]
         key = json.dumps(what)
@@ -191,7 +215,8 @@ def measure_all(options: Options, opened: OpenRun, out: Path) -> Iterator[Row]:
                 row = classify_untrained(opened, run.open_data(), shots)
             else:
                 row = train_one(run, opened)
-            known[key] = {"what": what, "method": method, "labels": labels, **row}
+            name = f"head, {adapt.kinds_of_bias(opened.model)}" if method == "bias" else method
+            known[key] = {"what": what, "method": name, "labels": labels, **row}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(known[key]) + "\n")
         yield known[key]
@@ -210,17 +235,20 @@ def methods_in(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
+def found_in(rows: list[Row], method: str, labels: int) -> list[Row]:
+    """The rows of a method with a number of labels, one for each seed, by accuracy."""
+    found = [row for row in rows if row["method"] == method and row["labels"] == labels]
+    return sorted(found, key=lambda row: row["accuracy"])
+
+
 def percentages(rows: list[Row], method: str, labels: int) -> list[float]:
     """The accuracies of a method with a number of labels, in percent, one for each seed."""
-    found = [row for row in rows if row["method"] == method and row["labels"] == labels]
-    return [100 * row["accuracy"] for row in found]
+    return [100 * row["accuracy"] for row in found_in(rows, method, labels)]
 
 
-def to_table(rows: list[Row], labels: tuple[int, ...]) -> str:
-    """A line for each method: its costs, then its median accuracy, and the range of the seeds, for
-    each number of labels. The costs are those of the most labels it was trained on."""
-    heads = "".join(f"{name:>22}" for name in label_names(labels))
-    lines = [f"{'':13}{'trained':>10}{'step':>10}{'to keep':>10}{'CPU s':>7}{heads}"]
+def costs_table(rows: list[Row]) -> str:
+    """A line for each method: its costs with the most labels that it was trained on."""
+    lines = [f"{'':22}{'trained':>12}{'step':>10}{'to keep':>11}{'CPU s':>7}"]
     for method in methods_in(rows):
         own = [row for row in rows if row["method"] == method]
         last = [row for row in own if row["labels"] == own[-1]["labels"]]
@@ -228,15 +256,42 @@ def to_table(rows: list[Row], labels: tuple[int, ...]) -> str:
         peak = last[0]["peak_bytes"] / 1e6
         stored = last[0]["stored_bytes"] / 1e6
         seconds = statistics.median(row["seconds"] for row in last)
-        line = f"{method:13}{trained:>10,}{peak:>7.1f} MB{stored:>7.2f} MB{seconds:>7.0f}"
-        for n in labels:
-            found = percentages(rows, method, n)
-            cell = f"{statistics.median(found):.1f}" if found else ""
-            if len(found) > 1:
-                cell += f" ({min(found):.1f} to {max(found):.1f})"
-            line += f"{cell:>22}"
-        lines.append(line)
+        lines.append(f"{method:22}{trained:>12,}{peak:>7.1f} MB{stored:>8.2f} MB{seconds:>7.0f}")
     return "\n".join(lines)
+
+
+def cell(found: list[Row]) -> str:
+    """Such as "58.4 (51.0 to 65.4), seeds 57.2 to 59.1": the interval is that of the median."""
+    if not found:
+        return ""
+    middle = found[(len(found) - 1) // 2]
+    text = f"{100 * middle['accuracy']:.1f}"
+    if middle["low"] is not None:
+        text += f" ({100 * middle['low']:.1f} to {100 * middle['high']:.1f})"
+    if len(found) > 1:
+        text += f", seeds {100 * found[0]['accuracy']:.1f} to {100 * found[-1]['accuracy']:.1f}"
+    return text
+
+
+def accuracy_table(rows: list[Row], labels: tuple[int, ...]) -> str:
+    """What was measured, and a line for each method with a cell for each number of labels."""
+    cells = {
+        method: [cell(found_in(rows, method, n)) for n in labels] for method in methods_in(rows)
+    }
+    width = 2 + max(len(text) for line in cells.values() for text in line)
+    about = f"accuracy in percent on test, {rows[0]['examples']}, with intervals of 95%"
+    lines = [about, f"{'':22}" + "".join(f"{name:{width}}" for name in label_names(labels))]
+    for method, line in cells.items():
+        lines.append(f"{method:22}" + "".join(f"{text:{width}}" for text in line))
+    few = [row for row in rows if "shots" in row]
+    if few:
+        fitted = statistics.mean(row["shots"] for row in few)
+        without = statistics.mean(row["without"] for row in few)
+        lines.append(
+            f"few-shot: on average {fitted:.1f} of {SHOTS} examples fitted into the prompt; "
+            f"{without:.0%} of the prompts had none"
+        )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> None:
@@ -260,7 +315,7 @@ def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> No
         (line,) = axes.plot(places, medians, "o-", label=method)
         axes.fill_between(places, lowest, highest, color=line.get_color(), alpha=0.15)
     axes.set_xticks(places, label_names(labels))
-    axes.set(ylabel="held-out examples right, %", title=title)
+    axes.set(ylabel="test examples right, %", title=title)
     axes.legend(fontsize=8)
     figure.savefig(path)
 
@@ -281,7 +336,9 @@ def compare(options: Options) -> None:
     out = Path(options.out or f"runs/compare-{opened.run.family}")
     out.mkdir(parents=True, exist_ok=True)
     rows = list(measure_all(options, opened, out))
-    print(to_table(rows, options.labels))
+    print(costs_table(rows))
+    print()
+    print(accuracy_table(rows, options.labels))
     task = rows[0]["what"][3]
     draw(rows, options.labels, f"{task}, from {options.run}", out / "compare.png")
     print(out / "compare.png")

@@ -4,8 +4,8 @@ Training all weights ("full") gives a second model as large as the first, and mo
 need no change. Four methods train less and freeze the rest:
 
     lora    a product of two thin matrices, added to each hidden matrix (lora.py)
-    bias    the parameters with one axis, biases and the gains of norms: BitFit (Ben Zaken et al.
-            2021)
+    bias    the parameters with one axis: biases and the gains of norms. BitFit (Ben Zaken et al.
+            2021) trains biases alone. Our GPT has no biases, so there it is the gains alone
     head    the last layer alone: a linear probe of the model's features
     prompt  vectors that are read before the text as if they were tokens (soft_prompt.py)
 
@@ -153,6 +153,14 @@ def apply(
     elif method == "prompt":
         add_prompt(model, config.prompt_tokens)
     train_only(model, select(model, method, name))
+
+
+def kinds_of_bias(model: nn.Module) -> str:
+    """What the method "bias" trains in this model: "biases and gains", "biases" or "gains"."""
+    names = [n for n, p in model.named_parameters() if p.ndim == 1 and not below(n, *NEW)]
+    biases = any(name.split(".")[-1] == "bias" for name in names)
+    gains = any(name.split(".")[-1] != "bias" for name in names)
+    return " and ".join(["biases"] * biases + ["gains"] * gains)
 
 
 def trained(model: nn.Module) -> tuple[int, int]:
