@@ -126,6 +126,11 @@ def test_images_are_found(run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in lines[:5]] == [prompt] * 5
     assert np.array(open_image(out)).std() > 0
+    # The second search embeds no image: the vectors were kept.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_shot, "embed_images", lambda *_: 1 / 0)
+        assert call(sample, run, "--prompt", prompt, "-n", "5", "--out", out) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == lines[:5]
 
 
 @pytest.mark.parametrize(

@@ -275,5 +275,8 @@ def plot(estimates: list[Estimate], path: str | Path) -> None:
         if any(sizes):
             axes.bar(names, sizes, bottom=bottom, label=term, width=0.6)
             bottom = [low + size for low, size in zip(bottom, sizes)]
+    for i, total in enumerate(bottom):
+        axes.annotate(f"{decimal(total)} GiB", (i, total), ha="center", va="bottom")
+    axes.margins(y=0.1)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from data import pictures
 from data.splits import TEST
+from tinyfm import adapt
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.common import files
+from tinyfm.common import files, folders
 from tinyfm.evaluate import zero_shot
 from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, Scores, write_step_file
 from tinyfm.recipes.pictures import PictureClassifyRun, spread_rows, warn_if_cut
@@ -186,12 +189,34 @@ def name_image(opened: OpenRun, image_file: str, labels: str) -> None:
         print(f"{value:7.2%}  {names[i]}")
 
 
+SHOWN = 500  # images between two moves of the progress bar
+
+
+def embed_all(opened: OpenRun, data: PairData) -> Tensor:
+    """Vectors (B, E) of all images of the data, split after split: computed once, then kept."""
+    key = f"{adapt.base_hash(opened.model)}{data.fingerprint}"
+    name = f"vectors-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    with folders.whole_or_absent(Path(opened.run.data.cache) / name) as new:
+        if new:
+            images = [
+                split.images[i : i + SHOWN]
+                for split in data.splits.values()
+                for i in range(0, len(split.images), SHOWN)
+            ]
+            parts = tqdm(images, "embedding", unit=f" x {SHOWN} images", leave=False, disable=None)
+            vectors = [zero_shot.embed_images(opened.model, part).cpu() for part in parts]
+            files.save_tensors(new, "vectors", {"images": torch.cat(vectors)})
+    vectors = files.load_tensors(Path(opened.run.data.cache) / name, "vectors")["images"]
+    return vectors.to(opened.model.logit_scale.device)
+
+
 def find_images(opened: OpenRun, prompt: str, n: int, out: str) -> None:
     """Draw the n images of the run's data set that fit the prompt best, with their scores."""
     warn_if_cut(opened.tokenizer, [prompt], opened.model.config.context_length)
-    splits = opened.run.open_data().splits.values()
+    data = opened.run.open_data()
+    splits = data.splits.values()
     y = zero_shot.embed_texts(opened.model, opened.tokenizer, [prompt])
-    x = torch.cat([zero_shot.embed_images(opened.model, split.images) for split in splits])
+    x = embed_all(opened, data)
     scores, best = (x @ y[0]).topk(min(n, len(x)))
     captions = [own[0] for split in splits for own in split.captions]
     images = np.concatenate([split.images for split in splits])[best.cpu().numpy()]
