@@ -329,7 +329,7 @@ def test_heads_that_diffusers_cannot_express(tmp_path):
 
 
 def test_diffusers_has_no_patches(tmp_path):
-    with pytest.raises(ValueError, match=r"patch_size is 2; .*train with 1"):
+    with pytest.raises(ValueError, match=r"patch_size is 2; .*--model.patch-size 1"):
         UNet(replace(TINY, patch_size=2)).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -162,13 +162,14 @@ class Tokenizer:
         """Write the files that `load` reads."""
         write_files(folder, self._files())
 
-    def save_pretrained(self, folder: str | Path, captions: int = 0) -> None:
+    def save_pretrained(self, folder: str | Path, captions: int = 0, texts: int = 0) -> None:
         """Also write a tokenizer.json, for the libraries tokenizers and transformers.
 
         captions: context length of a text tower; the library then builds the rows of
-        `encode_captions`. Otherwise it pads on the left, as a model that continues texts needs it.
+        `encode_captions`. texts: that of a classifier. Without either, it pads on the left, as a
+        model that continues texts needs it.
         """
-        files = export_files(self._spec(), self._end, captions, self.chat_template)
+        files = export_files(self._spec(), self._end, captions, texts, self.chat_template)
         write_files(folder, self._files() | files)
 
     def without_template(self) -> Tokenizer:
@@ -389,10 +390,10 @@ class ClipTokenizer(BPETokenizer):
         """The cleaned words of the ids with a space between; special tokens become their name."""
         return super().decode(ids).strip()
 
-    def save_pretrained(self, folder: str | Path, captions: int = 0) -> None:
+    def save_pretrained(self, folder: str | Path, captions: int = 0, texts: int = 0) -> None:
         """Write both published layouts, for the libraries tokenizers and transformers.
 
-        captions: the context length; by default that of OpenAI's models.
+        captions: the context length; by default that of OpenAI's models. texts: not used.
         """
         spec = self._spec()
         files = clip_files(spec, captions or CLIP_CONTEXT_LENGTH)

@@ -335,6 +335,12 @@ def test_a_split_that_cannot_be_followed_is_refused(fields, message):
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
     path = tmp_path / "tokenizer.json"
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"model_max_length": 1000000000000000019884624838656}',  # as transformers writes it
+        encoding="utf-8",
+    )
+    build("gpt2").save(str(path))
+    assert T.load(tmp_path).encode("cat")
     for content in ("[" * 100_000, "[]", '"text"', "{", '{"model": {"vocab": []}}'):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=str(tmp_path)):

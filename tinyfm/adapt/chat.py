@@ -36,6 +36,14 @@ Message = dict[str, Any]
 # ---- the template --------------------------------------------------------------------------------
 
 
+# The same template in Jinja, as transformers reads it: its apply_chat_template gives the ids of
+# `render`, unless a message holds the name of a special token.
+JINJA = (
+    "{{ eos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
 def check_messages(messages: Any) -> None:
     """Raise ValueError, with the reason, if these are not the messages of a conversation."""
     if not isinstance(messages, list) or not messages:

@@ -46,6 +46,10 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def _lenient_integer(digits: str) -> int | float:
+    return float(digits) if len(digits.lstrip("-")) > DIGITS else int(digits)
+
+
 def _number(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
@@ -70,17 +74,18 @@ def parse_json(text: str | bytes, non_finite: bool = False) -> Any:
     """The value of a JSON text. Bytes are UTF-8; a byte order mark is dropped.
 
     non_finite: accept NaN and infinity, which Python and JavaScript write although they are no
-    JSON. Raises ValueError for them otherwise, for malformed JSON, a key that occurs twice, numbers
+    JSON, and read an integer of more digits as a float, as JavaScript does. Raises ValueError for them otherwise, for malformed JSON, a key that occurs twice, numbers
     that do not fit into 64 bits, and nesting deeper than DEPTH.
     """
     number = float if non_finite else _number
+    integer = _lenient_integer if non_finite else _integer
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
         value = json.loads(
             text.removeprefix("\ufeff"),
             object_pairs_hook=_object,
-            parse_int=_integer,
+            parse_int=integer,
             parse_float=number,
             parse_constant=number,
         )

@@ -1,7 +1,7 @@
 """Export a run to the layout of the library that loads its family.
 
     python -m tinyfm.hub runs/gpt exported
-    python -m tinyfm.hub runs/poems adapter --adapter
+    python -m tinyfm.hub runs/poems adapter --adapter --base-name exported
 
 The first command writes a whole model, with any adapter merged; the second writes a LoRA alone.
 """
@@ -11,38 +11,85 @@ import sys
 from collections.abc import Sequence
 
 from tinyfm import adapt
-from tinyfm.adapt import peft
+from tinyfm.adapt import chat, peft
+from tinyfm.adapt.heads import Classifier
+from tinyfm.hub import classifier
+from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
+
+
+def export_adapter(opened: OpenRun, options: argparse.Namespace) -> str:
+    """Write the LoRA of a run; return a line that says so, and how to open it."""
+    base = options.base_name or opened.run.init_from
+    peft.save_adapter(opened.model, options.folder, base, overwrite=options.overwrite)
+    line = f"wrote the LoRA of {opened.folder}, for the base {base}, to {options.folder}"
+    if options.base_name:
+        return line
+    return (
+        f"{line}\npeft looks for the base under that name: export it (python -m tinyfm.hub {base} "
+        "BASE) and give --base-name BASE to have it opened by AutoPeftModel"
+    )
+
+
+def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
+    """Write the whole model of a run; return a line that says so."""
+    model = opened.model
+    if opened.run.adapt == "prompt":
+        raise ValueError(
+            f"{opened.folder} adapts its base by a soft prompt, which transformers does not have; "
+            f"export the base, {opened.run.init_from}, or train with --adapt lora"
+        )
+    adapt.merge(model)
+    line = f"wrote the {opened.weights} weights of {opened.folder} to {options.folder}"
+    tokenizer = opened.tokenizer
+    if tokenizer:
+        tokenizer = tokenizer.without_template()
+    if opened.run.task == "chat":
+        tokenizer.chat_template = chat.JINJA
+    if isinstance(model, Classifier):
+        task = classifier.save(model, options.folder, tokenizer, options.overwrite)
+        call = f'pipeline("{task}", "{options.folder}", trust_remote_code=True)'
+        return f"{line}, with the code of the classifier; transformers opens it by {call}"
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
+            "chat, clip, autoencoder, ddpm, text2image, and classifiers of texts"
+        )
+    words = {"tokenizer": tokenizer} if tokenizer else {}
+    model.save_pretrained(options.folder, **words, overwrite=options.overwrite)
+    return line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tinyfm.hub",
-        description="Export a run to the layout that other libraries load.",
+        description="Export a run to the layout that other libraries load. A CLIP must have been "
+        "trained with --model.stem patch, a denoiser (ddpm) with --model.patch-size 1.",
     )
-    parser.add_argument("run", help="a run directory, such as runs/gpt")
-    parser.add_argument("folder", help="the folder to write, in the Hugging Face layout")
+    parser.add_argument("run", metavar="RUN", help="a run directory, such as runs/gpt")
+    parser.add_argument("folder", metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model or adapter in the folder"
     )
     parser.add_argument(
         "--adapter", action="store_true", help="write only the run's LoRA, in peft's layout"
     )
+    parser.add_argument(
+        "--base-name",
+        default="",
+        metavar="NAME",
+        help="what others call the adapter's base: a folder, or a name on the Hugging Face hub",
+    )
     options = parser.parse_args(arguments)
+    if options.base_name and not options.adapter:
+        parser.error("--base-name is for an adapter: add --adapter")
     try:
         opened = open_run(options.run)
-        if options.adapter:
-            base = opened.run.init_from
-            peft.save_adapter(opened.model, options.folder, base, overwrite=options.overwrite)
-            print(f"wrote the LoRA of {opened.folder}, for the base {base}, to {options.folder}")
-            return
-        adapt.merge(opened.model)
-        tokenizer = {"tokenizer": opened.tokenizer} if opened.tokenizer else {}
-        opened.model.save_pretrained(options.folder, **tokenizer, overwrite=options.overwrite)
-    except ValueError as error:
+        export = export_adapter if options.adapter else export_model
+        print(export(opened, options))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"wrote the {opened.weights} weights of {opened.folder} to {options.folder}")
 
 
 if __name__ == "__main__":

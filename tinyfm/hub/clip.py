@@ -195,18 +195,19 @@ def read_config(config_cls: type, folder: Path) -> Any:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def write_end_token(config: Any, tokenizer) -> int:
+def write_end_token(config: Any, tokenizer, warn: bool = True) -> int:
     """Return the eos_token_id for config.end_token and the tokenizer that is saved with the model.
 
-    Warns if there is neither. Raises ValueError for an end token of 2, which transformers reads as
-    the highest id.
+    Warns if there is neither, unless warn is False. Raises ValueError for an end token of 2, which
+    transformers reads as the highest id.
     """
     if config.end_token == HIGHEST_ID:
         return THEIR_HIGHEST_ID
     if config.end_token == LAST_ID and not tokenizer:
         problem = "without a tokenizer, a text is taken to end at the highest id of its row"
-        # Level 5 is the caller of save_pretrained.
-        warnings.warn(f"{problem}; pass the one the model was trained with", stacklevel=5)
+        if warn:  # level 5 is the caller of save_pretrained
+            advice = "pass the one the model was trained with"
+            warnings.warn(f"{problem}; {advice}", stacklevel=5)
         return THEIR_HIGHEST_ID
     end = tokenizer.eot if config.end_token == LAST_ID else config.end_token
     if end == THEIR_HIGHEST_ID:
@@ -217,12 +218,15 @@ def write_end_token(config: Any, tokenizer) -> int:
     return end
 
 
-def write_config(config: Any, tokenizer) -> dict[str, Any]:
-    """Return config.json for a CLIPConfig that transformers can express."""
+def write_config(config: Any, tokenizer, warn: bool = True) -> dict[str, Any]:
+    """Return config.json for a CLIPConfig that transformers can express.
+
+    warn: whether to warn if it does not show where a text ends.
+    """
     vision = {"model_type": "clip_vision_model"}
     text = {
         "model_type": "clip_text_model",
-        "eos_token_id": write_end_token(config, tokenizer),
+        "eos_token_id": write_end_token(config, tokenizer, warn),
         "bos_token_id": tokenizer.bot if tokenizer else None,
         "pad_token_id": tokenizer.eot if tokenizer else None,
     }
@@ -297,6 +301,21 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     return model
 
 
+def check_expressible(config: Any) -> None:
+    """Raise ValueError, with the options to train with, if CLIPModel does not compute the model."""
+    wrong = [
+        f"{name} {needed!r}, not {getattr(config, name)!r}"
+        for name, needed in FIXED.items()
+        if getattr(config, name) != needed
+    ]
+    if wrong:
+        options = " ".join(f"--model.{name} {needed}" for name, needed in FIXED.items())
+        raise ValueError(
+            f"transformers has no such model; its CLIPModel needs {'; '.join(wrong)}: train with "
+            f"{options}"
+        )
+
+
 def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool = False) -> None:
     """Write a folder for `load`, for transformers and for tools that read its files.
 
@@ -304,16 +323,11 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     model, or if the folder holds a model already, unless overwrite.
     """
     config = model.config
-    wrong = [
-        f"{name} {needed!r}, not {getattr(config, name)!r}"
-        for name, needed in FIXED.items()
-        if getattr(config, name) != needed
-    ]
-    if wrong:
-        raise ValueError(f"transformers has no such model; its CLIPModel needs {'; '.join(wrong)}")
+    check_expressible(config)
     layout.check_tokenizer(tokenizer, config.vocab_size)
     raw = write_config(config, tokenizer)
     tensors = their_tensors(model)
     tensors["logit_scale"] = tensors["logit_scale"].clamp(max=math.log(config.max_scale))
     others = {PROCESSOR: write_processor(config)}
-    layout.write_folder(Path(folder), raw, tensors, tokenizer, overwrite, others)
+    rows = {"captions": config.context_length}
+    layout.write_folder(Path(folder), raw, tensors, tokenizer, overwrite, others, rows=rows)

@@ -293,7 +293,10 @@ def head_width(config: Any) -> int | None:
 def write_unet(config: Any) -> dict[str, Any]:
     """Return config.json of a UNetConfig. Raises ValueError if diffusers cannot express it."""
     if config.patch_size > 1:
-        raise ValueError(f"patch_size is {config.patch_size}; diffusers has none: train with 1")
+        raise ValueError(
+            f"patch_size is {config.patch_size}; diffusers' U-Nets have no patches: train with "
+            "--model.patch-size 1"
+        )
     kind = "UNet2DConditionModel" if config.d_context else "UNet2DModel"
     raw = write_settings(config, UNET_FIELD_TABLE, UNETS[kind]) | block_types(kind, config.attend)
     raw["out_channels"] = config.out_channels or config.in_channels

@@ -404,7 +404,11 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     model_type = choose_architecture(config)
     layout.check_tokenizer(tokenizer, config.vocab_size)
     # In training, a text starts after the end token of the one before: it is start and end at once.
+    # It also pads: the attention mask tells padding from an end.
     end = tokenizer.eot if tokenizer else None
-    raw = write_config(config, model_type) | {"bos_token_id": end, "eos_token_id": end}
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    generation = ends | {"max_length": config.context_length}
+    raw = write_config(config, model_type) | ends
     _, tensors = their_tensors(model, model_type)
-    layout.write_folder(Path(folder), raw, tensors, tokenizer, overwrite)
+    others = {"generation_config.json": generation} if tokenizer else {}
+    layout.write_folder(Path(folder), raw, tensors, tokenizer, overwrite, others)

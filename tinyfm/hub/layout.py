@@ -171,10 +171,24 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
         raise ValueError(f"the tokenizer has {sizes}; pass the one the model was trained with")
 
 
+# Names of files with a model's weights or settings; those of others must not be replaced silently.
+OWNED = ("config.json", "model_index.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+# Files of a tokenizer, which would change what another one in the folder means.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "bytes.json", "chat_template.jinja",
+)  # fmt: skip
+
+
 def check_overwrite(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if a folder has a config.json already, unless overwrite."""
-    if (folder / "config.json").exists() and not overwrite:
-        raise ValueError(f"{folder} holds a model already; choose another folder, or overwrite it")
+    """Raise ValueError if a folder holds a model's files already, unless overwrite."""
+    if overwrite:
+        return
+    found = sorted(path.name for pattern in OWNED for path in folder.glob(pattern))
+    if found:
+        raise ValueError(
+            f"{folder} holds a model already ({found[0]}); choose another folder, or overwrite it"
+        )
 
 
 def write_folder(
@@ -184,12 +198,15 @@ def write_folder(
     tokenizer=None,
     overwrite: bool = False,
     others: dict[str, Any] | None = None,
+    texts: dict[str, str] | None = None,
+    rows: dict[str, int] | None = None,
 ) -> None:
-    """Write a folder: weights, config.json and, if given, the tokenizer and other JSON files.
+    """Write a folder: weights, config.json and, if given, the tokenizer and further files.
 
-    others: {file name: content}. config.json is moved into place last, so a folder that a crash
-    left incomplete does not load. Other files in the folder are kept. Raises ValueError if the
-    folder has a config.json already, unless overwrite.
+    others: {file name: content as JSON}. texts: {file name: content}. rows: how the tokenizer makes
+    rows, as its save_pretrained takes it. config.json is moved into place last, so a folder that a
+    crash left incomplete does not load. Files of no model are kept. Raises ValueError if the folder
+    holds a model already, unless overwrite.
     """
     check_overwrite(folder, overwrite)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -202,11 +219,16 @@ def write_folder(
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
         if tokenizer:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary, **(rows or {}))
+        for name, content in (texts or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
         for name, content in (others or {}).items():
             write_json(temporary / name, content)
         write_json(temporary / "config.json", config)
-        # Move them into place, config.json last.
+        # Remove what the new files would contradict, then move these into place, config.json last.
         (folder / "config.json").unlink(missing_ok=True)
+        if tokenizer:
+            for name in TOKENIZER_FILES:
+                (folder / name).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)

@@ -177,6 +177,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     raw = clip.write_config(config.clip, tokenizer)["text_config"]
     raw |= {"architectures": ["CLIPTextModel"]}
     diffusion.write_unet(config.diffusion)
+    diffusion.write_autoencoder(model.autoencoder)
+    for part in (folder, *(folder / name for name in ("vae", "unet", "text_encoder"))):
+        layout.check_overwrite(part, overwrite)
 
     diffusion.save_autoencoder(model.autoencoder, folder / "vae", overwrite)
     scheduler.save(model.diffusion, folder, overwrite)
@@ -187,9 +190,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     (folder / "model_index.json").unlink(missing_ok=True)
     if tokenizer:
-        tokenizer.save_pretrained(folder / "tokenizer")
-        path = folder / "tokenizer" / "tokenizer_config.json"
-        write_json(path, read_json(path) | {"model_max_length": config.clip.context_length})
+        tokenizer.save_pretrained(folder / "tokenizer", captions=config.clip.context_length)
     if is_stable_diffusion(model, tokenizer):
         kind = scheduler.write_scheduler(config.diffusion)["_class_name"]
         index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}

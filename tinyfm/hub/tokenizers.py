@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyfm.bpe import Pair, Rules
+from tinyfm.common import schema
 from tinyfm.hub.text_steps import (
     BYTE_OF,
     CHAR_OF,
@@ -489,12 +490,10 @@ def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = schema.parse_json(files[name], non_finite=True)
+    except ValueError as error:
         raise ValueError(f"{name} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is a {type(value).__name__}, not an object")
-    return value
+    return schema.check(value, dict[str, Any], name)
 
 
 def published_spec(files: dict[str, bytes], companions: Companions) -> dict | None:
@@ -528,18 +527,21 @@ def hugging_face_files(spec: dict, end: str) -> dict[str, bytes]:
 
 
 def export_files(
-    spec: dict, end: str, captions: int = 0, chat_template: str = ""
+    spec: dict, end: str, captions: int = 0, texts: int = 0, chat_template: str = ""
 ) -> dict[str, bytes]:
     """The same files for the rows that a model was trained on; the end token also pads.
 
     captions: context length of a text tower, whose rows are a text, the end token, and padding.
-    chat_template: how transformers writes a conversation, in Jinja.
+    texts: context length of a classifier, whose rows are a text and padding. Without either,
+    padding comes first, as for a model that continues its rows. chat_template: how transformers
+    writes a conversation, in Jinja.
     """
     config = json.loads(hugging_face_files(spec, end)["tokenizer_config.json"])
-    config |= {"pad_token": end, "padding_side": "left"}  # so that a batch continues at its right
+    config |= {"pad_token": end, "padding_side": "right" if captions or texts else "left"}
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    if captions or texts:
+        config["model_max_length"] = captions or texts
     if captions:
-        config |= {"padding_side": "right", "model_max_length": captions}
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
         text = {"Sequence": {"id": "A", "type_id": 0}}
         pair = {"Sequence": {"id": "B", "type_id": 0}}
