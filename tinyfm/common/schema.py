@@ -74,8 +74,9 @@ def parse_json(text: str | bytes, non_finite: bool = False) -> Any:
     """The value of a JSON text. Bytes are UTF-8; a byte order mark is dropped.
 
     non_finite: accept NaN and infinity, which Python and JavaScript write although they are no
-    JSON, and read an integer of more digits as a float, as JavaScript does. Raises ValueError for them otherwise, for malformed JSON, a key that occurs twice, numbers
-    that do not fit into 64 bits, and nesting deeper than DEPTH.
+    JSON, and read an integer with too many digits as a float, as JavaScript does. Raises ValueError
+    for them otherwise, for malformed JSON, a key that occurs twice, numbers that do not fit into 64
+    bits, and nesting deeper than DEPTH.
     """
     number = float if non_finite else _number
     integer = _lenient_integer if non_finite else _integer
