@@ -263,7 +263,7 @@ class Autoencoder(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to latents (B, Z, h, w), by encode, and back, by decode."""
 
     unit = "image"  # what a data set is counted in
-    outer = ()  # no tables: all matrices lie between hidden states
+    outer = ()  # Muon trains the first and last layers too (see training/optim.py)
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

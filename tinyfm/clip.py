@@ -356,7 +356,7 @@ class CLIP(nn.Module):
     """Images (B, C, H, W) in [-1, 1] and tokens (B, T) -> logits (B, B), row i for image i."""
 
     unit = "pair"  # what a data set is counted in
-    outer = ()  # AdamW has no table: most words occur in each batch, so Muon suits them too
+    outer = ()  # Muon trains the tables too: most words occur in each batch
     whole_batch = True  # the loss compares the rows, so the trainer passes all it has at once
 
     def __init__(self, config: CLIPConfig):

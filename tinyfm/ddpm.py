@@ -362,7 +362,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class Diffusion(nn.Module):
     """A U-Net with its noise schedule: the training loss, and sampling."""
 
-    outer = ()  # modules that AdamW trains instead of Muon: none, as there are no tables
+    outer = ()  # Muon trains the layers of the input, output and time too (training/optim.py)
     unit = "image"  # one row of a batch
 
     def __init__(self, config: DiffusionConfig):

@@ -188,7 +188,7 @@ class TextToImage(nn.Module):
     `tokenizer` is the text tower's. It is None at first, and then prompts must be tokens.
     """
 
-    outer = ()  # modules that AdamW trains instead of Muon: none, as no tables are trained
+    outer = ()  # as in ddpm.py
     unit = "pair"  # one row of a batch: an image and its caption
 
     def __init__(self, config: TextToImageConfig):

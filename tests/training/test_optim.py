@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
+from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.muon import NEWTON_SCHULZ, Muon, orthogonalise
 from tinyfm.training.optim import (
@@ -168,6 +170,26 @@ def test_muon_updates_kernels_only_with_the_option(kernels):
     ndims = (2, 4) if kernels else (2,)
     for name, p in model.named_parameters():
         assert (found[name][0] == "Muon") == (p.ndim in ndims), name
+
+
+def test_muon_trains_all_matrices_of_the_picture_models():
+    """As optim.py says: tables, input and output layers too. AdamW has gains and biases."""
+    clip = CLIP(CLIPConfig(image_layer=1, text_layer=1))
+    unet = DiffusionConfig(channels=(8, 16), attend=(False, True), groups=4, n_head=2, n_block=1)
+    by_muon = set()
+    for model in (clip, Diffusion(unet)):
+        for name, (kind, _, _) in groups_of(model, OptimConfig(kernels=True)).items():
+            assert (kind == "Muon") == (model.get_parameter(name).ndim in (2, 4)), name
+            if kind == "Muon":
+                by_muon.add(name)
+    assert by_muon > {
+        "text_tower.token_embedding.weight",
+        "text_tower.position",
+        "text_projection.weight",
+        "unet.conv_in.weight",
+        "unet.conv_out.weight",
+        "unet.time_in.weight",
+    }
 
 
 def test_frozen_parameters_are_in_no_group():
