@@ -174,6 +174,20 @@ def test_a_class_of_one_row_stays_in_training(tmp_path):
     assert 2 not in data.labels["val"] and 2 not in data.labels["test"]
 
 
+def test_near_duplicates_are_left_out_before_the_split(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(30):
+        words = [f"w{n}" for n in rng.integers(10_000, size=60)]
+        lines.append(f"{' '.join(words)},{'ab'[i % 2]}")
+        lines.append(f"{' '.join(words[:-1]).upper()}!,{'ab'[i % 2]}")
+        lines.append(f"word {i},{'ab'[i % 2]}")
+    table = write(tmp_path / "t.csv", "text,label\n" + "\n".join(lines) + "\n")
+    data = open_texts(table, length=400)
+    assert sum(map(len, data.labels.values())) == 60  # short texts are compared as they are
+    assert "30 skipped: a near duplicate of a text before" in data.description
+
+
 # ---- batches ------------------------------------------------------------------------------------
 
 

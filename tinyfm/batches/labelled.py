@@ -13,7 +13,8 @@ one example of each class before any has two.
 
 A share of the user's own examples is held out, half of it for validation, by which choices are
 made, and half for test, on which the result is measured. Both are stratified in the same way. A
-hash of the content decides which, so that the order of the rows does not matter. The tasks that
+hash of the content decides which, so that the order of the rows does not matter. Near duplicates
+are left out before. The tasks that
 need no files have harder splits: files of code (data/packages.py) or fonts (data/scripts.py) that
 training has not seen. Examples of one file or font are alike, so their number says too much about
 how certain an accuracy is: `clusters` has the file or font of each.
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import labelled, packages
+from data import dedupe, labelled, packages
 from data.labelled import Passage
 from data.report import Report
 from data.splits import SPLITS, TEST, TRAIN, VAL
@@ -50,6 +51,7 @@ from tinyfm.tokenizer import ByteTokenizer, Tokenizer
 # imported where they are read: it loads font libraries, which classifying texts does not need.
 TEXTS = ("packages",)
 PICTURES = ("scripts", "characters")
+INDEX_MB = 64  # of memory, to recognize duplicates; it is touched only as far as it is needed
 FORMAT = 2  # of the splits: a new number prepares all folders again, and old runs do not resume
 
 
@@ -289,12 +291,33 @@ class TaskData:
 # ---- texts ---------------------------------------------------------------------------------------
 
 
+def without_near(rows: Sequence[labelled.Row], report: Report) -> list[labelled.Row]:
+    """Leave out texts that are nearly one before (data/dedupe.py): the two could be in two splits.
+
+    Texts of a few words are compared as they are: "good" and "not good" are no duplicates.
+    """
+    seen = dedupe.Seen(INDEX_MB)
+    kept = []
+    for number, row in enumerate(rows, 1):
+        words = len(dedupe.WORD.findall(row.source))
+        keys = dedupe.keys_of(row.source, near=words >= dedupe.SHINGLE_WORDS)
+        reason = seen.look_up(keys)
+        if reason:
+            report.skip(f"{reason} of a text before", f"text {number}")
+            report.used -= 1
+            continue
+        seen.add(keys)
+        kept.append(row)
+    return kept
+
+
 def read_passages(config: TaskConfig, report: Report) -> tuple[Sequence[str], list[Passage]]:
     """The questions of a task of texts, and its passages."""
     if config.path in TEXTS:
         return ("package",), packages.examples(report)
     questions = config.label_columns
     rows = labelled.text_rows(config.path, report, config.input_column, questions)
+    rows = without_near(rows, report)
     names = [row.labels for row in rows]
     sources = [row.source for row in rows]
     splits = hold_out(names, sources, config.val_fraction)
