@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, count_parameters
+from conftest import ROOT, call, count_parameters
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -246,6 +246,7 @@ def train_on(name, layout, checkpoint="none"):
         (lambda: Layout(zero=4), "ZeRO stage is 4"),
         (lambda: Training(rows=0), "the micro-batch is 0"),
         (lambda: Training(dtype="int3"), "dtype is 'int3'; use bf16"),
+        (lambda: Training(dtype="fp8"), "dtype is 'fp8'; use bf16"),
         (lambda: Training(optimizer="sgd"), "optimizer is 'sgd'; use adamw or muon"),
         (lambda: train_on("gpt2", Layout(5, 5)), "gpt2 has 12 heads, not divisible by 5"),
         (lambda: train_on("gpt2", Layout(5, 1, 5)), "gpt2 has 12 layers, not divisible by 5"),
@@ -289,8 +290,7 @@ def test_time_of_llama_65b():
 
 def test_cost_and_energy_of_stable_diffusion():
     """150,000 A100-hours on 256 GPUs at 4 USD; its model card has 250 W and 0.3 kg/kWh."""
-    a100 = replace(gpus.get("a100-40gb"), watts=250)
-    found = gpus.bill(150_000, a100, 256, price=4.0, pue=1.0)
+    found = gpus.bill(150_000, gpus.get("a100-40gb"), 256, price=4.0, watts=250, pue=1.0)
     assert found.cost_usd == 600_000
     assert found.days == pytest.approx(24.4, abs=0.05)
     assert found.energy_kwh * 0.3 == pytest.approx(11_250)
@@ -311,10 +311,61 @@ def test_time_of_bloom():
 
 def test_energy_of_gpt3():
     """10,000 V100 for 14.8 days, at 330 W and a PUE of 1.1 (Patterson et al. 2021, table 4)."""
-    v100 = replace(gpus.get("v100"), watts=330)
-    found = gpus.bill(10_000 * 14.8 * 24, v100, 10_000)
+    found = gpus.bill(10_000 * 14.8 * 24, gpus.get("v100"), 10_000, watts=330)
     assert found.energy_kwh / 1000 == pytest.approx(1287, rel=2e-3)
     assert found.days == pytest.approx(14.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "kilowatts"), [("a100-80gb", 6.5), ("h100", 10.2), ("h200", 10.2), ("b200", 14.3)]
+)
+def test_energy_is_that_of_servers_times_the_pue(name, kilowatts):
+    """The maximum in the user guide of the DGX, which holds eight of these GPUs.
+
+    The PUE says nothing about the server: it is the building's energy over that of all computers.
+    """
+    gpu = gpus.get(name)
+    hours = gpus.bill(8.0, gpu, 8, pue=1.0)  # one hour of the server
+    assert hours.energy_kwh == pytest.approx(kilowatts)
+    assert hours.energy_kwh > 1.7 * 8 * gpu.watts / 1000
+    assert gpus.bill(8.0, gpu, 8, pue=1.2).energy_kwh == pytest.approx(1.2 * kilowatts)
+    assert gpus.bill(8.0, gpu, 8, watts=900, pue=1.0).energy_kwh == pytest.approx(7.2)
+
+
+def test_of_a_gpu_without_a_known_server_the_energy_is_its_own():
+    found = gpus.bill(10.0, gpus.get("rtx-4090"), pue=1.0)
+    assert found.watts == 450
+    assert found.energy_kwh == pytest.approx(4.5)
+
+
+def test_the_energy_names_its_power():
+    job = ("gpt3-13b", "--tokens", 3e11, "--gpu")
+    assert "1275 W a GPU, its share of the server included" in ask(*job, "h100")
+    assert "at 980 W a GPU and a PUE of 1.2" in ask(*job, "h100", "--watts", 980, "--pue", 1.2)
+    assert "without the servers: 350 W a GPU" in ask(*job, "rtx-3090")
+
+
+@pytest.mark.parametrize("name", ["h100", "h100-pcie", "h200", "b200", "mi300x", "rtx-4090"])
+def test_fp8_doubles_the_peak(name):
+    gpu = gpus.get(name)
+    assert gpu.peak("fp8") == pytest.approx(2 * gpu.peak("bf16"), rel=2e-3)
+    assert next(iter(gpu.peaks)) == "bf16"  # the default
+
+
+def test_training_in_fp8_keeps_bf16_and_serving_takes_half():
+    half = json.loads(ask("llama3-8b", "--json", "--gpu", "b200"))
+    eight = json.loads(ask("llama3-8b", "--json", "--gpu", "b200", "--dtype", "fp8"))
+    assert eight["train_bytes_per_gpu"] == half["train_bytes_per_gpu"]
+    assert eight["weights_bytes"] == half["weights_bytes"] / 2
+    assert eight["gpu_hours"] == pytest.approx(half["gpu_hours"] / 2)
+    with pytest.raises(ValueError, match="a100-80gb has no fp8; use bf16"):
+        ask("llama3-8b", "--gpu", "a100", "--dtype", "fp8")
+
+
+def test_every_tpu_has_a_bandwidth():
+    """TPU v3: 900 GB/s (cloud.google.com/tpu/docs/v3)."""
+    assert gpus.get("tpu-v3").bandwidth == 900
+    assert all(gpu.bandwidth > 0 for gpu in gpus.GPUS.values())
 
 
 def test_time_and_cost_of_several_gpus():
@@ -333,6 +384,8 @@ def test_names_that_drivers_give_to_gpus():
     """The PCIe form of an H100 is slower than the SXM form."""
     assert gpus.by_driver_name("NVIDIA H100 80GB HBM3").peaks["bf16"] == 989
     assert gpus.by_driver_name("NVIDIA H100 PCIe").peaks["bf16"] == 756
+    assert gpus.by_driver_name("NVIDIA B200").name == "b200"
+    assert gpus.by_driver_name("NVIDIA GB200") is None  # a faster form
     assert gpus.by_driver_name("NVIDIA GeForce GTX 1080") is None
     assert {gpus.by_driver_name(name).name for name in gpus.DRIVER_NAMES} <= gpus.GPUS.keys()
 
@@ -344,6 +397,7 @@ def test_names_that_drivers_give_to_gpus():
         (lambda: gpus.get("v100").peak("bf16"), "v100-32gb has no bf16; use fp16"),
         (lambda: gpus.busy_hours(1, gpus.get("h100"), mfu=40), "mfu is 40; .*above 0"),
         (lambda: gpus.bill(1, gpus.get("h100"), availability=0), "availability is 0"),
+        (lambda: gpus.bill(1, gpus.get("h100"), watts=-1), "-1 W a GPU; .*at least 0"),
         (lambda: gpus.bill(1, gpus.get("h100"), gpus=0), "0 GPUs"),
         (lambda: gpus.bill(1, gpus.get("h100"), price=-1), "a price of -1"),
     ],
@@ -823,3 +877,11 @@ def test_memory_adds_up():
     use = MemoryUse(1, 2, 3, 4, 5, 6, 7)
     assert use.total == 28
     assert report.memory_lines(use)[-1].split()[:4] == ["in", "all", "28", "B"]
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `python -m tinyfm.calc --list | head`; 141 is the status of a program SIGPIPE ends."""
+    shell = f"{sys.executable} -m tinyfm.calc --list | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 141
+    assert done.stderr == b""

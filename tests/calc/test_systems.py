@@ -435,3 +435,18 @@ def test_the_context_changes_attention_only():
 def test_refused_names_and_contexts(name, context, message):
     with pytest.raises(ValueError, match=message):
         systems.get(name, context)
+
+
+# ---- how much they were trained -----------------------------------------------------------------
+
+
+def test_tokens_of_bert():
+    """Devlin et al. 2019, appendix A.2: 1M steps of 256 rows of 512 tokens, about 40 epochs.
+
+    It is an upper bound: 90% of the steps had rows of 128 tokens.
+    """
+    for name in ("bert-base", "bert-large"):
+        trained = systems.get(name).trained
+        assert trained == pytest.approx(256 * 512 * 1e6, rel=1e-3)
+        assert trained / 3.3e9 == pytest.approx(40, abs=0.5)
+    assert "at most" in systems.get("bert-base").note

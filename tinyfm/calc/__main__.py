@@ -7,7 +7,8 @@ python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
 python -m tinyfm.calc runs/gpt                                    # your own run, or a preset
 python -m tinyfm.calc cluster llama-1b --gpus 64                  # FSDP2 on 64 GPUs, simulated
 python -m tinyfm.calc optimal 5.76e23                             # divide a budget of FLOPs
-python -m tinyfm.calc fit runs/sweep-* --held-out runs/sweep-large    # a law of your own runs
+python -m tinyfm.calc sweep                                       # train small GPTs, fit a law
+python -m tinyfm.calc fit runs/a runs/b ... --held-out runs/large     # a law of your own runs
 
 Published systems are counted by closed forms (ledgers.py, systems.py), modules of this repository
 by running them on tensors without memory (trace.py). memory.py adds up bytes, gpus.py hours and
@@ -33,6 +34,7 @@ from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.network import Network
 from tinyfm.calc.report import Estimate
 from tinyfm.common import gpus
+from tinyfm.common.console import Output, console
 from tinyfm.common.gpus import GPU, Assumptions
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
     from tinyfm.recipes.base import Run
     from tinyfm.training.optim import OptimConfig
+
+HELD_OUT = "sweep-large"  # the preset that `sweep` predicts
 
 # ---- names --------------------------------------------------------------------------------------
 
@@ -147,8 +151,10 @@ def find_trainable(name: str) -> tuple[nn.Module, OptimConfig, int]:
 def choose_dtype(given: str, gpu: GPU | None) -> str:
     """The given number format; without one, bf16 or the first that the GPU has.
 
-    Raises ValueError if the GPU does not have the given one.
+    Raises ValueError if there is no such format, or the GPU does not have it.
     """
+    if given and given not in gpus.DTYPE_BYTES:
+        raise ValueError(f"dtype is {given!r}; use {' or '.join(gpus.DTYPE_BYTES)}")
     if given and gpu:
         gpu.peak(given)
     if given:
@@ -168,13 +174,17 @@ def make_estimate(name: str, options: argparse.Namespace) -> Estimate:
         mfu=options.mfu,
         availability=options.availability,
         price=options.price,
+        watts=options.watts,
         pue=options.pue,
     )
 
     # The network, and how it is trained: as its run says, unless an option says otherwise.
     network, training = look_up(name, options.context)
     if training is None:
-        training = Training(dtype=assumed.dtype, fused=not options.unfused)
+        # Of training in FP8 only the products are: what is kept stays in bf16 (Micikevicius et al.
+        # 2022).
+        kept = "bf16" if assumed.dtype == "fp8" else assumed.dtype
+        training = Training(dtype=kept, fused=not options.unfused)
     for field in ("rows", "optimizer", "checkpoint"):
         value = getattr(options, field)
         if value:
@@ -190,7 +200,15 @@ def make_estimate(name: str, options: argparse.Namespace) -> Estimate:
     bill = None
     if gpu and units:
         busy = gpus.busy_hours(flops, gpu, assumed.dtype, assumed.mfu)
-        bill = gpus.bill(busy, gpu, assumed.gpus, assumed.availability, assumed.price, assumed.pue)
+        bill = gpus.bill(
+            busy,
+            gpu,
+            assumed.gpus,
+            assumed.availability,
+            assumed.price,
+            assumed.watts,
+            assumed.pue,
+        )
     return Estimate(
         network=network,
         training=training,
@@ -257,7 +275,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=amount, help="tokens, or images, to train on (default as published)")
     add("--context", type=count, default=0, help="tokens of a row (default as published)")
     add("--rows", type=count, help="rows of a micro-batch (default 1)")
-    add("--dtype", default="", help="number format: bf16 (default), fp16 or fp32")
+    add("--dtype", default="", help="number format: bf16 (default), fp16, fp32 or fp8")
     add("--optimizer", help="adamw (default) or muon")
     add("--checkpoint", help="activation checkpointing: none (default), selective or full")
     add("--unfused", action="store_true", help="use attention that stores its scores")
@@ -270,11 +288,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
     add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
     add("--price", type=amount, help="USD a GPU-hour (default a dated price of the GPU)")
+    add("--watts", type=amount, help="W of a GPU and its share of the server (default at most)")
     add(
         "--pue",
         type=amount,
         default=1.1,
-        help="energy of the building over the GPUs' (default 1.1)",
+        help="energy of the building over that of its computers (default 1.1)",
     )
     options = parser.parse_args(argv)
     check_options(options)
@@ -305,7 +324,12 @@ def check_options(options: argparse.Namespace) -> None:
 
 def answer(argv: list[str]) -> str:
     """The output of a command line, as text. Raises ValueError and OSError."""
-    commands = {"cluster": answer_cluster, "fit": answer_fit, "optimal": answer_optimal}
+    commands = {
+        "cluster": answer_cluster,
+        "fit": answer_fit,
+        "optimal": answer_optimal,
+        "sweep": answer_sweep,
+    }
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     options = read_arguments(argv)
@@ -354,30 +378,66 @@ def answer_cluster(argv: list[str]) -> str:
     return cluster.to_text(options.name, job, options.gpus, gpu, options.shard_size)
 
 
+def fit_and_draw(folders: list[str], held_out: list[str], picture: Path) -> str:
+    """The law of the runs in these folders, as text; a picture of it goes to `picture`."""
+    from tinyfm.calc import sweep
+
+    def read(folders: list[str]) -> list[sweep.Point]:
+        return [sweep.read_point(Path(folder), read_run_directory(folder)) for folder in folders]
+
+    found = sweep.fit(read(folders), read(held_out))
+    sweep.plot(found, picture)
+    return f"{sweep.to_text(found)}\ndrawn in {picture}"
+
+
 def answer_fit(argv: list[str]) -> str:
-    """python -m tinyfm.calc fit runs/sweep-* [--held-out runs/sweep-large] [--plot scaling.png]"""
+    """python -m tinyfm.calc fit RUN ... [--held-out RUN ...] [--plot scaling.png]"""
     parser = Parser("python -m tinyfm.calc fit", description=answer_fit.__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="directories of finished runs on the same data")
-    add("--held-out", metavar="RUN", help="a larger run, to compare the prediction with")
+    add("--held-out", nargs="+", default=[], metavar="RUN", help="larger runs, to predict")
     add("--plot", default="", help="where to draw it (default scaling.png next to the runs)")
+    options = parser.parse_args(argv)
+    # A pattern such as runs/sweep-* may match the runs that are held out too.
+    apart = {Path(folder).resolve() for folder in options.held_out}
+    folders = [folder for folder in options.runs if Path(folder).resolve() not in apart]
+    picture = Path(options.plot or Path(options.runs[0]).parent / "scaling.png")
+    return fit_and_draw(folders, options.held_out, picture)
+
+
+def answer_sweep(argv: list[str]) -> str:
+    """python -m tinyfm.calc sweep [--seeds 3] [--at-once 2] [--out runs/sweep] [-- OPTIONS]
+
+    Train the presets sweep-1, sweep-2 ... and sweep-large, each with several seeds, fit a law to
+    all but the last, and compare its prediction. The same command continues after a stop.
+    """
+    parser = Parser(
+        "python -m tinyfm.calc sweep",
+        description=answer_sweep.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--seeds", type=count, default=3, help="runs of each size (default 3)")
+    add("--at-once", type=count, default=2, help="runs at a time, one thread each (default 2)")
+    add("--out", default="runs/sweep", help="folder for the runs (default runs/sweep)")
+    add("options", nargs="*", metavar="OPTIONS", help="options of train.py for all runs, after --")
     options = parser.parse_args(argv)
 
     from tinyfm.calc import sweep
+    from tinyfm.recipes import registry
 
-    folders = options.runs
-    held_out = []
-    if options.held_out:
-        held_out = [sweep.read_point(Path(options.held_out), read_run_directory(options.held_out))]
-        # A pattern such as runs/sweep-* may have matched the held-out run too.
-        apart = Path(options.held_out).resolve()
-        folders = [folder for folder in folders if Path(folder).resolve() != apart]
-    points = [sweep.read_point(Path(folder), read_run_directory(folder)) for folder in folders]
-    points.sort(key=lambda point: point.flops)
-    laws = sweep.fit_laws(points, held_out)
-    picture = Path(options.plot or Path(options.runs[0]).parent / "scaling.png")
-    sweep.plot(points, laws, held_out, picture)
-    return f"{sweep.to_text(points, laws, held_out)}\ndrawn in {picture}"
+    # The longest first, so that both threads are busy to the end.
+    names = [name for name in registry.all_presets() if name.startswith("sweep-")][::-1]
+    out = Path(options.out)
+    jobs = [
+        sweep.Job(out / f"{name}-seed-{seed}", (name, "--train.seed", str(seed), *options.options))
+        for name in names
+        for seed in range(options.seeds)
+    ]
+    sweep.train_all(jobs, options.at_once)
+    folders = [str(job.folder) for job in jobs if job.words[0] != HELD_OUT]
+    held_out = [str(job.folder) for job in jobs if job.words[0] == HELD_OUT]
+    return fit_and_draw(folders, held_out, out / "scaling.png")
 
 
 def answer_optimal(argv: list[str]) -> str:
@@ -392,11 +452,22 @@ def answer_optimal(argv: list[str]) -> str:
 
 
 def main() -> int | str:
+    with console(lasting=False) as out:
+        return run_command(out)
+
+
+def run_command(out: Output) -> int | str:
+    argv = sys.argv[1:]
+    out.lasting = argv[:1] == ["sweep"]  # which trains, even if nobody reads its output
     try:
-        print(answer(sys.argv[1:]))
+        print(answer(argv), flush=True)
+    except BrokenPipeError:  # as with `| head`: the reader closed the pipe; exit quietly
+        pass
     except (ValueError, OSError) as error:
         return f"error: {error}"
-    return 0
+    except KeyboardInterrupt:
+        return 130
+    return 141 if out.reader_gone else 0  # 141: as a program that SIGPIPE ends
 
 
 if __name__ == "__main__":

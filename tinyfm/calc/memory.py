@@ -47,6 +47,7 @@ UNITS = {
     "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
+KEPT = ("bf16", "fp16", "fp32")  # number formats of what training keeps
 CHECKPOINTS = ("none", "selective", "full")
 
 
@@ -70,7 +71,7 @@ class Training:
     dropout: bool = False
 
     def __post_init__(self):
-        known = {"dtype": DTYPE_BYTES, "optimizer": ("adamw", "muon"), "checkpoint": CHECKPOINTS}
+        known = {"dtype": KEPT, "optimizer": ("adamw", "muon"), "checkpoint": CHECKPOINTS}
         for name, values in known.items():
             given = getattr(self, name)
             if given not in values:

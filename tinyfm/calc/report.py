@@ -203,9 +203,8 @@ def bill_lines(estimate: Estimate) -> list[str]:
     if gpu.bandwidth:
         links = f", links of {gpu.link:g} GB/s" if gpu.link else ""
         lines.append(f"  {gpu.memory:g} GB of memory at {gpu.bandwidth:g} GB/s{links}")
-    if gpu.watts:
-        energy = f"{short(1000 * bill.energy_kwh)}Wh"
-        lines.append(f"  {energy} at {gpu.watts:g} W a GPU and a PUE of {assumed.pue:g}")
+    if bill.watts:
+        lines.append(f"  {short(1000 * bill.energy_kwh)}Wh {power_text(gpu, assumed)}")
     if bill.cost_usd:
         rate = bill.cost_usd / bill.gpu_hours
         source = "" if assumed.price else f" ({gpu.priced}; --price sets another)"
@@ -213,6 +212,16 @@ def bill_lines(estimate: Estimate) -> list[str]:
     else:
         lines.append("  its price is not known: add --price, in USD a GPU-hour")
     return lines
+
+
+def power_text(gpu: GPU, assumed: Assumptions) -> str:
+    """The power that an energy is computed with, in words."""
+    pue = f"a PUE of {assumed.pue:g}"
+    if assumed.watts is not None:
+        return f"at {assumed.watts:g} W a GPU and {pue}"
+    if gpu.server:
+        return f"at most: {gpu.server:g} W a GPU, its share of the server included, and {pue}"
+    return f"at most, and without the servers: {gpu.watts:g} W a GPU and {pue}"
 
 
 def fit_text(network: Network, fit: Fit, size: str) -> str:

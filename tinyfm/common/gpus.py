@@ -8,6 +8,15 @@ activations that checkpointing computes twice count once (Chowdhery et al. 2022,
 Availability is the share of the wall time in which the job runs at all. Published GPU-hours give
 only the product of the two.
 
+Energy is that of whole servers in a building:
+
+    energy = paid GPU-hours x (watts of a GPU and its share of the server) x PUE
+
+The PUE, power usage effectiveness, is the energy of the building over that of all its computers,
+processors, switches and fans included, and not over that of its GPUs. A DGX H100 may take 10.2 kW,
+of which its eight GPUs take 5.6. A maker's maximum is an upper bound: Latif et al. (2024) measured
+at most 8.4 kW in training on such a server.
+
 Peaks are dense, from the vendors' data sheets; "with sparsity" they claim twice as much. GB are
 10^9 bytes. Prices change: they are an input, and those of the table carry a date.
 """
@@ -17,7 +26,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a number
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class GPU:
     bandwidth: float  # GB/s of that memory
     link: float  # GB/s to other devices, both directions together
     watts: float  # power limit of the device
+    server: float = 0.0  # watts of the device and its share of a server, at most
     price: float = 0.0  # USD per hour, rented on demand; the upper end of a range
     priced: str = ""  # date of the price
 
@@ -44,19 +54,28 @@ class GPU:
 
 V100 = {"fp16": 125, "fp32": 15.7}
 A100 = {"bf16": 312, "fp16": 312, "fp32": 19.5}
-H100 = {"bf16": 989, "fp16": 989, "fp32": 67}
-GPUS = {gpu.name: gpu for gpu in (  # name, peaks, memory, bandwidth, link, watts, price, priced
+H100 = {"bf16": 989, "fp16": 989, "fp32": 67, "fp8": 1979}
+PCIE = {"bf16": 756, "fp16": 756, "fp32": 51, "fp8": 1513}
+B200 = {"bf16": 2250, "fp16": 2250, "fp32": 75, "fp8": 4500}
+MI300X = {"bf16": 1307.4, "fp16": 1307.4, "fp32": 163.4, "fp8": 2614.9}
+RTX_4090 = {"bf16": 165, "fp16": 165, "fp32": 82.6, "fp8": 330}  # sums in fp32
+# A server's watts are an eighth of the maximum in its user guide: 6.5 kW for a DGX A100, 10.2 for a
+# DGX H100 or H200, 14.3 for a DGX B200. Numbers of the B200 are those of that server, also divided
+# by 8. Bandwidths of TPUs: cloud.google.com/tpu/docs.
+GPUS = {gpu.name: gpu for gpu in (
+    # name, peaks, memory, bandwidth, link, watts, server, price, priced
     GPU("v100-16gb", V100, 16, 900, 300, 300),
     GPU("v100-32gb", V100, 32, 900, 300, 300),
-    GPU("a100-40gb", A100, 40, 1555, 600, 400, 2.0, "May 2023"),
-    GPU("a100-80gb", A100, 80, 2039, 600, 400, 2.49, "early 2026"),
-    GPU("h100", H100, 80, 3350, 900, 700, 2.79, "April 2026"),
-    GPU("h100-pcie", {"bf16": 756, "fp16": 756, "fp32": 51}, 80, 2000, 128, 350),
-    GPU("h200", H100, 141, 4800, 900, 700, 7.0, "May 2026"),
-    GPU("mi300x", {"bf16": 1307.4, "fp16": 1307.4, "fp32": 163.4}, 192, 5300, 896, 750),
+    GPU("a100-40gb", A100, 40, 1555, 600, 400, 812.5, 2.0, "May 2023"),
+    GPU("a100-80gb", A100, 80, 2039, 600, 400, 812.5, 2.49, "early 2026"),
+    GPU("h100", H100, 80, 3350, 900, 700, 1275, 2.79, "April 2026"),
+    GPU("h100-pcie", PCIE, 80, 2000, 128, 350),
+    GPU("h200", H100, 141, 4800, 900, 700, 1275, 7.0, "May 2026"),
+    GPU("b200", B200, 180, 8000, 1800, 1000, 1787.5),
+    GPU("mi300x", MI300X, 192, 5300, 896, 750),
     GPU("rtx-3090", {"bf16": 71, "fp16": 71, "fp32": 35.6}, 24, 936, 112.5, 350),
-    GPU("rtx-4090", {"bf16": 165, "fp16": 165, "fp32": 82.6}, 24, 1008, 64, 450),
-    GPU("tpu-v3", {"bf16": 123}, 32, 0, 0, 450),
+    GPU("rtx-4090", RTX_4090, 24, 1008, 64, 450),
+    GPU("tpu-v3", {"bf16": 123}, 32, 900, 0, 450),
     GPU("tpu-v4", {"bf16": 275}, 32, 1228, 0, 0),
     GPU("tpu-v5e", {"bf16": 197}, 16, 819, 400, 0),
 )}  # fmt: skip
@@ -65,7 +84,8 @@ ALIASES = {"v100": "v100-32gb", "a100": "a100-80gb"}
 # SXM form.
 DRIVER_NAMES = {
     "H100 PCIe": "h100-pcie", "H100": "h100", "H200": "h200", "A100": "a100-80gb",
-    "V100": "v100-32gb", "MI300X": "mi300x", "3090": "rtx-3090", "4090": "rtx-4090",
+    " B200": "b200", "V100": "v100-32gb", "MI300X": "mi300x", "3090": "rtx-3090",
+    "4090": "rtx-4090",
 }  # fmt: skip
 
 
@@ -96,7 +116,8 @@ class Bill:
 
     gpu_hours: float  # paid GPU-hours, those in which nothing runs included
     days: float  # days of wall time
-    energy_kwh: float
+    watts: float  # of a GPU, with its share of the server where that is known
+    energy_kwh: float  # of the building
     cost_usd: float  # 0 if no price is known
 
 
@@ -122,7 +143,8 @@ class Assumptions:
     mfu: float = 0.4  # share of the peak that the model's FLOPs reach
     availability: float = 1.0  # share of the wall time in which the job runs
     price: float | None = None  # USD per GPU-hour; None = the dated price of the table
-    pue: float = 1.1  # power usage effectiveness: energy of the building over that of its GPUs
+    watts: float | None = None  # of a GPU and its share of the server; None = those of the table
+    pue: float = 1.1  # power usage effectiveness: energy of the building over that of its computers
 
     def __post_init__(self):
         check_shares(mfu=self.mfu, availability=self.availability)
@@ -153,13 +175,15 @@ def bill(
     gpus: int = 1,
     availability: float = 1.0,
     price: float | None = None,
+    watts: float | None = None,
     pue: float = 1.1,
 ) -> Bill:
     """The bill of a number of busy GPU-hours on `gpus` GPUs, at a price in USD per GPU-hour.
 
-    The energy is that of GPUs at their power limit, times the power usage effectiveness (pue) of
-    the building; Patterson et al. (2021) assume 1.1 for GPT-3. Raises ValueError for impossible
-    counts, shares and prices.
+    watts: of a GPU and its share of the server, on average. Without it, servers are taken to draw
+    their maximum all the time, so the energy is an upper bound; or GPUs theirs, if no server is
+    known. Patterson et al. (2021, table 4) have 330 W and a PUE of 1.1 for GPT-3 on V100. Raises
+    ValueError for impossible counts, shares, prices and powers.
     """
     check_shares(availability=availability)
     check_pue(pue)
@@ -169,10 +193,15 @@ def bill(
         price = gpu.price
     if price < 0:
         raise ValueError(f"a price of {price} USD per GPU-hour; it must be at least 0")
+    if watts is None:
+        watts = gpu.server or gpu.watts
+    if watts < 0:
+        raise ValueError(f"{watts} W a GPU; it must be at least 0")
     hours = busy / availability
     return Bill(
         gpu_hours=hours,
         days=hours / gpus / 24,
-        energy_kwh=hours * gpu.watts / 1000 * pue,
+        watts=watts,
+        energy_kwh=hours * watts / 1000 * pue,
         cost_usd=hours * price,
     )

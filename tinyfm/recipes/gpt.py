@@ -340,12 +340,32 @@ def small_run(d_model: int, n_head: int, data: TextConfig, train: TrainConfig) -
     )
 
 
-def sweep_preset(d_model: int, steps: int) -> Preset:
-    """A run on the standard library's code: 0.45 tokens a parameter, whatever the size."""
-    data = TextConfig(path="stdlib")
-    train = TrainConfig(steps=steps, batch_size=16, micro_batch_size=8, eval_every=0)
-    about = f"width {d_model}: one of seven runs for a scaling law"
-    return Preset(about, small_run(d_model, d_model // 32, data, train))
+def sweep_preset(d_model: int) -> Preset:
+    """A run on bytes of 20 tokens a parameter, counted without embeddings and head.
+
+    The tables of 257 bytes are small. calc/sweep.py says why.
+    """
+    config = GPTConfig(
+        vocab_size=257,
+        context_length=128,
+        n_layer=2,
+        n_head=2,
+        d_model=d_model,
+        d_ff=3 * d_model,
+    )
+    rows = 16
+    parameters = config.n_layer * 13 * d_model**2  # 4 D^2 of attention and 3 x 3 D^2 of the MLP
+    run = GPTRun(
+        model=config,
+        data=TextConfig(tokenizer="bytes"),
+        optim=OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
+        train=TrainConfig(
+            steps=round(20 * parameters / (rows * config.context_length)),
+            batch_size=rows,
+            eval_every=0,
+        ),
+    )
+    return Preset(f"width {d_model}: one of nine sizes for a scaling law", run)
 
 
 def gpu_run(model: GPTConfig, steps: int, batch_size: int, micro: int, lr: float) -> GPTRun:
@@ -366,14 +386,17 @@ PRESETS = {
         ),
         usual="1.65 to 1.66, as three seeds gave",
     ),
-    # A scaling law is fitted to the first six, and then predicts the large one.
-    "sweep-1": sweep_preset(64, steps=69),
-    "sweep-2": sweep_preset(96, steps=111),
-    "sweep-3": sweep_preset(128, steps=159),
-    "sweep-4": sweep_preset(160, steps=214),
-    "sweep-5": sweep_preset(192, steps=270),
-    "sweep-6": sweep_preset(224, steps=336),
-    "sweep-large": sweep_preset(352, steps=660),
+    # A scaling law is fitted to the first eight, and then predicts the large one, which has four
+    # times the FLOPs of the eighth: python -m tinyfm.calc sweep.
+    "sweep-1": sweep_preset(24),
+    "sweep-2": sweep_preset(28),
+    "sweep-3": sweep_preset(32),
+    "sweep-4": sweep_preset(40),
+    "sweep-5": sweep_preset(48),
+    "sweep-6": sweep_preset(56),
+    "sweep-7": sweep_preset(68),
+    "sweep-8": sweep_preset(80),
+    "sweep-large": sweep_preset(116),
     "gpt2-124m": Preset(
         "GPT-2's smallest size, batches of half a million tokens: for GPUs",
         gpu_run(
