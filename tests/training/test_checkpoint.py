@@ -179,6 +179,19 @@ def test_weights_that_do_not_fit_leave_the_model_unchanged():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int32, "integer"), (torch.cfloat, "complex")])
+def test_weights_that_are_no_real_numbers(tmp_path, dtype, kind):
+    model, _ = build("adamw")
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["hidden.bias"] = torch.ones(4, dtype=dtype)
+    with pytest.raises(ValueError, match=f"hidden.bias has {kind} numbers, not real"):
+        files.load_model(model, tensors)
+    tensors["hidden.bias"] = torch.tensor([1, float("nan"), 1, 1], dtype=torch.bfloat16)
+    files.save_tensors(tmp_path, "model", tensors)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*hidden\.bias holds NaN"):
+        files.load_tensors(tmp_path)
+
+
 def test_layout_and_empty_or_strided_tensors(tmp_path):
     odd = {"empty": torch.zeros(0, 3), "also": torch.zeros(0, 3), "t": torch.ones(2, 3).T}
 

@@ -23,7 +23,7 @@ import sample
 import train
 from data import captioned, pictures
 from data.report import Report
-from tinyfm import tokenizer
+from tinyfm import generate, tokenizer
 from tinyfm.batches import latents
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.clip import CLIP, CLIPConfig
@@ -388,7 +388,7 @@ def altered(record: dict, rng: random.Random) -> dict:
 
 
 def test_a_thousand_altered_configs_of_runs():
-    """An invalid record raises one of the errors that open_run turns into a clear message."""
+    """An invalid record raises a ValueError."""
     rng = random.Random(0)
     refused = 0
     names = ("gpt", "clip", "autoencoder", "ddpm", "text2image")
@@ -397,9 +397,39 @@ def test_a_thousand_altered_configs_of_runs():
         record = altered(records[i % 5], rng)
         try:
             run_dir.from_record(record)
-        except files.MALFORMED:
+        except ValueError:
             refused += 1
-    assert 200 < refused < 1000
+    assert 500 < refused < 1000
+
+
+HUGE = (10**9, 10**6, 2**53, 10**15, 0, -1, 1e308, 0.5)
+
+
+def test_altered_runs_open_and_sample_or_are_refused_by_name(tiny_run, tmp_path):
+    """Through opening, building and sampling, also for numbers that ask for all memory."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    folder = checkpoint.find(run)
+    originals = {name: files.read_json(folder / name) for name in ("config.json", "meta.json")}
+    sizes = list(originals["config.json"]["model"])
+    rng = random.Random(0)
+    refused = 0
+    for i in range(150):
+        name = "meta.json" if i % 5 == 0 else "config.json"
+        record = copy.deepcopy(originals[name])
+        if i % 2 and name == "config.json":
+            record["model"][rng.choice(sizes)] = rng.choice(HUGE)
+        else:
+            record = altered(record, rng)
+        (folder / name).write_text(json.dumps(record), encoding="utf-8")
+        files.write_json(folder / checkpoint.MANIFEST, checkpoint.make_manifest(folder))
+        try:
+            opened = run_dir.open_run(str(run))
+            opened.model.generate([[1]], generate.Sampling(max_new_tokens=2))
+        except ValueError as error:
+            assert name in str(error) or "logits are not finite" in str(error)
+            refused += 1
+        files.write_json(folder / name, originals[name])
+    assert 75 < refused < 150
 
 
 TINY_UNET = UNetConfig(image_size=8, channels=(8, 16), groups=4, n_head=2, attend=(False, True))

@@ -10,17 +10,23 @@ here falls back to a pickle.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from tinyfm.common import schema
 from tinyfm.common.folders import temporary_name
 
 # The errors that reading a file raises if a value in it is missing, too large or of a wrong type.
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that may be NaN
+MODULES_PER_TENSOR = 20  # of a model, at most: most modules hold a weight, or few do around one
+BUFFER_BYTES = 1 << 30  # of tables that a model computes and no file stores, at most
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
@@ -86,6 +92,40 @@ def read_record(path: Path, kind: Any) -> Any:
     return schema.check(read_json(path), kind, str(path))
 
 
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def build_shapes(build: Callable[[], nn.Module], n_tensors: int) -> nn.Module:
+    """The model that `build` makes, on the device "meta": shapes without memory.
+
+    With these a config is compared with the weights beside it before anything large is allocated.
+    n_tensors: number of tensors in those weights. Raises ValueError if the model has far more
+    modules than that, or tables that are too large.
+    """
+    most = 1000 + MODULES_PER_TENSOR * n_tensors
+    count = 0
+
+    def limit(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"the config has far more layers than its {n_tensors} weights")
+
+    hook = register_module_module_registration_hook(limit)
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"no model has the sizes in the config: {reason}") from error
+    finally:
+        hook.remove()
+    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if size > BUFFER_BYTES:
+        raise ValueError(f"the config needs {size / 2**30:.0f} GiB of tables besides the weights")
+    return model
+
+
 # ---- weights -----------------------------------------------------------------------------------
 
 
@@ -111,32 +151,54 @@ def save_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
 def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
     """Read folder/NAME.safetensors onto the CPU.
 
-    Raises CheckpointError if it is missing, malformed or of another format.
+    Raises CheckpointError if it is missing, malformed, of another format, or has a NaN in it.
     """
     path = Path(folder) / f"{name}.safetensors"
     try:
-        return load_file(path, device="cpu")
+        tensors = load_file(path, device="cpu")
+        for key, tensor in tensors.items():
+            if tensor.dtype in NUMBERS and tensor.isnan().any():
+                raise ValueError(f"{key} holds NaN, which is no number")
+        return tensors
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         problem = f"{path} is not a readable safetensors file: {error}"
         advice = "restore it; a pickle (torch.save) is never opened here: convert it first"
         raise CheckpointError(f"{problem}; {advice}") from error
 
 
-def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into a model: all of them, or none if there is an error.
+def kind_of(tensor: Tensor) -> str:
+    """What a tensor's numbers are, whatever their precision: "real", "complex" or "integer"."""
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "integer"
 
-    A tied weight, which shares the memory of another, may be missing if the other is present.
-    Raises ValueError with the first names that are missing, unexpected or of another shape.
+
+def check_fits(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless these are all tensors of the model.
+
+    A tied weight, which shares the memory of another, may be missing if the other is present. The
+    message has the first names that are missing, unexpected, or of another shape or kind.
     """
-    own = model.state_dict()
-    filled = {own[name].data_ptr() for name in own.keys() & tensors.keys()}
+    own = model.state_dict(keep_vars=True)
+    filled = {id(own[name]) for name in own.keys() & tensors.keys()}
     problems = [f"{name} is unexpected" for name in tensors if name not in own]
     for name, tensor in own.items():
-        if name not in tensors and tensor.data_ptr() not in filled:
-            problems.append(f"{name} is missing")
-        elif name in tensors and tensors[name].shape != tensor.shape:
+        if name not in tensors:
+            if id(tensor) not in filled:
+                problems.append(f"{name} is missing")
+        elif tensors[name].shape != tensor.shape:
             problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+        elif kind_of(tensors[name]) != kind_of(tensor):
+            problems.append(f"{name} has {kind_of(tensors[name])} numbers, not {kind_of(tensor)}")
     if problems:
         problem = f"{len(problems)} weights do not fit the model: {', '.join(problems[:3])}"
         raise ValueError(f"{problem}; build the model from the config saved with them")
+
+
+def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into a model: all of them, or none if there is an error.
+
+    Raises ValueError as `check_fits`.
+    """
+    check_fits(model, tensors)
     model.load_state_dict(tensors, strict=False)

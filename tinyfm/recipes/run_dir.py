@@ -17,12 +17,12 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinyfm import adapt
-from tinyfm.common import files, folders
+from tinyfm.common import files, folders, schema
 from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint
@@ -48,30 +48,26 @@ def to_record(preset: str, run: Run, fingerprint: str = "") -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
-def with_tuples(value: Any) -> Any:
-    """A value of a JSON file, which knows no tuples, as the fields of a run have it."""
-    if isinstance(value, list):
-        return tuple(map(with_tuples, value))
-    if isinstance(value, dict):
-        return {key: with_tuples(inner) for key, inner in value.items()}
-    return value
+class Record(TypedDict):
+    """What every config.json of a run has; the other fields depend on the family."""
+
+    family: str
 
 
-def from_record(record: dict[str, Any]) -> Run:
+def from_record(record: Any) -> Run:
     """The run that a config.json records.
 
-    Raises TypeError or KeyError for fields that do not fit, ValueError for an unknown family.
+    Raises ValueError for fields that are missing or do not fit, or an unknown family.
     """
+    record = schema.check(record, Record, "config.json")
     run_type = registry.find_run_type(record["family"])
-    default = run_type()
+    kinds = schema.fields_of(run_type)
     values = {}
     for name in (*run_type.CONFIGS, *run_type.FACTS):
-        if name not in record:
-            continue
-        config = getattr(default, name)
-        values[name] = with_tuples(record[name])
-        if dataclasses.is_dataclass(config):
-            values[name] = type(config)(**values[name])
+        if name in record:
+            values[name] = schema.check(record[name], kinds[name], f"config.json: {name}")
+        elif name in run_type.CONFIGS:
+            raise ValueError(f"config.json: {name} is missing")
     return run_type(**values)
 
 
@@ -85,9 +81,9 @@ def read_settings(path: Path) -> tuple[str, Run]:
     record = files.read_json(path)
     try:
         run = from_record(record)
-        return record.get("preset", run.family), run
+        return str(record.get("preset", run.family)), run
     except files.MALFORMED as error:
-        problem = f"{path} is not of this version: {error}"
+        problem = f"{path} is not a run of this version: {error}"
         raise ValueError(f"{problem}; use the code that wrote it") from error
 
 
@@ -310,17 +306,44 @@ def open_run(path: str, raw: bool = False) -> OpenRun:
 
     With the averaged weights if there are any, unless raw. Raises ValueError if it is incomplete.
     """
-    folder = checkpoint.find(path)
+    for _ in range(checkpoint.TRIES):
+        folder = checkpoint.find(path)
+        try:
+            return open_checkpoint(folder, raw)
+        except (ValueError, OSError):
+            if folder.exists():
+                raise  # otherwise the run has replaced this checkpoint meanwhile
+    raise ValueError(f"{path} changes too fast to be read: try again later")
+
+
+def check_sizes(run: Run, tensors: dict[str, Tensor], base: OpenRun | None, folder: Path) -> None:
+    """Raise ValueError unless the config fits the weights, before memory for a model is taken."""
+    weights = base.model.state_dict() if base else {}
+    try:
+        if base:
+            model = files.build_shapes(run.build_model, len(weights) + len(tensors))
+            files.check_fits(run.trunk(model), weights)
+        model = files.build_shapes(lambda: build_start(run), len(weights) + len(tensors))
+        files.check_fits(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def open_checkpoint(folder: Path, raw: bool = False) -> OpenRun:
+    """`open_run` of one checkpoint, which is verified already."""
     run = read_run(folder / "config.json")
     # The checkpoint itself holds its parts and its tokenizer.
     changes = dict.fromkeys(run.PARTS, str(folder))
     if run.init_from and hasattr(run.data, "tokenizer"):
         changes["data"] = dataclasses.replace(run.data, tokenizer=str(folder))
     run = dataclasses.replace(run, **changes)
-    model = build_start(run, open_adapted_base(run, folder))
     averaged = (folder / "ema.safetensors").exists() and not raw
     weights = "ema" if averaged else "model"
-    files.load_model(model, files.load_tensors(folder, weights))
+    tensors = files.load_tensors(folder, weights)
+    base = open_adapted_base(run, folder)
+    check_sizes(run, tensors, base, folder)
+    model = build_start(run, base)
+    files.load_model(model, tensors)
     meta = checkpoint.read_meta(folder)
     return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)
 
