@@ -4,8 +4,9 @@ The forward process adds Gaussian noise eps to an image x_0. Level t is reached 
 
     x_t = alpha_t x_0 + sigma_t eps        (Ho et al. 2020, eq. 4: alpha_t^2 = alpha_bar_t)
 
-alpha falls from 1 to about 0 and sigma rises from 0 to about 1, with alpha^2 + sigma^2 = 1. A
-network reads x_t and t and predicts y = a x_0 + b eps, a fixed mixture of image and noise:
+alpha falls from 1 to about 0 and sigma rises from 0 to about 1; alpha^2 + sigma^2 = 1, but for flow
+(see below). A network reads x_t and t and predicts y = a x_0 + b eps, a fixed mixture of image and
+noise:
 
     eps   y = eps                          Ho et al. 2020, eq. 14: the loss is the mean |eps - y|^2
     x0    y = x_0
@@ -27,10 +28,9 @@ known, Bayes' rule would give this step exactly (Ho et al. 2020, eq. 6 and 7):
     q(x_s | x_t, x_0) = Gaussian, mean u_t x_t + c_t x_0, variance v_t
 
 The model does not know x_0. It takes the same Gaussian with its own estimate X(x_t, t) for x_0. The
-variational bound (eq. 5) adds up how far each step is from the exact one; ends without weights are
-left out here:
+variational bound (eq. 5) adds up how far each step is from the exact one:
 
-    -ln p(x_0) <= sum_t E KL(q(x_s | x_t, x_0) || p(x_s | x_t)) + const
+    -ln p(x_0) <= sum_t E KL(q(x_s | x_t, x_0) || p(x_s | x_t)) + terms for the first and last level
 
 Two Gaussians of equal variance have KL = |difference of their means|^2 / (2 v). The means differ by
 c_t (x_0 - X). With SNR = alpha^2 / sigma^2, c_t^2 / v_t is SNR_s - SNR_t (Kingma et al. 2021), so
@@ -42,9 +42,9 @@ that lead to x_t, whatever the weights are; a finite network spends its effort w
 The error of eps is SNR_t times that of x_0, so the plain loss on eps gives high noise more weight
 than the bound does. Ho et al. 2020 (section 3.4) found that images become better so.
 
-The same from another side: the mean of eps given x_t is -sigma_t grad ln q(x_t), minus the score
-(Vincent 2011; Song & Ermon 2019). So to remove the predicted noise is to climb towards where x_t is
-more probable.
+The same from another side: grad ln q(x_t) is called the score, and the mean of eps given x_t is
+-sigma_t times the score (Vincent 2011; Song & Ermon 2019). So a step against the predicted noise is
+a step to where x_t is more probable.
 
 Guidance makes an image follow a text (Ho & Salimans 2022): predict with and without the text, and
 move further along the difference.

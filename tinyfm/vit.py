@@ -10,7 +10,8 @@ biases, as CLIP has them:
 
 CLIP's text tower (clip.py) is made of the same blocks, but causal, and reads its summary at the end
 token. Either tower needs one token's state after the last block, so that block computes only this
-state: one query, and the keys and values of all tokens.
+state: one query, and the keys and values of all tokens. `at` says which: two texts whose end tokens
+stand at positions 3 and 5 have at = (3, 5), and images, with the class token in front, at = (0, 0).
 
 `config` is a CLIPConfig (clip.py). Letters: B batch, T tokens, P patches, D width of a tower,
 N heads, K head width, C channels, H W rows and columns, h w rows and columns of patches.
