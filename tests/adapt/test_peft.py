@@ -148,6 +148,24 @@ def test_their_adapter_here_and_back(base, tmp_path, few):
     assert_same_logits(model, theirs.merge_and_unload())
 
 
+def test_a_rank_stabilised_adapter(base, tmp_path):
+    kind, make, folder = base
+    names = ["c_proj", "c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, use_rslora=True,
+        rank_pattern={names[0]: 2}, fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make()
+    load_adapter_folder(model, tmp_path / "theirs")
+    assert_same_logits(model, theirs)
+    save_adapter(model, tmp_path / "ours", str(folder))
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
+
+
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 def test_a_token_table_must_be_that_of_the_base(base, tmp_path):
     kind, make, folder = base
@@ -231,15 +249,27 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize(
     "field",
-    [{"use_rslora": True}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"},
+    [{"use_rslora": "yes"}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"},
      {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"never_heard_of": 1}, {"r": "2"},
-     {"lora_alpha": 0}, {"lora_dropout": 2.0}],
+     {"lora_alpha": 0}, {"lora_dropout": 2.0}, {"rank_pattern": {"(q": 2}}, {"r": 10**30},
+     {"alpha_pattern": {"q_proj": -1}}, {"rank_pattern": {"q_proj": 1.5}}, {"r": True},
+     {"rank_pattern": ["q"]}],
 )  # fmt: skip
 def test_unsupported_settings_are_refused_by_name(saved, field):
     folder, model = saved
     raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(raw | field), encoding="utf-8")
     with pytest.raises(ValueError, match=next(iter(field)).removeprefix("lora_")):
+        load_adapter_folder(model, folder)
+    assert not any(lora.adapted_layers(model))
+
+
+def test_a_pattern_that_never_ends_is_stopped(saved):
+    folder, model = saved
+    raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    raw["alpha_pattern"] = {"(?:.|..|...)+(?:.|..|...)+[0-9]q": 3}
+    (folder / "adapter_config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"adapter_config.json: alpha_pattern: .* over 0.5 s"):
         load_adapter_folder(model, folder)
     assert not any(lora.adapted_layers(model))
 

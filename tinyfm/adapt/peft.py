@@ -15,23 +15,27 @@ those of the base's tables. Three kinds of layers differ:
 3. The LoRA of a token table is stored as lora_embedding_A, transposed, and lora_embedding_B. peft
    stores the table itself with them; it must equal the base's.
 
-A setting of adapter_config.json that our LoRA does not compute is an error that names the field.
+Rank-stabilised LoRA (Kalajdzievski 2023) has the scale alpha / sqrt(rank) in place of
+alpha / rank; it is read as a LoRA with another alpha. A setting of adapter_config.json that our LoRA
+does not compute is an error that names the field.
 Left out: adapters other than LoRA, whole modules saved with an adapter, other families.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import regex
 import torch
 from torch import Tensor, nn
 
 from tinyfm.adapt import AdapterConfig, select, train_only
 from tinyfm.adapt.lora import LoRA, adapted_layers, attach, find_layers
 from tinyfm.clip import CLIP
-from tinyfm.common.files import load_tensors, read_json, save_tensors, write_json
+from tinyfm.common.files import load_tensors, read_record, save_tensors, write_json
 from tinyfm.gpt import GPT
 from tinyfm.hub import clip, gpt
 from tinyfm.hub.layout import refuse, translate
@@ -44,7 +48,7 @@ WEIGHTS = "adapter_model"
 # Fields that are read here, or that may have any value: the tensors show which layers are adapted,
 # and the settings of other kinds have no effect unless another field turns that kind on.
 KNOWN = """
-peft_type bias init_lora_weights r lora_alpha lora_dropout rank_pattern alpha_pattern
+peft_type bias init_lora_weights r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora
 task_type base_model_name_or_path target_modules exclude_modules layers_to_transform layers_pattern
 fan_in_fan_out inference_mode revision auto_mapping peft_version runtime_config
 megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config
@@ -57,12 +61,21 @@ ALLOWED = {
 }
 
 
+class AdapterFile(TypedDict, total=False):
+    """The fields of adapter_config.json that are read here."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+    use_rslora: bool | None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises ValueError for a setting our LoRA does not compute."""
-    raw = read_json(folder / CONFIG)
+    raw = read_record(folder / CONFIG, AdapterFile)
     try:
-        if not isinstance(raw, dict):
-            refuse("the file", raw, "an object")
         raw = {"bias": "none", "init_lora_weights": True, "lora_dropout": 0.0} | raw
         for field, values in ALLOWED.items():
             if raw.get(field) not in values:
@@ -70,23 +83,53 @@ def read_config(folder: Path) -> dict[str, Any]:
         for field in sorted(raw.keys() - {*KNOWN.split()}):
             if raw[field]:
                 refuse(field, raw[field], "a LoRA without it")
-        for field, types in (("r", (int,)), ("lora_alpha", (int, float))):
-            if type(raw.get(field)) not in types or raw[field] <= 0:
+        for field in ("r", "lora_alpha"):
+            if raw.get(field, 0) <= 0:
                 refuse(field, raw.get(field), "a number above 0")
         return raw
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
-def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return a layer's value: that of the first pattern that matches the end of its name.
+SECONDS = 0.5  # for matching all patterns of a file, which a stranger wrote
 
-    This is how peft looks up rank_pattern and alpha_pattern.
-    """
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+
+class Patterns:
+    """rank_pattern or alpha_pattern: values of the layers whose names a pattern matches."""
+
+    def __init__(self, field: str, patterns: dict[str, Any] | None, default: Any):
+        """Raises ValueError for a pattern that cannot be read, and for a value of 0 or less."""
+        self.field = field
+        self.default = default
+        self.searched = []
+        for pattern, value in (patterns or {}).items():
+            if value <= 0:
+                refuse(f"{field}.{pattern[:40]}", value, "a number above 0")
+            try:
+                # This is how peft looks a layer up: the end of its name must match.
+                self.searched.append((regex.compile(rf"(.*\.)?({pattern})$"), value))
+            except regex.error as error:
+                raise ValueError(f"{field} has the pattern {pattern[:40]!r}: {error}") from error
+        self.deadline = time.monotonic() + SECONDS
+
+    def value_of(self, module: str) -> Any:
+        """A layer's value: that of the first pattern that matches the end of its name.
+
+        Raises ValueError if the patterns take too long.
+        """
+        for pattern, value in self.searched:
+            left = self.deadline - time.monotonic()
+            try:
+                if left <= 0:
+                    raise TimeoutError
+                if pattern.match(module, timeout=left):
+                    return value
+            except TimeoutError:
+                raise ValueError(
+                    f"{self.field}: its patterns take over {SECONDS} s to match; write the "
+                    "names of the layers in their place"
+                ) from None
+        return self.default
 
 
 def target_modules(adapted: set[str], every: set[str]) -> list[str]:
@@ -271,6 +314,19 @@ def our_loras(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tensor,
     A is (rank, in) and B (out, rank). Raises ValueError if a shape does not fit the model.
     """
     raw = read_config(folder)
+    try:
+        ranks = Patterns("rank_pattern", raw.get("rank_pattern"), raw["r"])
+        alphas = Patterns("alpha_pattern", raw.get("alpha_pattern"), raw["lora_alpha"])
+        return find_loras(model, folder, raw, ranks, alphas)
+    except ValueError as error:
+        where = "" if str(folder) in str(error) else f"{folder / CONFIG}: "
+        raise ValueError(f"{where}{error}") from error
+
+
+def find_loras(
+    model: nn.Module, folder: Path, raw: dict[str, Any], ranks: Patterns, alphas: Patterns
+) -> dict[str, tuple[Tensor, Tensor, AdapterConfig]]:
+    """`our_loras`, with the settings of the folder."""
     names = their_layers(model)
     weights = {
         PART.sub("", theirs): model.get_submodule(ours).weight for ours, theirs in names.items()
@@ -284,8 +340,8 @@ def our_loras(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tensor,
             continue
         A = layers[module]["A"].flatten(1)
         B = layers[module]["B"].flatten(1)
-        rank = by_pattern(raw.get("rank_pattern"), module, raw["r"])
-        alpha = by_pattern(raw.get("alpha_pattern"), module, raw["lora_alpha"])
+        rank = ranks.value_of(module)
+        scale = alphas.value_of(module) / (rank**0.5 if raw.get("use_rslora") else rank)
 
         # Check the shapes: those of the layer, or of three such layers for c_attn.
         W = weights[module].flatten(1)
@@ -306,8 +362,8 @@ def our_loras(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tensor,
                 continue
             A = A[used]
             B = B[:, used]
-        # alpha / rank stays the same when the rank shrinks.
-        config = AdapterConfig(len(A), alpha / rank * len(A), raw["lora_dropout"])
+        # The scale stays the same when the rank shrinks; here it is alpha / rank.
+        config = AdapterConfig(len(A), scale * len(A), raw["lora_dropout"])
         loras[ours] = (A, B, config)
     return loras
 
