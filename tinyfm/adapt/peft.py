@@ -16,8 +16,8 @@ those of the base's tables. Three kinds of layers differ:
    stores the table itself with them; it must equal the base's.
 
 Rank-stabilised LoRA (Kalajdzievski 2023) has the scale alpha / sqrt(rank) in place of
-alpha / rank; it is read as a LoRA with another alpha. A setting of adapter_config.json that our LoRA
-does not compute is an error that names the field.
+alpha / rank; it is read as a LoRA with another alpha. A setting of adapter_config.json that our
+LoRA does not compute is an error that names the field.
 Left out: adapters other than LoRA, whole modules saved with an adapter, other families.
 """
 
