@@ -28,7 +28,7 @@ import torch
 
 from data import chats, dedupe, reading, tables
 from data.report import Report
-from data.splits import HELD_OUT, SPLITS, TRAIN
+from data.splits import HELD_OUT, SPLITS, TRAIN, overlap_of, overlapping, share_of
 from tinyfm.adapt.chat import ROLES, Message, check_messages, encode_message, split_exchanges
 from tinyfm.batches.order import check_val_fraction, hash_order, held_out_count, shuffle
 from tinyfm.tokenizer import Tokenizer
@@ -245,6 +245,29 @@ def read_splits(config: ChatConfig, report: Report) -> dict[str, list[list[Messa
     return hold_out(found, config.val_fraction)
 
 
+def said_in(messages: list[Message]) -> str:
+    """What the assistant says in a conversation."""
+    return "\n".join(m["content"] for m in messages if m["role"] == "assistant")
+
+
+def leave_out_overlap(splits: dict[str, list[list[Message]]]) -> tuple[int, dict[str, float]]:
+    """Remove held-out conversations whose answers training has, see data/splits.py.
+
+    Returns how many, and the share of the words of those that stay in runs that training has.
+    """
+    training = [said_in(messages) for messages in splits[TRAIN]]
+    removed = 0
+    shares = {}
+    for name in HELD_OUT:
+        counts = overlap_of([said_in(messages) for messages in splits[name]], training)
+        places = overlapping(counts)
+        for i in reversed(places):
+            del splits[name][i]
+        removed += len(places)
+        shares[name] = share_of(np.delete(counts, places, axis=0))
+    return removed, shares
+
+
 # ---- rows to train on ----------------------------------------------------------------------------
 
 
@@ -369,6 +392,7 @@ class ChatData:
         report = Report()
         cuts: Counter[str] = Counter()
         conversations = read_splits(config, report)
+        removed, shares = leave_out_overlap(conversations)
         self.splits = {}
         for name, part in conversations.items():
             rows = [row for one in part for row in make_rows(tokenizer, one, context_length, cuts)]
@@ -395,6 +419,12 @@ class ChatData:
             f"{len(rows):,} rows, {held[0]:,} of them for validation and {held[1]:,} for test, "
             f"{learnt:,} of {len(ids):,} tokens are trained on, {learnt / len(ids):.0%}"
         ]
+        parts.append(
+            f"{shares['val']:.2%} of validation and {shares['test']:.2%} of test in 13-word runs "
+            "that training also has"
+        )
+        if removed:
+            parts.append(f"{removed:,} conversations with more were left out")
         parts += [f"{count:,} {problem}" for problem, count in cuts.items() if count]
         if report.skipped or report.notes:
             parts.append(str(report))
