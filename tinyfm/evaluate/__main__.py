@@ -16,6 +16,8 @@ Other questions, which need no training:
                                          {"context": "2+2=", "choices": ["4", "5"], "answer": 0}
     --task reviews.csv [--shots 4]       a GPT: classes by likelihood, after labelled examples
     --task scripts                       CLIP: classes by their names
+
+`python -m tinyfm.evaluate overlap RUN` says how much of the held-out text training has too.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ import contextlib
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ import tyro
 from torch import nn
 
 from tinyfm.common import device as devices
-from tinyfm.evaluate import likelihood, metrics
+from tinyfm.evaluate import likelihood, metrics, overlap
 from tinyfm.evaluate.metrics import Estimate, Scores
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun
@@ -83,6 +85,13 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
     device = devices.choose_device(options.device)
     dtype = devices.choose_dtype(options.dtype, device)
     data = run.open_data()
+    if not run_dir.is_data_of(opened, data):
+        print(
+            f"warning: {opened.folder} was trained on other data than {run.data.path} gives today: "
+            "the files changed, or an earlier version split them. Training may have read what is "
+            "now held out",
+            file=sys.stderr,
+        )
     table = {}
     for column, model in (rebuild_start(opened), ("reached", opened.model)):
         model.to(device)
@@ -189,6 +198,55 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
     return table
 
 
+# ---- held-out text that training has ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OverlapOptions:
+    """How much of the held-out text training has too, in runs of 13 words."""
+
+    # run directory, or a checkpoint in it; or docs, stdlib, chats, packages, or your own text
+    data: tyro.conf.Positional[str]
+    json: bool = False  # print JSON
+
+
+def open_data_of(path: str) -> tuple[OpenRun, Any]:
+    """A run and the data that it was trained on. Raises ValueError if they are others today."""
+    opened = run_dir.open_run(path)
+    data = opened.run.open_data()
+    if not run_dir.is_data_of(opened, data):
+        raise ValueError(
+            f"{path} was trained on other data than {opened.run.data.path} gives today: the files "
+            "changed, or an earlier version split them. Train it again"
+        )
+    return opened, data
+
+
+def show_overlap(words: list[str]) -> int:
+    """Carry out `overlap` with its options."""
+    options = tyro.cli(OverlapOptions, args=words, prog="python -m tinyfm.evaluate overlap")
+    path = options.data
+    if not (Path(path) / "config.json").exists():
+        data = overlap.open_named(path)
+        trained_on = {path: data}
+    else:
+        opened, data = open_data_of(path)
+        trained_on = {path: data}
+        waiting = [opened.run]
+        while waiting:
+            run = waiting.pop()
+            for before in (run.init_from, getattr(run, "teacher", "")):
+                if before and before not in trained_on:
+                    opened, trained_on[before] = open_data_of(before)
+                    waiting.append(opened.run)
+    shares = overlap.measure(data, trained_on)
+    if options.json:
+        print(json.dumps([asdict(own) for own in shares], indent=2))
+    else:
+        print(overlap.describe(shares))
+    return 0
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -206,6 +264,8 @@ def intervals(table: dict[str, Scores]) -> dict[str, dict[str, dict]]:
 
 def main() -> int | str:
     try:
+        if sys.argv[1:2] == ["overlap"]:
+            return show_overlap(sys.argv[2:])
         options = tyro.cli(Options, description=__doc__)
         opened = run_dir.open_run(options.run, options.raw)
         if options.picture and not opened.run.can_draw():

@@ -348,6 +348,12 @@ def open_checkpoint(folder: Path, raw: bool = False) -> OpenRun:
     return OpenRun(run, model.eval(), run.read_tokenizer(folder), folder, meta, weights)
 
 
+def is_data_of(opened: OpenRun, data: Any) -> bool:
+    """Whether these data, prepared today, are those that the run was trained on."""
+    found = files.read_json(opened.folder / "config.json").get("data_fingerprint")
+    return found == data.fingerprint[:16]
+
+
 def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
     """Add the adapters of other runs to an open run; several LoRAs add up.
 

@@ -1,0 +1,138 @@
+"""How much of the held-out text has training read? The command
+
+    python -m tinyfm.evaluate overlap RUN     what a run holds out, against what it was trained on
+    python -m tinyfm.evaluate overlap DATA    the same for docs, stdlib, chats, packages, your text
+
+prints the share of validation and test words that lie in a run of 13 words which training also has;
+data/splits.py defines and counts it. A run has also read what the runs before it were trained on:
+the one it started from (--init-from), and so on, and its teacher. Each is a line, and so are all
+together. Of a chat the answers count. Most are shorter than 13 words, so their share that occurs
+word for word in the training text of the runs before stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.splits import HELD_OUT, TRAIN, Overlap, share_of
+from tinyfm.adapt.soft_prompt import PromptedData
+from tinyfm.batches import chat, labelled, text
+from tinyfm.tokenizer import ByteTokenizer
+
+MIN_WORDS = 4  # of an answer; shorter ones, such as "x, y", occur anywhere
+NAMES = {"val": "validation", "test": "test"}
+
+
+# ---- data -> texts -------------------------------------------------------------------------------
+
+
+def open_named(path: str) -> Any:
+    """The data of this name or path, as bytes; labelled texts and chats only by name."""
+    tokenizer = ByteTokenizer()
+    if path in chat.SOURCES:
+        return chat.ChatData(chat.ChatConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
+    if path in labelled.TEXTS:
+        return labelled.texts(labelled.TaskConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
+    config = text.TextConfig(path, tokenizer="bytes")
+    return text.TextData.prepare(config, tokenizer.vocab_size, 1, batch_size=1, seed=0)
+
+
+def read_rows(data: Any, split: str) -> Iterator[list[int]]:
+    """The token ids of each document or passage of a split, or of the answers of each row."""
+    if isinstance(data, chat.ChatData):
+        for row in data.split(split).rows:
+            yield row.ids[row.trained].tolist()
+    elif isinstance(data, labelled.TaskData):
+        for ids in data.inputs[split]:
+            yield ids.tolist()
+    else:
+        found = data.split(split)
+        ends = [*found.starts[1:], len(found) - 1]
+        for start, end in zip(found.starts, ends):
+            yield found.tokens[start + 1 : end].tolist()
+
+
+def read_texts(data: Any, split: str) -> Iterator[str]:
+    """The text of each of `read_rows`; answers end with a new line.
+
+    Raises ValueError for pictures.
+    """
+    if isinstance(data, PromptedData):
+        data = data.data
+    if not isinstance(data, (chat.ChatData, labelled.TaskData, text.TextData)):
+        raise ValueError("overlap compares texts, and these data are pictures")
+    if data.tokenizer is None:
+        raise ValueError("overlap compares texts, and these data are pictures")
+    for ids in read_rows(data, split):
+        texts = [[]]
+        for token in ids:
+            if token == data.tokenizer.eot:
+                texts.append([])
+            else:
+                texts[-1].append(token)
+        yield "\n".join(data.tokenizer.decode(own) for own in texts)
+
+
+# ---- the shares ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What training has of one held-out split."""
+
+    split: str  # "validation" or "test"
+    units: int  # documents, passages, or rows of conversations
+    runs: dict[str, float]  # training text -> share of words in runs that it has
+    # Training text of the runs before -> share of answers that it has word for word.
+    answers: dict[str, float]
+
+
+def repeated(answers: list[str], training: Iterator[str]) -> float:
+    """The share of answers of MIN_WORDS or more that occur in training text, word for word."""
+    long = {" ".join(answer.split()) for answer in answers if len(answer.split()) >= MIN_WORDS}
+    read = " ".join(" ".join(text.split()) for text in training)
+    return sum(answer in read for answer in long) / max(1, len(long))
+
+
+def measure(data: Any, trained_on: dict[str, Any]) -> list[Shares]:
+    """The shares of each held-out split of `data`.
+
+    trained_on: name -> data whose training split was read; the first are `data` themselves.
+    """
+    shares = []
+    for split in HELD_OUT:
+        held_out = list(read_texts(data, split))
+        overlap = Overlap(held_out)
+        together = np.zeros_like(overlap.found)
+        runs = {}
+        answers = {}
+        for i, (name, source) in enumerate(trained_on.items()):
+            overlap.found[:] = False
+            for text_read in read_texts(source, TRAIN):
+                overlap.read(text_read)
+            runs[name] = share_of(overlap.count())
+            together |= overlap.found
+            if i and isinstance(data, chat.ChatData):
+                said = [answer for row in held_out for answer in row.split("\n")]
+                answers[name] = repeated(said, read_texts(source, TRAIN))
+        if len(runs) > 1:
+            overlap.found = together
+            runs["all of them"] = share_of(overlap.count())
+        shares.append(Shares(NAMES[split], len(held_out), runs, answers))
+    return shares
+
+
+def describe(shares: list[Shares]) -> str:
+    """A line for each split and training text."""
+    lines = ["share of held-out words in 13-word runs that training also has"]
+    for own in shares:
+        for name, share in own.runs.items():
+            line = f"{own.split} ({own.units:,} texts), training text of {name}: {share:.2%}"
+            if name in own.answers:
+                line += f"; {own.answers[name]:.1%} of the answers word for word"
+            lines.append(line)
+    return "\n".join(lines)
