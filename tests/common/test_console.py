@@ -66,3 +66,21 @@ def test_a_signal_cleans_up_and_keeps_its_status():
             cleaned = True
     assert end.value.code == 128 + signal.SIGTERM
     assert cleaned and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("tinyfm.calc --list", 141),
+        ("tinyfm.calc sweep --help", 0),
+        ("tinyfm.evaluate --help", 141),
+        ("tinyfm.hub --help", 0),
+        ("tinyfm.adapt compare --help", 0),
+    ],
+)
+def test_a_command_whose_reader_goes_away_reports_no_error(command, status):
+    """As in `| head`. Only a command whose result is its output says so, as SIGPIPE would."""
+    shell = f"{sys.executable} -m {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stderr == b""
+    assert done.returncode == status

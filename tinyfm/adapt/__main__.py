@@ -42,6 +42,7 @@ from data.splits import TEST
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
+from tinyfm.common.console import run_command
 from tinyfm.common.figures import new_figure
 from tinyfm.evaluate.metrics import Estimate
 from tinyfm.recipes import registry, run_dir
@@ -360,4 +361,4 @@ def main(arguments: Sequence[str] | None = None) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, lasting=True))

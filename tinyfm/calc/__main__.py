@@ -34,7 +34,7 @@ from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.network import Network
 from tinyfm.calc.report import Estimate
 from tinyfm.common import gpus
-from tinyfm.common.console import Output, console
+from tinyfm.common.console import run_command
 from tinyfm.common.gpus import GPU, Assumptions
 
 if TYPE_CHECKING:
@@ -452,23 +452,16 @@ def answer_optimal(argv: list[str]) -> str:
 
 
 def main() -> int | str:
-    with console(lasting=False) as out:
-        return run_command(out)
-
-
-def run_command(out: Output) -> int | str:
-    argv = sys.argv[1:]
-    out.lasting = argv[:1] == ["sweep"]  # which trains, even if nobody reads its output
     try:
-        print(answer(argv), flush=True)
-    except BrokenPipeError:  # as with `| head`: the reader closed the pipe; exit quietly
-        pass
+        text = answer(sys.argv[1:])
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:
         return 130
-    return 141 if out.reader_gone else 0  # 141: as a program that SIGPIPE ends
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    trains = sys.argv[1:2] == ["sweep"]  # also if nobody reads its output
+    sys.exit(run_command(main, lasting=trains))

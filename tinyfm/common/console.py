@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ENDING = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n))
@@ -103,3 +103,15 @@ def console(lasting: bool = True) -> Iterator[Output]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def run_command(main: Callable[[], Any], lasting: bool = False) -> Any:
+    """What main returns, for sys.exit. It runs inside `console`.
+
+    A command that is not `lasting` ends quietly when its reader has gone away, with the status of a
+    program that SIGPIPE ends.
+    """
+    status = None
+    with console(lasting) as out, contextlib.suppress(BrokenPipeError):
+        status = main()
+    return 141 if out.reader_gone and not lasting else status

@@ -36,6 +36,7 @@ import tyro
 from torch import nn
 
 from tinyfm.common import device as devices
+from tinyfm.common.console import run_command
 from tinyfm.evaluate import likelihood, metrics, overlap
 from tinyfm.evaluate.metrics import Estimate, Scores
 from tinyfm.recipes import registry, run_dir
@@ -293,4 +294,4 @@ def main() -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -30,6 +30,7 @@ import tyro
 from tinyfm import generate
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.common import device as devices
+from tinyfm.common.console import run_command
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
 from tinyfm.recipes import run_dir
@@ -202,4 +203,4 @@ def main() -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, lasting=True))

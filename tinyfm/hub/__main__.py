@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from tinyfm import adapt
 from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
+from tinyfm.common.console import run_command
 from tinyfm.hub import classifier
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
@@ -93,4 +94,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, lasting=True))
