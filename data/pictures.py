@@ -157,7 +157,8 @@ def size_of(path: str | Path) -> tuple[int, int]:
 TITLE_SIZE = 10  # pixels
 TITLE_LINES = 6  # a longer title is cut
 TITLE_WIDTH = 0.6 * TITLE_SIZE  # pixels of an average character
-TILE = 96  # pixels: an image with a title is enlarged at least to this width
+TILE = 64  # pixels: images are enlarged at least to this width
+TITLED = 96  # the same, for images with titles
 
 
 def save(image: np.ndarray, path: str | Path) -> None:
@@ -170,23 +171,21 @@ def save_grid(
 ) -> None:
     """Write a PNG of the images, uint8 (B, H, W, C) with C 1 or 3, row by row.
 
-    Titles are set in small letters above the images, which are then enlarged to have room for a
-    few words. A title of more than TITLE_LINES lines is cut.
+    Small images are enlarged: each pixel becomes a square. A title stands in small letters right
+    above its image. A title of more than TITLE_LINES lines is cut.
     """
     n, height, width, channels = images.shape
 
     # The sizes of a tile, and the lines of each title.
-    zoom = 1
-    gap = 1
-    if titles:
-        zoom = math.ceil(TILE / width)
-        gap = 4
+    zoom = math.ceil((TITLED if titles else TILE) / width)
+    gap = 6 if titles else 1
     tile = width * zoom
     lines = []
     for title in titles or ():
         characters = int(tile / TITLE_WIDTH)
         lines.append(textwrap.wrap(title, characters, max_lines=TITLE_LINES, placeholder="…"))
-    head = max(map(len, lines), default=0) * (TITLE_SIZE + 2)
+    line_height = TITLE_SIZE + 2
+    head = max(map(len, lines), default=0) * line_height
     step_x = tile + gap
     step_y = height * zoom + head + gap
 
@@ -201,5 +200,6 @@ def save_grid(
         picture = picture.resize((tile, height * zoom), Image.Resampling.NEAREST)
         grid.paste(picture, (x, y + head))
         if titles:
-            pen.multiline_text((x, y), "\n".join(lines[i]), fill="white", font=font, spacing=1)
+            top = y + head - line_height * len(lines[i])  # short titles touch their image too
+            pen.multiline_text((x, top), "\n".join(lines[i]), fill="white", font=font, spacing=1)
     grid.save(path, format="PNG")

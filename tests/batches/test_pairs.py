@@ -219,18 +219,20 @@ def test_a_grid_of_pictures(tmp_path):
     with open_image(tmp_path / "grid") as image:
         assert image.format == "PNG"
         pixels = np.asarray(image)
-    assert pixels.shape == (2 * 9 + 1, 3 * 9 + 1, 3)
-    assert np.array_equal(pixels[1:9, 10:18], images[1])
-    assert np.array_equal(pixels[10:18, 10:18], images[4])
+    assert pixels.shape == (2 * 65 + 1, 3 * 65 + 1, 3)  # each enlarged to 64 x 64
+    assert np.array_equal(pixels[1:65:8, 66:130:8], images[1])
+    assert np.array_equal(pixels[66:130:8, 66:130:8], images[4])
     titles = ["serif latin small letter a with circumflex and acute and more", "", "x", "y", "z"]
     pictures.save_grid(images[..., :1], tmp_path / "grid", 5, titles)
     with open_image(tmp_path / "grid") as image:
         pixels = np.asarray(image)
-    tile = pixels[-100:-4, 4:100]
-    assert np.array_equal(tile[::12, ::12, 0], images[0, :, :, 0])
-    above = pixels[:-100]
-    assert above[:, 4:100].max() > above[:, 104:200].max()  # a title, and none
-    assert above[:, 100:104].std() == 0  # it does not run into the next
+    left = [6 + 102 * i for i in range(5)]  # of each image of 96 pixels
+    assert np.array_equal(pixels[-102:-6:12, 6:102:12, 0], images[0, :, :, 0])
+    above = pixels[:-102, :, 0]
+    white = [above[:, x : x + 96].max(axis=1) > 200 for x in left]  # rows with ink, by image
+    assert white[0].any() and not white[1].any()  # a title, and none
+    assert above[:, left[1] - 6 : left[1]].std() == 0  # it does not run into the next
+    assert white[2].nonzero()[0].min() > len(above) - 14  # a short title is right above its image
 
 
 # --- The user's own pairs -------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_an_autoencoder_learns_in_fifty_steps(runs):
         assert row["val_loss"] == pytest.approx(whole, rel=1e-5)
         assert 0 < row["val_active"] <= 2 * 4 * 4
     with open_image(runs["autoencoder"] / "samples" / f"step-{STEPS:06d}.png") as grid:
-        assert grid.size == (8 * 9 + 1, 8 * 9 + 1)  # 32 validation pictures, each above its copy
+        assert grid.size == (8 * 65 + 1, 8 * 65 + 1)  # 32 validation pictures, each above its copy
 
 
 def test_diffusion_learns_in_fifty_steps(runs):
@@ -94,7 +94,7 @@ def test_diffusion_learns_in_fifty_steps(runs):
     for row in (first, last):
         assert row["val_loss"] == pytest.approx(np.mean([row[f"val_loss_t{k}"] for k in range(4)]))
     with open_image(runs["ddpm"] / "samples" / f"step-{STEPS:06d}.png") as grid:
-        assert grid.size == (8 * 9 + 1, 4 * 9 + 1)
+        assert grid.size == (8 * 65 + 1, 4 * 65 + 1)
 
 
 def test_the_verdict_shows_the_reconstruction_or_the_loss():
@@ -241,7 +241,7 @@ def test_sampling_an_autoencoder(runs, tmp_path, capsys):
     assert re.search("originals; reconstructions; .*prior; ", printed.out)
     assert "model weights" in printed.err
     with open_image(out) as grid:
-        assert grid.size[0] == 3 * (8 * 12 + 4) + 4
+        assert grid.size[0] == 3 * (8 * 12 + 6) + 6
     opened = run_dir.open_run(str(runs["autoencoder"]))
     model = opened.model
     images = opened.run.open_data().val.batch(np.arange(3))["images"]
@@ -280,7 +280,7 @@ def test_sampling_diffusion(sampler, runs, tmp_path, capsys):
     model = run_dir.open_run(run).model
     sheet = sheets.samples(model, 3, sampler, 4, seed=3)
     with open_image(out) as grid:
-        pixels = np.array(grid)[1:9, 1:9].transpose(2, 0, 1) / 127.5 - 1
+        pixels = np.array(grid)[1:65:8, 1:65:8].transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(pixels - sheet.images[0].clamp(-1, 1).numpy()).max() < 0.01
     fewer = sheets.samples(model, 2, sampler, 4, seed=3)
     assert torch.allclose(sheet.images[:2], fewer.images, atol=1e-4)

@@ -212,7 +212,7 @@ def test_the_same_command_resumes_a_part(common, tiny_presets, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(ImageData, "batch", interrupt)
         assert call(train, *words) == 130
-    assert re.search("stopped at step 3 .*the same command", capsys.readouterr().out)
+    assert re.search("stopped at step 3 .*the command that started it", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {"run-autoencoder"}
     assert call(train, *words) == 0
     assert f"resumed from {out}-autoencoder/step-000003" in capsys.readouterr().out
