@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).parents[1])
@@ -53,6 +53,8 @@ from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
+from tinyfm.common import schema
+from tinyfm.common.folders import hold, lock_beside
 
 FORMAT = 2  # of the result; a folder with another number is not continued
 BATCH_BYTES = 1 << 20  # the rows that a worker gets at a time
@@ -331,9 +333,66 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
             journal.commit(done=done, manifest=manifest)
     bar.close()
 
+    written = sum(manifest["documents"].values())
+    if written < tally.used:
+        problem = f"{folder} has {written:,} of the {tally.used:,} documents that were kept"
+        raise ValueError(f"{problem}: delete the folder and start again")
     manifest["settings"] = state["settings"]
     shards.end_shards(folder, tokenizer, manifest, "; ".join(tally.lines()))
     return manifest
+
+
+# ---- what a journal may say ----------------------------------------------------------------------
+
+
+class Cleaning(TypedDict):
+    """The state in the first pass."""
+
+    settings: dict[str, Any]
+    done: int
+
+
+class TallyState(TypedDict):
+    """A Tally in a journal."""
+
+    found: int
+    used: int
+    dropped: dict[str, tuple[int, list[str]]]
+    changed: dict[str, float]
+
+
+class Learning(Cleaning):
+    """The state after the first pass."""
+
+    tally: TallyState
+    chars: int
+
+
+class Begun(TypedDict):
+    """The counts of a manifest that is not complete."""
+
+    format: int
+    documents: shards.Counts
+    utf8_bytes: shards.Counts
+
+
+class Encoding(Learning):
+    """The state in the second pass."""
+
+    manifest: Begun
+
+
+STAGES = {"clean": Cleaning, "learn": Learning, "encode": Encoding}
+
+
+def check_journal(journal: Journal) -> None:
+    """Raise ValueError that names the file if a journal that was read is malformed."""
+    where = str(journal.path)
+    stage = schema.check(journal.state["stage"], Literal[tuple(STAGES)], f"{where}: stage")
+    kind = STAGES[stage]
+    if stage == "clean" and "tally" in journal.state:
+        kind = Learning
+    schema.check(journal.state, kind, where)
 
 
 # ---- both passes ---------------------------------------------------------------------------------
@@ -375,13 +434,34 @@ def settings_of(
 def prepare(config: PrepareConfig) -> Path:
     """Make the folder `config.out`, or complete it; return it.
 
-    Raises ValueError if the input or a setting cannot be used.
+    Raises ValueError if the input or a setting cannot be used, or another process makes the folder.
     """
     start = time.perf_counter()
     out = Path(config.out)
     paths, left_out = find_paths(config)
     fixed = open_tokenizer(config)
     settings = settings_of(config, paths, fixed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(lock_beside(out), out):
+        manifest = complete(config, paths, left_out, fixed, settings)
+
+    tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
+    megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
+    seconds = time.perf_counter() - start
+    print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")
+    print("  " + "\n  ".join(manifest["report"].split("; ")))
+    return out
+
+
+def complete(
+    config: PrepareConfig,
+    paths: list[Path],
+    left_out: Tally,
+    fixed: tokenizers.Tokenizer | None,
+    settings: dict,
+) -> dict:
+    """Make the folder, or what is left of it to make; return its manifest."""
+    out = Path(config.out)
     if out.exists() and not (out / "manifest.json").exists():
         raise ValueError(f"{out} was not made by this program: choose another --out")
     if out.exists():
@@ -390,19 +470,14 @@ def prepare(config: PrepareConfig) -> Path:
     else:
         part = out.with_name(f"{out.name}.part")
         journal = Journal(part, settings, LATE)
+        check_journal(journal)
         if journal.state["stage"] == "clean":
             clean(config, paths, left_out, journal)
         manifest = encode(config, fixed, journal)
         os.replace(part, out)
     for name in (SPOOL, KEYS, "journal.json"):
         (out / name).unlink(missing_ok=True)
-
-    tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
-    megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
-    seconds = time.perf_counter() - start
-    print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")
-    print("  " + "\n  ".join(manifest["report"].split("; ")))
-    return out
+    return manifest
 
 
 def main() -> int | str:

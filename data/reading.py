@@ -77,9 +77,10 @@ def made_here(folder: str, names: set[str]) -> str | None:
         return "a prepared folder"
     if "journal.json" in names and folder.endswith(".part"):
         return "a prepared folder that is not complete"
+    weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if weights and names & {"config.json", "meta.json", "judge.json"}:
+        return "a model"
     if "config.json" in names:
-        if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-            return "a model"
         config = os.path.join(folder, "config.json")
         if os.path.isfile(config):
             with open(config, "rb") as file:

@@ -6,7 +6,9 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -566,6 +568,22 @@ def test_altered_files_are_refused_by_name(own):
     prepare(own, tokenizer="bpe", vocab_size=270)
 
 
+def test_a_manifest_that_exchanges_the_splits_is_refused(own):
+    first = prepare(own).fingerprint
+    path = prepared(own) / "manifest.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    rows = good["rows"]
+    others = [name for name in rows if name != "train"]
+    swapped = {name: rows[name] for name in (*others[:1], "train", *others[1:])}
+    counts = dict(zip(rows, [*rows.values()][::-1]))
+    for bad in (swapped, counts, {"train": rows["train"]} | {others[0]: -1}, {"train": "many"}):
+        path.write_text(json.dumps(good | {"rows": bad}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"manifest\.json.*delete the folder"):
+            prepare(own)
+    path.write_text(json.dumps(good), encoding="utf-8")
+    assert prepare(own).fingerprint == first
+
+
 def test_an_interrupted_build_leaves_nothing(own, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -578,15 +596,20 @@ def test_an_interrupted_build_leaves_nothing(own, monkeypatch):
 
 
 def test_two_builds_at_once_agree(own, monkeypatch):
+    """The second waits for the first, and finds its folder."""
     real = pair_files.write_texts
+    calls = []
 
-    def slow(*arguments):  # another process finishes the same folder meanwhile
-        monkeypatch.setattr(pair_files, "write_texts", real)
-        prepare(own)
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.3)
         return real(*arguments)
 
     monkeypatch.setattr(pair_files, "write_texts", slow)
-    assert len(prepare(own).train.labels) == 36
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(prepare, [own, own])
+    assert first.fingerprint == second.fingerprint
+    assert len(calls) == 1
     assert prepared(own).name.startswith("own-")
 
 

@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +371,43 @@ def test_damaged_shards_are_refused_by_name(tmp_path, small):
         prepare(tmp_path, text)
 
 
+def altered(manifest: Path, keys: tuple, value) -> None:
+    """Change one value in a JSON file."""
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_bytes_that_a_manifest_claims_are_counted(tmp_path, small):
+    """Bits per byte rest on them."""
+    manifest = cache_folder(tmp_path) / "manifest.json"
+    before = json.loads(manifest.read_text(encoding="utf-8"))["utf8_bytes"]["val"]
+    altered(manifest, ("utf8_bytes", "val"), before // 2)
+    with pytest.raises(ValueError, match=f"validation has {before // 2} bytes, .* have {before}:"):
+        prepare(tmp_path, tmp_path / "text" / "small.txt")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("utf8_bytes", "val"), "many"),
+        (("utf8_bytes",), {"val": 1}),
+        (("train",), []),
+        (("train", 0, "tokens"), 1.5),
+        (("train", 0, "file"), None),
+        (("vocab_size",), 1e300),
+        (("tokenizer",), ["a"]),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused_by_name(tmp_path, small, keys, value):
+    altered(cache_folder(tmp_path) / "manifest.json", keys, value)
+    with pytest.raises(ValueError, match=r"manifest\.json .*delete the folder"):
+        prepare(tmp_path, tmp_path / "text" / "small.txt")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_damaged_manifest_is_refused(tmp_path, small, content):
     manifest = cache_folder(tmp_path) / "manifest.json"
@@ -393,16 +432,21 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_two_builds_at_once_agree(tmp_path, monkeypatch):
-    path = write(tmp_path, a="text " * 100) / "a.txt"
+    """The second waits for the first, and finds its folder."""
+    path = write(tmp_path, a="one text " * 90) / "a.txt"
     real = shards.write_shards
+    calls = []
 
-    def slow(*arguments):  # another process finishes the same folder meanwhile
-        monkeypatch.setattr(shards, "write_shards", real)
-        prepare(tmp_path, path)
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.3)
         return real(*arguments)
 
     monkeypatch.setattr(shards, "write_shards", slow)
-    assert len(prepare(tmp_path, path).train) > 16
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(prepare, [tmp_path, tmp_path], [path, path])
+    assert first.fingerprint == second.fingerprint
+    assert len(calls) == 1
     assert cache_folder(tmp_path).name.startswith("a-txt-")
 
 

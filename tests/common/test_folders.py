@@ -106,3 +106,13 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_live_one_makes_is_no
     assert left.is_dir() and growing.is_dir()
     assert make(cache / "other", "")
     assert growing.is_dir() and not left.exists()
+
+
+def test_a_terminated_process_tidies_up(tmp_path):
+    cache = tmp_path / "cache"
+    process = hold_elsewhere(tmp_path, cache / "made", "make")
+    assert [*cache.iterdir()]
+    os.kill(process.running.pid, signal.SIGTERM)
+    process.running.join()
+    assert process.running.exitcode == 128 + signal.SIGTERM
+    assert [*cache.iterdir()] == []

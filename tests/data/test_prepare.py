@@ -28,6 +28,7 @@ from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.common import folders
 from tinyfm.recipes import registry
 
 WORDS = ["ocean", "lantern", "whisper", "granite", "orchard", "velvet", "compass", "harbor"]
@@ -422,6 +423,105 @@ def test_a_kill_at_any_point_changes_nothing(corpus, small, tmp_path):
             assert len(points) < 60
         assert len(points) > 1
         assert content(tmp_path / f"{run}") == content(whole), points
+
+
+def interrupted_part(corpus: Path, folder: Path, monkeypatch) -> tuple[list, Path]:
+    """The arguments of a preparation that stopped in its second pass, and its folder."""
+    arguments = [corpus, "--out", folder / "out"]
+    with monkeypatch.context() as patch:
+        calls = iter(range(3))
+        real = shards.add_group
+
+        def stop_later(*given):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            real(*given)
+
+        patch.setattr(shards, "add_group", stop_later)
+        patch.setattr(prepare, "COMMIT_EVERY", 1)
+        assert run(*arguments) == 1
+    return arguments, folder / "out.part"
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "documents.keys", "train-00000.bin"])
+@pytest.mark.parametrize("harm", ["missing", "shorter"])
+def test_a_part_that_lost_bytes_is_refused(
+    corpus, small, tmp_path, monkeypatch, capsys, name, harm
+):
+    arguments, part = interrupted_part(corpus, tmp_path, monkeypatch)
+    whole = (part / name).read_bytes()
+    if harm == "missing":
+        (part / name).unlink()
+    else:
+        (part / name).write_bytes(whole[:-1])
+    assert run(*arguments) == 1
+    assert re.search(
+        rf"{name} has .* had {len(whole):,} .*delete the folder", capsys.readouterr().err
+    )
+    (part / name).write_bytes(whole)
+    assert run(*arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "[]",
+        "{",
+        {"done": -1},
+        {"done": 1e300},
+        {"stage": "cooking"},
+        {"lengths": {"../x.bin": 1}},
+        {"lengths": {"train-00000.bin": "many"}},
+        {"tally": {"found": 1}},
+        {"tally": None},
+        {"manifest": {}},
+        {"chars": "many"},
+    ],
+)
+def test_a_malformed_journal_names_its_file(corpus, small, tmp_path, monkeypatch, capsys, change):
+    arguments, part = interrupted_part(corpus, tmp_path, monkeypatch)
+    journal = part / "journal.json"
+    if isinstance(change, str):
+        journal.write_text(change, encoding="utf-8")
+    else:
+        state = json.loads(journal.read_text(encoding="utf-8"))
+        journal.write_text(json.dumps(state | change), encoding="utf-8")
+    assert run(*arguments) == 1
+    assert re.search(r"error: .*journal\.json", capsys.readouterr().err)
+
+
+def test_a_folder_has_one_owner(corpus, tmp_path):
+    out = tmp_path / "new" / "out"
+    out.parent.mkdir()
+    with folders.hold(folders.lock_beside(out), out):
+        other = subprocess.run(
+            [sys.executable, "data/prepare.py", corpus, "--out", out, "--tokenizer", "bytes"],
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+        )
+    assert other.returncode == 1
+    assert f"{out} is being written by process {os.getpid()}" in other.stderr
+    assert [path.name for path in out.parent.iterdir()] == []
+
+
+def test_what_is_not_read_is_in_the_report(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(document(i), encoding="utf-8")
+    (folder / "table.csv").write_text(f"id,body\n{document(5)}", encoding="utf-8")
+    (folder / "out").symlink_to(ROOT / "README.md")
+    os.mkfifo(folder / "pipe")
+    assert run(folder, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    for part in (
+        "6 found, 4 used",
+        "1 dropped: a link that leads out of the folder",
+        "1 dropped: a pipe, a socket or a device",
+        "1 tables without 'text', read as plain text",
+    ):
+        assert part in said
 
 
 def test_workers_change_nothing_and_end_with_their_parent(corpus, small, tmp_path):

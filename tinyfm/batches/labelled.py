@@ -413,5 +413,5 @@ def pictures(
         rows = enumerate(split.captions)
         clusters = [own[len(questions)] if own[len(questions) :] else str(i) for i, own in rows]
         splits[name] = Examples(split.images, split.captions, clusters)
-    content = json.dumps([manifest["image"], manifest["sha256"]])
+    content = json.dumps([manifest["image"], manifest["rows"], manifest["sha256"]])
     return TaskData(config, questions, splits, batch_size, seed, manifest["report"], content)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from data.download import sha256_of
 from data.report import Report
+from tinyfm.batches import prepared
 from tinyfm.batches.prepared import rebuild_hint
 from tinyfm.batches.shards import token_dtype
 from tinyfm.common.folders import whole_or_absent
@@ -121,25 +123,39 @@ def build(
 # ---- reading -------------------------------------------------------------------------------------
 
 
+class Manifest(TypedDict):
+    """What stands in manifest.json; other entries are for people."""
+
+    image: tuple[int, int, int]  # (C, H, W)
+    rows: dict[str, int]  # of each split, training first
+    bytes: dict[str, int]  # of each file
+    sha256: dict[str, str]
+    report: str
+
+
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest. Raises ValueError if it or a file in its list is damaged."""
+    """The folder's manifest.
+
+    Raises ValueError if it or a file in its list is damaged, or they contradict each other.
+    """
     path = folder / "manifest.json"
     hint = rebuild_hint(folder)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        match manifest:
-            case {"image": _, "rows": _, "bytes": dict(sizes), "sha256": dict(sums)}:
-                files = [(folder / name, size, sums[name]) for name, size in sizes.items()]
-            case _:
-                raise ValueError("an entry is missing")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): {hint}") from error
-    for path, size, sha256 in files:
-        found = path.stat().st_size if path.exists() else 0
+    manifest = prepared.read_manifest(folder, Manifest)
+    sizes = manifest["bytes"]
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else 0
         if found != size:
-            raise ValueError(f"{path} has {found} bytes, expected {size}: {hint}")
-        if size <= VERIFY_BYTES and sha256_of(path) != sha256:
-            raise ValueError(f"{path} was altered since it was written: {hint}")
+            raise ValueError(f"{file} has {found} bytes, expected {size}: {hint}")
+        if size <= VERIFY_BYTES and sha256_of(file) != manifest["sha256"].get(name):
+            raise ValueError(f"{file} was altered since it was written: {hint}")
+    for split, rows in manifest["rows"].items():
+        images, *others = file_names(split)
+        fits = sizes.get(images) == rows * math.prod(manifest["image"])
+        if not fits or not all(name in sizes for name in others):
+            raise ValueError(f"{path}: {rows} rows of {split!r} do not fit its files: {hint}")
+    if next(iter(manifest["rows"]), "") != "train":
+        raise ValueError(f"{path}: the first split is not 'train': {hint}")
     return manifest
 
 
@@ -171,6 +187,8 @@ def open_splits(folder: Path, manifest: dict, dtype: np.dtype) -> dict[str, Spli
     for name, rows in manifest["rows"].items():
         images, tokens, texts = (folder / file for file in file_names(name))
         content = json.loads(texts.read_text(encoding="utf-8"))
+        if len(content["captions"]) != rows or len(content["labels"]) != rows:
+            raise ValueError(f"{texts} does not have {rows} rows: {rebuild_hint(folder)}")
         groups = [numbers.setdefault(own[0], len(numbers)) for own in content["captions"]]
         splits[name] = Split(
             np.memmap(images, np.uint8, "r", shape=(rows, *manifest["image"])).view(np.ndarray),

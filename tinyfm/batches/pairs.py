@@ -236,7 +236,7 @@ class PairData:
         self.units_per_row = 1
         self.splits = open_splits(folder, manifest, token_dtype(self.tokenizer.vocab_size))
         self.train, self.val = list(self.splits.values())[:2]
-        content = json.dumps([manifest["image"], manifest["sha256"]])
+        content = json.dumps([manifest["image"], manifest["rows"], manifest["sha256"]])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         counts = ", ".join(f"{rows:,} {split}" for split, rows in manifest["rows"].items())
         self.description = f"{folder.name}: {counts} pictures of {tuple(manifest['image'])}"

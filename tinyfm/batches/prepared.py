@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyfm.common import schema
+
 
 def name_of(path: str, default: str) -> str:
     """A name for a folder, from the last part of the user's path; `default` if nothing is left."""
@@ -26,6 +28,18 @@ def prepared_folder(cache: str, name: str, depends_on: Sequence[Any]) -> Path:
     """The folder for what `depends_on` (JSON values) determines. It may not exist yet."""
     key = json.dumps(list(depends_on))
     return Path(cache, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+
+
+def read_manifest(folder: Path, kind: Any = dict) -> Any:
+    """The folder's manifest.json, as a value of that kind (see common/schema.py).
+
+    Raises ValueError that names the file, and the fix, if it is missing or damaged.
+    """
+    path = folder / "manifest.json"
+    try:
+        return schema.check(schema.parse_json(path.read_bytes()), kind, path.name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {rebuild_hint(folder)}") from error
 
 
 def rebuild_hint(folder: Path) -> str:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +40,7 @@ from data.splits import (
     share_of,
     split_of,
 )
+from tinyfm.batches import prepared
 from tinyfm.batches.prepared import rebuild_hint
 from tinyfm.common.folders import whole_or_absent
 
@@ -328,25 +329,52 @@ def describe_overlap(manifest: dict, removed: int) -> str:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+class ShardEntry(TypedDict):
+    """A shard, as the manifest describes it."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class Counts(TypedDict):
+    """A number for each split."""
+
+    train: int
+    val: int
+    test: int
+
+
+class Manifest(TypedDict):
+    """What stands in manifest.json; other entries are for people."""
+
+    format: int
+    train: list[ShardEntry]
+    val: list[ShardEntry]
+    test: list[ShardEntry]
+    documents: Counts
+    utf8_bytes: Counts
+    vocab_size: int
+    tokenizer: str
+
+
 def read_manifest(folder: Path) -> dict:
     """The folder's manifest.
 
     Raises ValueError if it is missing or damaged, or an earlier version made the folder.
     """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        match manifest:
-            case {"train": [*_], "val": [*_], "utf8_bytes": {"val": _}, "vocab_size": _}:
-                made_by = manifest.get("format", 1)
-            case _:
-                raise ValueError("an entry is missing")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): {rebuild_hint(folder)}") from error
-    if made_by != FORMAT:
+    found = prepared.read_manifest(folder)
+    made_by = found.get("format", 1)
+    if made_by != FORMAT and "vocab_size" in found:
         raise ValueError(
-            f"{folder} was split by another version: its format is {made_by}, not {FORMAT}, so it "
-            f"has no test text; {rebuild_hint(folder)}"
+            f"{folder} was split by another version: its format is {made_by!r}, not {FORMAT}, so "
+            f"it has no test text; {rebuild_hint(folder)}"
+        )
+    manifest = prepared.read_manifest(folder, Manifest)
+    empty = [split for split in SPLITS if not manifest[split]]
+    if empty:
+        raise ValueError(
+            f"{folder}/manifest.json has no file of {empty[0]}: {rebuild_hint(folder)}"
         )
     return manifest
 

@@ -32,11 +32,11 @@ import torch
 
 from data import docs, files, shakespeare, stdlib
 from data.report import Report
-from data.splits import SPLITS, Document
+from data.splits import HELD_OUT, SPLITS, Document
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches.order import ROUNDS, check_val_fraction, permute
 from tinyfm.batches.prepared import name_of, prepared_folder, rebuild_hint
-from tinyfm.batches.shards import FORMAT, Shards, build, read_manifest
+from tinyfm.batches.shards import FORMAT, VERIFY_TOKENS, Shards, build, read_manifest
 from tinyfm.common.config import may_change
 from tinyfm.training import checkpoint
 
@@ -249,7 +249,8 @@ class TextData:
         self.val = self.splits["val"].shards
 
         content = [shard["sha256"] for name in SPLITS for shard in manifest[name]]
-        content = " ".join([manifest["tokenizer"], *content])
+        sizes = [str(manifest["utf8_bytes"][name]) for name in SPLITS]
+        content = " ".join([manifest["tokenizer"], *content, *sizes])
         # A run keeps its start, which says by which version the data were split.
         self.fingerprint = f"{FORMAT}-{hashlib.sha256(content.encode()).hexdigest()}"
         megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
@@ -259,6 +260,30 @@ class TextData:
             "tokens"
         )
         self._check_lengths()
+        self._check_bytes(folder)
+
+    def _check_bytes(self, folder: Path) -> None:
+        """Raise ValueError if a held-out text has not as many bytes as the manifest says.
+
+        Bits per byte rest on this number. It is counted where the tokens give back the text as it
+        was: a published tokenizer may change it.
+        """
+        probe = "A b  \u00e9 e\u0301 \ufb01\n"  # capitals, spaces, composed characters
+        if self.tokenizer.decode_bytes(self.tokenizer.encode(probe)) != probe.encode("utf-8"):
+            return
+        lengths = [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
+        lengths[self.tokenizer.eot] = 0  # it stands between the documents
+        for name in HELD_OUT:
+            split = self.splits[name]
+            if len(split) > VERIFY_TOKENS:
+                continue
+            counts = [np.bincount(part, minlength=len(lengths)) for part in split.shards.arrays]
+            found = int(sum(counts) @ lengths)
+            if found != split.utf8_bytes:
+                raise ValueError(
+                    f"{folder / 'manifest.json'} says that {NAMES[name]} has {split.utf8_bytes:,} "
+                    f"bytes, its tokens have {found:,}: {rebuild_hint(folder)}"
+                )
 
     def _check_lengths(self) -> None:
         """Raise ValueError if training is shorter than one window, or another split is empty."""

@@ -18,11 +18,14 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -165,6 +168,27 @@ def clear_leftovers(parent: Path) -> None:
                 _release(lock, descriptor)
 
 
+def _exit_in_order(number: int, frame: Any) -> None:
+    """A signal handler: as an exception, so that `finally` blocks run."""
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Inside, a signal that would end the process at once lets it tidy up first."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, _exit_in_order)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path | None]:
     """A temporary folder to write to. It gets its final name if the block raises no error.
@@ -176,7 +200,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path | None]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder.parent)
-    with hold(lock_beside(folder), folder, wait=True):
+    with ending_in_order(), hold(lock_beside(folder), folder, wait=True):
         if folder.exists():
             yield None
             return
