@@ -287,8 +287,8 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     """
     folder = Path(folder)
     config = read_config(config_cls, folder)
-    model = layout.build_on_meta(cls, config)
     tensors = layout.read_tensors(folder)
+    model = layout.build_on_meta(cls, config, folder, len(tensors))
     stored = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     layout.check_tensors(folder, stored, their_tensors(model))
     weights = {

@@ -6,12 +6,11 @@ settings in config.json. ..._DEFAULTS: the values that diffusers takes for absen
 setting that is in no field table, the default is also the only value that ours computes, and any
 other value is an error.
 
-scheduler.py has folders of a U-Net with its noise schedule. Left out: weights in several files.
+scheduler.py has folders of a U-Net with its noise schedule.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfm.common.files import MALFORMED, load_tensors, save_tensors, write_json
+from tinyfm.common import schema
+from tinyfm.common.files import MALFORMED, save_tensors, write_json
 from tinyfm.hub import layout
 from tinyfm.hub.layout import name_pairs, refuse, translate
 
@@ -226,7 +226,8 @@ def read(path: Path, kinds: Iterable[str], parse: Callable, base: Any) -> Any:
     """
     try:
         # Not read_json, which refuses Infinity: the file of a scheduler may hold one.
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = schema.parse_json(path.read_bytes(), non_finite=True)
+        raw = schema.check(raw, dict[str, Any], str(path))
         kind = raw.get("_class_name")
         if kind not in kinds:
             refuse("_class_name", kind, ", ".join(kinds))
@@ -380,11 +381,12 @@ def load_weights(cls: type, config: Any, names: dict, folder: Path, dtype) -> nn
 
     names: our modules -> theirs. Raises ValueError for weights that do not fit.
     """
-    model = layout.build_on_meta(cls, config)
+    tensors = layout.read_tensors(folder, WEIGHTS)
+    model = layout.build_on_meta(cls, config, folder, len(tensors))
     theirs = {name: translate(name, names) for name, _ in model.named_parameters()}
     expected = {theirs[name]: parameter for name, parameter in model.named_parameters()}
     stored = {}
-    for name, tensor in load_tensors(folder, WEIGHTS).items():
+    for name, tensor in tensors.items():
         name = new_name(name)
         # Stable Diffusion 2 has linear layers in place of 1x1 convolutions.
         if name in expected and expected[name].ndim == 4 and tensor.ndim == 2:

@@ -365,9 +365,9 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     """
     folder = Path(folder)
     model_type, config = read_config(config_cls, folder)
-    model = layout.build_on_meta(cls, config)
-    names, expected = their_tensors(model, model_type)
     tensors = layout.read_tensors(folder)
+    model = layout.build_on_meta(cls, config, folder, len(tensors))
+    names, expected = their_tensors(model, model_type)
     stored = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
 
     # GPT-2 was published without the head, and its names without the prefix "transformer.".

@@ -26,13 +26,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinyfm.common.files import load_tensors, read_json, write_json
+from tinyfm.common.files import build_shapes, load_tensors, read_record, write_json
 from tinyfm.common.folders import TEMPORARY
 
 # ---- names --------------------------------------------------------------------------------------
@@ -103,26 +103,63 @@ def read_fields(raw: dict, fields: Sequence[tuple[str, str]], config_cls: type) 
 # ---- in -----------------------------------------------------------------------------------------
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+SHARD = re.compile(r"[^/\\]+\.safetensors")  # a file of the same folder
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the tensors of several files, which an index lists.
+
+    Raises ValueError for a malformed index, and for a tensor that two files hold.
+    """
+    places = read_record(index, ShardIndex)["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if not SHARD.fullmatch(shard):
+            raise ValueError(f"{index}: weight_map names {shard[:60]!r}, no file of this folder")
+        found = load_tensors(index.parent, shard.removesuffix(".safetensors"))
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise ValueError(
+                f"{index.parent}: {shard} and another file both hold {min(twice)}; the files are "
+                "of two models: download them again"
+            )
+        tensors |= found
+    return tensors
+
+
+class ShardIndex(TypedDict):
+    """The index of weights in several files."""
+
+    weight_map: dict[str, str]  # tensor -> file
+
+
+# Files of the same weights in half the bytes stand beside the others, or alone.
+VARIANTS = ("", ".fp16", ".bf16")
+
+
+def read_tensors(folder: Path, name: str = "model") -> dict[str, Tensor]:
     """Read all tensors of a folder, from one file or several, under the names in the files.
 
-    The tensors are views of the files, and their bytes are read on first use. Raises ValueError for
-    a missing or damaged file, and for a pickle.
+    name: of the file, without .safetensors. Raises ValueError for a missing or damaged file, and
+    for a pickle.
     """
-    index = folder / "model.safetensors.index.json"
-    one_file = (folder / "model.safetensors").is_file()
-    if not one_file and index.is_file():
-        tensors = {}
-        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-            tensors |= load_tensors(folder, Path(shard).stem)
-        return tensors
-    if not one_file and any(folder.glob("pytorch_model*.bin")):
+    for variant in VARIANTS:
+        if (folder / f"{name}{variant}.safetensors").is_file():
+            return load_tensors(folder, name + variant)
+        index = folder / f"{name}.safetensors.index{variant}.json"
+        if index.is_file():
+            return read_shards(index)
+    pickles = [*folder.glob("pytorch_model*.bin"), *folder.glob("diffusion_pytorch_model*.bin")]
+    if pickles:
         raise ValueError(
             f"{folder} holds its weights as a pickle, which can run code when it is read; if you "
             "trust its source, convert it with transformers and the class that config.json names: "
             "CLASS.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    return load_tensors(folder, "model")
+    return load_tensors(folder, name)
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 
 
 def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -132,6 +169,8 @@ def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, T
     for name, tensor in expected.items():
         if name in stored and stored[name].shape != tensor.shape:
             problems.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
+        elif name in stored and stored[name].dtype not in DTYPES:
+            problems.append(f"{name} has numbers of type {stored[name].dtype}")
     if problems:
         raise ValueError(
             f"{folder}: {len(problems)} tensors do not fit config.json: {', '.join(problems[:4])}; "
@@ -139,11 +178,16 @@ def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, T
         )
 
 
-def build_on_meta(cls: type, config: Any) -> nn.Module:
+def build_on_meta(cls: type, config: Any, folder: Path, n_tensors: int) -> nn.Module:
     """Build a model that has shapes but no memory, so that its weights are allocated only once,
-    when they are read."""
-    with torch.device("meta"):
-        return cls(config)
+    when they are read.
+
+    Raises ValueError if the config of the folder has sizes far from those of its n_tensors weights.
+    """
+    try:
+        return build_shapes(lambda: cls(config), n_tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def assign_weights(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

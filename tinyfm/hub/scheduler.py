@@ -149,7 +149,8 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     config = replace(config, learned_null=learned_null)
 
     # The weights.
-    model = layout.build_on_meta(cls, config)
+    n_tensors = len(layout.read_tensors(unet_folder, diffusion.WEIGHTS))
+    model = layout.build_on_meta(cls, config, folder, n_tensors)
     names = diffusion.unet_names(config)
     model.unet = diffusion.load_weights(type(model.unet), config, names, unet_folder, dtype)
     if config.d_context and learned_null:

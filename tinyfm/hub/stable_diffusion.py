@@ -140,7 +140,9 @@ def load(
     autoencoder.config = replace(autoencoder.config, image_size=size)
     config = config_cls(denoiser.config, autoencoder.config, clip_config)
 
-    model = layout.build_on_meta(cls, config)
+    n_tensors = sum(map(len, (denoiser.state_dict(), autoencoder.state_dict())))
+    n_tensors += len(layout.read_tensors(folder / "text_encoder"))
+    model = layout.build_on_meta(cls, config, folder, n_tensors)
     model.autoencoder = autoencoder.requires_grad_(False)
     model.diffusion = denoiser
     load_tower(model, folder / "text_encoder", dtype)
