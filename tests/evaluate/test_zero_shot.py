@@ -13,6 +13,7 @@ from PIL.Image import open as open_image
 
 import sample
 import train
+from data import glyphs
 from tinyfm.batches.pair_files import Split
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
@@ -103,6 +104,22 @@ def test_other_losses_train(arguments, tmp_path, loss):
         assert call(evaluate, out, "--picture", tmp_path / "x.png") == 1
 
 
+def test_glyphs_of_one_font_or_character_are_alike():
+    assert zero_shot.HELD_OUT_FONTS == glyphs.HELD_OUT_FONTS
+    assert zero_shot.HELD_OUT_CHARACTERS == glyphs.HELD_OUT_CHARACTERS
+    captions = [["sans bold italic a"], ["sans bold italic b"], ["serif bold italic a"]]
+    empty = np.zeros(0)
+    split = Split(empty, empty, empty, captions, ["a", "b", "a"])
+    fonts, word = zero_shot.clusters_of(glyphs.HELD_OUT_FONTS, split)
+    assert fonts == ["sans bold italic ", "sans bold italic ", "serif bold italic "]
+    assert word == "fonts"
+    assert zero_shot.clusters_of(glyphs.HELD_OUT_CHARACTERS, split) == (
+        ["a", "b", "a"],
+        "characters",
+    )
+    assert zero_shot.clusters_of("test", split) == ([], "")
+
+
 # ---- sample and evaluate ------------------------------------------------------------------------
 
 
@@ -159,7 +176,11 @@ def test_a_batch_of_one_is_refused(arguments, tmp_path, capsys):
 def test_evaluation(run, tmp_path, capsys):
     picture = tmp_path / "confusions.png"
     assert call(evaluate, run, "--json") == 0
-    scores = json.loads(capsys.readouterr().out)["scores"]
+    printed = json.loads(capsys.readouterr().out)
+    scores = printed["scores"]
+    for name in scores:
+        interval = printed["intervals"][name]["reached"]
+        assert interval["n"] > 0, name
     names = next(row for name, row in scores.items() if name.startswith("zero-shot, val, "))
     assert names["reached"] == 1 and names["untrained"] < 0.6
     features = [row for name, row in scores.items() if "features" in name]

@@ -33,7 +33,7 @@ from torch import Tensor
 from data.pictures import save_grid
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
-from tinyfm.evaluate.metrics import Scores
+from tinyfm.evaluate.metrics import Estimate, Scores, proportion
 from tinyfm.tokenizer import encode_captions
 
 ROWS = 512  # rows that go through a model or a matrix product at once
@@ -42,6 +42,9 @@ RETRIEVAL_IMAGES = 1000  # images, with their captions, among which retrieval se
 PROBED_IMAGES = 2000  # images that the probes classify
 TIE = 1e-6  # similarities closer than this are equal
 SHOWN = 48  # confusions in the picture
+# Splits of data/glyphs.py, which loads font libraries.
+HELD_OUT_FONTS = "held-out fonts"
+HELD_OUT_CHARACTERS = "held-out characters"
 
 
 # ---- embeddings ---------------------------------------------------------------------------------
@@ -120,9 +123,25 @@ def full_precision(measure: Callable) -> Callable:
     return measured
 
 
-def share(right: Tensor) -> float:
-    """The share of True in a bool tensor."""
-    return right.float().mean().item()
+def share(
+    right: Tensor, unit: str = "images", clusters: Sequence[str] = (), cluster: str = ""
+) -> Estimate:
+    """The share of True in a bool tensor (B,), with its interval; see metrics.proportion."""
+    return proportion(right.cpu().numpy(), unit, clusters, cluster)
+
+
+def clusters_of(name: str, split: Split) -> tuple[list[str], str]:
+    """Which images of a split are alike, and the word for it; none in a split of your own images.
+
+    The glyphs hold out whole fonts, and whole characters. Images of one of them are alike.
+    """
+    if name == HELD_OUT_CHARACTERS:
+        return split.labels, "characters"
+    if name == HELD_OUT_FONTS:
+        captions = [own[0] for own in split.captions]
+        fonts = [own.removesuffix(label) for own, label in zip(captions, split.labels)]
+        return fonts, "fonts"
+    return [], ""
 
 
 def number_labels(labels: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -172,7 +191,8 @@ def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> Scores:
         text_ranks.append((z >= own - TIE).sum(1) - 1)
 
     ranks = {"image_to_text": torch.cat(image_ranks), "text_to_image": torch.cat(text_ranks)}
-    return {f"{way}_at_{k}": share(rank < k) for way, rank in ranks.items() for k in ks}
+    units = {"image_to_text": "images", "text_to_image": "captions"}
+    return {f"{way}_at_{k}": share(rank < k, units[way]) for way, rank in ranks.items() for k in ks}
 
 
 @full_precision
@@ -232,8 +252,11 @@ def by_name(
         means = F.normalize(classes.mean(0, keepdim=True), dim=-1)
         guesses = classify(x[split], classes, model.scale()).cpu()
         by_mean = classify(x[split], means, model.scale()).cpu()
-        scores[f"zero-shot, {split}, {len(names):,} names"] = share(guesses == labels)
-        scores[f"zero-shot, {split}, mean vectors"] = share(by_mean == labels)
+        alike = clusters_of(split, data.splits[split])
+        right = share(guesses == labels, "images", *alike)
+        scores[f"zero-shot, {split}, {len(names):,} names"] = right
+        right = share(by_mean == labels, "images", *alike)
+        scores[f"zero-shot, {split}, mean vectors"] = right
         found[split] = [names[i] for i in guesses.tolist()]
     return scores, found
 
