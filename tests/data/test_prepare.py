@@ -29,6 +29,7 @@ from tinyfm.batches import shards
 from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.common import folders
+from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.recipes import registry
 
 WORDS = ["ocean", "lantern", "whisper", "granite", "orchard", "velvet", "compass", "harbor"]
@@ -625,7 +626,7 @@ def test_a_long_plain_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     assert (row.kind, row.content) == ("unreadable", b"No such file or directory")
 
 
-def test_a_prepared_folder_is_used_without_a_second_preparation(corpus, tmp_path):
+def test_a_prepared_folder_is_used_without_a_second_preparation(corpus, tmp_path, capsys):
     assert run(corpus, "--out", tmp_path / "out", "--val-fraction", "0.1") == 0
     config = {"path": str(tmp_path / "out"), "cache": str(tmp_path / "cache")}
     sizes = {"vocab_size": 257, "context_length": 16, "batch_size": 2, "seed": 0}
@@ -639,6 +640,8 @@ def test_a_prepared_folder_is_used_without_a_second_preparation(corpus, tmp_path
     other = TextConfig(**config, tokenizer=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="made with another tokenizer: leave out"):
         TextData.prepare(other, **{**sizes, "vocab_size": 270})
+    assert call(evaluate, "overlap", tmp_path / "out") == 0
+    assert "test (" in capsys.readouterr().out
     for again in (tmp_path / "out", tmp_path / "other"):
         config = prepare.PrepareConfig((str(corpus),), str(tmp_path), tokenizer=str(again))
         assert prepare.open_tokenizer(config).vocab_size in (257, 270)

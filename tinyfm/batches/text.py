@@ -142,14 +142,19 @@ def check_made_folder(folder: Path, fixed: tokenizers.Tokenizer | None) -> None:
         )
 
 
+def is_prepared(path: str) -> bool:
+    """Whether data/prepare.py made this folder."""
+    return path not in SOURCES and Path(path).expanduser().joinpath("train-00000.bin").is_file()
+
+
 def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
     """The folder with the shards of this text and tokenizer; it is built if it does not exist.
 
     A folder that data/prepare.py made is used as it is.
     """
     fixed = fixed_tokenizer(config.tokenizer)
-    made = Path(config.path).expanduser()
-    if config.path not in SOURCES and (made / "train-00000.bin").is_file():
+    if is_prepared(config.path):
+        made = Path(config.path).expanduser()
         check_made_folder(made, fixed)
         return made
     if fixed is None:

@@ -23,6 +23,7 @@ from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches import chat, labelled, text
 from tinyfm.tokenizer import ByteTokenizer
 
+ANY_VOCABULARY = 1 << 30  # no model is there that would limit it
 MIN_WORDS = 4  # of an answer; shorter ones, such as "x, y", occur anywhere
 NAMES = {"val": "validation", "test": "test"}
 
@@ -31,14 +32,19 @@ NAMES = {"val": "validation", "test": "test"}
 
 
 def open_named(path: str) -> Any:
-    """The data of this name or path, as bytes; labelled texts and chats only by name."""
+    """The data of this name or path; labelled texts and chats only by name.
+
+    Texts are bytes here, except for those that data/prepare.py has encoded.
+    """
     tokenizer = ByteTokenizer()
     if path in chat.SOURCES:
         return chat.ChatData(chat.ChatConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
     if path in labelled.TEXTS:
         return labelled.texts(labelled.TaskConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
-    config = text.TextConfig(path, tokenizer="bytes")
-    return text.TextData.prepare(config, tokenizer.vocab_size, 1, batch_size=1, seed=0)
+    config = text.TextConfig(path)
+    if not text.is_prepared(path):
+        config = text.TextConfig(path, tokenizer="bytes")
+    return text.TextData.prepare(config, ANY_VOCABULARY, 1, batch_size=1, seed=0)
 
 
 def read_rows(data: Any, split: str) -> Iterator[list[int]]:
