@@ -11,25 +11,29 @@ counts as italic), followed by the name in lower case. The label is the name alo
 name compose: "small", "with acute" and "bold" occur in many captions each. That allows two honest
 tests of whether a model has understood the words:
 
-    held-out fonts         bold italic of all four families. Training has seen bold, italic, and
-                           the character, but never this drawing.
+    held-out fonts         bold italic of two families. Training has seen bold, italic, and the
+                           character, but never this drawing.
     held-out characters    seen in no font. Each is a known character "with" a mark that at least
                            MIN_NAMES training characters have: training has seen "e", and has seen
                            "with circumflex", but not "e with circumflex".
 
-No picture may be in two splits. So a drawing is dropped if it equals an earlier one in every pixel,
-whatever its name (a Latin A usually looks like a Greek Alpha). The order is by font, the held-out
-fonts last, then by code point. Two more kinds are dropped. A character that only held-out fonts
-have would belong to neither test. And the names of mathematical letters contain styles
-("mathematical bold italic small z"), which in the other captions come from the font.
+Bold italic of the two other families is for validation.
+
+No picture may be in two splits, and no test picture may be a copy of a training picture. So a
+drawing is dropped if it equals an earlier one in every pixel, whatever its name (a Latin A usually
+looks like a Greek Alpha), and also if it is near to an earlier one of the same name (near.py). The
+order is by font, the held-out fonts last, then by code point. Two more kinds are dropped. A
+character that only fonts in bold italic have would belong to neither test. And the names of
+mathematical letters contain styles ("mathematical bold italic small z"), which in the other
+captions come from the font.
 
 There are two variants, which can be combined:
 
 letters    has only Latin letters and digits, for a model that draws. Such a model must have seen
-           each style, so the second split is another one:
+           each style, so the first test is another one:
 
     held-out pairs         of style and character, one in ten. Training has seen both parts, each
-                           with other partners.
+                           with other partners. One in twenty of such pairs is for validation.
 
 colour     paints each drawing in one ink on one paper, which the caption names:
 
@@ -45,7 +49,7 @@ import hashlib
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version as version_of
@@ -55,17 +59,19 @@ import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, features
 
+from data.near import LEVELS, is_near
 from data.pictures import FONTS, Record, save_grid
 from data.report import Report
+from data.splits import TRAIN, VAL
 
-TRAIN = "train"
 HELD_OUT_FONTS = "held-out fonts"
 HELD_OUT_CHARACTERS = "held-out characters"
 HELD_OUT_PAIRS = "held-out pairs"
-SPLITS = (TRAIN, HELD_OUT_FONTS, HELD_OUT_CHARACTERS)
-LETTER_SPLITS = (TRAIN, HELD_OUT_PAIRS, HELD_OUT_CHARACTERS)
+SPLITS = (TRAIN, VAL, HELD_OUT_FONTS, HELD_OUT_CHARACTERS)
+LETTER_SPLITS = (TRAIN, VAL, HELD_OUT_PAIRS, HELD_OUT_CHARACTERS)
 
 HELD_OUT_STYLE = "bold italic"
+VALIDATION_STYLES = ("mono bold italic", "stix bold italic")
 FILES = {  # style words -> font file; those of the held-out style come last
     "sans": "DejaVuSans",
     "sans bold": "DejaVuSans-Bold",
@@ -164,8 +170,10 @@ def named_characters(file: str, report: Report) -> Iterator[tuple[str, str]]:
 
 
 def drawings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (style words, name, image) of all fonts, no image twice."""
+    """Yield (style words, name, image) of all fonts, no image twice, and none near to another of
+    its name."""
     seen = set()
+    images_of = defaultdict(list)  # name -> (sum of the pixels, image) of each drawing
     for style, file in FILES.items():
         for character, name in named_characters(file, report):
             image = draw(character, file)
@@ -177,6 +185,16 @@ def drawings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
                 report.skip("drawn before", f"{style} {name}")
                 continue
             seen.add(content)
+            total = int(image.sum())
+            similar = [
+                other
+                for its_total, other in images_of[name]
+                if abs(its_total - total) < LEVELS * image.size
+            ]
+            if is_near(image, similar):
+                report.skip("nearly drawn before", f"{style} {name}")
+                continue
+            images_of[name].append((total, image))
             yield style, name, image
 
 
@@ -211,7 +229,12 @@ def split_of(style: str, name: str, held_out: set[str], letters: bool) -> str:
     if name in held_out:
         return HELD_OUT_CHARACTERS
     if letters:
-        return HELD_OUT_PAIRS if stable_hash(f"{name}, {style}") % 10 == 0 else TRAIN
+        part = stable_hash(f"{name}, {style}") % 20
+        if part in (0, 10):
+            return HELD_OUT_PAIRS
+        return VAL if part == 1 else TRAIN
+    if style in VALIDATION_STYLES:
+        return VAL
     return HELD_OUT_FONTS if style.endswith(HELD_OUT_STYLE) else TRAIN
 
 
@@ -274,11 +297,11 @@ def unpaint(image: np.ndarray) -> tuple[str, str, np.ndarray]:
 
 def version(color: bool = False, letters: bool = False) -> str:
     """A name for the exact records: it changes if they do."""
-    parts = ["glyphs-3"]
+    parts = ["glyphs-4"]
     if color:
         parts.append("color")
     if letters:
-        parts.append("letters-2")
+        parts.append("letters-3")
     parts += [f"{name}-{version_of(name)}" for name in ("matplotlib", "pillow")]
     parts.append(f"freetype-{features.version('freetype2')}")
     parts.append(f"unicode-{unicodedata.unidata_version}")

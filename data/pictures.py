@@ -12,10 +12,12 @@ out: colour profiles, so that photos with a wide gamut look a little pale.
 """
 
 import contextlib
+import importlib
 import math
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.Image import open as open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PHONES = ("AVIF", "HEIF")  # formats of phones: Pillow may read the first, pillow-heif the second
 MAX_PIXELS = 100_000_000
 COLORED = 32  # a pixel whose channels differ by more than this is not grey
 # The fonts that come with matplotlib. This finds them without importing matplotlib.
@@ -39,6 +41,34 @@ class Record(NamedTuple):
     captions: tuple[str, ...]  # training reads the first one
     label: str  # the thing that is shown, without the way in which it is shown
     split: str
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+@cache
+def readable() -> tuple[str, ...]:
+    """FORMATS, and those of PHONES that can be read here."""
+    if find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return (*FORMATS, *(name for name in PHONES if name in Image.OPEN))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of picture files, in lower case: those of all formats that Pillow reads, and of
+    PHONES. A file of a format that is not `readable` is a picture, too, and refused by name."""
+    known = Image.registered_extensions()
+    return frozenset({".heic", ".heif", ".avif"}.union(s for s in known if known[s] in Image.OPEN))
+
+
+def unreadable(path: str | Path) -> str:
+    """Why a file is of no format that can be read here."""
+    reason = f"not an image in one of the formats {', '.join(readable())}"
+    if str(path).lower().endswith((".heic", ".heif")):
+        reason += "; pip install pillow-heif"
+    return reason
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -68,7 +98,7 @@ def load(path: str | Path) -> tuple[Image.Image, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which do no harm
-            with open_image(path, formats=FORMATS) as image:
+            with open_image(path, formats=readable()) as image:
                 pixels = image.width * image.height
                 if pixels > MAX_PIXELS:
                     raise Image.DecompressionBombError
@@ -78,7 +108,7 @@ def load(path: str | Path) -> tuple[Image.Image, int]:
     except Image.DecompressionBombError:
         reason = f"more than {MAX_PIXELS:,} pixels, make it smaller"
     except UnidentifiedImageError:
-        reason = f"not an image in one of the formats {', '.join(FORMATS)}"
+        reason = unreadable(path)
     except Exception as error:  # decoders raise all kinds, and one bad file must not stop the rest
         reason = getattr(error, "strerror", None) or "truncated or damaged"
     raise ValueError(reason)

@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessorPil
 
 from data import captioned, glyphs, pictures
 from data.report import Report
+from data.splits import SPLITS
 from tinyfm import tokenizer
 from tinyfm.batches import pair_files
 from tinyfm.batches.order import shuffle_runs
@@ -266,13 +267,11 @@ def test_a_text_file_next_to_each_image(tmp_path):
     assert np.array_equal(records[0].image, noise(8, 8, seed=0))
     assert (report.found, report.used) == (5, 2)
     reasons = {why: [Path(name).name for name in names] for why, names in report.skipped.items()}
-    assert reasons.pop("not an image in one of the formats PNG, JPEG, WEBP, BMP, GIF, TIFF") == [
-        "bad.png"
-    ]
+    (bad,) = (why for why in reasons if "not an image in one of the formats PNG, JPEG" in why)
+    assert reasons.pop(bad) == ["bad.png"]
     assert reasons.pop("its caption: empty") == ["empty.png"]
-    ((why, names),) = reasons.items()
-    assert "No such file" in why
-    assert names == ["none.png"]
+    assert reasons == {"its caption: No such file or directory": ["none.png"]}
+    assert report.notes == ["not read: 2 hidden"]
 
 
 def test_folders_named_for_their_subject(tmp_path):
@@ -326,7 +325,9 @@ def test_tables(tmp_path, kind):
     ]
     assert np.array_equal(records[0].image, noise(8, 8, seed=0))
     assert (report.found, report.used) == (6, 3)
-    assert report.skipped["no path or no caption"] == ["row 6", "row 7"]
+    assert report.skipped["no path or no caption"] == [
+        f"pairs.{kind}:{n}" for n in ((8, 9) if kind == "csv" else (6, 7))
+    ]
     assert report.skipped["No such file or directory"] == [(tmp_path / "missing.png").as_posix()]
 
 
@@ -335,11 +336,13 @@ def test_odd_lines_of_a_jsonl_are_skipped(tmp_path):
     lines = ['{"path": "a.png", "caption": ["one", "two", 3]}', "{", "[]", '{"path": 1}', "7"]
     records, report = read_all(write(tmp_path / "pairs.jsonl", "\n".join(lines)))
     assert [r.captions for r in records] == [("one", "two")]
-    assert len(report.skipped["no path or no caption"]) == 4
+    assert sum(map(len, report.skipped.values())) == 4
+    assert report.skipped["no path or no caption"] == ["pairs.jsonl:4"]
+    assert (report.found, report.used) == (5, 1)
 
 
 def test_mistakes_with_pairs_are_named_with_the_fix(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a folder .*\.csv or \.jsonl"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder .*\.csv, .*\.jsonl"):
         read_all(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no image with a caption in .*0 found"):
         read_all(tmp_path)
@@ -364,20 +367,23 @@ def test_the_split_is_by_name_and_equal_pictures_stay_together(tmp_path):
     records, _ = read_all(tmp_path / "here", val_fraction=0.25)
     splits = [record.split for record in records]
     assert [r.split for r in read_all(tmp_path / "there", val_fraction=0.25)[0]] == splits
-    assert 4 <= splits.count("val") <= 16
-    assert {r.label for r in records if r.split == "val"} == {"cat", "dog"}
-    sides = [{r.image.tobytes() for r in records if r.split == side} for side in captioned.SPLITS]
-    assert not sides[0] & sides[1]
-    assert len(sides[0] | sides[1]) == 30
-    assert [r.split for r in read_all(tmp_path / "here" / "cat" / "..")[0]].count("val") <= 8
+    held_out = [r for r in records if r.split != "train"]
+    assert 4 <= len(held_out) <= 16
+    assert {r.label for r in held_out} == {"cat", "dog"}
+    sides = [{r.image.tobytes() for r in records if r.split == side} for side in SPLITS]
+    assert all(sides)
+    assert sum(map(len, sides)) == len(set().union(*sides)) == 30
+    few = read_all(tmp_path / "here" / "cat" / "..")[0]
+    assert [r.split for r in few].count("train") >= 32
 
 
-def test_a_handful_of_pairs_has_two_for_validation(tmp_path):
+def test_a_handful_of_pairs_has_two_for_validation_and_two_for_test(tmp_path):
     for count, expected in enumerate(
-        ("train", "train val", "train val val", "train train val val")
+        ((1, 0, 0), (2, 0, 0), (1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2))
     ):
         save(tmp_path / "cat" / f"{count}.png", count)
-        assert sorted(r.split for r in read_all(tmp_path)[0]) == expected.split()
+        splits = [r.split for r in read_all(tmp_path)[0]]
+        assert tuple(map(splits.count, SPLITS)) == expected
 
 
 def test_animations_are_counted(tmp_path):
@@ -432,7 +438,7 @@ def test_the_fields_of_a_batch(own):
     assert batch["images"].max() <= 1
     assert batch["images"].max() - batch["images"].min() > 1.9
     assert (data.unit, data.units_per_row, data.metrics(1.0)) == ("images", 1, {})
-    assert "36 train, 4 val pictures of (3, 8, 8)" in data.description.replace("[", "(")
+    assert "36 train, 2 val, 2 test pictures of (3, 8, 8)" in data.description.replace("[", "(")
 
 
 def test_labels_are_equal_where_captions_are(own):
@@ -493,17 +499,20 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(own):
 
 
 def test_validation_takes_full_batches_in_a_fixed_order(own):
-    data = prepare(own, val_fraction=0.25)
-    batches = list(data.val_batches(4))
-    assert [len(batch["labels"]) for batch in batches] == [4, 4]
-    again = prepare(own, val_fraction=0.25, seed=5).val_batches(4)
-    assert all(torch.equal(a["images"], b["images"]) for a, b in zip(batches, again))
-    (all_of_it,) = data.val_batches(100)
-    held_out = {image.tobytes() for image in data.splits["val"].images}
-    images = ((all_of_it["images"] + 1) * 127.5).round().to(torch.uint8).numpy()
-    assert {image.tobytes() for image in images} == held_out
-    assert [*data.splits] == ["train", "val"]
-    assert len(held_out) == len(data.val.labels) == 10
+    data = prepare(own, val_fraction=0.5)
+    assert [*data.splits] == ["train", "val", "test"]
+    for name in ("val", "test"):
+        batches = list(data.split_batches(name, 4))
+        assert [len(batch["labels"]) for batch in batches] == [4, 4]
+        again = prepare(own, val_fraction=0.5, seed=5).split_batches(name, 4)
+        assert all(torch.equal(a["images"], b["images"]) for a, b in zip(batches, again))
+        (all_of_it,) = data.split_batches(name, 100)
+        held_out = {image.tobytes() for image in data.splits[name].images}
+        images = ((all_of_it["images"] + 1) * 127.5).round().to(torch.uint8).numpy()
+        assert {image.tobytes() for image in images} == held_out
+        assert len(held_out) == len(data.splits[name].labels) == 10
+    (batch,) = data.val_batches(100)
+    assert torch.equal(batch["images"], next(data.split_batches("val", 100))["images"])
 
 
 def test_fewer_pictures_than_neighbours_are_all_read(own, tmp_path):
@@ -512,13 +521,17 @@ def test_fewer_pictures_than_neighbours_are_all_read(own, tmp_path):
     assert sorted(data.rows_of(5, slice(None)).tolist()) == [*range(36)]
 
 
-def test_glyphs_are_a_source(tmp_path, monkeypatch):
-    fonts = {style: file for style, file in glyphs.FILES.items() if "mono" in style}
+def test_glyphs_are_a_source(tmp_path, monkeypatch, capsys):
+    families = ("mono", "serif")
+    fonts = {s: file for s, file in glyphs.FILES.items() if s.startswith(families)}
     monkeypatch.setattr(glyphs, "FILES", fonts)
     config = PairConfig(cache=str(tmp_path), tokenizer="bpe")
     data = PairData.prepare(config, 32, 1, 1000, 32, 64, 0)
     assert [*data.splits] == [*glyphs.SPLITS]
-    assert data.val is data.splits[glyphs.HELD_OUT_FONTS]
+    assert data.val is data.splits[glyphs.VAL]
+    assert data.test is data.splits[glyphs.HELD_OUT_FONTS]
+    counts = ", ".join(f"0 of {len(s.labels):,} in {n}" for n, s in [*data.splits.items()][1:])
+    assert f"to a training picture of the same name: {counts}\n" in capsys.readouterr().out
     expected = {split: [] for split in glyphs.SPLITS}
     for record in glyphs.records():
         expected[record.split].append(record)
@@ -695,8 +708,8 @@ def test_mistakes_are_named_with_the_fix(own, options, message):
 
 
 def test_any_caption_becomes_tokens(tmp_path):
-    texts = ["<|endoftext|>", "\ud800 half a pair", "zero\0byte", "▁", "🎈"]
-    for i in range(5):
+    texts = ["<|endoftext|>", "\ud800 half a pair", "zero\0byte", "▁", "🎈", "x", "y"]
+    for i in range(7):
         save(tmp_path / f"{i}.png", i)
     rows = [{"path": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
     path = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)).replace("\\u0000", " "))

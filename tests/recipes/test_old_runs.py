@@ -1,6 +1,6 @@
 """Run directories that an earlier version wrote open and sample as they did in that version.
 
-They also resume, unless the data were split in another way by that version.
+They do not resume: that version split the data in another way.
 
 old_runs.tar.xz was written at commit 3bdccfa, before the code moved into rooms: small data, eleven
 half-finished runs (one a family and a way to adapt), and in expected.json what that version sampled
@@ -25,21 +25,8 @@ NAMES = (
     "gpt", "gpt-lora", "gpt-prompt", "gpt-student", "gpt-chat", "gpt-classify", "clip",
     "clip-classify", "autoencoder", "ddpm", "text2image",
 )  # fmt: skip
-SPLIT_OTHERWISE = (
-    "gpt",
-    "gpt-lora",
-    "gpt-prompt",
-    "gpt-student",
-    "gpt-chat",
-    "gpt-classify",
-    "clip-classify",
-)
-
-# What later versions reach on purpose instead, resumed from the same checkpoints. The learning rate
-# of these runs falls from the end of the warmup on; at first its fall began with a jump.
-CHANGED = {
-    "gpt-chat": {"meta": {"val_loss": 3.9565536, "val_bpb": 6.3089528}, "sample": {}},
-}
+# Samples that differ on purpose: an autoencoder shows pictures of the test split, which is new.
+CHANGED = {"autoencoder": {"mean": 160.78285}}
 
 
 @pytest.fixture
@@ -67,24 +54,16 @@ def check_sample(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_old_run_opens_and_resumes_or_says_why_not(
+def test_an_old_run_opens_and_says_why_it_does_not_resume(
     name, old_runs, no_forecast, monkeypatch, capsys
 ):
     monkeypatch.chdir(old_runs)
     expected = json.loads((old_runs / "expected.json").read_text(encoding="utf-8"))[name]
     words = expected["sample"]["words"]
-    check_sample(sample_run(name, words, capsys), expected["opened"])
-    status = call(train, *expected["words"], "--resume")
-    if name in SPLIT_OTHERWISE:
-        assert status == 1
-        said = capsys.readouterr().err
-        for part in (f"runs/{name}", "split by an earlier version", "another --out"):
-            assert part in said
-        check_sample(sample_run(name, words, capsys), expected["opened"])
-        return
-    assert status == 0
-    last = old_runs / "runs" / name / f"step-{expected['meta']['step']:06d}"
-    meta = json.loads((last / "meta.json").read_text(encoding="utf-8"))
-    changed = CHANGED.get(name, {"meta": {}, "sample": {}})
-    assert meta == pytest.approx(expected["meta"] | changed["meta"], rel=1e-4)
-    check_sample(sample_run(name, words, capsys), expected["sample"] | changed["sample"])
+    opened = expected["opened"] | CHANGED.get(name, {})
+    check_sample(sample_run(name, words, capsys), opened)
+    assert call(train, *expected["words"], "--resume") == 1
+    said = capsys.readouterr().err
+    for part in (f"runs/{name}", "split by an earlier version", "another --out"):
+        assert part in said
+    check_sample(sample_run(name, words, capsys), opened)

@@ -85,7 +85,7 @@ def test_an_autoencoder_learns_in_fifty_steps(runs):
         assert row["val_loss"] == pytest.approx(whole, rel=1e-5)
         assert 0 < row["val_active"] <= 2 * 4 * 4
     with open_image(runs["autoencoder"] / "samples" / f"step-{STEPS:06d}.png") as grid:
-        assert grid.size == (8 * 65 + 1, 8 * 65 + 1)  # 32 validation pictures, each above its copy
+        assert grid.size == (8 * 65 + 1, 4 * 65 + 1)  # 16 validation pictures, each above its copy
 
 
 def test_diffusion_learns_in_fifty_steps(runs):
@@ -204,7 +204,7 @@ def test_batches_have_pictures_and_their_step(pictures, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning that all captions are equal
         data = ImageData.load(config, 8, 3, 6, 0)
-    assert len(data.train.labels) + len(data.val.labels) == 80  # although none has a caption
+    assert sum(len(split.labels) for split in data.splits.values()) == 80  # none has a caption
     whole = data.batch(3)
     assert whole.keys() == {"images", "step"}
     assert whole["step"] == 3
@@ -244,7 +244,7 @@ def test_sampling_an_autoencoder(runs, tmp_path, capsys):
         assert grid.size[0] == 3 * (8 * 12 + 6) + 6
     opened = run_dir.open_run(str(runs["autoencoder"]))
     model = opened.model
-    images = opened.run.open_data().val.batch(np.arange(3))["images"]
+    images = opened.run.open_data().test.batch(np.arange(3))["images"]
     rows = sheets.latent_space(model, images, seed=1).images.unflatten(0, (4, 3))
     fewer = sheets.latent_space(model, images[:2], seed=1).images.unflatten(0, (4, 2))
     with torch.no_grad():

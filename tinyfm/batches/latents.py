@@ -115,10 +115,11 @@ class LatentData(PairData):
         """Rows `index` (int64) of a split, B of them:
 
         {"latents": float32 (B, Z, h, w), "tokens": int64 (B, T)}
-        or, before `encode_all`, {"images": float32 (B, C, H, W), "tokens": int64 (B, T)}.
+        or, before `encode_all` and in the test splits,
+        {"images": float32 (B, C, H, W), "tokens": int64 (B, T)}.
         """
         batch = self.splits[split].batch(index)
-        if self.latents is None:
+        if split not in (self.latents or {}):
             return {"images": batch["images"], "tokens": batch["tokens"]}
         latents = torch.from_numpy(self.latents[split][index]).float()
         return {"latents": latents, "tokens": batch["tokens"]}
@@ -127,9 +128,9 @@ class LatentData(PairData):
         """`rows` of the global batch of `step`, with the fields of `read`."""
         return self.read(next(iter(self.splits)), self.rows_of(step, rows))
 
-    def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """`val_images` pictures of the validation split, in an order that never changes."""
-        split = list(self.splits)[1]
-        order = fixed_order(len(self.val.labels))[: self.val_images]
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """`val_images` pictures of a split, in an order that never changes."""
+        split = self.split(name)
+        order = fixed_order(len(self.splits[split].labels))[: self.val_images]
         for first in range(0, len(order), rows):
             yield self.read(split, order[first : first + rows])

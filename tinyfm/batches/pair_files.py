@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import near
 from data.download import sha256_of
 from data.report import Report
 from tinyfm.batches import prepared
@@ -118,6 +119,8 @@ def build(
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     print(f"{folder}: {time.perf_counter() - start:.1f} s; pictures: {report}")
+    if all(manifest["rows"].values()):
+        print(describe_near(open_splits(folder, manifest, token_dtype(tokenizer.vocab_size))))
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -178,6 +181,23 @@ class Split(NamedTuple):
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(self.groups[index]),
         }
+
+
+def near_training(splits: dict[str, Split]) -> dict[str, int]:
+    """How many pictures of each split are near to a training picture of the same label.
+
+    The first split is the training split; data/near.py says what near is.
+    """
+    train, *others = splits.values()
+    counts = [near.count_near(s.images, s.labels, train.images, train.labels) for s in others]
+    return dict(zip(list(splits)[1:], counts))
+
+
+def describe_near(splits: dict[str, Split]) -> str:
+    """A line with the counts of `near_training`."""
+    counts = near_training(splits)
+    parts = [f"{counts[name]:,} of {len(splits[name].labels):,} in {name}" for name in counts]
+    return f"nearer than {near.NEAR} to a training picture of the same name: {', '.join(parts)}"
 
 
 def open_splits(folder: Path, manifest: dict, dtype: np.dtype) -> dict[str, Split]:

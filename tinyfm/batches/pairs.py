@@ -36,6 +36,7 @@ import torch
 
 from data import captioned
 from data.report import Report
+from data.splits import SPLITS, TRAIN
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches.order import check_val_fraction, fixed_order, shuffle_runs
 from tinyfm.batches.pair_files import build, open_splits, read_manifest
@@ -46,7 +47,7 @@ from tinyfm.common.config import may_change
 from tinyfm.tokenizer import Tokenizer
 
 GLYPHS = ("glyphs", "letters")  # values of --data.path for data/glyphs.py: all, or Latin alone
-FORMAT = 1  # of the prepared folders: a new number makes all of them be prepared again
+FORMAT = 2  # of the prepared folders: a new number makes all of them be prepared again
 
 
 # ---- configs -------------------------------------------------------------------------------------
@@ -63,7 +64,9 @@ class PairConfig:
     tokenizer: str = "sentencepiece"
     template: str = captioned.TEMPLATE  # caption of an image in a folder named for its subject
     neighbours: int = 1  # similar rows that stay together in a batch, as harder negatives
-    val_fraction: float = 0.1  # share of your own pictures held out; glyphs have fixed splits
+    # share of your own pictures held out, half for validation and half for test; glyphs, and
+    # folders named train, val and test, have their own splits
+    val_fraction: float = 0.1
     cache: str = may_change("data/cache")  # folder for the prepared pictures
 
     def __post_init__(self):
@@ -83,7 +86,9 @@ class ImageConfig:
 
     path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
     color: bool = False  # paint the glyphs in random inks and on random papers
-    val_fraction: float = 0.1  # share of your own pictures held out; glyphs have fixed splits
+    # share of your own pictures held out, half for validation and half for test; glyphs, and
+    # folders named train, val and test, have their own splits
+    val_fraction: float = 0.1
     val_images: int = 500  # number of held-out pictures that an evaluation reads
     cache: str = may_change("data/cache")  # folder for the prepared pictures
 
@@ -145,7 +150,7 @@ def own_source(config: PairConfig | ImageConfig, image_size: int, channels: int)
     return Source(
         name_of(config.path, "pictures"),
         partial(captioned.records, config.path, image_size, channels, **options),
-        captioned.SPLITS,
+        SPLITS,
         f"{captioned.version(config.path, config.template)} {config.val_fraction}",
     )
 
@@ -207,7 +212,7 @@ class PairData:
     """Batches of pictures with captions.
 
     splits: {name: Split}, each as a whole. The first is "train", the second validates the training,
-    and a source may have more.
+    and all others test what was trained.
     """
 
     def __init__(
@@ -221,7 +226,7 @@ class PairData:
             if rows < 2:
                 advice = "add pairs, or change --data.val-fraction"
                 raise ValueError(f"the split {split!r} has {rows} pictures, need 2: {advice}")
-        train_rows = manifest["rows"]["train"]
+        train_rows = manifest["rows"][TRAIN]
         if train_rows < batch_size:
             advice = f"use --train.batch-size <= {train_rows}, or add pairs"
             raise ValueError(
@@ -235,9 +240,10 @@ class PairData:
         self.unit = "images"
         self.units_per_row = 1
         self.splits = open_splits(folder, manifest, token_dtype(self.tokenizer.vocab_size))
-        self.train, self.val = list(self.splits.values())[:2]
+        self.train, self.val, self.test = list(self.splits.values())[:3]
         content = json.dumps([manifest["image"], manifest["rows"], manifest["sha256"]])
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        # A run keeps its start, which says by which version the pictures were split.
+        self.fingerprint = f"{FORMAT}-{hashlib.sha256(content.encode()).hexdigest()}"
         counts = ", ".join(f"{rows:,} {split}" for split, rows in manifest["rows"].items())
         self.description = f"{folder.name}: {counts} pictures of {tuple(manifest['image'])}"
         if len(set(self.train.groups.tolist())) == 1:
@@ -284,15 +290,25 @@ class PairData:
         samples = np.arange(self.batch_size, dtype=np.int64)[rows] + step * self.batch_size
         return shuffle_runs(samples, len(self.train.labels), self.seed, self.neighbours)
 
+    def split(self, name: str) -> str:
+        """The name of a split in `splits`; "val" and "test" stand for the second and the third."""
+        places = {"val": 1, "test": 2}
+        return name if name in self.splits else list(self.splits)[places[name]]
+
     def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The validation split, `rows` pictures at a time, in a random order that never changes.
+        """The validation split; see `split_batches`."""
+        return self.split_batches("val", rows)
+
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """A split, `rows` pictures at a time, in a random order that never changes.
 
         Pictures left over at the end are not read, because a contrastive loss is lower in a smaller
         batch. A split of fewer than `rows` pictures is one batch.
         """
-        order = fixed_order(len(self.val.labels))
+        split = self.splits[self.split(name)]
+        order = fixed_order(len(split.labels))
         for first in range(0, max(1, len(order) - rows + 1), rows):
-            yield self.val.batch(order[first : first + rows])
+            yield split.batch(order[first : first + rows])
 
     def metrics(self, loss: float) -> dict[str, float]:
         """No metrics beyond the loss."""
@@ -338,6 +354,6 @@ class ImageData(PairData):
             index = order[first : first + rows]
             yield {"images": self.splits[split].batch(index)["images"]}
 
-    def val_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """`val_images` pictures of the validation split, in an order that never changes."""
-        return self.fixed_batches(list(self.splits)[1], self.val_images, rows)
+    def split_batches(self, name: str, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """`val_images` pictures of a split, in an order that never changes."""
+        return self.fixed_batches(self.split(name), self.val_images, rows)

@@ -140,7 +140,7 @@ def prompts_of(data: LatentData) -> dict[str, StyledNames]:
     They are all CHARACTERS in all styles of the training split; the pairs of both that were held
     out; and each held-out character, in one of its styles.
     """
-    train, pairs, characters = data.splits.values()
+    train, _, pairs, characters = data.splits.values()
     prompts = {}
     for what, split in (("letters and digits", train), ("held-out pairs", pairs)):
         prompts[what] = []
@@ -234,8 +234,7 @@ def measure_samples(model: Diffusion, data: ImageData, cache: str) -> dict[str, 
         return {}
     network, _ = judge.load_or_train(cache)
     samples = sheets.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
-    held_out = list(data.splits)[1]
-    batches = data.fixed_batches(held_out, 2 * COUNT, ROWS)
+    batches = data.fixed_batches(data.split("test"), 2 * COUNT, ROWS)
     real, other_real = torch.cat([batch["images"] for batch in batches]).split(COUNT)
 
     real = judge.embed(network, real)

@@ -245,7 +245,7 @@ def by_name(
     """
     scores = {}
     found = {}
-    for split in list(data.splits)[1:]:
+    for split in list(data.splits)[2:]:
         templates = find_templates(data.splits[split])
         names, labels = number_labels(data.splits[split].labels)
         classes = class_vectors(model, tokenizer, names, templates)
@@ -262,16 +262,16 @@ def by_name(
 
 
 def by_caption(model: Any, tokenizer: Any, data: PairData, x: Tensor) -> Scores:
-    """Recall at 1, 5 and 10, both ways, among RETRIEVAL_IMAGES of the validation split.
+    """Recall at 1, 5 and 10, both ways, among RETRIEVAL_IMAGES of the first test split.
 
-    x: the vectors of all validation images. An image is compared with all of its captions.
+    x: the vectors of all its images. An image is compared with all of its captions.
     """
-    rows = np.random.default_rng(0).permutation(len(data.val.labels))[:RETRIEVAL_IMAGES]
+    rows = np.random.default_rng(0).permutation(len(data.test.labels))[:RETRIEVAL_IMAGES]
     captions = []
     owner = []
     for i, row in enumerate(rows):
-        captions += data.val.captions[row]
-        owner += [i] * len(data.val.captions[row])
+        captions += data.test.captions[row]
+        owner += [i] * len(data.test.captions[row])
     y = embed_texts(model, tokenizer, captions)
     x = x[torch.from_numpy(rows).to(x.device)]
     found = recall(x, y, torch.tensor(owner, device=x.device), (1, 5, 10))
@@ -279,20 +279,20 @@ def by_caption(model: Any, tokenizer: Any, data: PairData, x: Tensor) -> Scores:
 
 
 def by_features(data: PairData, x: dict[str, Tensor]) -> Scores:
-    """Accuracy of the probes on validation images, among the classes of the training split.
+    """Accuracy of the probes on images of the first test split, among the classes of training.
 
-    x: {split: frozen features} of the training and the validation split.
+    x: {split: frozen features} of the training split and the first test split.
     """
-    train, val = list(data.splits)[:2]
+    train, _, test = list(data.splits)[:3]
     names, labels = number_labels(data.train.labels)
     place = {name: i for i, name in enumerate(names)}
-    order = np.random.default_rng(0).permutation(len(data.val.labels))
-    rows = [i for i in order.tolist() if data.val.labels[i] in place][:PROBED_IMAGES]
-    device = x[val].device
-    truth = torch.tensor([place[data.val.labels[i]] for i in rows], device=device)
+    order = np.random.default_rng(0).permutation(len(data.test.labels))
+    rows = [i for i in order.tolist() if data.test.labels[i] in place][:PROBED_IMAGES]
+    device = x[test].device
+    truth = torch.tensor([place[data.test.labels[i]] for i in rows], device=device)
     scores = {}
     for name, probe in (("nearest neighbour", nearest_neighbours), ("linear", linear_probe)):
-        guesses = probe(x[val][rows], x[train], labels.to(device))
+        guesses = probe(x[test][rows], x[train], labels.to(device))
         scores[f"{name} on features, {len(names):,} classes"] = share(guesses == truth)
     return scores
 
@@ -317,9 +317,11 @@ def clip_scores(model: Any, tokenizer: Any, data: PairData) -> tuple[Scores, dic
     if model.config.loss != "simclr":
         x = {name: embed_images(model, split.images) for name, split in splits.items()}
         scores, found = by_name(model, tokenizer, data, x)
-        val = list(splits)[1]
-        scores |= by_caption(model, tokenizer, data, x[val])
-    probed = {name: image_features(model, splits[name].images) for name in list(splits)[:2]}
+        scores |= by_caption(model, tokenizer, data, x[data.split("test")])
+    probed = {
+        name: image_features(model, splits[name].images)
+        for name in (next(iter(splits)), data.split("test"))
+    }
     return scores | by_features(data, probed), found
 
 

@@ -68,10 +68,10 @@ class AutoencoderRun(ImageRun):
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n held-out pictures, their reconstructions, samples from the prior, and a walk
         between two latents."""
-        val = self.open_data().val
+        test = self.open_data().test
         seed = options.sampling.seed
-        rows = np.random.default_rng(seed).permutation(len(val.labels))[: options.n or 8]
-        save_sheet(sheets.latent_space(opened.model, val.batch(rows)["images"], seed), options)
+        rows = np.random.default_rng(seed).permutation(len(test.labels))[: options.n or 8]
+        save_sheet(sheets.latent_space(opened.model, test.batch(rows)["images"], seed), options)
 
 
 # ---- classification -----------------------------------------------------------------------------

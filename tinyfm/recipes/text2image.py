@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import captioned, pictures
 from data.report import Report
+from data.splits import TRAIN
 from tinyfm import tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.batches.latents import LatentConfig, LatentData
@@ -197,8 +198,9 @@ def training_rows(run: Run) -> int:
 
     Raises ValueError if there are none, or none with the captions it needs.
     """
-    found = len(captioned.pairs(run.data.path, Report(), run.data.template))
-    return found - max(2, round(run.data.val_fraction * found))
+    listed = captioned.pairs(run.data.path, Report(), run.data.template)
+    splits = captioned.choose_splits(listed, run.data.val_fraction)
+    return list(splits.values()).count(TRAIN)
 
 
 def halve_batch(part: Run) -> Run:
