@@ -200,7 +200,7 @@ def test_bfloat16_trains(arguments, tmp_path, monkeypatch):
 
 
 def test_batches_have_pictures_and_their_step(pictures, tmp_path):
-    config = ImageConfig(str(pictures), val_images=7, cache=str(tmp_path))
+    config = ImageConfig(str(pictures), val_fraction=0.2, val_images=7, cache=str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning that all captions are equal
         data = ImageData.load(config, 8, 3, 6, 0)
