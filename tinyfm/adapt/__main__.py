@@ -44,7 +44,7 @@ from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
 from tinyfm.common.console import run_command
 from tinyfm.common.figures import new_figure
-from tinyfm.evaluate.metrics import Estimate
+from tinyfm.evaluate.metrics import Measured
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
 from tinyfm.recipes.classify import score_untrained
@@ -108,7 +108,7 @@ def run_of(options: Options, opened: OpenRun, method: str, labels: int, seed: in
     return replace(run, init_from=options.run)
 
 
-def describe(accuracy: Estimate) -> Row:
+def describe(accuracy: Measured) -> Row:
     """The fields of a row for an accuracy on the test examples."""
     return {
         "accuracy": float(accuracy),

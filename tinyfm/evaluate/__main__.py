@@ -38,7 +38,7 @@ from torch import nn
 from tinyfm.common import device as devices
 from tinyfm.common.console import run_command
 from tinyfm.evaluate import likelihood, metrics, overlap
-from tinyfm.evaluate.metrics import Estimate, Scores
+from tinyfm.evaluate.metrics import Measured, Scores
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.classify import score_untrained
@@ -256,7 +256,7 @@ def intervals(table: dict[str, Scores]) -> dict[str, dict[str, dict]]:
     found = {}
     for name, row in table.items():
         for column, value in row.items():
-            if isinstance(value, Estimate):
+            if isinstance(value, Measured):
                 ends = [None if math.isnan(end) else end for end in (value.low, value.high)]
                 interval = {"low": ends[0], "high": ends[1], "n": value.n, "of": value.about}
                 found.setdefault(name, {})[column] = interval
@@ -286,7 +286,7 @@ def main() -> int | str:
     print(f"{opened.folder}: step {opened.meta['step']}, {opened.weights} weights")
     for name, row in table.items():
         parts = [
-            f"{column} {value if isinstance(value, Estimate) else format(value, '.4g')}"
+            f"{column} {value if isinstance(value, Measured) else format(value, '.4g')}"
             for column, value in row.items()
         ]
         print(f"{name:58} {'  '.join(parts)}")

@@ -43,7 +43,7 @@ DRAWS = 2000  # samples of a bootstrap
 DRAWN_AT_ONCE = 1 << 20  # units of these samples in memory
 MIN_UNITS = 10  # units, such as documents, that a bootstrap needs
 
-Scores = dict[str, float]  # {measure: value}; some values are an Estimate
+Scores = dict[str, float]  # {measure: value}; some values are Measured
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def bootstrap(
 # ---- measures with intervals --------------------------------------------------------------------
 
 
-class Estimate(float):
+class Measured(float):
     """A measure with its interval of 95%. Apart from that it is an ordinary number."""
 
     low: float  # nan where the sample is too small for an interval
@@ -263,17 +263,17 @@ class Estimate(float):
 
     def __new__(
         cls, value: float, interval: tuple[float, float], n: int, about: str = ""
-    ) -> Estimate:
+    ) -> Measured:
         self = super().__new__(cls, value)
         self.low, self.high = interval
         self.n = n
         self.about = about or f"{n:,} examples"
         return self
 
-    def through(self, function: Callable[[float], float]) -> Estimate:
+    def through(self, function: Callable[[float], float]) -> Measured:
         """The measure that a rising function makes of this one: perplexity of a loss."""
         interval = (function(self.low), function(self.high))
-        return Estimate(function(float(self)), interval, self.n, self.about)
+        return Measured(function(float(self)), interval, self.n, self.about)
 
     def __str__(self) -> str:
         """Such as "0.584 (0.54 to 0.62; 575 texts in 78 files)"."""
@@ -294,7 +294,7 @@ NO_INTERVAL = (math.nan, math.nan)
 
 def proportion(
     right: np.ndarray, unit: str = "examples", clusters: Sequence[Any] = (), cluster: str = ""
-) -> Estimate:
+) -> Measured:
     """The share of True in right (n,).
 
     clusters: (n,), the file or font of each example; empty if the examples are independent. unit,
@@ -305,15 +305,15 @@ def proportion(
     value = float(right.mean())
     count = len(set(clusters))
     if not count or count == n:
-        return Estimate(value, wilson(int(right.sum()), n), n, counted(n, unit))
+        return Measured(value, wilson(int(right.sum()), n), n, counted(n, unit))
     about = f"{counted(n, unit)} in {counted(count, cluster)}"
     interval = NO_INTERVAL if count == 1 else clustered_wilson(right, clusters)
-    return Estimate(value, interval, n, about)
+    return Measured(value, interval, n, about)
 
 
-def ratio_of_sums(parts: np.ndarray, wholes: np.ndarray, unit: str) -> Estimate:
+def ratio_of_sums(parts: np.ndarray, wholes: np.ndarray, unit: str) -> Measured:
     """sum(parts) / sum(wholes) over n units: loss per token or bits per byte of n documents."""
     n = len(parts)
     value = float(np.sum(parts) / np.sum(wholes))
     interval = NO_INTERVAL if n < MIN_UNITS else bootstrap(parts, wholes)
-    return Estimate(value, interval, n, counted(n, unit))
+    return Measured(value, interval, n, counted(n, unit))

@@ -33,7 +33,7 @@ from torch import Tensor
 from data.pictures import save_grid
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
-from tinyfm.evaluate.metrics import Estimate, Scores, proportion
+from tinyfm.evaluate.metrics import Measured, Scores, proportion
 from tinyfm.tokenizer import encode_captions
 
 ROWS = 512  # rows that go through a model or a matrix product at once
@@ -125,7 +125,7 @@ def full_precision(measure: Callable) -> Callable:
 
 def share(
     right: Tensor, unit: str = "images", clusters: Sequence[str] = (), cluster: str = ""
-) -> Estimate:
+) -> Measured:
     """The share of True in a bool tensor (B,), with its interval; see metrics.proportion."""
     return proportion(right.cpu().numpy(), unit, clusters, cluster)
 
