@@ -372,7 +372,7 @@ def test_labels_are_a_list_or_a_text_file(parts, pictures, tmp_path, capsys):
     assert call(*first, "red a,a much longer text") == 0
     assert "cut to 12 tokens" in capsys.readouterr().err
     assert "'none.txt' is the only label" in refusal(capsys, *first, "none.txt")
-    assert "0.png is not UTF-8 text" in refusal(capsys, *first, pictures / "0.png")
+    assert "0.png is no list of names" in refusal(capsys, *first, pictures / "0.png")
     without_image = ["--prompt", "red a", "--labels", "red a,blue b"]
     assert "give --image FILE" in refusal(capsys, sample, parts["clip"], *without_image)
 

@@ -35,6 +35,8 @@ import torch
 import tyro
 from torch import nn
 
+from data import tables
+from data.report import Report
 from tinyfm.common import device as devices
 from tinyfm.common.console import run_command
 from tinyfm.evaluate import likelihood, metrics, overlap
@@ -122,31 +124,34 @@ def score_text(opened: OpenRun, path: str, options: Options) -> Scores:
     }
 
 
+QUESTION = '{"context": "2+2=", "choices": ["4", "5"], "answer": 0}'
+
+
 def check_question(question: dict) -> None:
-    """Raise ValueError, KeyError or TypeError for a line that is no question."""
+    """Raise ValueError, KeyError or TypeError for a row that is no question."""
     choices = question["choices"]
     texts = (question["context"], *choices)
-    if not all(isinstance(text, str) for text in texts):
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("context and choices must be texts")
-    if len(choices) < 2 or not 0 <= question["answer"] < len(choices):
+    answer = question["answer"]
+    if len(choices) < 2 or type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError("answer must be a place among two or more choices")
 
 
 def read_choices(path: str) -> list[dict]:
-    """Questions of a jsonl file. Raises ValueError with the line that is none."""
+    """Questions of a jsonl, or of another table. Raises ValueError with the row that is none."""
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    report = Report()
+    for place, question in tables.records(Path(path), report):
         try:
-            question = json.loads(line)
             check_question(question)
         except (ValueError, KeyError, TypeError) as error:
-            form = '{"context": "2+2=", "choices": ["4", "5"], "answer": 0}'
-            raise ValueError(f"{path}:{number} is no question as {form}: {error!r}") from error
+            raise ValueError(f"{place} is no question as {QUESTION}: {error!r}") from error
         questions.append(question)
+    if report.skipped:
+        raise ValueError(f"{path}: {report}; a question is {QUESTION}")
     if not questions:
-        raise ValueError(f"{path} has no question")
+        raise ValueError(f"{path} has no question; a question is {QUESTION}")
     return questions
 
 

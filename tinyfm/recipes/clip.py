@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data import pictures
+from data import pictures, reading
 from data.splits import TEST
 from tinyfm import adapt
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
@@ -155,10 +155,12 @@ def read_labels(labels: str) -> list[str]:
     text = labels.replace(",", "\n")
     if os.path.isfile(labels):  # unlike Path.is_file, it takes a list of any length
         try:
-            text = Path(labels).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{labels} is not UTF-8 text; give one name a line") from error
-    names = [name.strip() for name in text.splitlines() if name.strip()]
+            text, replaced = reading.read(Path(labels))
+        except ValueError as error:
+            raise ValueError(f"{labels} is no list of names ({error}); give one a line") from error
+        if replaced:
+            raise ValueError(f"{labels} has {replaced} invalid bytes; save it as UTF-8")
+    names = [name.strip() for name in text.split("\n") if name.strip()]
     if not names:
         raise ValueError('there is no label: give names, --labels "digit seven, black chess queen"')
     repeated = sorted({name for name in names if names.count(name) > 1})
