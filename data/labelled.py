@@ -175,7 +175,7 @@ def version(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((*row, reading.state_of(Path(row.source)))).encode())
-    return f"labelled-3 {digest.hexdigest()}"
+    return f"labelled-4 {digest.hexdigest()}"
 
 
 def records(
@@ -183,12 +183,14 @@ def records(
 ) -> "Iterator[Record]":
     """Yield a record for each readable picture, uint8 (size, size, channels).
 
-    Its captions are its labels. The same picture under several names is used once. Raises
-    ValueError if none can be used.
+    Its captions are its labels. The same picture under several names is used once, and one that is
+    near to a picture of another split with the same labels (near.py) is left out. Raises ValueError
+    if none can be used.
     """
-    from data import pictures
+    from data import near, pictures
 
     seen = set()
+    so_far = near.Seen()
     for row, split in zip(rows, splits):
         try:
             image, _ = pictures.decode(row.source, size, channels)
@@ -200,6 +202,11 @@ def records(
             report.skip("the same picture as one before", row.source)
             continue
         seen.add(content)
+        labels = " ".join(row.labels)
+        if so_far.splits_near(image, labels) - {split}:
+            report.skip("nearly the same as a picture of another split", row.source)
+            continue
+        so_far.add(image, labels, split)
         report.used += 1
         yield pictures.Record(image, row.labels, row.labels[0], split)
     if not report.used:

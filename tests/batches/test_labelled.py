@@ -308,6 +308,21 @@ def test_pictures_of_folders_and_of_a_table_are_the_same(tmp_path, capsys):
     assert colored.batch(0)["images"].size(1) == 3
 
 
+def test_a_picture_near_to_one_of_another_split_is_left_out(tmp_path):
+    rows = []
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(1, 255, (8, 8, 3), dtype=np.uint8)
+        for twin in range(2):
+            path = tmp_path / f"{i}-{twin}.png"
+            Image.fromarray(pixels + np.uint8(twin)).save(path)
+            rows.append(labelled.Row(str(path), ("ab"[i % 2],)))
+    report = Report()
+    splits = ["train", "test"] * 6 + ["train", "train"] * 6
+    found = list(labelled.records(rows, splits, 8, 3, report))
+    assert Counter(record.split for record in found) == {"train": 18}
+    assert len(report.skipped["nearly the same as a picture of another split"]) == 6
+
+
 def test_each_picture_keeps_its_labels(tmp_path):
     """The grey value of a picture is the number that its two labels make."""
     lines = ["path,tens,ones"]
