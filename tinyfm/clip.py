@@ -376,6 +376,8 @@ class CLIP(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         if config.memory and config.loss == "infonce":
             self.memory = CrossBatchMemory(config.memory, config.embed_dim, config.memory_after)
+        if config.memory or config.rivals == "all":  # more negatives than in validation
+            self.loss_name = "loss_more_negatives"
         self.reset_parameters()
 
     def reset_buffers(self):

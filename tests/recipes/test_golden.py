@@ -88,7 +88,8 @@ def losses(preset: str, optimizer: str = ADAMW) -> list[float]:
     words = [*SMALL[preset].split(), *optimizer.split(), "--out", out]
     assert call(train, preset, *words) == 0
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    rows = map(json.loads, lines)
+    return [value for row in rows for name, value in row.items() if name.startswith("loss")]
 
 
 @cache

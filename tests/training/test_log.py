@@ -72,10 +72,10 @@ def test_damaged_lines_are_kept_aside(tmp_path, capsys):
 
 def test_a_line_is_short_and_the_file_has_all(tmp_path, capsys):
     logbook = open_log(tmp_path)
-    row = {"step": 10, "loss": 3.25, "lr": 0.5, "grad_norm": 1.5, "tokens_per_s": 15_123.4}
+    row = {"step": 10, "loss_with_teacher": 3.25, "lr": 0.5, "tokens_per_s": 15_123.4}
     logbook.add(row)
     logbook.close()
-    assert capsys.readouterr().out == "step 10/30  loss 3.25  15.1k tokens/s\n"
+    assert capsys.readouterr().out == "step 10/30  loss_with_teacher 3.25  15.1k tokens/s\n"
     assert log.read_metrics(tmp_path / "metrics.jsonl")[0].items() >= row.items()
 
 
@@ -103,7 +103,7 @@ def test_the_curve_has_the_score_and_its_usual_value(tmp_path, monkeypatch):
     logbook.draw()
     logbook.close()
     losses, score = drawn[0].axes
-    assert [line.get_label() for line in losses.lines] == ["loss of the batches", "validation loss"]
+    assert [line.get_label() for line in losses.lines] == ["loss, in training", "validation loss"]
     assert list(score.lines[0].get_ydata()) == [3.5]
     assert [line.get_ydata()[0] for line in score.lines[1:]] == [1.65, 1.66]
     assert score.get_ylabel() == "bits per byte of validation text"

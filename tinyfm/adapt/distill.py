@@ -151,4 +151,5 @@ def distil(
             teacher_logits = teacher(inputs)
         return distillation_loss(self(inputs), teacher_logits, targets, temperature, share)
 
+    student.loss_name = "loss_with_teacher"
     student.loss = MethodType(loss, student)  # bound, so a copy of the student uses its own weights

@@ -77,9 +77,11 @@ def summary_score(scores: Mapping[str, float]) -> str:
 
 def in_short(row: Mapping[str, float]) -> str:
     """The loss and the speed of a row, such as "loss 3.214  15.1k tokens/s"."""
-    parts = [f"loss {row['loss']:.4g}"]
+    parts = []
     for name, value in row.items():
-        if name.endswith("_per_s"):
+        if name.startswith("loss"):
+            parts.append(f"{name} {value:.4g}")
+        elif name.endswith("_per_s"):
             parts.append(f"{tqdm.format_sizeof(value)} {name.removesuffix('_per_s')}/s")
     return "  ".join(parts)
 
@@ -144,7 +146,7 @@ class Logbook:
         if self.board:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, row["step"])
-        if "loss" not in row:  # an evaluation, in full
+        if "val_loss" in row:  # an evaluation, in full
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.say(f"step {row['step']}/{self.steps}  {values}")
         elif self.terminal:
@@ -167,15 +169,18 @@ class Logbook:
         figure = new_figure(7, 3 * panels + 1)
         losses, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
         losses.set_title(str(self.run.name))
-        losses.plot(*self.points("loss"), label="loss of the batches", linewidth=1)
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith("loss"))
+        for name in names:
+            label = f"{name.replace('_', ' ')}, in training"
+            losses.plot(*self.points(name), label=label, linewidth=1)
         losses.plot(*self.points("val_loss"), label="validation loss", marker="o")
         for axes in below:
             axes.plot(*self.points(score), label=score, marker="o", color="C1")
         for i, value in enumerate(self.usual):
             label = None if i else "usual at the end"
             figure.axes[-1].axhline(value, linestyle="--", color="gray", label=label)
-        names = ("loss", score.replace("val_bpb", "bits per byte of validation text"))
-        for axes, name in zip(figure.axes, names):
+        labels = ("loss", score.replace("val_bpb", "bits per byte of validation text"))
+        for axes, name in zip(figure.axes, labels):
             axes.set_ylabel(name)
             axes.grid(alpha=0.3)
             axes.legend()

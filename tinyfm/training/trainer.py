@@ -190,6 +190,8 @@ class Trainer:
     rows of its rank in one call and cuts them itself, `rows_at_once` rows at a time. It calls its
     `gather` for the rows of the other ranks. The trainer sets both, and the model's `rank`.
 
+    A model whose loss in training is not that of validation names it in `loss_name`: "loss_...".
+
     A model whose parameters have bounds has a method `after_step`, which puts them back in range.
 
     Raises ValueError if the batch does not divide by the number of processes, or if the device,
@@ -473,7 +475,8 @@ class Trainer:
                     speed = self.speed(step - since, time.perf_counter() - clock)
                     factor = lr_factor(step - 1, steps, self.optim)
                     rates = {"lr": factor * self.optim.lr, "lr_factor": factor}
-                    log.add({"step": step, "loss": loss, **rates, "grad_norm": norm, **speed})
+                    name = getattr(self.model, "loss_name", "loss")
+                    log.add({"step": step, name: loss, **rates, "grad_norm": norm, **speed})
                     clock = time.perf_counter()
                     since = step
 
