@@ -99,6 +99,8 @@ class CLIPConfig:
     text_width: int = 128  # width of the text tower
     text_head: int = 4  # attention heads of the text tower
     embed_dim: int = 128  # width of the space that images and texts share
+    image_ff: int = 0  # width inside the MLPs of the image tower; 0 = 4 times image_width
+    text_ff: int = 0  # width inside the MLPs of the text tower; 0 = 4 times text_width
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # nonlinearity of the MLPs
     norm_eps: float = 1e-5  # small number added to the variance in each norm
     image_mean: tuple[float, ...] = (0.5,)  # mean of pixels in [0, 1]; 1 number, or 1 per channel
@@ -118,7 +120,7 @@ class CLIPConfig:
         self._check_at_least(1, "image_size", "patch_size", "image_layer", "image_width")
         self._check_at_least(1, "image_head", "vocab_size", "text_layer", "text_width")
         self._check_at_least(1, "text_head", "embed_dim")
-        self._check_at_least(0, "memory", "memory_after", "augment")
+        self._check_at_least(0, "image_ff", "text_ff", "memory", "memory_after", "augment")
         self._check_at_least(2, "context_length")
         self._check_at_least(-2, "end_token")
         self._check_divisible("image_width", "image_head")
@@ -204,7 +206,8 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, D)
         self.position = nn.Parameter(torch.empty(config.context_length, D))
         self.blocks = nn.ModuleList(
-            Block(D, config.text_head, causal=True, config=config) for _ in range(config.text_layer)
+            Block(D, config.text_head, config.text_ff, causal=True, config=config)
+            for _ in range(config.text_layer)
         )
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
 

@@ -68,15 +68,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU: (B, T, D) -> (B, T, 4 D) -> (B, T, D).
+    """Two linear layers around a GELU: (B, T, D) -> (B, T, F) -> (B, T, D); F is 4 D by default.
 
     "quick_gelu" is OpenAI's approximation x sigmoid(1.702 x).
     """
 
-    def __init__(self, width: int, activation: str):
+    def __init__(self, width: int, inner: int, activation: str):
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        inner = inner or 4 * width
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
         self.quick = activation == "quick_gelu"
 
     def forward(self, x):
@@ -91,12 +92,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of a tower: attention, then an MLP, each added to the states."""
 
-    def __init__(self, width: int, heads: int, causal: bool, config):
+    def __init__(self, width: int, heads: int, inner: int, causal: bool, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attention = Attention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = MLP(width, config.activation)
+        self.mlp = MLP(width, inner, config.activation)
 
     def forward(self, x, at=None):
         """States (B, T, D) -> the next states; with `at` (B,) only those positions', (B, 1, D)."""
@@ -164,7 +165,7 @@ class ImageTower(nn.Module):
         self.position = nn.Parameter(torch.empty(P + 1, D))
         self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
-            Block(D, config.image_head, causal=False, config=config)
+            Block(D, config.image_head, config.image_ff, causal=False, config=config)
             for _ in range(config.image_layer)
         )
         self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)

@@ -12,8 +12,7 @@ FIELD_TABLE: the names of the settings in their config.json. Three things show i
 3. The scale. Our model clamps it, transformers does not. max_scale is raised to the scale that is
    read, and the scale that is written is clamped.
 
-Left out: settings that matter in training only, folders of one tower, MLPs whose width is not 4
-times that of their tower.
+Left out: settings that matter in training only, folders of one tower.
 """
 
 from __future__ import annotations
@@ -107,6 +106,7 @@ DEFAULTS |= {
     "text_config.eos_token_id": 49407,
 }
 PARTS = ("vision_config", "text_config")
+MLP_WIDTHS = {"image_ff": "vision_config", "text_ff": "text_config"}  # of intermediate_size
 FIXED = {"stem": "patch", "loss": "infonce"}  # our fields -> the only value CLIPModel computes
 
 PROCESSOR = "preprocessor_config.json"
@@ -141,10 +141,14 @@ def flatten(raw: dict) -> dict[str, Any]:
     return flat
 
 
-def check_mlp_width(field: str, mlp_width: Any, width: int) -> None:
-    """Raise ValueError unless the MLP is 4 times as wide as its tower; field: its name there."""
-    if mlp_width != 4 * width:
-        refuse(field, mlp_width, f"{4 * width}, 4 times the width")
+def read_mlp_width(field: str, mlp_width: Any, width: int) -> int:
+    """Return our image_ff or text_ff: the width inside the MLPs, 0 for 4 times that of the tower.
+
+    field: its name there. Raises ValueError if it is no whole number above 0.
+    """
+    if type(mlp_width) is not int or mlp_width < 1:
+        refuse(field, mlp_width, "a whole number above 0")
+    return 0 if mlp_width == 4 * width else mlp_width
 
 
 def read_end_token(field: str, end: Any) -> int:
@@ -185,9 +189,9 @@ def read_config(config_cls: type, folder: Path) -> Any:
         layout.require(raw, {"model_type": "clip", "quantization_config": None})
         raw = flatten(raw)
         values = FIXED | layout.read_fields(raw, FIELDS, config_cls)
-        for part in PARTS:
+        for ours, part in MLP_WIDTHS.items():
             field = f"{part}.intermediate_size"
-            check_mlp_width(field, raw[field], raw[f"{part}.hidden_size"])
+            values[ours] = read_mlp_width(field, raw[field], raw[f"{part}.hidden_size"])
         field = "text_config.eos_token_id"
         values["end_token"] = read_end_token(field, raw[field])
         return config_cls(**values, **read_processor(folder))
@@ -236,8 +240,9 @@ def write_config(config: Any, tokenizer, warn: bool = True) -> dict[str, Any]:
         part, _, field = theirs.rpartition(".")
         target = raw[part] if part else raw
         target[field] = getattr(config, ours)
-    for part in PARTS:
-        raw[part]["intermediate_size"] = 4 * raw[part]["hidden_size"]
+    for ours, part in MLP_WIDTHS.items():
+        mlp_width = getattr(config, ours) or 4 * raw[part]["hidden_size"]
+        raw[part]["intermediate_size"] = mlp_width
         raw[part]["projection_dim"] = config.embed_dim  # for programs that load one tower alone
     return raw
 

@@ -69,7 +69,8 @@ def read_text_config(config_cls: type, folder: Path) -> Any:
         flat = clip.flatten(raw | {"text_config": raw})
         values = clip.FIXED | layout.read_fields(flat, FIELDS, config_cls)
         mlp_width = flat["text_config.intermediate_size"]
-        clip.check_mlp_width("intermediate_size", mlp_width, flat["text_config.hidden_size"])
+        width = flat["text_config.hidden_size"]
+        values["text_ff"] = clip.read_mlp_width("intermediate_size", mlp_width, width)
         end = clip.read_end_token("eos_token_id", flat["text_config.eos_token_id"])
         return config_cls(**values, end_token=end)
     except MALFORMED as error:

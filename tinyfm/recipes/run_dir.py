@@ -226,6 +226,9 @@ def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
             "where training had parts of the held-out data. Train it again with another --out. "
             "The run can still be opened, sampled and exported"
         )
+    # An earlier version did not record the model's newer fields, whose defaults are what it did.
+    model = flatten({"model": to_record("", type(run)())["model"]})
+    old = model | flatten(old)
     different = differences(old, new, run)
     if different:
         raise ValueError(
