@@ -45,7 +45,9 @@ BAND_ROWS = 8  # numbers of a band
 BITS = 8  # bits that a key sets in the Bloom filter
 KEYS = 1 + BANDS  # of a document: one for its exact text, then one for each band
 BLOCK = 1 << 12  # shingles that are hashed at a time; a long document has a million
+PART_CHARS = 1 << 20  # words of a long text that are in memory at a time
 WORD = re.compile(r"\w+")
+BORDER = re.compile(r"\W")
 
 
 # ---- a document -> its keys ----------------------------------------------------------------------
@@ -53,8 +55,15 @@ WORD = re.compile(r"\w+")
 
 def hash_words(text: str) -> np.ndarray:
     """A hash of each word, without case or punctuation: uint64 (n,)."""
-    words = map(zlib.crc32, map(str.encode, WORD.findall(text.lower())))
-    return np.fromiter(words, dtype=np.uint64)
+    parts = [np.zeros(0, dtype=np.uint64)]
+    start = 0
+    while start < len(text):
+        border = BORDER.search(text, start + PART_CHARS)  # not inside a word
+        end = border.end() if border else len(text)
+        words = WORD.findall(text[start:end].lower())
+        parts.append(np.fromiter(map(zlib.crc32, map(str.encode, words)), dtype=np.uint64))
+        start = end
+    return np.concatenate(parts)
 
 
 def hash_runs(words: np.ndarray, length: int) -> np.ndarray:

@@ -62,6 +62,7 @@ DOCUMENT_BYTES = 1 << 22  # a longer plain file is cut
 COMMIT_EVERY = 16  # batches, or groups of the second pass
 SPOOL = "documents.jsonl"  # the documents that are kept
 KEYS = "documents.keys"  # their keys, by which duplicates are recognized
+MEASURED_CHARS = 50_000_000  # of a text whose overlap is measured at once, by one process
 CONTINUATION = bytes(range(0x80, 0xC0))  # in UTF-8, the bytes of a character after its first
 LATE = ("tokenizer", "vocab_size", "sample_mb", "val_fraction")  # settings of the second pass only
 KINDS = ("sentencepiece", "sentencepiece-unigram", "bpe", "bytes")
@@ -338,6 +339,8 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
         problem = f"{folder} has {written:,} of the {tally.used:,} documents that were kept"
         raise ValueError(f"{problem}: delete the folder and start again")
     manifest["settings"] = state["settings"]
+    if state["chars"] <= MEASURED_CHARS:
+        manifest["overlap"], _ = shards.measure_overlap(documents, whole=False)
     shards.end_shards(folder, tokenizer, manifest, "; ".join(tally.lines()))
     return manifest
 
@@ -450,6 +453,10 @@ def prepare(config: PrepareConfig) -> Path:
     seconds = time.perf_counter() - start
     print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")
     print("  " + "\n  ".join(manifest["report"].split("; ")))
+    if "overlap" in manifest:
+        print(f"  {shards.describe_overlap(manifest, removed=0)}")
+    else:
+        print(f"  what training has of the held-out text: python -m tinyfm.evaluate overlap {out}")
     return out
 
 
