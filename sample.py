@@ -17,12 +17,16 @@
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+if getattr(sys.flags, "safe_path", False):  # set by PYTHONSAFEPATH; Python 3.10 does not know it
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import tinyfm.common.startup as startup
 from tinyfm import adapt, generate
@@ -62,11 +66,13 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory, faster
     compile: bool = False  # GPT: takes seconds to start, then up to three times as fast on a CPU
     out: str = ""  # texts: also write them to this file; pictures: the PNG to draw
+    overwrite: bool = False  # replace the file of --out even if sample.py did not draw it
 
 
 # ---- the command --------------------------------------------------------------------------------
 
-COMMON = {"run", "n", "adapter", "sampling", "raw", "device", "dtype", "out"}  # for any family
+# For any family.
+COMMON = {"run", "n", "adapter", "sampling", "raw", "device", "dtype", "out", "overwrite"}
 
 
 def changed(part: object, default: object) -> list[str]:
@@ -87,13 +93,23 @@ def check(options: Options, run: Run) -> None:
         )
 
 
+def check_out(options: Options) -> None:
+    """Raise ValueError if --out has no folder, or is a file that sample.py did not draw."""
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if options.out and out.exists() and not options.overwrite:
+        from data.pictures import is_made_here  # loads Pillow, which texts do not need
+
+        if not is_made_here(out):
+            raise ValueError(f"--out {out} exists: choose another name, or add --overwrite")
+
+
 def open_run(options: Options) -> OpenRun:
     """The run with its adapters, on the device and in the number format of the options."""
     if options.n is not None and options.n < 1:
         raise ValueError(f"-n is {options.n}; use at least 1")
-    folder = Path(options.out).parent
-    if not folder.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {folder}; make it first")
+    check_out(options)
     opened = run_dir.open_run(options.run, options.raw)
     check(options, opened.run)
     run_dir.add_adapters(opened, options.adapter)
@@ -126,8 +142,10 @@ def run_command(out: Output) -> int | str:
         out.flush()
     except BrokenPipeError:  # as with `| head`: the reader closed the pipe; exit quietly
         pass
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Warning) as error:  # a warning under python -W error
         return f"error: {error}"
+    except (MemoryError, OverflowError):
+        return "error: too little memory for that: use smaller numbers"
     except KeyboardInterrupt:
         return 130
     return 141 if out.reader_gone else 0  # 141: as a program that SIGPIPE ends

@@ -13,10 +13,14 @@ An option changes a setting of the preset.
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import tyro
+
+if getattr(sys.flags, "safe_path", False):  # set by PYTHONSAFEPATH; Python 3.10 does not know it
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import tinyfm.common.startup as startup
 from tinyfm.common.console import console
@@ -93,7 +97,9 @@ def run_command() -> int | str:
             raise
         reason = str(error).splitlines()[0]
         return f"error: {reason}; try half the --train.micro-batch-size: same result, less memory"
-    except (ValueError, OSError, FloatingPointError) as error:
+    except MemoryError:
+        return "error: too little memory; try a smaller --train.batch-size"
+    except (ValueError, OSError, FloatingPointError, Warning) as error:
         return f"error: {error}"
     except KeyboardInterrupt:  # before training, which saves first, or the second one
         return 130

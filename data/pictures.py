@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.Image import open as open_image
+from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PHONES = ("AVIF", "HEIF")  # formats of phones: Pillow may read the first, pillow-heif the second
@@ -191,9 +192,29 @@ TILE = 64  # pixels: images are enlarged at least to this width
 TITLED = 96  # the same, for images with titles
 
 
+SOFTWARE = "tinyfm"  # the program's name in the PNG files that it writes
+
+
+def made_here() -> PngInfo:
+    """The note in a PNG file that says which program made it."""
+    note = PngInfo()
+    note.add_text("Software", SOFTWARE)
+    return note
+
+
+def is_made_here(path: str | Path) -> bool:
+    """Whether `save` or `save_grid` wrote this file."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):  # the last of Pillow, for a broken PNG
+        return False
+
+
 def save(image: np.ndarray, path: str | Path) -> None:
     """Write a PNG of one image, uint8 (H, W, C) with C 1 or 3."""
-    Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(path, format="PNG")
+    picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+    picture.save(path, format="PNG", pnginfo=made_here())
 
 
 def save_grid(
@@ -232,4 +253,4 @@ def save_grid(
         if titles:
             top = y + head - line_height * len(lines[i])  # short titles touch their image too
             pen.multiline_text((x, top), "\n".join(lines[i]), fill="white", font=font, spacing=1)
-    grid.save(path, format="PNG")
+    grid.save(path, format="PNG", pnginfo=made_here())

@@ -396,3 +396,22 @@ def test_stream_text_ends_at_max_new_tokens():
     parts = list(stream_text(model, ByteTokenizer(), ["x", "y"], s, ["STOP"]))
     # A beginning of a stop string is shown after all; an incomplete character is replaced.
     assert ["".join(column) for column in zip(*parts)] == ["abS", "\ufffd"]
+
+
+def test_a_stop_string_of_any_length():
+    """Each character costs the same: a stop string of 100,000 is no slower than one of ten."""
+    text = TextStream(["a" * 100_000 + "b"])
+    assert feed_all(text, [b"a"] * 1000) == "a" * 1000
+    text = TextStream(["a" * 1000 + "b"])
+    assert feed_all(text, [b"a"] * 1500 + [b"b", b"c"]) == "a" * 500
+
+
+def test_an_id_without_a_token_is_never_drawn():
+    """A model's vocabulary may be padded, and a tokenizer's may have gaps."""
+    model = loud()
+    hot = replace(GREEDY, temperature=9.0)
+    drawn = {token for row in complete(model, PROMPTS, hot) for token in row}
+    some = sorted(drawn)[: len(drawn) // 2 + 1]
+    for sampling in (GREEDY, hot):
+        rows = complete(model, PROMPTS, sampling, never=some)
+        assert rows and not {token for row in rows for token in row} & {*some}

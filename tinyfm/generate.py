@@ -46,6 +46,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("seed", abs(self.seed) < 2**40, "below 2**40"),
         ]
         for name, valid, rule in rules:
             if not valid:
@@ -179,12 +180,17 @@ def check_prompts(rows: list[list[int]], vocab_size: int) -> None:
 
 @torch.inference_mode()
 def stream(
-    model, prompts: list[list[int]], sampling: Sampling | None = None, use_cache: bool = True
+    model,
+    prompts: list[list[int]],
+    sampling: Sampling | None = None,
+    use_cache: bool = True,
+    never: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every row, step by step; None for a row that has met a stop token.
 
     Prompts may differ in length. The model is put into evaluation mode. use_cache=False reads the
-    whole text again for each token: the slow, obvious way to the same tokens. Raises ValueError as
+    whole text again for each token: the slow, obvious way to the same tokens. never: ids that are
+    not drawn, such as those without a token (`Tokenizer.without_token`). Raises ValueError as
     check_prompts and choose do.
     """
     sampling = sampling or Sampling()
@@ -217,6 +223,8 @@ def stream(
         # One draw per row.
         h = model.hidden(torch.tensor(tokens, device=device), cache)  # (B, T, D)
         logits = model.head(h[:, -1])  # (B, V)
+        if never:
+            logits[:, list(never)] = -math.inf
         if sampling.repetition_penalty != 1:
             logits = penalise_repeats(logits, rows, sampling.repetition_penalty)
         drawn = choose(logits, sampling, generators).tolist()
@@ -231,11 +239,15 @@ def stream(
 
 
 def complete(
-    model, prompts: list[list[int]], sampling: Sampling | None = None, use_cache: bool = True
+    model,
+    prompts: list[list[int]],
+    sampling: Sampling | None = None,
+    use_cache: bool = True,
+    never: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continue each prompt; return the new tokens of each row, without the stop token."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, sampling, use_cache):
+    for step in stream(model, prompts, sampling, use_cache, never):
         for row, token in zip(rows, step):
             if token is not None:
                 row.append(token)
@@ -243,6 +255,35 @@ def complete(
 
 
 # ---- text ---------------------------------------------------------------------------------------
+
+
+class StopString:
+    """Finds a string in a text that is read character by character (Knuth, Morris and Pratt 1977).
+
+    matched: length of the longest end of the text so far that is a start of the string. After a
+    character that does not continue it, the next shorter such end is tried, from a table. So a text
+    costs time in proportion to its length, whatever the length of the string.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.matched = 0
+        # shorter[n]: length of the longest start of the string that is also an end of its first n
+        # characters, and shorter than these.
+        self.shorter = [0, 0]
+        for char in text[1:]:
+            n = self.shorter[-1]
+            while n and text[n] != char:
+                n = self.shorter[n]
+            self.shorter.append(n + (text[n] == char))
+
+    def read(self, char: str) -> bool:
+        """Read one more character; returns whether the text now ends with the string."""
+        n = self.matched
+        while n and self.text[n] != char:
+            n = self.shorter[n]
+        self.matched = n + (self.text[n] == char)
+        return self.matched == len(self.text)
 
 
 class TextStream:
@@ -256,7 +297,7 @@ class TextStream:
 
     def __init__(self, stop_strings: Sequence[str] = ()):
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.stop_strings = [stop for stop in stop_strings if stop]
+        self.stops = [StopString(stop) for stop in stop_strings if stop]
         self.held = ""
         self.stopped = False
 
@@ -267,29 +308,23 @@ class TextStream:
         """
         if self.stopped:
             return ""
-        text = self.held + self.decoder.decode(data, final)
+        new = self.decoder.decode(data, final)
+        text = self.held + new
 
         # A stop string ends the text before it.
-        found = []  # (end, start) of each stop string in the text
-        for stop in self.stop_strings:
-            start = text.find(stop)
-            if start >= 0:
-                found.append((start + len(stop), start))
-        if found or final:
+        for end, char in enumerate(new, len(self.held) + 1):
+            found = [len(stop.text) for stop in self.stops if stop.read(char)]
+            if found:
+                self.held = ""
+                self.stopped = True
+                return text[: end - max(found)]
+        if final:
             self.held = ""
             self.stopped = True
-            if found:
-                _, start = min(found)
-                return text[:start]
             return text
 
         # Hold back the longest end of the text that is the start of a stop string.
-        n_held = 0
-        for stop in self.stop_strings:
-            for n in range(1, len(stop)):
-                if text.endswith(stop[:n]):
-                    n_held = max(n_held, n)
-        certain = len(text) - n_held
+        certain = len(text) - max((stop.matched for stop in self.stops), default=0)
         self.held = text[certain:]
         return text[:certain]
 
@@ -313,7 +348,8 @@ def stream_text(
     ids = []
     for prompt in prompts:
         ids.append([*front, *(tokenizer.encode(prompt) or [tokenizer.eot])])
-    for step in stream(model, ids, sampling):
+    never = tokenizer.without_token(model.config.vocab_size)
+    for step in stream(model, ids, sampling, never=never):
         pieces = []
         for text, token in zip(texts, step):
             if token is None:

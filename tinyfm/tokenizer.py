@@ -152,6 +152,14 @@ class Tokenizer:
         """The bytes of the ids. Raises ValueError for an id that is not in the vocabulary."""
         return b"".join(map(self.token_bytes, ids))
 
+    def without_token(self, vocab_size: int) -> list[int]:
+        """The ids below vocab_size, a model's, that stand for no token.
+
+        Vocabularies are padded, and some have gaps before their added tokens.
+        """
+        gaps = [i for i, content in enumerate(self._table) if not content]
+        return gaps + list(range(self.vocab_size, vocab_size))
+
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one token, perhaps only a part of a character."""
         if not 0 <= i < self.vocab_size:

@@ -10,17 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
 from conftest import call
+from PIL import Image
 from safetensors.torch import save_file
 
 import sample
 import train
-from tinyfm import generate
+from data import pictures
+from tinyfm import generate, tokenizer
 from tinyfm.common import device as machine
 from tinyfm.common import files, folders
 from tinyfm.gpt import GPT
@@ -532,6 +536,61 @@ def test_foreign_checkpoints_are_refused(run, tmp_path, monkeypatch, fails):
         files.write_json(folder / "config.json", record)
         reseal(folder)
         assert re.search(message, fails(sample, run))
+
+
+def test_a_padded_vocabulary(tmp_path, options, capsys):
+    """Of 400 ids, 257 have a token. The model draws only these, however bad it is."""
+    more = ["--model.vocab-size", 400, "--train.steps", 1, "--out", tmp_path / "run"]
+    assert call(train, *options, *more) == 0
+    assert call(sample, tmp_path / "run", "--temperature", 50, "--max-new-tokens", 60) == 0
+    tokens = tokenizer.ByteTokenizer()
+    assert tokens.without_token(257) == [] and tokens.without_token(259) == [257, 258]
+
+
+def test_out_replaces_no_file_of_others(tiny_run, tmp_path, fails):
+    path = tmp_path / "mine.txt"
+    path.write_text("precious", encoding="utf-8")
+    words = [tiny_run, "--max-new-tokens", 1, "--out", path]
+    assert "mine.txt exists: choose another name, or add --overwrite" in fails(sample, *words)
+    assert path.read_text(encoding="utf-8") == "precious"
+    assert call(sample, *words, "--overwrite") == 0
+    drawn = tmp_path / "drawn.png"
+    pictures.save(np.zeros((4, 4, 1), np.uint8), drawn)
+    options = sample.Options("run", out=str(drawn))
+    sample.check_out(options)  # sample.py made it
+    Image.new("L", (4, 4)).save(drawn)
+    with pytest.raises(ValueError, match="exists"):
+        sample.check_out(options)
+
+
+def test_numbers_beyond_their_range(tiny_run, tmp_path, options, fails):
+    assert "seed is 1000000000000000000" in fails(sample, tiny_run, "--seed", 10**18)
+    assert "too little memory" in fails(sample, tiny_run, "-n", 10**17)
+    assert "too little memory" in fails(sample, tiny_run, "-n", 10**30)
+    for name in ("seed", "steps", "batch-size"):
+        words = [f"--train.{name}", 10**30, "--out", tmp_path / "run"]
+        assert f"{name.replace('-', '_')} is 1000" in fails(train, *options, *words)
+
+
+def test_a_warning_that_is_an_error(tiny_run, fails):
+    """As with python -W error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        message = fails(sample, tiny_run, "--prompt", "a" * 40, "--max-new-tokens", 1)
+    assert "past 32 tokens the model sees only the latest" in message
+
+
+@pytest.mark.parametrize("program", ["sample.py", "train.py"])
+def test_a_program_with_a_safe_path(tmp_path, program):
+    """PYTHONSAFEPATH takes the folder of the program off the module path."""
+    done = subprocess.run(
+        [sys.executable, ROOT / program, "nowhere"],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": ""},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and b"error: there is no " in done.stderr
 
 
 def test_interrupted_while_it_generates(tiny_run, monkeypatch):

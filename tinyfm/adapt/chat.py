@@ -124,7 +124,8 @@ def reply(
     ids = front + trim_history(tokenizer, messages, context - answer - len(front))
     text = generate.TextStream()
     started = False
-    for (token,) in generate.stream(model, [ids], s):
+    never = tokenizer.without_token(model.config.vocab_size)
+    for (token,) in generate.stream(model, [ids], s, never=never):
         part = text.feed(tokenizer.token_bytes(token))
         if started:
             yield part

@@ -137,7 +137,8 @@ class TinyFM(LM):
         rows = [front + row[-room:] for row in ids]
         streams = [generate.TextStream(given["until"]) for _ in rows]
         texts = [""] * len(rows)
-        for step in generate.stream(self.model, rows, sampling):
+        never = self.tokenizer.without_token(self.model.config.vocab_size)
+        for step in generate.stream(self.model, rows, sampling, never=never):
             for i, token in enumerate(step):
                 data = b"" if token is None else self.tokenizer.token_bytes(token)
                 texts[i] += streams[i].feed(data, token is None)

@@ -123,7 +123,9 @@ class GPTRun(Run):
             temperature=temperature,
             stop_tokens=(tokenizer.eot,),
         )
-        rows = generate.complete(model, [self.prompt_ids + ids for ids in starts], sampling)
+        starts_with_prompt = [self.prompt_ids + ids for ids in starts]
+        never = tokenizer.without_token(self.model.vocab_size)
+        rows = generate.complete(model, starts_with_prompt, sampling, never=never)
         texts = [tokenizer.decode(ids[1:] + row) for ids, row in zip(starts, rows)]
         write_texts_file(folder, step, texts)
         return texts[0].strip()[:300]

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.common.config import may_change
+from tinyfm.common.schema import LARGEST
 from tinyfm.common.seeds import mix, row_generators
 from tinyfm.training import checkpoint, distributed, parallel
 from tinyfm.training.checkpoint import Saver, copy_to_cpu
@@ -95,6 +96,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_every", "seed", "shard_size", "spike_sigmas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
 
 
 # ---- skipping bad steps --------------------------------------------------------------------------
