@@ -46,7 +46,7 @@ class Options:
     stop: tuple[str, ...] = ()  # end a text before any of these strings; \n is a line end
     adapter: tuple[str, ...] = ()  # runs that adapted this one: use their changes
     chat: bool = False  # chat: talk, until Ctrl-D
-    shots: int = 0  # GPT: classify --prompt after this number of --examples
+    shots: int = 0  # GPT: classify --prompt after this number of --examples, if they fit
     examples: str = ""  # GPT: csv, tsv or jsonl file of text, label
     image: str = ""  # CLIP: image file to name; a classifier: image file to classify
     labels: str = ""  # CLIP: names to choose from, with commas; or a file with one name a line

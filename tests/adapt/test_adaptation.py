@@ -139,8 +139,15 @@ def test_texts_are_classified(tiny_run, reviews, tmp_path, capsys):
     assert "label:" in said and "tone:" in said
     shares = [float(line.split()[0]) for line in said.splitlines() if line[0].isdigit()]
     assert sum(shares) == pytest.approx(2, abs=1e-3)  # one for each question
-    assert call(evaluate, out) == 0
-    assert "macro_f1 tone" in capsys.readouterr().out
+    assert call(evaluate, out, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    trained = lines_of(out / "metrics.jsonl")[-1]  # training reads validation alone
+    for name in ("accuracy label", "macro_f1 tone"):
+        found = printed["scores"][f"validation {name}"]["reached"]
+        assert found == pytest.approx(trained[name], rel=1e-4)
+        assert f"test {name}" in printed["scores"]
+    assert printed["intervals"]["test accuracy tone"]["reached"]["n"] == 2
+    assert "test_loss" in printed["scores"]
 
 
 def test_pictures_are_classified(tmp_path, capsys):
