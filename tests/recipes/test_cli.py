@@ -27,6 +27,7 @@ from data import pictures
 from tinyfm import generate, tokenizer
 from tinyfm.common import device as machine
 from tinyfm.common import files, folders
+from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.gpt import GPT
 from tinyfm.recipes import gpt, registry, run_dir
 from tinyfm.recipes.base import Preset
@@ -377,6 +378,32 @@ def test_changed_data_are_not_resumed(run, options, text, tmp_path, fails):
     files.write_json(run / "config.json", record)
     message = fails(train, *options, "--data.path", changed, "--out", run, "--resume")
     assert "data_fingerprint was" in message
+
+
+def test_more_steps_are_a_new_run(run, options, fails):
+    message = fails(train, *options, "--train.steps", 8, "--out", run, "--resume")
+    assert "train.steps was 4 and is 8" in message and f"--init-from {run} --out" in message
+
+
+def test_a_run_finds_its_data_from_another_folder(options, text, tmp_path, monkeypatch, fails):
+    """Its config has a path as it was typed; the data may also be given by another path."""
+    home = tmp_path / "home"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    shutil.copy(text, home / "my.txt")
+    monkeypatch.chdir(home)
+    assert call(train, *options, "--data.path", "my.txt", "--out", "runs/mine") == 0
+    monkeypatch.chdir(elsewhere)
+    out = home / "runs" / "mine"
+    assert run_dir.open_run(str(out)).run.data.path == str(home / "my.txt")
+    assert call(train, "--resume", "--out", out) == 0
+    (home / "my.txt").rename(elsewhere / "moved.txt")
+    assert "my.txt" in fails(train, "--resume", "--out", out)
+    assert call(train, "--resume", "--out", out, "--data.path", "moved.txt") == 0
+    monkeypatch.setattr(evaluate, "rebuild_start", lambda opened: ("untrained", opened.model))
+    assert "my.txt" in fails(evaluate, out)
+    assert call(evaluate, out, "--data-path", "moved.txt") == 0
 
 
 def test_options_that_may_change_on_resume(run, options, capsys):

@@ -55,6 +55,7 @@ class Options:
     task: str = ""  # GPT or CLIP: do this task, named as --data.path of train.py --task classify
     shots: int = 0  # GPT: labelled examples of --task in the prompt, as many as fit
     seed: int = 0  # GPT: draws the examples of --shots
+    data_path: str = ""  # read the run's data from here, and not from where training read them
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     picture: str = ""  # PNG to draw; CLIP: what it confuses; text-to-image: unseen characters
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
@@ -87,6 +88,11 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
     run = opened.run
     device = devices.choose_device(options.device)
     dtype = devices.choose_dtype(options.dtype, device)
+    if options.data_path:
+        run = replace(run, data=replace(run.data, path=options.data_path))
+    # The run's config, which may be a stranger's, names what is read and where it is kept.
+    cache = getattr(run.data, "cache", "memory")
+    print(f"data: {run.data.path}, prepared in {cache}", file=sys.stderr)
     data = run.open_data()
     if not run_dir.is_data_of(opened, data):
         print(

@@ -140,7 +140,7 @@ class CLIPRun(Run):
             raise ValueError("--shots puts examples into a prompt, which CLIP does not read")
         model = opened.model
         names = next(iter(data.classes.values()))
-        templates = files.read_json(opened.folder / TEMPLATES)
+        templates = files.read_record(opened.folder / TEMPLATES, list[str])
         x = zero_shot.embed_images(model, data.inputs[TEST])
         classes = zero_shot.class_vectors(model, opened.tokenizer, names, templates)
         guesses = zero_shot.classify(x, classes, model.scale())
@@ -177,7 +177,7 @@ def name_image(opened: OpenRun, image_file: str, labels: str) -> None:
     x = zero_shot.embed_images(opened.model, image.transpose(2, 0, 1)[None])
     if len(names) < 2:
         raise ValueError(f"{names[0]!r} is the only label, and no file of labels; give two or more")
-    templates = files.read_json(opened.folder / TEMPLATES)
+    templates = files.read_record(opened.folder / TEMPLATES, list[str])
     captions = [template.replace("{}", name) for template in templates for name in names]
     warn_if_cut(opened.tokenizer, captions, config.context_length)
     classes = zero_shot.class_vectors(opened.model, opened.tokenizer, names, templates)

@@ -74,6 +74,8 @@ def resolve(
         changes["resume"] = run_dir.check_directory(out, run.resume)
         if world.first and out.exists():
             run_dir.check_free(out)
+        if changes["resume"]:
+            run = run_dir.find_data(run, out)
         device = devices.choose_device(run.train.device)
         devices.choose_dtype(run.train.dtype, device)  # refuses what this machine does not have
     base = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -230,11 +231,39 @@ def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
     model = flatten({"model": to_record("", type(run)())["model"]})
     old = model | flatten(old)
     different = differences(old, new, run)
-    if different:
-        raise ValueError(
-            f"{run.out} is another run: {'; '.join(different[:5])}. "
-            "Give the options it was started with, or another --out without --resume"
+    if same_data(old, new):  # found in another place
+        different = [text for text in different if not text.startswith("data.path was ")]
+    if not different:
+        return
+    advice = "Give the options it was started with, or another --out without --resume"
+    if len(different) == 1 and different[0].startswith("train.steps was "):
+        advice = (
+            "The number of steps decides the learning rates from the start. To train further, "
+            f"start a new run from this one: --init-from {run.out} --out ANOTHER"
         )
+    raise ValueError(f"{run.out} is another run: {'; '.join(different[:5])}. {advice}")
+
+
+def same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two records are of data of the same content."""
+    return "data_fingerprint" in old and old["data_fingerprint"] == new.get("data_fingerprint")
+
+
+def find_data(run: Run, folder: Path) -> Run:
+    """The run, with the path of its data as it is from here.
+
+    A path such as my.txt was meant from the folder in which training was started. From elsewhere,
+    it is looked for beside the run's folder and in the four folders above. `folder`: of the run.
+    """
+    path = getattr(run.data, "path", "")
+    is_name = not {".", "/", os.sep} & {*path}  # docs and the like
+    if is_name or "**" in path or Path(path).is_absolute() or glob.glob(path):
+        return run
+    for above in folder.resolve().parents[:5]:
+        if glob.glob(str(above / path)):
+            data = dataclasses.replace(run.data, path=str(above / path))
+            return dataclasses.replace(run, data=data)
+    return run
 
 
 def is_preset(preset: Preset, run: Run) -> bool:
@@ -339,7 +368,7 @@ def open_checkpoint(folder: Path, raw: bool = False) -> OpenRun:
     changes = dict.fromkeys(run.PARTS, str(folder))
     if run.init_from and hasattr(run.data, "tokenizer"):
         changes["data"] = dataclasses.replace(run.data, tokenizer=str(folder))
-    run = dataclasses.replace(run, **changes)
+    run = find_data(dataclasses.replace(run, **changes), folder)
     averaged = (folder / "ema.safetensors").exists() and not raw
     weights = "ema" if averaged else "model"
     tensors = files.load_tensors(folder, weights)
