@@ -142,7 +142,7 @@ def score_ids(
                 logits = model.head(states[len(inputs) - n : len(inputs)]).float()  # (n, V)
                 targets = torch.tensor(window.targets, device=device)  # (n,)
                 log_p = logits.log_softmax(-1).gather(1, targets[:, None])  # (n, 1)
-                totals[window.text] += log_p.double().sum().item()
+                totals[window.text] += log_p.cpu().double().sum().item()  # MPS has no float64
                 greedy[window.text] &= bool((logits.argmax(-1) == targets).all())
     return list(zip(totals, greedy))
 
@@ -180,6 +180,12 @@ def score_endings(
     cut = [front + ids[-room:] for ids in contexts]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i]), reverse=True)
     scores = torch.zeros(len(contexts), len(endings), dtype=torch.float64)
+
+    def log_p(state: Tensor, targets: int | list[int]) -> Tensor:
+        """ln p of the targets after states (B, D): float64 (B,) or (B, targets), on the CPU."""
+        logits = model.head(state).float()
+        return logits.log_softmax(-1)[:, targets].cpu().double()
+
     for first in range(0, len(order), rows):
         # Read the contexts, padded on the left.
         batch = order[first : first + rows]
@@ -188,16 +194,16 @@ def score_endings(
         tokens = torch.tensor([[0] * (T - len(cut[i])) + cut[i] for i in batch], device=device)
         cache = KVCache(model.config, T + more, pad)
         state = model.hidden(tokens, cache)[:, -1]  # (B, D)
-        log_p = model.head(state).double().log_softmax(-1)  # (B, V), of the first token
+        starts = log_p(state, [ending[0] for ending in endings])  # (B, endings)
 
         # Continue with each ending.
         for j, ending in enumerate(endings):
-            total = log_p[:, ending[0]]  # (B,)
+            total = starts[:, j]  # (B,)
             own = copy_cache(cache)
             for token, target in pairwise(ending):
                 state = model.hidden(torch.full_like(tokens[:, :1], token), own)[:, -1]
-                total = total + model.head(state).double().log_softmax(-1)[:, target]
-            scores[batch, j] = total.cpu()
+                total = total + log_p(state, target)
+            scores[batch, j] = total
     return scores
 
 
