@@ -15,8 +15,9 @@ DPM-Solver++ in few steps and DDIM in many, from the same noise.
 
 guidance: the shares of these drawings that the judge reads as the prompt says.
 
-judge: the shares of real drawings, unseen in training, that the judge reads right. Each fold trains
-a judge without another tenth of the drawings.
+judge: the shares of real drawings, unseen in training, that the judge reads right: letters and
+digits among each other, held-out characters among all names. Each fold trains a judge without
+another tenth of the drawings.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,6 +41,7 @@ from tinyfm.common import device, sheets
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate import generated, judge
 from tinyfm.evaluate.judge import Judge, JudgeConfig
+from tinyfm.evaluate.metrics import proportion
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import Run
 from tinyfm.recipes.registry import find_preset
@@ -146,13 +149,19 @@ def compare_guidances(drawer: Drawer) -> None:
 
 
 def compare_judges(cache: str, folds: int) -> None:
-    characters = []
+    right = Counter()
+    asked = Counter()
     for fold in range(folds):
-        _, shares = judge.load_or_train(cache, JudgeConfig(fold=fold))
-        characters.append(shares["character"])
-        text = ", ".join(f"{key} {value:.4f}" for key, value in shares.items())
-        print(f"without part {fold}: {text}", flush=True)
-    print(f"character, mean of {folds}: {mean(characters):.4f}")
+        _, ceilings = judge.load_or_train(cache, JudgeConfig(fold=fold))
+        for question, shares in ceilings.items():
+            text = ", ".join(f"{key} {float(value):.4f}" for key, value in shares.items())
+            print(f"without part {fold}, {question}: {text}", flush=True)
+            found = shares["character"]
+            right[question] += round(found * found.n)
+            asked[question] += found.n
+    for question, n in asked.items():
+        pooled = proportion(np.arange(n) < right[question], "images")
+        print(f"{question}, {folds} folds: {pooled} read right")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.Image import open as open_image
 from transformers import CLIPImageProcessorPil
 
-from data import captioned, glyphs, pictures
+from data import captioned, glyphs, near, pictures
 from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer
@@ -393,6 +393,159 @@ def test_animations_are_counted(tmp_path):
         encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
     )
     assert "1 with several frames or pages" in str(read_all(tmp_path)[1])
+
+
+# --- Splits, links, suffixes ----------------------------------------------------------------------
+
+
+def by_name(records, names) -> dict[str, set[str]]:
+    """{split: file names}, by the content of the pictures: {name: seed}."""
+    contents = {noise(8, 8, seed=seed).tobytes(): name for name, seed in names.items()}
+    found = {}
+    for record in records:
+        found.setdefault(record.split, set()).add(contents[record.image.tobytes()])
+    return found
+
+
+@pytest.mark.parametrize("val", ["validation", "val", "valid", "dev", "Val"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_folders_named_for_splits_are_splits(tmp_path, val, kind):
+    names = {}
+    for split, count in (("train", 8), (val, 3), ("test", 4)):
+        rows = []
+        for i in range(count):
+            name = f"{split}-{i}.png"
+            names[name] = len(names)
+            save(tmp_path / split / name, names[name])
+            rows.append({"file_name": name, "text": f"caption of {name}"})
+        metadata = tmp_path / split / f"metadata.{kind}"
+        if kind == "jsonl":
+            write(metadata, "\n".join(map(json.dumps, rows)))
+        else:
+            lines = [f"{row['file_name']},{row['text']}" for row in rows]
+            write(metadata, "\n".join(["file_name,text", *lines]))
+    records, report = read_all(tmp_path)
+    expected = {"train": set(), "val": set(), "test": set()}
+    for name in names:
+        folder = name.rpartition("-")[0]
+        expected[{val: "val"}.get(folder, folder)].add(name)
+    assert by_name(records, names) == expected
+    assert {r.captions for r in records} == {(f"caption of {name}",) for name in names}
+    assert (report.found, report.used, report.notes) == (15, 15, [])
+
+
+def test_a_split_without_a_folder_is_drawn_from_train(tmp_path):
+    names = {f"{i}.png": i for i in range(23)}
+    for i in range(20):
+        save(tmp_path / "train" / ("cat" if i % 2 else "dog") / f"{i}.png", i)
+    for i in range(20, 23):
+        save(tmp_path / "test" / "dog" / f"{i}.png", i)
+    save(tmp_path / "more" / "30.png", 30)
+    records, report = read_all(tmp_path)
+    found = by_name(records, names)
+    assert found["test"] == {"20.png", "21.png", "22.png"}
+    assert len(found["val"]) == 2 and len(found["train"]) == 18
+    assert {r.captions for r in records} == {("a picture of a cat",), ("a picture of a dog",)}
+    assert [*report.skipped] == ["beside the folders of the splits"]
+
+
+def test_a_class_may_be_named_train(tmp_path):
+    for i in range(8):
+        save(tmp_path / ("train" if i % 2 else "bus") / f"{i}.png", i)
+    assert {r.label for r in read_all(tmp_path)[0]} == {"train", "bus"}
+
+
+def test_a_metadata_table_may_have_any_column_and_must_name_each_picture(tmp_path):
+    for i in range(8):
+        save(tmp_path / f"{i}.png", i)
+    rows = [{"file_name": f"{i}.png", "note": f"number {i}"} for i in range(7)]
+    rows += [{"file_name": "gone.png", "note": "gone"}, {"note": "whose?"}]
+    write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    records, report = read_all(tmp_path)
+    assert {r.captions for r in records} == {(f"number {i}",) for i in range(7)}
+    skipped = {why: [Path(name).name for name in names] for why, names in report.skipped.items()}
+    assert skipped == {"in a metadata table, but no picture": ["gone.png"], "no caption": ["7.png"]}
+    assert (report.found, report.used) == (9, 7)
+    assert "captions from the column 'note'" in report.notes
+    assert any("1 rows of metadata.jsonl" in note for note in report.notes)
+
+
+def test_what_your_folders_hold_out_is_never_trained_on(tmp_path):
+    """Training loses the copies, whatever their format; the other pictures stay where they are."""
+    names = {f"{i}.png": i for i in range(12)}
+    for i in range(8):
+        save(tmp_path / "train" / f"{i}.png", i)
+    for i in range(8, 12):
+        save(tmp_path / ("val" if i % 2 else "test") / f"{i}.png", i)
+    save(tmp_path / "train" / "copy.png", 9)
+    slightly = (noise(8, 8, seed=10).astype(int) ^ 1).astype(np.uint8)
+    write(tmp_path / "train" / "near.png", encoded(Image.fromarray(slightly)))
+    for path in tmp_path.rglob("*.png"):
+        label = {"copy": "another name", "near": "10"}.get(path.stem, path.stem)
+        write(path.with_suffix(".txt"), label)
+    records, report = read_all(tmp_path)
+    assert {split: len(own) for split, own in by_name(records, names).items()} == {
+        "train": 8, "val": 2, "test": 2,
+    }  # fmt: skip
+    ((why, lost),) = report.skipped.items()
+    assert why == "nearly the same as a picture of another split"
+    assert sorted(Path(path).name for path in lost) == ["copy.png", "near.png"]
+
+
+def test_linked_folders_are_read_once_and_loops_are_refused(tmp_path):
+    for i in range(3):
+        save(tmp_path / "elsewhere" / "cat" / f"{i}.png", i)
+        save(tmp_path / "own" / "dog" / f"{i}.png", 10 + i)
+    (tmp_path / "own" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own" / "again").symlink_to(tmp_path / "own" / "dog")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "own")
+    (tmp_path / "own" / "dog" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    records, report = read_all(tmp_path / "own")
+    assert sorted(r.label for r in records) == ["cat"] * 3 + ["dog"] * 3
+    (note,) = report.notes
+    assert "2 links to a folder that is read already" in note
+    assert "1 links to nothing" in note
+
+
+def test_every_suffix_of_a_picture_is_found_and_other_files_are_counted(tmp_path):
+    content = encoded(Image.fromarray(noise(8, 8)), "JPEG")
+    for suffix in (".jfif", ".jpe", ".JPG"):
+        write(tmp_path / "cat" / f"a{suffix}", content)
+    write(tmp_path / "cat" / "b.ppm", encoded(Image.fromarray(noise(8, 8)), "PPM"))
+    write(tmp_path / "cat" / "c.heic", b"\0\0\0\x18ftypheic" + bytes(99))
+    write(tmp_path / "cat" / "d.pdf", "a letter")
+    write(tmp_path / "cat" / "README", "words")
+    records, report = read_all(tmp_path)
+    assert len(records) == 3
+    reasons = {Path(name).name: why for why, names in report.skipped.items() for name in names}
+    assert "not an image in one of the formats PNG" in reasons["b.ppm"]
+    assert {*reasons} == {"b.ppm", "c.heic"}
+    assert (report.found, report.used) == (5, 3)
+    assert report.notes == ["not read: 1 .pdf, 1 without a suffix"]
+    if "HEIF" not in pictures.readable():
+        assert "pip install pillow-heif" in reasons["c.heic"]
+
+
+def test_near_pictures_are_those_of_a_small_distance():
+    """Against the formula, and summaries never miss a pair that is near."""
+    random = np.random.default_rng(0)
+    image = random.integers(60, 200, (40, 36, 3), dtype=np.uint8)
+    for spread in (1, 2, 3, 4, 5, 6):
+        moved = image.astype(int) + random.integers(-spread, spread + 1, image.shape)
+        distance = np.abs(moved / 127.5 - image / 127.5).mean()
+        moved = moved.astype(np.uint8)
+        assert near.is_near(moved, [255 - image, image]) == (distance < near.NEAR)
+        seen = near.Seen()
+        seen.add(image, "a", "val")
+        if distance < near.NEAR:
+            assert seen.splits_near(moved, "a") == {"val"}
+        assert seen.splits_near(moved, "b") == set()
+        assert seen.splits_near(image, "b") == {"val"}  # equal, under another label
+        assert seen.splits_near(255 - image, "a") == set()
+        x = np.stack([moved, moved]).transpose(0, 3, 1, 2)
+        train = np.stack([image, 255 - image]).transpose(0, 3, 1, 2)
+        assert near.count_near(x, ["a", "b"], train, ["a", "b"]) == (distance < near.NEAR)
+    assert near.SIDE < 36
 
 
 # --- Prepared folders and batches -----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The judge: its training, its cache, and the measures of generated pictures."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -113,13 +114,23 @@ def test_the_extra_fonts_have_every_character_once():
 
 
 def test_the_same_part_of_each_style_is_left_out():
-    records = [
-        Record(np.zeros((32, 32, 1)), (f"{style} {name}",), name, glyphs.TRAIN)
-        for style in STYLES
-        for name in (*CHARACTERS, "latin small letter thorn")
-    ]
-    others, out = judging.leave_out(records, 0.1)
-    assert len(others) + len(out) == len(records)
+    held_out_names = [f"latin small letter {letter} with horn" for letter in "abcdefghijklmnop"]
+    records = []
+    for style in STYLES:
+        names = (*CHARACTERS, "latin small letter thorn", *held_out_names)
+        for name in names:
+            split = glyphs.HELD_OUT_CHARACTERS if name in held_out_names else glyphs.TRAIN
+            records.append(Record(np.zeros((32, 32, 1)), (f"{style} {name}",), name, split))
+    single = Record(np.zeros((32, 32, 1)), ("sans x",), "x", glyphs.HELD_OUT_CHARACTERS)
+    others, out, held_out = judging.leave_out([*records, single], 0.1)
+    assert len(others) + len(out) + len(held_out) == len(records) + 1
+    assert {record.label for record in held_out} <= {*held_out_names}
+    assert 30 <= len(held_out) <= 32  # two of each style
+    # No drawing is judged by a judge that has seen it, and each name is known from another style.
+    seen = {record.captions[0] for record in others}
+    assert not seen & {record.captions[0] for record in (*out, *held_out)}
+    assert {record.label for record in (*out, *held_out)} <= {record.label for record in others}
+    assert "x" in {record.label for record in others}
     captions = {record.captions[0] for record in out}
     assert not captions & {record.captions[0] for record in others}
     assert all(record.label in CHARACTERS for record in out)
@@ -139,10 +150,15 @@ def four_fonts(monkeypatch):
     monkeypatch.setattr(glyphs, "FILES", fonts)
 
 
-def test_a_judge_is_cached(tmp_path, monkeypatch, four_fonts):
-    judge, scores = judging.load_or_train(tmp_path, TINY)
-    (folder,) = tmp_path.iterdir()
-    assert {*scores} == {"character", *judging.ASPECTS}
+def test_a_judge_is_cached(tmp_path, monkeypatch, four_fonts, capsys):
+    with torch.inference_mode():  # as evaluate asks for it
+        judge, scores = judging.load_or_train(tmp_path, TINY)
+    assert re.search(r"training the judge .* 2 steps, .*minutes", capsys.readouterr().err)
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert {*scores} == {"characters", "held-out characters"}
+    for own in scores.values():
+        assert {*own} == {"character", *judging.ASPECTS}
+        assert all(0 <= score.low <= score <= score.high <= 1 for score in own.values())
     assert len(judge.names) > 700
     monkeypatch.setattr(judging, "train", None)  # not called again: the judge is cached
     again, same_scores = judging.load_or_train(tmp_path, TINY)
@@ -171,8 +187,18 @@ def test_its_scores_are_measured_on_drawings_that_it_has_not_seen(
     judge, scores = judging.load_or_train(tmp_path, TINY)
     captions = {record.captions[0] for record in seen}
     unseen = [r for r in glyphs.records(letters=True) if r.captions[0] not in captions]
-    assert len(unseen) == 4 * 6
-    assert scores == judging.prompt_following(judge, *judging.stack(unseen))
+    common = [r for r in unseen if r.label in CHARACTERS]
+    held_out = [r for r in unseen if r.split == glyphs.HELD_OUT_CHARACTERS]
+    assert len(unseen) == len(common) + len(held_out)
+    assert len(common) > 20 and len(held_out) > 50
+    expected = {
+        "characters": judging.prompt_following(judge, *judging.stack(common)),
+        "held-out characters": judging.prompt_following(
+            judge, *judging.stack(held_out), judge.names
+        ),
+    }
+    assert scores == expected
+    assert [own["character"].n for own in scores.values()] == [len(common), len(held_out)]
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -269,7 +295,7 @@ def test_copies_are_found():
 def test_samples_of_a_model_without_prompts(monkeypatch):
     torch.manual_seed(0)
     judge = Judge(TINY, CHARACTERS)
-    monkeypatch.setattr(judging, "load_or_train", lambda cache: (judge, {}))
+    monkeypatch.setattr(judging, "load_or_train", lambda cache, config: (judge, {}))
     monkeypatch.setattr(generated, "COUNT", 24)
     images, _, _ = judging.stack(drawn("abcdefgh"))  # the first 64 are the training split
     floats = images.float() / 127.5 - 1
@@ -281,14 +307,19 @@ def test_samples_of_a_model_without_prompts(monkeypatch):
     def measure(samples, image_size=32):
         config = SimpleNamespace(in_channels=1, image_size=image_size)
         model = SimpleNamespace(config=config, sample=lambda n, *_, generators: samples[:n])
-        return generated.measure_samples(model, data, "cache")
+        return generated.measure_samples(model, data, "cache", TINY)
 
     train = SimpleNamespace(images=images[:64].numpy())
-    data = SimpleNamespace(splits={"train": 0, "held out": 1}, fixed_batches=batches, train=train)
+    data = SimpleNamespace(
+        split=lambda name: {"test": "held out"}[name], fixed_batches=batches, train=train
+    )
     copied = measure(floats[:64])
     best = measure(floats[64:])
-    assert copied["samples: copies of training pictures"] == 1
-    assert best["samples: copies of training pictures"] == 0
+    copies = "copies of training pictures"
+    assert copied[f"samples: {copies}"] == 1
+    assert best[f"samples: {copies}"] == 0
+    assert best[f"control, training pictures with faint noise: {copies}"] == 1  # the check can fire
+    assert best[f"other real pictures: {copies}"] == 0
     distance, among = "samples: Frechet distance", "other real pictures: Frechet distance"
     assert best[distance] == pytest.approx(0, abs=1e-4)
     assert best[among] > 1e-3
@@ -338,6 +369,7 @@ A = ["digit one"]
     ("call", "message"),
     [
         (lambda j: JudgeConfig(width=12), "width is 12; use a multiple of 8"),
+        (lambda j: JudgeConfig(steps=1), "steps is 1; use at least 2"),
         (lambda j: JudgeConfig(held_out=0), "held_out is 0; .*between 0 and 1"),
         (lambda j: JudgeConfig(fold=10), "fold is 10; use 0 to 9"),
         (lambda j: judging.embed(j, ONE[0]), r"\(1, 32, 32\); they must be \(B, 1, H, W\)"),

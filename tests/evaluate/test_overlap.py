@@ -2,9 +2,12 @@
 
 import json
 import random
+import re
 
+import numpy as np
 import pytest
 from conftest import SIZES, call
+from PIL import Image
 
 import train
 from data import splits
@@ -94,6 +97,21 @@ def test_a_named_text_is_compared_with_its_own_training(folder, monkeypatch, cap
     path = write(folder / "named", articles(3))
     assert call(evaluate, "overlap", path) == 0
     assert "validation (" in (said := capsys.readouterr().out) and "0.00%" in said
+
+
+def test_pictures_near_to_training_pictures_of_their_name_are_counted(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for i in range(20):
+        pixels = np.random.default_rng(i // 2).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        (tmp_path / "own" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "own" / "cat" / f"{i}.png")
+    assert call(evaluate, "overlap", "own") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"nearer than 0.02 .* 0 of \d+ in val, 0 of \d+ in test", said)
+    assert call(evaluate, "overlap", "own", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"val": 0, "test": 0}
 
 
 def test_what_cannot_be_compared_is_refused(base, folder, capsys):

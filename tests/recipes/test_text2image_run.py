@@ -381,7 +381,18 @@ def test_labels_are_a_list_or_a_text_file(parts, pictures, tmp_path, capsys):
 
 
 class Copier:
-    """A model that draws each prompt exactly as the font does."""
+    """A model that draws each prompt exactly as the font does, with an autoencoder that darkens."""
+
+    config = SimpleNamespace(autoencoder=SimpleNamespace(in_channels=1))
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def encode_images(self, images, generators=None):
+        return images
+
+    def decode(self, latents):
+        return latents - 0.1
 
     def generate(self, prompts, **how):
         rows = []
@@ -408,8 +419,9 @@ def drawings(monkeypatch):
     config = judge.JudgeConfig(width=8, features=16)
     marked = [f"latin small letter e with {mark}" for mark in ("acute", "grave", "circumflex")]
     names = [*judge.CHARACTERS, *marked]
-    untrained = (judge.Judge(config, names), {"character": 0.5})
-    monkeypatch.setattr(judge, "load_or_train", lambda cache: untrained)
+    ceilings = {"characters": {"character": 0.5}, "held-out characters": {"character": 0.25}}
+    untrained = (judge.Judge(config, names), ceilings)
+    monkeypatch.setattr(judge, "load_or_train", lambda cache, config: untrained)
     styles = ("sans", "mono bold", "serif italic", "sans bold italic")
     characters_of = {
         "train": judge.CHARACTERS[:3],
@@ -430,12 +442,17 @@ def drawings(monkeypatch):
 
 def test_perfect_drawings_score_like_real_ones(drawings):
     config = SimpleNamespace(color=False, cache="")
-    scores = generated.measure(Copier(), drawings, config, guidance=2.0)
-    assert scores["the judge on real drawings: character"] == 0.5
+    scores = generated.measure(Copier(), drawings, config, 2.0, judge.JudgeConfig())
+    ceiling = "the judge on unseen real drawings"
+    assert scores[f"{ceiling}, characters: character"] == 0.5
+    assert scores[f"{ceiling}, held-out characters: character"] == 0.25
     assert scores["letters and digits: Frechet distance"] == pytest.approx(0, abs=1e-3)
     sets = generated.PROMPT_SETS
-    copies = {name: scores[f"{name}: copies of training pictures"] for name in sets}
-    assert copies == {"letters and digits": 1, "held-out pairs": 0, "held-out characters": 0}
+    expected = {"letters and digits": 1, "held-out pairs": 0, "held-out characters": 0}
+    for of in ("", ", real drawings"):
+        copies = {name: scores[f"{name}{of}: copies of training pictures"] for name in sets}
+        assert copies == expected
+    assert scores["control, decoded training pictures: copies of training pictures"] == 1
     prompts = generated.prompts_of(drawings)
     assert [len(prompts[name]) for name in sets] == [12, 12, 3]
     for name in sets:
@@ -466,6 +483,39 @@ def test_held_out_characters_are_drawn(drawings, run, tmp_path, capsys, monkeypa
 
 def test_right_colours_are_all_recognised(drawings):
     config = SimpleNamespace(color=True, cache="")
-    scores = generated.measure(Copier(), drawings, config, guidance=2.0)
+    scores = generated.measure(Copier(), drawings, config, 2.0, judge.JudgeConfig())
     for name in generated.PROMPT_SETS:
         assert scores[f"{name}: both"] == 1
+
+
+# ---- from an empty cache ------------------------------------------------------------------------
+
+OF_LETTERS = """--data.path letters --train.steps 2 --train.batch-size 8 --train.eval-every 0
+--train.dtype float32 --train.device cpu"""
+LETTERS = {  # family -> sizes of a run on letters
+    "autoencoder": "--model.channels 8 8 --model.groups 4 --model.latent-channels 2",
+    "clip": """--model.patch-size 8 --model.image-width 16 --model.text-width 16
+    --model.image-layer 1 --model.text-layer 1 --model.embed-dim 16 --model.context-length 24
+    --data.tokenizer bytes --model.vocab-size 257""",
+    "ddpm": "--model.channels 8 8 --model.groups 4 --model.attend False False --model.patch-size 4",
+    "text2image": """--model.diffusion.channels 8 8 --model.diffusion.groups 4
+    --model.diffusion.attend False False --autoencoder runs/autoencoder --clip runs/clip""",
+}
+
+
+def test_the_judge_is_trained_where_there_is_none(tmp_path, monkeypatch, capsys):
+    """README's `python -m tinyfm.evaluate RUN` with an empty cache, and nothing replaced."""
+    monkeypatch.chdir(tmp_path)
+    for family, sizes in LETTERS.items():
+        words = [*OF_LETTERS.split(), *sizes.split(), "--out", f"runs/{family}"]
+        if family != "clip":
+            words += ["--data.val-images", 8]
+        assert call(train, family, *words) == 0
+    for family, trained in (("text2image", True), ("ddpm", False)):
+        capsys.readouterr()
+        assert call(evaluate, f"runs/{family}", "--judge-steps", 2) == 0
+        printed = capsys.readouterr()
+        assert ("training the judge of drawings" in printed.err) == trained
+        assert re.search(r"copies of training pictures .* reached [01]", printed.out)
+        assert "Frechet distance" in printed.out
+        assert "test_loss" in printed.out

@@ -57,6 +57,9 @@ class Options:
     seed: int = 0  # GPT: draws the examples of --shots
     data_path: str = ""  # read the run's data from here, and not from where training read them
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
+    # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
+    # it is trained quickly and reads badly
+    judge_steps: int = 0
     picture: str = ""  # PNG to draw; CLIP: what it confuses; text-to-image: unseen characters
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
     device: str = "auto"  # cpu, cuda, mps, or auto
@@ -215,9 +218,11 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """How much of the held-out text training has too, in runs of 13 words."""
+    """How much of the held-out text training has too, in runs of 13 words; or how many held-out
+    pictures are near to a training picture of the same name."""
 
-    # run directory, or a checkpoint in it; or docs, stdlib, chats, packages, or your own text
+    # run directory, or a checkpoint in it; or docs, stdlib, chats, packages, your own text, glyphs,
+    # letters, or a folder of pictures
     data: tyro.conf.Positional[str]
     json: bool = False  # print JSON
 
@@ -251,6 +256,10 @@ def show_overlap(words: list[str]) -> int:
                 if before and before not in trained_on:
                     opened, trained_on[before] = open_data_of(before)
                     waiting.append(opened.run)
+    if overlap.has_images(data):
+        counts, line = overlap.measure_images(data)
+        print(json.dumps(counts) if options.json else line)
+        return 0
     shares = overlap.measure(data, trained_on)
     if options.json:
         print(json.dumps([asdict(own) for own in shares], indent=2))

@@ -10,7 +10,12 @@ colours, so most combinations of ink, paper and drawing are new as well. The oth
                        eq. 6): |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)).
                        FID uses features of Inception; here they are the judge's, so the numbers
                        cannot be compared with FID
-    copies             share of pictures that are copies of training pictures, or nearly
+    copies             share of pictures that are copies of training pictures, or nearly. Two
+                       controls stand beside it. Real drawings of the same prompts: of letters
+                       that training has, nearly all are copies; of the others, those count that
+                       happen to be near to a drawing of another name. And training pictures that
+                       the autoencoder has encoded and decoded, with its own noise: they show
+                       that the check finds a copy
     color_accuracy     share of pictures with the ink and the paper of the prompt
 
 Letters: B pictures, C channels, H W rows and columns, F features. Left out: your own pictures,
@@ -27,12 +32,16 @@ import torch
 from torch import Tensor
 
 from data import glyphs
+from data.near import NEAR
 from tinyfm.batches.latents import LatentConfig, LatentData
+from tinyfm.batches.order import fixed_order
 from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
+from tinyfm.common.seeds import row_generators
 from tinyfm.ddpm import Diffusion
 from tinyfm.evaluate import judge
-from tinyfm.evaluate.judge import Judge, Pictures, agreement, as_pixels, indices
+from tinyfm.evaluate.judge import Judge, JudgeConfig, Pictures, agreement, as_pixels, indices
+from tinyfm.evaluate.metrics import Measured
 from tinyfm.evaluate.zero_shot import ROWS, share
 from tinyfm.text2image import TextToImage
 
@@ -40,7 +49,8 @@ SAMPLER = "dpm++"
 STEPS = 20
 SHOWN = 48  # drawings in the picture
 COUNT = 400  # samples of a model without prompts
-COPY = 0.006  # mean difference of pixels (black to white is 2); real drawings are seldom closer
+CONTROLS = 500  # training pictures of which copies must be found
+FAINT = 0.02  # standard deviation of noise that is hardly visible
 PROMPT_SETS = ("letters and digits", "held-out pairs", "held-out characters")
 StyledNames = list[tuple[str, str]]  # (style, name) of each prompt
 
@@ -67,7 +77,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
-def copies(images: Pictures, train_images: Pictures, threshold: float) -> tuple[float, Tensor]:
+def copies(
+    images: Pictures, train_images: Pictures, threshold: float = NEAR
+) -> tuple[Measured, Tensor]:
     """(share of pictures (B, C, H, W) that are copies, the nearest training pictures, int64 (B,)).
 
     A copy is nearer to a training picture than the threshold. The distance is the mean absolute
@@ -82,6 +94,22 @@ def copies(images: Pictures, train_images: Pictures, threshold: float) -> tuple[
     nearest = [torch.cdist(part, train_x, p=1).min(1) for part in x.split(ROWS)]
     distances = torch.cat([part.values for part in nearest]) / x.size(1)
     return share(distances < threshold), torch.cat([part.indices for part in nearest])
+
+
+@torch.no_grad()
+def rebuild(model: TextToImage, images: Tensor, noisy: bool = False) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1], encoded and decoded by the model's autoencoder.
+
+    The latents are the encoder's means or, if `noisy`, draws from its Gaussians. A model of latents
+    that copies a training picture draws its latents, and so the decoded picture, not the original.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    for i, part in enumerate(images.split(ROWS)):
+        generators = row_generators(0, i, range(len(part))) if noisy else None
+        z = model.encode_images(part.to(device), generators)
+        parts.append(model.decode(z).float().clamp(-1, 1).cpu())
+    return torch.cat(parts)
 
 
 def unpaint(images: Pictures) -> tuple[list[str], list[str], Tensor]:
@@ -188,12 +216,26 @@ def real_drawings(prompts: StyledNames) -> Tensor:
 
 
 def measure(
-    model: TextToImage, data: LatentData, config: LatentConfig, guidance: float
+    model: TextToImage,
+    data: LatentData,
+    config: LatentConfig,
+    guidance: float,
+    judged_by: JudgeConfig,
 ) -> dict[str, float]:
     """{measure: value} of a text-to-image model: shares, and Frechet distances to real drawings."""
-    network, own = judge.load_or_train(config.cache)
-    train_images = torch.tensor(data.train.images)
-    scores = {f"the judge on real drawings: {key}": value for key, value in own.items()}
+    network, ceilings = judge.load_or_train(config.cache, judged_by)
+    scores = {}
+    for question, own in ceilings.items():
+        for key, value in own.items():
+            scores[f"the judge on unseen real drawings, {question}: {key}"] = value
+
+    # What a copy is compared with: the training pictures, as they are and as they are decoded.
+    if not config.color:
+        train_images = as_pixels(data.train.images, model.config.autoencoder.in_channels)
+        known = torch.cat((train_images, rebuild(model, train_images)))
+        some = train_images[fixed_order(len(train_images))[:CONTROLS]]
+        share_found, _ = copies(rebuild(model, some, noisy=True), known)
+        scores["control, decoded training pictures: copies of training pictures"] = share_found
     for what, prompts in prompts_of(data).items():
         styles = [style for style, _ in prompts]
         names = [name for _, name in prompts]
@@ -206,7 +248,9 @@ def measure(
                 scores[f"{what}: {key}"] = value
             _, _, images = unpaint(images)
         else:
-            scores[f"{what}: copies of training pictures"], _ = copies(images, train_images, COPY)
+            scores[f"{what}: copies of training pictures"], _ = copies(images, known)
+            real = real_drawings(prompts)
+            scores[f"{what}, real drawings: copies of training pictures"], _ = copies(real, known)
 
         # Characters and styles.
         held_out = what == "held-out characters"
@@ -224,27 +268,37 @@ def measure(
     return scores
 
 
-def measure_samples(model: Diffusion, data: ImageData, cache: str) -> dict[str, float]:
+def measure_samples(
+    model: Diffusion, data: ImageData, cache: str, judged_by: JudgeConfig
+) -> dict[str, float]:
     """{measure: value} of COUNT samples of a diffusion model without prompts.
 
-    The distance between real pictures is the best that a model can reach. Pictures of a size or
-    colours that the judge cannot read give {}.
+    The distance between real pictures is the best that a model can reach. The control of copies
+    are training pictures with noise that is hardly visible. Pictures of a size or colours that the
+    judge cannot read give {}.
     """
     if (model.config.in_channels, model.config.image_size) != (1, glyphs.SIZE):
         return {}
-    network, _ = judge.load_or_train(cache)
+    network, _ = judge.load_or_train(cache, judged_by)
     samples = sheets.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
     batches = data.fixed_batches(data.split("test"), 2 * COUNT, ROWS)
-    real, other_real = torch.cat([batch["images"] for batch in batches]).split(COUNT)
+    held_out, other = torch.cat([batch["images"] for batch in batches]).split(COUNT)
 
-    real = judge.embed(network, real)
-    other_real = judge.embed(network, other_real)
+    real = judge.embed(network, held_out)
+    other_real = judge.embed(network, other)
     drawn = judge.embed(network, samples)
-    copied, _ = copies(samples, torch.tensor(data.train.images), COPY)
+    train_images = as_pixels(data.train.images, 1)
+    copied, _ = copies(samples, train_images)
+    some = train_images[fixed_order(len(train_images))[:CONTROLS]]
+    noise = torch.randn(some.shape, generator=torch.Generator().manual_seed(0))
+    control, _ = copies(some + FAINT * noise, train_images)
+    by_chance, _ = copies(torch.cat((held_out, other)), train_images)
     return {
         "samples: Frechet distance": frechet_distance(drawn, real),
         "other real pictures: Frechet distance": frechet_distance(other_real, real),
         "samples: copies of training pictures": copied,
+        "other real pictures: copies of training pictures": by_chance,
+        "control, training pictures with faint noise: copies of training pictures": control,
     }
 
 

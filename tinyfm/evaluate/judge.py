@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,10 +37,11 @@ from tinyfm.clip import augment
 from tinyfm.common import device as machine
 from tinyfm.common import files
 from tinyfm.common.folders import whole_or_absent
+from tinyfm.evaluate.metrics import Measured, proportion
 from tinyfm.evaluate.zero_shot import ROWS
 from tinyfm.training.optim import EMA
 
-FORMAT = 3  # version of the cached files; a new number makes every judge train again
+FORMAT = 4  # version of the cached files; a new number makes every judge train again
 STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
 EXTRA_FONTS = {  # style words -> file: Computer Modern, which only the judge reads
     "cm": "cmr10",
@@ -53,6 +55,7 @@ CHARACTERS = tuple(
     unicodedata.name(character).lower() for character in ascii_uppercase + ascii_lowercase + digits
 )
 ASPECTS = ("style", "bold", "italic", "family")  # see `aspects`
+MINUTES = 4.0  # that the training takes on two cores
 GROUPS = 8  # groups of channels that are normalised together
 STYLE_SCALE = 8.0  # value of a style's one-hot input, so that it counts next to the features
 Pictures = Tensor | np.ndarray
@@ -64,7 +67,7 @@ class JudgeConfig:
 
     width: int = 32  # channels of the first convolution; the last one has four times as many
     features: int = 256  # F
-    steps: int = 2000  # training steps
+    steps: int = 1000  # training steps
     batch_size: int = 128  # drawings per step: half of them CHARACTERS, half any Latin letters
     lr: float = 2e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's weight decay
@@ -77,11 +80,18 @@ class JudgeConfig:
     def __post_init__(self):
         if self.width < 1 or self.width % GROUPS:
             raise ValueError(f"width is {self.width}; use a multiple of {GROUPS}")
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}; use at least 2")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; use a share between 0 and 1")
         folds = int(1 / self.held_out)
         if not 0 <= self.fold < folds:
             raise ValueError(f"fold is {self.fold}; use 0 to {folds - 1}")
+
+
+def config_of(steps: int) -> JudgeConfig:
+    """The usual judge, or one of `steps` training steps if that is not 0."""
+    return JudgeConfig(steps=steps) if steps else JudgeConfig()
 
 
 def as_pixels(images: Pictures, channels: int) -> Tensor:
@@ -119,13 +129,13 @@ def aspects(style: str) -> dict[str, str | bool]:
     }
 
 
-def agreement(found: Iterable, expected: Iterable) -> float:
+def agreement(found: Iterable, expected: Iterable) -> Measured:
     """Share of positions in which two lists are equal. Raises ValueError for unequal lengths."""
     found = list(found)
     expected = list(expected)
     if len(found) != len(expected):
         raise ValueError(f"{len(found)} pictures, {len(expected)} prompts: give one prompt each")
-    return sum(a == b for a, b in zip(found, expected)) / len(expected)
+    return proportion([a == b for a, b in zip(found, expected)], "images")
 
 
 # ---- the network --------------------------------------------------------------------------------
@@ -172,12 +182,26 @@ class Judge(nn.Module):
 # ---- its drawings -------------------------------------------------------------------------------
 
 
+def style_of(record: Record) -> str:
+    """The style of a drawing: "sans bold"."""
+    return record.captions[0].removesuffix(f" {record.label}")
+
+
+def is_common(record: Record) -> bool:
+    """Whether a drawing shows one of the CHARACTERS."""
+    return record.label in CHARACTERS
+
+
+def is_held_out(record: Record) -> bool:
+    """Whether a drawing shows a character that the generating models never see."""
+    return record.split == glyphs.HELD_OUT_CHARACTERS
+
+
 def stack(records: Sequence[Record]) -> tuple[Tensor, list[str], list[str]]:
     """Black drawings as images, uint8 (B, 1, 32, 32), with their names and styles."""
     images = torch.from_numpy(np.stack([record.image.transpose(2, 0, 1) for record in records]))
     names = [record.label for record in records]
-    styles = [record.captions[0].removesuffix(f" {record.label}") for record in records]
-    return images, names, styles
+    return images, names, [style_of(record) for record in records]
 
 
 def extra_records() -> list[Record]:
@@ -192,26 +216,36 @@ def extra_records() -> list[Record]:
 
 def leave_out(
     records: Sequence[Record], part: float, fold: int = 0
-) -> tuple[list[Record], list[Record]]:
-    """Split records into (the others, the share `part` of the CHARACTERS in each style).
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """Split records into (the others, CHARACTERS, held-out characters): of each kind, the share
+    `part` of the drawings in each style.
 
     A hash shuffles the drawings of a style; fold 0 has the first of them, fold 1 the next, and so
-    on.
+    on. A drawing of a held-out character is left out only if another drawing of it stays, because a
+    judge can find no name that it was never told.
     """
-    unseen = set()
-    existing = {record.captions[0] for record in records}
-    for style in STYLES:
-        captions = {f"{style} {name}" for name in CHARACTERS} & existing
-        shuffled = sorted(captions, key=lambda text: hashlib.sha256(text.encode()).digest())
-        size = round(part * len(shuffled))
-        unseen.update(shuffled[fold * size :][:size])
-    others = [record for record in records if record.captions[0] not in unseen]
-    return others, [record for record in records if record.captions[0] in unseen]
+    parts = []
+    for kind in (is_common, is_held_out):
+        unseen = set()
+        for style in STYLES:
+            captions = [r.captions[0] for r in records if kind(r) and style_of(r) == style]
+            captions.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+            size = round(part * len(captions))
+            unseen.update(captions[fold * size :][:size])
+        parts.append([record for record in records if record.captions[0] in unseen])
+    left_out = {record.captions[0] for unseen in parts for record in unseen}
+    others = [record for record in records if record.captions[0] not in left_out]
+    known = {record.label for record in others}
+    common, held_out = parts
+    alone = [record for record in held_out if record.label not in known]
+    return others + alone, common, [record for record in held_out if record.label in known]
 
 
 # ---- its training -------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # an evaluation asks for it, and runs in inference mode
+@torch.enable_grad()
 def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
     """Train a judge on these drawings. It knows their characters and all CHARACTERS."""
     images, names, styles = stack(records)
@@ -256,28 +290,60 @@ def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
     return judge
 
 
+def ceilings(
+    judge: Judge, common: Sequence[Record], held_out: Sequence[Record]
+) -> dict[str, dict[str, Measured]]:
+    """{"characters" or "held-out characters": prompt_following} of drawings the judge has not seen.
+
+    They are the questions that generated pictures are judged by: which of CHARACTERS is it, and
+    which of all names is it?
+    """
+    scores = {"characters": prompt_following(judge, *stack(common))}
+    if held_out:
+        scores["held-out characters"] = prompt_following(judge, *stack(held_out), judge.names)
+    return scores
+
+
+@torch.inference_mode(False)
 def load_or_train(
     cache: str | Path, config: JudgeConfig = JudgeConfig()
-) -> tuple[Judge, dict[str, float]]:
-    """The judge, and its prompt_following on the real drawings of CHARACTERS that it has not seen.
+) -> tuple[Judge, dict[str, dict[str, Measured]]]:
+    """The judge, and its `ceilings`.
 
-    It is trained once, in minutes, and kept in a folder of `cache`. The folder's name ends with a
-    hash of everything that the judge depends on. Raises CheckpointError if the folder is damaged.
+    It is trained once, in minutes, which a line on stderr says, and kept in a folder of `cache`.
+    The folder's name ends with a hash of everything that the judge depends on. Raises
+    CheckpointError if the folder is damaged.
     """
     key = json.dumps([FORMAT, glyphs.version(letters=True), asdict(config)])
     folder = Path(cache, f"judge-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     with whole_or_absent(folder) as temporary:
         if temporary:
+            minutes = MINUTES * config.steps / JudgeConfig.steps
+            print(
+                f"training the judge of drawings, this once: {config.steps:,} steps, about "
+                f"{minutes:.1f} minutes on two cores; it is kept in {folder}",
+                file=sys.stderr,
+                flush=True,
+            )
             drawings = list(glyphs.records(letters=True))
-            others, unseen = leave_out(drawings, config.held_out, config.fold)
+            others, *unseen = leave_out(drawings, config.held_out, config.fold)
             judge = train(others + extra_records(), config)
-            about = {"names": judge.names, "scores": prompt_following(judge, *stack(unseen))}
+            counts = {
+                question: {name: [round(score * score.n), score.n] for name, score in own.items()}
+                for question, own in ceilings(judge, *unseen).items()
+            }
             files.save_tensors(temporary, "model", judge.state_dict())
-            files.write_json(temporary / "judge.json", about)
+            files.write_json(temporary / "judge.json", {"names": judge.names, "right": counts})
     about = files.read_json(folder / "judge.json")
     judge = Judge(config, about["names"])
     files.load_model(judge, files.load_tensors(folder))
-    return judge, about["scores"]
+    scores = {
+        question: {
+            name: proportion(np.arange(n) < right, "images") for name, (right, n) in own.items()
+        }
+        for question, own in about["right"].items()
+    }
+    return judge, scores
 
 
 # ---- its measures: shares from 0 to 1 -----------------------------------------------------------
@@ -297,7 +363,7 @@ def prompt_following(
     names: Sequence[str],
     styles: Sequence[str],
     candidates: Sequence[str] = CHARACTERS,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Shares of pictures (B, 1, 32, 32) in which the judge sees the name and style of the prompt.
 
     "character": the name, as the likeliest of the candidates in the style of the prompt. "style":

@@ -1,34 +1,52 @@
 """How much of the held-out text has training read? The command
 
     python -m tinyfm.evaluate overlap RUN     what a run holds out, against what it was trained on
-    python -m tinyfm.evaluate overlap DATA    the same for docs, stdlib, chats, packages, your text
+    python -m tinyfm.evaluate overlap DATA    the same for docs, stdlib, chats, packages, your text,
+                                              glyphs, letters, and your folder of pictures
 
 prints the share of validation and test words that lie in a run of 13 words which training also has;
 data/splits.py defines and counts it. A run has also read what the runs before it were trained on:
 the one it started from (--init-from), and so on, and its teacher. Each is a line, and so are all
 together. Of a chat the answers count. Most are shorter than 13 words, so their share that occurs
 word for word in the training text of the runs before stands beside it.
+
+Of pictures it prints how many of each held-out split are near to a training picture of the same
+name, see data/near.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.report import Report
 from data.splits import HELD_OUT, TRAIN, Overlap, share_of
 from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches import chat, labelled, text
 from tinyfm.tokenizer import ByteTokenizer
 
+PICTURE_SIZE = 32  # rows and columns in which pictures are compared
 ANY_VOCABULARY = 1 << 30  # no model is there that would limit it
 MIN_WORDS = 4  # of an answer; shorter ones, such as "x, y", occur anywhere
 NAMES = {"val": "validation", "test": "test"}
 
 
 # ---- data -> texts -------------------------------------------------------------------------------
+
+
+def has_pictures(path: str) -> bool:
+    """Whether a path is a folder with pictures."""
+    from data import captioned, pictures  # here, as texts need no Pillow
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return False
+    found = captioned.files_below(folder, Report())
+    return any(file.suffix.lower() in pictures.suffixes() for file in found)
 
 
 def open_named(path: str) -> Any:
@@ -41,6 +59,11 @@ def open_named(path: str) -> Any:
         return chat.ChatData(chat.ChatConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
     if path in labelled.TEXTS:
         return labelled.texts(labelled.TaskConfig(path), tokenizer, 10_000, batch_size=1, seed=0)
+    if path in ("glyphs", "letters") or has_pictures(path):
+        from tinyfm.batches.pairs import GLYPHS, ImageConfig, ImageData
+
+        channels = 1 if path in GLYPHS else 3
+        return ImageData.load(ImageConfig(path), PICTURE_SIZE, channels, batch_size=1, seed=0)
     config = text.TextConfig(path)
     if not text.is_prepared(path):
         config = text.TextConfig(path, tokenizer="bytes")
@@ -81,6 +104,22 @@ def read_texts(data: Any, split: str) -> Iterator[str]:
             else:
                 texts[-1].append(token)
         yield "\n".join(data.tokenizer.decode(own) for own in texts)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def has_images(data: Any) -> bool:
+    """Whether these are data of pictures, with or without captions."""
+    return hasattr(getattr(data, "train", None), "images")
+
+
+def measure_images(data: Any) -> tuple[dict[str, int], str]:
+    """How many pictures of each held-out split are near to a training picture of the same name, and
+    a line about it."""
+    from tinyfm.batches import pair_files
+
+    return pair_files.near_training(data.splits), pair_files.describe_near(data.splits)
 
 
 # ---- the shares ----------------------------------------------------------------------------------

@@ -133,14 +133,11 @@ def share(
 def clusters_of(name: str, split: Split) -> tuple[list[str], str]:
     """Which images of a split are alike, and the word for it; none in a split of your own images.
 
-    The glyphs hold out whole fonts, and whole characters. Images of one of them are alike.
+    In the glyphs, drawings of one character are alike. An interval over them speaks of other
+    characters in the same fonts: the fonts held out are too few for one over fonts.
     """
-    if name == HELD_OUT_CHARACTERS:
+    if name in (HELD_OUT_CHARACTERS, HELD_OUT_FONTS):
         return split.labels, "characters"
-    if name == HELD_OUT_FONTS:
-        captions = [own[0] for own in split.captions]
-        fonts = [own.removesuffix(label) for own, label in zip(captions, split.labels)]
-        return fonts, "fonts"
     return [], ""
 
 
@@ -237,18 +234,23 @@ def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-
 def by_name(
     model: Any, tokenizer: Any, data: PairData, x: dict[str, Tensor]
 ) -> tuple[Scores, dict[str, list[str]]]:
-    """Zero-shot accuracy among all names of each held-out split, and the names that were found.
+    """Zero-shot accuracy on each test split, and the names that were found.
 
-    x: {split: its image vectors}. The templates are those of the split's own captions, as a person
-    who classifies satellite photos would write "a satellite photo of {}". Both ways to combine a
-    class's captions are measured: the sum of their probabilities, and the mean of their vectors.
+    x: {split: its image vectors}. The candidates are the names in the split, and then all names of
+    the data, among which there are more to confuse. The templates are those of the split's own
+    captions, as a person who classifies satellite photos would write "a satellite photo of {}".
+    Both ways to combine a class's captions are measured: the sum of their probabilities, and the
+    mean of their vectors.
     """
+    everything = sorted({name for split in data.splits.values() for name in split.labels})
     scores = {}
     found = {}
     for split in list(data.splits)[2:]:
         templates = find_templates(data.splits[split])
         names, labels = number_labels(data.splits[split].labels)
-        classes = class_vectors(model, tokenizer, names, templates)
+        all_classes = class_vectors(model, tokenizer, everything, templates)
+        own = torch.tensor([everything.index(name) for name in names])
+        classes = all_classes[:, own.to(all_classes.device)]
         means = F.normalize(classes.mean(0, keepdim=True), dim=-1)
         guesses = classify(x[split], classes, model.scale()).cpu()
         by_mean = classify(x[split], means, model.scale()).cpu()
@@ -257,6 +259,9 @@ def by_name(
         scores[f"zero-shot, {split}, {len(names):,} names"] = right
         right = share(by_mean == labels, "images", *alike)
         scores[f"zero-shot, {split}, mean vectors"] = right
+        among_all = classify(x[split], all_classes, model.scale()).cpu()
+        right = share(among_all == own[labels], "images", *alike)
+        scores[f"zero-shot, {split}, all {len(everything):,} names"] = right
         found[split] = [names[i] for i in guesses.tolist()]
     return scores, found
 

@@ -13,7 +13,7 @@ from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.batches.pairs import GLYPHS, ImageConfig, ImageData
 from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion, DiffusionConfig, level
-from tinyfm.evaluate import generated
+from tinyfm.evaluate import generated, judge
 from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
 from tinyfm.recipes.pictures import (
     ImageRun,
@@ -77,7 +77,8 @@ class DDPMRun(ImageRun):
         """Distance of samples from real pictures, for data that the judge can read."""
         if self.data.path not in GLYPHS:
             return {}
-        return generated.measure_samples(model, data, self.data.cache)
+        judged_by = judge.config_of(options.judge_steps)
+        return generated.measure_samples(model, data, self.data.cache, judged_by)
 
 
 # ---- classification -----------------------------------------------------------------------------

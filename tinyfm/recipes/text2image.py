@@ -23,7 +23,7 @@ from tinyfm.batches.pairs import GLYPHS, ImageConfig, PairConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import sheets
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.evaluate import generated
+from tinyfm.evaluate import generated, judge
 from tinyfm.recipes.autoencoder import AutoencoderRun
 from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
 from tinyfm.recipes.clip import CLIPRun
@@ -187,7 +187,8 @@ class TextToImageRun(Run):
         """
         if self.data.path not in GLYPHS:
             return {}
-        scores = generated.measure(model, data, self.data, options.guidance)
+        judged_by = judge.config_of(options.judge_steps)
+        scores = generated.measure(model, data, self.data, options.guidance, judged_by)
         if options.picture and model is opened.model:
             generated.draw_held_out(model, data, self.data.color, options.guidance, options.picture)
         return scores
