@@ -20,7 +20,10 @@ with console() as out:
     for i in range(100):
         print("naïve \\N{SNOWMAN} \\udcff " * 50, flush=True)
         print("progress", file=sys.stderr)
-    open("first", "w").write("first")
+    try:
+        input("user: ")
+    except EOFError:
+        open("first", "w").write("first")
 Path("done").write_text(str(out.reader_gone))
 """
 
@@ -31,6 +34,7 @@ def work(tmp_path: Path, shell: str, **environment: str) -> subprocess.Completed
         ["bash", "-c", shell.replace("WORK", f"{sys.executable} work.py")],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=60,
     )

@@ -1,5 +1,7 @@
 """Several processes: how they divide the rows, and what one process alone does."""
 
+import signal
+
 import pytest
 import torch
 
@@ -16,6 +18,21 @@ def test_nothing_is_shared_out():
     """A validation split may be empty, also where all ranks have to work on each item together."""
     assert [*distributed.World(1, 2).share([], together=True)] == []
     assert [*distributed.World(1, 2).share("a", together=True)] == [(0, "a", False)]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
+def test_a_closed_terminal_stops_a_run_unless_nohup_started_it():
+    with distributed.Signals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+    assert signals.received == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.received == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_process_does_not_communicate(monkeypatch):

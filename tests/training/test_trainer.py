@@ -205,6 +205,14 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert len(losses(tmp_path / "a")) == 10
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path, data, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "fsync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: synced.append(path.name))
+    make(tmp_path, data).fit()
+    assert synced.index("metrics.jsonl") < synced.index("model.safetensors")
+
+
 def test_resuming_a_complete_run_changes_nothing(tmp_path, data):
     scores = make(tmp_path, data).fit()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
