@@ -18,14 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tinyfm.common import schema
 from tinyfm.common.folders import temporary_name
 
 # The errors that reading a file raises if a value in it is missing, too large or of a wrong type.
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that may be NaN
-MODULES_PER_TENSOR = 20  # of a model, at most: most modules hold a weight, or few do around one
 BUFFER_BYTES = 1 << 30  # of tables that a model computes and no file stores, at most
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
@@ -100,9 +99,9 @@ def build_shapes(build: Callable[[], nn.Module], n_tensors: int) -> nn.Module:
 
     With these a config is compared with the weights beside it before anything large is allocated.
     n_tensors: number of tensors in those weights. Raises ValueError if the model has far more
-    modules than that, or tables that are too large.
+    parameters than that, or tables that are too large.
     """
-    most = 1000 + MODULES_PER_TENSOR * n_tensors
+    most = 100 + 2 * n_tensors  # a tied weight is stored once
     count = 0
 
     def limit(*arguments: Any) -> None:
@@ -111,7 +110,7 @@ def build_shapes(build: Callable[[], nn.Module], n_tensors: int) -> nn.Module:
         if count > most:
             raise ValueError(f"the config has far more layers than its {n_tensors} weights")
 
-    hook = register_module_module_registration_hook(limit)
+    hook = register_module_parameter_registration_hook(limit)
     try:
         with torch.device("meta"):
             model = build()
