@@ -124,7 +124,7 @@ def find_splits(folder: Path, images: list[Path]) -> dict[str, str]:
 def text_captions(image: Path) -> tuple[str, ...]:
     """The captions in the text file next to an image. Raises ValueError or OSError."""
     text, _ = reading.read(image.with_suffix(".txt"))
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
 def read_metadata(found: list[Path], report: Report) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,6 @@ neither a line without an end nor a small file that expands to a huge one takes 
     python -m data.files my-notes/
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,23 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from data import reading, tables
-from data.reading import decode, extra, find, fingerprint, read, state_of
 from data.report import Report, show
-
-__all__ = ["decode", "documents", "extra", "find", "fingerprint", "read", "state_of", "version"]
-
-
-def parse_json(line: str) -> object:
-    """The value of a line of JSON; None if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def version(path: str) -> str:
-    """The `fingerprint` of the files that `path` names."""
-    return fingerprint(find(path))
+    """The `reading.fingerprint` of the files that `path` names."""
+    return reading.fingerprint(reading.find(path))
 
 
 def plain_tables(paths: list[Path], field: str = "text") -> list[Path]:
@@ -55,7 +43,7 @@ def note_plain_tables(paths: list[Path], field: str = "text") -> str:
 def check_libraries(paths: list[Path]) -> None:
     """Raise ValueError if a file needs a library that is missing: now, not after hours of work."""
     if any(path.suffix.lower() in (".zst", ".parquet") for path in paths):
-        extra("pyarrow.parquet")
+        reading.extra("pyarrow.parquet")
 
 
 def candidates(
@@ -70,7 +58,7 @@ def candidates(
         for row in tables.rows(path, notes=notes):
             yield row.name, partial(tables.parse, row)
     else:
-        yield path.as_posix(), partial(read, path)
+        yield path.as_posix(), partial(reading.read, path)
 
 
 def documents(path: str, report: Report | None = None) -> Iterator[str]:
@@ -80,7 +68,7 @@ def documents(path: str, report: Report | None = None) -> Iterator[str]:
     """
     if report is None:
         report = Report()
-    found = find(path, report)
+    found = reading.find(path, report)
     check_libraries(found)
     remark = note_plain_tables(found)
     if remark:

@@ -56,7 +56,7 @@ def check_columns(
 
     Raises ValueError if it has none of them, or if one of `label_columns` is missing.
     """
-    found = ", ".join(map(repr, names)) or "none"
+    found = ", ".join(map(repr, names[:20])) or "none"
     for name in label_columns:
         if name not in names:
             raise ValueError(

@@ -407,7 +407,7 @@ def find_paths(config: PrepareConfig) -> tuple[list[Path], Tally]:
     The files in the folder that is being made are left out silently.
     """
     report = Report()
-    found = dict.fromkeys(path for name in config.paths for path in files.find(name, report))
+    found = dict.fromkeys(path for name in config.paths for path in reading.find(name, report))
     out = Path(config.out).resolve()
     own = {out, out.with_name(f"{out.name}.part")}
     paths = [path for path in found if not own & {*path.resolve().parents}]
@@ -425,7 +425,7 @@ def settings_of(
     config: PrepareConfig, paths: list[Path], fixed: tokenizers.Tokenizer | None
 ) -> dict:
     """Everything that the result depends on, in the types that JSON has."""
-    settings = {"format": FORMAT, "files": files.fingerprint(paths)} | dataclasses.asdict(config)
+    settings = {"format": FORMAT, "files": reading.fingerprint(paths)} | dataclasses.asdict(config)
     for name in ("paths", "out", "workers"):
         del settings[name]
     if fixed:

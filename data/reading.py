@@ -314,6 +314,15 @@ def byte_lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
+def is_valid(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, and so no invalid bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class TextFile:
     """The text of a file, a part at a time, with invalid bytes as "surrogateescape" decodes them.
 
@@ -330,10 +339,9 @@ class TextFile:
         self.chars += len(text)
         if "\0" in text:
             raise ValueError("binary, it has NUL bytes")
-        if not text.isascii():
+        if not is_valid(text):
             self.invalid += len(ESCAPED.findall(text))
-            text = text.replace(BYTE_ORDER_MARK, "")
-        return text
+        return text.replace(BYTE_ORDER_MARK, "")
 
     def parts(self, lines: bool) -> Iterator[str]:
         """Yield the lines, of any kind of line end; or else pieces of PIECE_CHARS.
@@ -355,7 +363,7 @@ class TextFile:
 
 def replace_invalid(text: str) -> str:
     """The text with U+FFFD for each run of invalid bytes, and for half a surrogate pair."""
-    if text.isascii():
+    if is_valid(text):
         return text
     text = ESCAPED.sub(REPLACEMENT, text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -14,6 +14,8 @@ MORE_NOTES = "more notes"
 
 def printable(name: str) -> str:
     """A name of a file for people: a name may hold any bytes, also such that move the cursor."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else "?" for c in name)
 
 

@@ -20,6 +20,7 @@ NaN, an empty cell, and in a .csv or .tsv also a cell that says so as pandas, Ex
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,9 +106,9 @@ def tabbed_cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
 def check_header(cells: list[str]) -> list[str]:
     """The names of the columns. Raises ValueError if one occurs twice."""
     names = [reading.replace_invalid(cell).strip() for cell in cells]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise ValueError(f"the column {twice[0]!r} occurs twice: rename one")
+    for name, count in Counter(filter(None, names)).most_common(1):
+        if count > 1:
+            raise ValueError(f"the column {name!r} occurs twice: rename one")
     return names
 
 
@@ -147,6 +148,7 @@ def no_number(constant: str) -> None:
     """NaN and infinity, which JSON does not have, become None: missing values."""
 
 
+BLANK = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder(parse_constant=no_number)
 
 
@@ -184,9 +186,9 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
         rest = rest[place:] + part
         place = 0
         while True:
-            start = skip_blank(rest, place)
+            start = BLANK.match(rest, place).end()
             if before and rest[start : start + 1] == before:
-                start = skip_blank(rest, start + 1)
+                start = BLANK.match(rest, start + 1).end()
             elif before and rest[start : start + 1] not in ("", "]"):
                 raise ValueError(f"not a JSON array: {rest[start : start + 20]!r} needs a comma")
             if rest[start : start + 1] == "]":
@@ -205,20 +207,13 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
     raise ValueError(f"an item that is not JSON or {reading.TOO_LONG}: {rest[place:][:40]!r}")
 
 
-def skip_blank(text: str, place: int) -> int:
-    """The place of the next character that is no white space."""
-    while place < len(text) and text[place] in " \t\n\r":
-        place += 1
-    return place
-
-
 # ---- .parquet ------------------------------------------------------------------------------------
 
 
 def check_parquet(file, path: Path, columns: Sequence[str] | None) -> int:
     """The bytes that the columns may expand to. Raises ValueError if they say that it is more."""
     limit = reading.MAX_EXPANSION * path.stat().st_size + reading.FREE_BYTES
-    size = 0
+    size = ROW_BYTES * file.metadata.num_rows
     for group in range(file.metadata.num_row_groups):
         row_group = file.metadata.row_group(group)
         for i in range(row_group.num_columns):
@@ -230,6 +225,18 @@ def check_parquet(file, path: Path, columns: Sequence[str] | None) -> int:
     return limit
 
 
+def text_bytes(column) -> int:
+    """The bytes of a column's values, each as often as it occurs."""
+    if not hasattr(column, "dictionary"):
+        return column.nbytes
+    compute = reading.extra("pyarrow.compute")
+    try:
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+    except NotImplementedError:  # of numbers, which are small
+        return column.nbytes
+    return compute.sum(lengths).as_py() or 0
+
+
 def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator:
     """Yield record batches of a .parquet: `columns`, or all of them.
 
@@ -239,7 +246,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         left = check_parquet(file, path, columns)
         for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
-            left -= batch.nbytes + ROW_BYTES * len(batch)
+            left -= sum(map(text_bytes, batch.columns)) + ROW_BYTES * len(batch)
             if left < 0:
                 raise ValueError(f"expands more than {reading.MAX_EXPANSION}-fold")
             yield batch
@@ -490,6 +497,6 @@ def holds_documents(path: Path, field: str = "text") -> bool | None:
         first = next(rows(path, field), None)
         try:
             return first is not None and bool(parse(first, field))
-        except ValueError:
-            return None
+        except ValueError as error:
+            return True if reading.TOO_LONG in str(error) else None
     return False
