@@ -1,7 +1,7 @@
 """Your own examples with labels: texts or pictures, and the class of each.
 
     reviews.csv, reviews.tsv        a header line, a column "text", and a column "label" or several
-    reviews.jsonl                   one object a line, with the same names as keys
+    reviews.jsonl                   an object a line, with these names as keys; more in tables.py
     pictures.csv, pictures.jsonl    a column "path" or "image" instead of "text": one picture a row,
                                     relative to the table
     pets/cat/1.png, pets/dog/2.jpg  a folder for each class of pictures
