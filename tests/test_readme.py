@@ -5,6 +5,8 @@ A sh block shows commands that need something which is not there, such as your o
 cluster, or half an hour; they do not run here.
 """
 
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shlex
@@ -155,6 +157,20 @@ def test_every_documented_command_runs(tmp_path):
     _, *examples = blocks("python")  # the first is a file, which test_new_family.py uses
     for block in examples:
         run(["python", "-c", block])
+
+
+def test_the_long_check_knows_the_commands_and_a_wrong_score():
+    """.ci/long, which runs README.md at full size before a release."""
+    loader = importlib.machinery.SourceFileLoader("long", str(ROOT / ".ci" / "long"))
+    long = importlib.util.module_from_spec(importlib.util.spec_from_loader("long", loader))
+    loader.exec_module(long)
+    lines = long.commands()
+    assert lines[0].endswith("&& python train.py") and "python train.py text2image" in lines
+    assert not any("pytest" in line for line in lines)
+    line = "val_bpb: 3.590 untrained, {} reached; usual for this preset: 1.65 to 1.66, as seeds"
+    assert not long.score_problem(line.format("1.655"))
+    assert "1.855" in long.score_problem(line.format("1.855"))
+    assert not long.score_problem("val_bpb: 3.590 untrained, 1.855 reached; no usual value")
 
 
 # ---- files that pages name ----------------------------------------------------------------------
