@@ -5,6 +5,7 @@
     pictures.csv, pictures.jsonl    a column "path" or "image" instead of "text": one picture a row,
                                     relative to the table
     pets/cat/1.png, pets/dog/2.jpg  a folder for each class of pictures
+    pets/train/cat/1.png, pets/test/...   the same in folders named for splits, see captioned.py
 
 A text or picture that repeats is used once. A report counts the examples that were found, used and
 skipped, with reasons. All texts are in memory at once; pictures are opened one by one.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data import reading, tables
 from data.report import Report
+from data.splits import TRAIN
 
 # Modules that read pictures are imported in the functions that need them, so that a table of texts
 # needs no Pillow.
@@ -158,7 +160,13 @@ def picture_rows(
                 f"{path} is a folder, which gives one label: leave out --data.label-columns"
             )
         pairs = captioned.folder_pairs(path, report, template="")
-        rows = [Row(str(pair.path), (pair.label,)) for pair in pairs if pair.path.parent != path]
+        found = [pair for pair in pairs if pair.path.parent != path]
+        splits = captioned.find_splits(path, [pair.path for pair in found])
+        roots = {path / name for name in splits}  # their own pictures have no class
+        rows = [Row(str(p.path), (p.label,)) for p in found if p.path.parent not in roots]
+        for pair in found:
+            if pair.path.parent in roots:
+                report.skip("no class", pair.path.as_posix())
     elif path.is_file() and tables.kind_of(path):
         columns = (input_column,) if input_column else ("path", "image")
         rows = table_rows(path, report, columns, label_columns)
@@ -170,12 +178,25 @@ def picture_rows(
     return rows
 
 
+def folder_splits(path: str | Path, rows: Sequence[Row]) -> list[str]:
+    """ "val" or "test" for each picture in a folder named for it; "" for all others."""
+    from data import captioned
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return [""] * len(rows)
+    images = [Path(row.source) for row in rows]
+    splits = captioned.find_splits(folder, images)
+    tops = [image.relative_to(folder).parts[0] for image in images]
+    return [splits.get(top, "").replace(TRAIN, "") for top in tops]
+
+
 def version(rows: Sequence[Row]) -> str:
     """A name for the exact pictures: their paths and labels, and a hash of each file."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((*row, reading.state_of(Path(row.source)))).encode())
-    return f"labelled-4 {digest.hexdigest()}"
+    return f"labelled-5 {digest.hexdigest()}"
 
 
 def records(

@@ -323,6 +323,28 @@ def test_a_picture_near_to_one_of_another_split_is_left_out(tmp_path):
     assert len(report.skipped["nearly the same as a picture of another split"]) == 6
 
 
+def test_classes_in_folders_named_for_splits(tmp_path):
+    """Each picture is in the split of its folder; a split without a folder is drawn from train."""
+    own = tmp_path / "own"
+    for i in range(24):
+        draw(own / "train" / "ab"[i % 2] / f"{i}.png", i)
+        if i < 6:
+            draw(own / "test" / "ab"[i % 2] / f"{i}.png", 100 + i)
+    draw(own / "train" / "loose.png", 50)
+    draw(own / "train" / "a" / "copy.png", 100)  # of a test picture
+    data = open_pictures(own, tmp_path, val_fraction=0.5)
+    assert data.classes == {"label": ("a", "b")}
+    assert {split: len(labels) for split, labels in data.labels.items()} == {
+        "train": 18, "val": 6, "test": 6,
+    }  # fmt: skip
+    for i in range(24, 28):
+        draw(own / "validation" / "ab"[i % 2] / f"{i}.png", i)
+    data = open_pictures(own, tmp_path)
+    assert {split: len(labels) for split, labels in data.labels.items()} == {
+        "train": 24, "val": 4, "test": 6,
+    }  # fmt: skip
+
+
 def test_each_picture_keeps_its_labels(tmp_path):
     """The grey value of a picture is the number that its two labels make."""
     lines = ["path,tens,ones"]

@@ -368,8 +368,20 @@ def prepare_pictures(config: TaskConfig, image_size: int, channels: int) -> Path
         records = scripts.records(config.path, image_size, channels, report)
     else:
         rows = labelled.picture_rows(config.path, report, config.input_column, config.label_columns)
-        keys = [f"{row.labels} {Path(row.source).name}" for row in rows]
-        splits = hold_out([row.labels for row in rows], keys, config.val_fraction)
+        splits = labelled.folder_splits(config.path, rows)
+        given = set(splits) - {""}
+        # What your folders hold out comes first: training loses the pictures that are near to it.
+        order = sorted(range(len(rows)), key=lambda i: not splits[i])
+        rows = [rows[i] for i in order]
+        splits = [splits[i] for i in order]
+        # Draw what they do not say.
+        free = [row for row, split in zip(rows, splits) if not split]
+        drawn = [TRAIN] * len(free)
+        if given != {VAL, TEST}:
+            keys = [f"{row.labels} {Path(row.source).name}" for row in free]
+            drawn = hold_out([row.labels for row in free], keys, config.val_fraction)
+        drawn = [TRAIN if split in given else split for split in drawn]
+        splits[len(rows) - len(free) :] = drawn
         name = name_of(config.path, "pictures")
         version = f"{labelled.version(rows)} {config.val_fraction}"
         records = labelled.records(rows, splits, image_size, channels, report)
