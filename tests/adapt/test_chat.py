@@ -1,6 +1,7 @@
 """Chats: one template, which no message can break; only the assistant's tokens are learnt."""
 
 import copy
+import gzip
 import inspect
 import json
 import math
@@ -9,6 +10,8 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +22,7 @@ from data.report import Report
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
 from tinyfm.adapt.chat import ROLES, chat, encode_message, render, reply, trim_history
-from tinyfm.batches.chat import ChatConfig, ChatData, make_rows
+from tinyfm.batches.chat import ChatConfig, ChatData, make_rows, read_conversation, read_files
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.optim import OptimConfig
@@ -273,6 +276,113 @@ def test_lines_that_teach_nothing_are_skipped_and_listed(tmp_path):
         "1 skipped: an exact duplicate (a.jsonl:10)",
     ):
         assert part in said
+
+
+HELLO = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": HELLO},
+        {"messages": [{**HELLO[0], "role": "developer"}, *HELLO[1:]], "tools": []},
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in HELLO]},
+        {
+            "conversations": [
+                {"from": "system", "value": "be kind"},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+            ]
+        },
+        {
+            "system": "be kind",
+            "conversations": [{"from": "user", "value": "Hi"}, {"from": "bing", "value": "Hello"}],
+        },
+        {"system": "be kind", "instruction": "Hi", "input": "", "output": "Hello"},
+    ],
+)
+def test_the_usual_forms_of_conversations_say_the_same(fields):
+    assert read_conversation(fields) == HELLO
+
+
+def test_an_input_stands_below_its_instruction():
+    found = read_conversation({"instruction": "Add", "input": "1 and 2", "output": "3"})
+    assert [message["content"] for message in found] == ["Add\n\n1 and 2", "3"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json.gz", ".csv", ".parquet"])
+def test_conversations_are_read_from_every_table(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    rows = [{"instruction": f"question {i}", "output": f"answer {i * i}"} for i in range(4)]
+    text = json.dumps(rows)
+    if suffix == ".jsonl":
+        text = "\n".join(map(json.dumps, rows))
+    if suffix == ".csv":
+        lines = [f"{row['instruction']},{row['output']}" for row in rows]
+        text = "\n".join(["instruction,output", *lines])
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode("utf-8")))
+    else:
+        path.write_text(text, encoding="utf-8")
+    report = Report()
+    found = [messages for _, messages in read_files(str(path), report)]
+    assert [(m[0]["content"], m[1]["content"]) for m in found] == [
+        (row["instruction"], row["output"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("skip", [{"weight": 0}, {"train": False}, {"masked": True}])
+def test_a_message_of_no_weight_is_read_and_not_trained_on(tmp_path, skip):
+    draft = {"role": "assistant", "content": "WRONG", **skip}
+    lines = [
+        {"messages": [*talk(f"q{word}"), draft, *talk("again", word)[-2:]]}
+        for word in ("fox", "goose", "mouse")
+    ]
+    data = open_data(write(tmp_path / "a.jsonl", lines))
+    for row in (*data.train, *data.val):
+        assert b"WRONG" in BYTES.decode_bytes(row.ids.tolist())
+        said = BYTES.decode_bytes(row.ids[row.trained].tolist())
+        assert b"WRONG" not in said
+        assert any(word in said for word in (b"fox", b"goose", b"mouse"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": 0.5}, "'weight' is 0.5: it must be 1 or 0"),
+        ({"weight": "0"}, "'weight' is '0'"),
+        ({"tool_calls": [{"id": "1"}]}, "'tool_calls' cannot be learnt"),
+        ({"function_call": {"name": "f"}, "content": None}, "'function_call' cannot be learnt"),
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "of type 'image_url'"),
+        ({"content": [7]}, "of type None"),
+        ({"content": None}, "without"),
+        ({"role": "tool"}, "unknown role 'tool'"),
+        ({"role": ["assistant"]}, "unknown role"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_by_name(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_conversation({"messages": [*HELLO[:2], HELLO[2] | change]})
+
+
+def test_keys_of_a_conversation_are_refused_or_counted(tmp_path):
+    with pytest.raises(ValueError, match="'tools' cannot be learnt"):
+        read_conversation({"messages": HELLO, "tools": [{"name": "f"}]})
+    with pytest.raises(ValueError, match="'history' cannot be learnt"):
+        read_conversation({"instruction": "a", "output": "b", "history": [["c", "d"]]})
+    lines = [{"id": i, "messages": talk(f"q{i}", f"answer {i * i}")} for i in range(5)]
+    assert (
+        "keys that are not used: 'id' (5)"
+        in open_data(write(tmp_path / "a.jsonl", lines)).description
+    )
+    with pytest.raises(ValueError, match=r"give .*OpenAI.*ShareGPT.*Alpaca"):
+        open_data(write(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Likelihood: equal to the obvious sums, however texts are batched and cut; choices, few-shot."""
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tinyfm import adapt
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.evaluate import likelihood
+from tinyfm.evaluate.__main__ import read_choices
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.tokenizer import ByteTokenizer, train
@@ -183,6 +185,22 @@ def test_the_space_between_belongs_to_the_continuation(kind):
 
 
 # ---- choices ------------------------------------------------------------------------------------
+
+
+def test_questions_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "q.jsonl"
+    question = {"context": "one\u2028two", "choices": ["a", "b"], "answer": 1}
+    line = json.dumps(question, ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\r\n\n{line}", encoding="utf-8")
+    assert read_choices(str(path)) == [question, question]
+    for bad, problem in (
+        ("{", r"not JSON \(q.jsonl:2\)"),
+        (line.replace("1}", "true}"), r"q.jsonl:2 is no question"),
+        (line.replace('["a", "b"]', '"ab"'), r"q.jsonl:2 is no question"),
+    ):
+        path.write_text(f"{line}\n{bad}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=problem):
+            read_choices(str(path))
 
 
 def test_choices_by_each_rule():
