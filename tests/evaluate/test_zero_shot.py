@@ -182,7 +182,7 @@ def test_evaluation(run, tmp_path, capsys):
     for name in scores:
         interval = printed["intervals"][name]["reached"]
         assert interval["n"] > 0, name
-    names = next(row for name, row in scores.items() if name.startswith("zero-shot, val, "))
+    names = next(row for name, row in scores.items() if name.startswith("zero-shot, test, "))
     assert names["reached"] == 1 and names["untrained"] < 0.6
     features = [row for name, row in scores.items() if "features" in name]
     assert len(features) == 2
