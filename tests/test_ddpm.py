@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from tinyfm import ddpm
 from tinyfm.ddpm import SAMPLERS, Diffusion, DiffusionConfig
+from tinyfm.hub import scheduler
 from tinyfm.unet import UNet
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers'
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers'
 TINY = DiffusionConfig(
     image_size=8, channels=(8, 16), attend=(False, True), n_block=1, groups=4, n_head=2
 )
@@ -613,25 +614,34 @@ def test_schedulers_of_other_samplers(theirs, tmp_path):
         torch.testing.assert_close(ddpm.alpha_bars(ours).float(), theirs.alphas_cumprod)
 
 
-@pytest.mark.parametrize(
-    "cls", [DDPMScheduler, DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler]
-)
-def test_schedulers_without_fields(cls, tmp_path):
+@pytest.mark.parametrize("name", scheduler.SCHEDULERS)
+def test_schedulers_without_fields(name, tmp_path):
     """A field that the file lacks has the default of its class in diffusers."""
+    cls = getattr(diffusers, name)
     trained(TINY).save_pretrained(tmp_path)
     cls().save_pretrained(tmp_path / "scheduler")
     expected = Diffusion.from_pretrained(tmp_path).config
+    torch.testing.assert_close(ddpm.alpha_bars(expected).float(), cls().alphas_cumprod)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": cls.__name__}), encoding="utf-8")
     assert Diffusion.from_pretrained(tmp_path).config == expected
 
 
+def test_settings_of_a_sampler_are_left_to_it(tmp_path):
+    trained(TINY).save_pretrained(tmp_path)
+    theirs = DPMSolverMultistepScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear")
+    theirs.save_pretrained(tmp_path / "scheduler")
+    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler .*use_karras_sigmas"):
+        ours = Diffusion.from_pretrained(tmp_path).config
+    torch.testing.assert_close(ddpm.alpha_bars(ours).float(), theirs.alphas_cumprod)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'; .*DDPMScheduler"),
+        ({"_class_name": "UnCLIPScheduler"}, "_class_name is 'UnCLIPScheduler'; .*DDPMScheduler"),
         ({"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; supported: None"),
-        ({"thresholding": True}, "thresholding is True; supported: False"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True; supported: False"),
         ({"beta_schedule": "sigmoid"}, "schedule is 'sigmoid'; supported: linear"),
         ({"variance_type": "learned"}, "variance is 'learned'; supported: fixed_small"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),

@@ -3,7 +3,8 @@
 The folder has two parts, unet/ and scheduler/; the first published ones have all files in one
 folder. The scheduler has no weights. Its scheduler_config.json says how the noise grows, what the
 network predicts, and where a sampler stops. Its class is one of many samplers; our class is the
-same for all of them, and `sample` chooses the sampler.
+same for all of them, and `sample` chooses the sampler. So of a sampler's file the noise schedule is
+read, and where its levels lie.
 
 The tables are read as in diffusion.py. Left out: settings that matter in training only, and other
 ways to sample.
@@ -11,6 +12,7 @@ ways to sample.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,20 +58,41 @@ DEFAULTS = {
     "set_alpha_to_one": True,
     "timestep_spacing": "leading",
     "trained_betas": None,
-    "thresholding": False,
     "rescale_betas_zero_snr": False,
+}
+LINSPACE = {"timestep_spacing": "linspace"}
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012}  # of Stable Diffusion
+SCHEDULERS = {  # class of diffusers -> its defaults
+    "DDPMScheduler": DEFAULTS | {"clip_sample": True},
+    "DDPMParallelScheduler": DEFAULTS | {"clip_sample": True},
+    "DDIMScheduler": DEFAULTS | {"clip_sample": True},
+    "DDIMParallelScheduler": DEFAULTS | {"clip_sample": True},
+    "DDIMInverseScheduler": DEFAULTS | {"clip_sample": True},
+    "PNDMScheduler": DEFAULTS | {"set_alpha_to_one": False},
+    "DPMSolverMultistepScheduler": DEFAULTS | LINSPACE,
+    "DPMSolverMultistepInverseScheduler": DEFAULTS | LINSPACE,
+    "DPMSolverSinglestepScheduler": DEFAULTS,
+    "DEISMultistepScheduler": DEFAULTS | LINSPACE,
+    "UniPCMultistepScheduler": DEFAULTS | LINSPACE,
+    "SASolverScheduler": DEFAULTS | LINSPACE,
+    "EulerDiscreteScheduler": DEFAULTS | LINSPACE,
+    "EulerAncestralDiscreteScheduler": DEFAULTS | LINSPACE,
+    "LMSDiscreteScheduler": DEFAULTS | LINSPACE,
+    "HeunDiscreteScheduler": DEFAULTS | LINSPACE | LATENT,
+    "KDPM2DiscreteScheduler": DEFAULTS | LINSPACE | LATENT,
+    "KDPM2AncestralDiscreteScheduler": DEFAULTS | LINSPACE | LATENT,
+    "LCMScheduler": DEFAULTS | LATENT | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": DEFAULTS | LATENT | {"beta_schedule": "scaled_linear"},
+}
+# Settings of one sampler, which say nothing of the noise in training. Ours do not follow them.
+SAMPLER_FIELDS = {
+    "thresholding": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
     "clip_sample_range": 1.0,
-}
-SCHEDULERS = {  # class of diffusers -> its defaults
-    "DDPMScheduler": DEFAULTS | {"clip_sample": True},
-    "DDIMScheduler": DEFAULTS | {"clip_sample": True},
-    "PNDMScheduler": DEFAULTS | {"set_alpha_to_one": False},
-    "DPMSolverMultistepScheduler": DEFAULTS | {"timestep_spacing": "linspace"},
 }
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -91,11 +114,23 @@ FLOW_DEFAULTS = {
 }
 
 
+def warn_of_sampler(kind: str, raw: dict) -> None:
+    """Warn of settings of a sampler that ours do not have."""
+    others = [f for f, usual in SAMPLER_FIELDS.items() if raw.get(f, usual) not in (usual, None)]
+    if others:
+        warnings.warn(
+            f"the {kind} of this folder samples with {', '.join(others)}, which the samplers here "
+            "do not have; the noise schedule is read",
+            stacklevel=2,
+        )
+
+
 def read_scheduler(kind: str, raw: dict, config: Any) -> Any:
     """Return the DiffusionConfig `config` with the settings of a scheduler_config.json."""
     if kind == FLOW_SCHEDULER:
         values = diffusion.read_settings(raw, FLOW_FIELD_TABLE, FLOW_DEFAULTS, type(config))
         return replace(config, prediction="flow", **values)
+    warn_of_sampler(kind, raw)
     values = diffusion.read_settings(raw, FIELD_TABLE, SCHEDULERS[kind], type(config))
     for field, names in VALUES.items():
         ours = {theirs: our_value for our_value, theirs in names.items()}
@@ -111,7 +146,7 @@ def write_scheduler(config: Any) -> dict[str, Any]:
         raw = diffusion.write_settings(config, FLOW_FIELD_TABLE, FLOW_DEFAULTS)
         return {"_class_name": FLOW_SCHEDULER} | raw
     kind = "DDPMScheduler" if config.end_clean else "DDIMScheduler"
-    raw = diffusion.write_settings(config, FIELD_TABLE, SCHEDULERS[kind])
+    raw = diffusion.write_settings(config, FIELD_TABLE, SCHEDULERS[kind] | SAMPLER_FIELDS)
     raw["beta_schedule"] = VALUES["schedule"][config.schedule]
     raw["prediction_type"] = VALUES["prediction"][config.prediction]
     raw["variance_type"] = VALUES["variance"][config.variance]
