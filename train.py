@@ -93,6 +93,8 @@ def run_command() -> int | str:
             print(launch.describe(plan))
         return 0
     except RuntimeError as error:
+        if distributed.is_lost(error):
+            return f"error: {distributed.lost(distributed.rank(), error)}"
         if "allocate" not in str(error):  # the word in the messages of both CPU and GPU
             raise
         reason = str(error).splitlines()[0]

@@ -35,6 +35,19 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_started_it():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_rank_that_no_longer_answers(monkeypatch):
+    closed = RuntimeError(
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4\nlong"
+    )
+    assert not distributed.is_lost(closed)  # one process has no others
+    monkeypatch.setattr(distributed, "joined", lambda: True)
+    assert distributed.is_lost(closed) and distributed.is_lost(torch.distributed.DistError("lost"))
+    assert not distributed.is_lost(RuntimeError("a bug of ours"))
+    message = distributed.lost(1, closed)
+    assert "rank 1 gets no answer" in message and "closed by peer" in message
+    assert "--resume" in message and "long\n" not in message
+
+
 def test_one_process_does_not_communicate(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.distributed, "init_process_group", None)

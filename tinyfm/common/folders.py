@@ -45,6 +45,19 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
+def is_running(process: str) -> bool:
+    """Whether there is a process of that number on this machine; True if that cannot be told."""
+    if os.name == "nt" or not process.isdecimal() or len(process) > 9:
+        return True  # on Windows os.kill would end it
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of somebody else
+        return True
+    return True
+
+
 # ---- locks ---------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ from tinyfm.common.files import (
     write_json,
     write_text,
 )
-from tinyfm.common.folders import TEMPORARY, temporary_name
+from tinyfm.common.folders import TEMPORARY, is_running, temporary_name
 from tinyfm.common.schema import check
 from tinyfm.training import distributed
 
@@ -348,13 +348,17 @@ def restore_state(
 # ---- save ----------------------------------------------------------------------------------------
 
 
-def recover(run: Path, process: int | None = None) -> None:
-    """Clean up after killed or failed saves: of one process, or, for the owner of a run, of all.
+def recover(run: Path, owned: bool = True) -> None:
+    """Clean up after killed or failed saves.
 
     A checkpoint that was being replaced gets its name back; everything else that is temporary is
-    removed.
+    removed. owned: this process is the only one that writes the run; otherwise what belongs to
+    other running processes is left alone.
     """
-    for path in run.glob(f"{TEMPORARY}*" if process is None else f"{TEMPORARY}{process}-*"):
+    for path in run.glob(f"{TEMPORARY}*"):
+        process = path.name.removeprefix(TEMPORARY).partition("-")[0]
+        if not owned and process != str(os.getpid()) and is_running(process):
+            continue
         old = OLD_FOLDER.fullmatch(path.name)
         if old and not (run / old[1]).exists():
             path.rename(run / old[1])
@@ -401,7 +405,7 @@ def save(
     def write_shared() -> Path:
         temporary = temporary_name(final)
         run.mkdir(parents=True, exist_ok=True)
-        recover(run, os.getpid())
+        recover(run, owned=False)
         if final.exists() and not (final / MANIFEST).is_file():
             raise FileExistsError(f"{final} is in the way and is not a checkpoint")
         temporary.mkdir()
@@ -423,7 +427,7 @@ def save(
         raise CheckpointError(f"{problem}; {advice}") from error
     finally:
         if distributed.rank() == 0:
-            recover(run, os.getpid())
+            recover(run, owned=False)
     return final
 
 

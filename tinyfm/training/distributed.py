@@ -187,6 +187,22 @@ def no_connection(world: World, error: Exception) -> str:
     )
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether an error of a run says that another rank no longer answers."""
+    own_kind = dist.is_available() and isinstance(error, dist.DistError)
+    return joined() and (own_kind or "gloo" in str(error))
+
+
+def lost(world_rank: int, error: Exception) -> str:
+    """An error message for a rank that the others have left, with the usual causes."""
+    reason = str(error).splitlines()[0]
+    return (
+        f"rank {world_rank} gets no answer from another rank ({reason}). That one has died (see "
+        f"its output), or it was stopped for longer than {TIMEOUT.seconds // 60} minutes. The last "
+        "checkpoint is whole: continue with --resume"
+    )
+
+
 def start() -> World:
     """Join the processes that torchrun started; without torchrun, a World of one process.
 

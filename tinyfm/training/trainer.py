@@ -20,7 +20,7 @@ The loop protects a run in four ways:
 - A step whose loss or gradient norm is not finite, or is a spike, is skipped: it changes no
   weight. After several skipped steps in a row the run ends with an error and keeps its last
   checkpoint. All ranks decide alike, because the numbers that decide are sums over ranks.
-- SIGTERM and Ctrl-C end the current step or evaluation; the trainer then saves and returns.
+- SIGTERM, SIGHUP and Ctrl-C end the current step or evaluation; the trainer saves and returns.
 - A checkpoint is copied in memory and written in the background while training continues. The
   next checkpoint waits until it is written, and so does the end of the run.
 - A validation loss that is not finite ends the run before a checkpoint is saved.
