@@ -1,4 +1,4 @@
-"""Letters and symbols with their names: about 39,000 image-caption pairs that are on your disk.
+"""Letters and symbols with their names: about 36,000 image-caption pairs that are on your disk.
 
 matplotlib comes with fonts, and Unicode gives each character a name. So we draw every named
 character of the fonts DejaVu Sans, DejaVu Sans Mono, DejaVu Serif and STIX, each in four styles,

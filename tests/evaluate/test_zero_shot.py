@@ -182,8 +182,11 @@ def test_evaluation(run, tmp_path, capsys):
     for name in scores:
         interval = printed["intervals"][name]["reached"]
         assert interval["n"] > 0, name
-    names = next(row for name, row in scores.items() if name.startswith("zero-shot, test, "))
-    assert names["reached"] == 1 and names["untrained"] < 0.6
+    among_own = next(row for name, row in scores.items() if name.startswith("zero-shot, test, "))
+    assert among_own["reached"] == 1 and among_own["untrained"] < 0.6
+    among_all = scores[f"zero-shot, test, all {len(COLOURS)} names"]
+    assert among_all["untrained"] <= among_own["untrained"]
+    assert among_all["reached"] > 0.7
     features = [row for name, row in scores.items() if "features" in name]
     assert len(features) == 2
     assert all(row.keys() == {"untrained", "reached", "pixels"} for row in features)
