@@ -113,6 +113,8 @@ def members(path: Path, report: Report) -> Iterator[dict]:
             size = path.stat().st_size
             while member := tar.next():
                 tar.members.clear()  # the library keeps them all
+                if member.size < 0:
+                    raise tarfile.ReadError("a size below zero, which leads back")
                 if member.isdir():
                     continue
                 reason = reason_to_skip(member)

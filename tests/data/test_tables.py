@@ -369,6 +369,19 @@ def test_a_tar_that_claims_more_than_it_has_ends_at_once(tmp_path):
         assert any("not a whole, unpacked tar" in reason for reason in report.skipped)
 
 
+@pytest.mark.parametrize("size", range(-4096, 0, 512))
+def test_a_tar_whose_sizes_lead_back_ends(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("1.png", "2.png"):
+            member = tarfile.TarInfo(name)
+            member.pax_headers = {"size": str(size)} if name == "2.png" else {}
+            tar.addfile(member)
+    report = Report()
+    assert len([*tars.samples(path, report)]) == 1
+    assert any("size below zero" in reason for reason in report.skipped)
+
+
 def test_ranges_of_tars_have_a_limit():
     with pytest.raises(ValueError, match="10,000,000,000 files, more than 100,000: give a glob"):
         tars.find("a-{0..9999999999}.tar")
