@@ -90,12 +90,19 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_regular(path: Path) -> bool:
+    """Whether opening a path gives its content at once, or an error: a pipe may wait for ever."""
+    return path.is_file() or path.is_dir() or not path.exists()
+
+
 def load(path: str | Path) -> tuple[Image.Image, int]:
     """The first picture of a file, upright and flat, and the number of pictures in the file.
 
     An animation has several pictures (frames), and so may a document (pages). Raises ValueError
     with the reason if that fails.
     """
+    if isinstance(path, (str, Path)) and not is_regular(Path(path)):
+        raise ValueError("a pipe, a socket or a device")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which do no harm

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import files, labelled, reading, tables, tars
+from data import files, labelled, pictures, reading, tables, tars
 from data.report import MAX_NAMES, MAX_REASONS, Report
 
 
@@ -347,6 +347,12 @@ def test_a_version_follows_the_content_alone(tmp_path):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert files.version(str(path)) != before
     assert files.version(str(write(tmp_path / "two" / "b.csv", "one"))) != before
+
+
+def test_a_picture_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a pipe, a socket or a device"):
+        pictures.decode(tmp_path / "a.png", 8, 3)
 
 
 # ---- tars ----------------------------------------------------------------------------------------
