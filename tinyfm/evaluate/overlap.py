@@ -90,8 +90,6 @@ def read_texts(data: Any, split: str) -> Iterator[str]:
 
     Raises ValueError for pictures.
     """
-    if isinstance(data, PromptedData):
-        data = data.data
     if not isinstance(data, (chat.ChatData, labelled.TaskData, text.TextData)):
         raise ValueError("overlap compares texts, and these data are pictures")
     if data.tokenizer is None:
@@ -122,6 +120,11 @@ def measure_images(data: Any) -> tuple[dict[str, int], str]:
     return pair_files.near_training(data.splits), pair_files.describe_near(data.splits)
 
 
+def without_prompt(data: Any) -> Any:
+    """The data that a soft prompt stands before."""
+    return data.data if isinstance(data, PromptedData) else data
+
+
 # ---- the shares ----------------------------------------------------------------------------------
 
 
@@ -136,10 +139,10 @@ class Shares:
     answers: dict[str, float]
 
 
-def repeated(answers: list[str], training: Iterator[str]) -> float:
+def repeated(answers: list[str], training: list[str]) -> float:
     """The share of answers of MIN_WORDS or more that occur in training text, word for word."""
     long = {" ".join(answer.split()) for answer in answers if len(answer.split()) >= MIN_WORDS}
-    read = " ".join(" ".join(text.split()) for text in training)
+    read = " ".join(" ".join(training).split())
     return sum(answer in read for answer in long) / max(1, len(long))
 
 
@@ -148,27 +151,33 @@ def measure(data: Any, trained_on: dict[str, Any]) -> list[Shares]:
 
     trained_on: name -> data whose training split was read; the first are `data` themselves.
     """
-    shares = []
-    for split in HELD_OUT:
-        held_out = list(read_texts(data, split))
-        overlap = Overlap(held_out)
-        together = np.zeros_like(overlap.found)
-        runs = {}
-        answers = {}
-        for i, (name, source) in enumerate(trained_on.items()):
+    data = without_prompt(data)
+    trained_on = {name: without_prompt(source) for name, source in trained_on.items()}
+    is_chat = isinstance(data, chat.ChatData)
+    held_out = {split: list(read_texts(data, split)) for split in HELD_OUT}
+    overlaps = {split: Overlap(texts) for split, texts in held_out.items()}
+    together = {split: np.zeros_like(overlap.found) for split, overlap in overlaps.items()}
+    found = {split: Shares(NAMES[split], len(held_out[split]), {}, {}) for split in HELD_OUT}
+    for i, (name, source) in enumerate(trained_on.items()):
+        kept = []  # the text, to look for answers in it
+        for overlap in overlaps.values():
             overlap.found[:] = False
-            for text_read in read_texts(source, TRAIN):
+        for text_read in read_texts(source, TRAIN):
+            for overlap in overlaps.values():
                 overlap.read(text_read)
-            runs[name] = share_of(overlap.count())
-            together |= overlap.found
-            if i and isinstance(data, chat.ChatData):
-                said = [answer for row in held_out for answer in row.split("\n")]
-                answers[name] = repeated(said, read_texts(source, TRAIN))
-        if len(runs) > 1:
-            overlap.found = together
-            runs["all of them"] = share_of(overlap.count())
-        shares.append(Shares(NAMES[split], len(held_out), runs, answers))
-    return shares
+            if i and is_chat:
+                kept.append(text_read)
+        for split, overlap in overlaps.items():
+            found[split].runs[name] = share_of(overlap.count())
+            together[split] |= overlap.found
+            if i and is_chat:
+                said = [answer for row in held_out[split] for answer in row.split("\n")]
+                found[split].answers[name] = repeated(said, kept)
+    if len(trained_on) > 1:
+        for split, overlap in overlaps.items():
+            overlap.found = together[split]
+            found[split].runs["all of them"] = share_of(overlap.count())
+    return list(found.values())
 
 
 def describe(shares: list[Shares]) -> str:
