@@ -415,6 +415,9 @@ def test_a_sweep_is_trained_fitted_and_continued(fake_train, capsys):
     assert rows[-1].endswith("held out")
     assert "inside the interval" in text and "the mean of 2 seeds" in text
     assert Path("runs/scaling.png").exists()
+    folders = [*map(str, Path("runs").glob("sweep-[1-8]-*"))]
+    held_out = map(str, Path("runs").glob("sweep-large-*"))
+    assert ask(*folders, "--held-out", *held_out) == text
     assert "[18 of 18, " in capsys.readouterr().out
     assert calc.answer(words) == text
     assert all("--resume" in call for call in fake_train()[18:])
@@ -434,7 +437,7 @@ def test_a_run_that_fails_stops_the_others(fake_train):
     seed = ("sweep-1", "--train.seed", "0")
     long = sweep.Job(Path("long"), (*seed, "--wait"))
     wrong = sweep.Job(Path("wrong"), (*seed, "--fail"))
-    with pytest.raises(ValueError, match=r"wrong failed: error: no such option --fail; see wrong"):
+    with pytest.raises(ValueError, match=r"wrong failed: error: no such option --fail; see logs"):
         sweep.train_all([long, wrong], 2)
     assert Path("long", "stopped").exists()
 

@@ -79,8 +79,8 @@ class Size:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds; NaN for a single one."""
-        return stdev(run.loss for run in self.runs) if len(self.runs) > 1 else float("nan")
+        """Standard deviation over the seeds, of which there must be two."""
+        return stdev(run.loss for run in self.runs)
 
 
 def read_point(folder: Path, run: Any) -> Point:
@@ -171,14 +171,15 @@ def to_text(sweep: Sweep) -> str:
     law = sweep.law
     shown = sweep.sizes + sweep.held_out
     width = max(len(size.name) for size in shown)
-    heads = f"{'size':{width}}{'N':>10}{'all':>10}{'trained on':>12}{'a param.':>10}{'FLOPs':>11}"
+    heads = f"{'size':{width}}{'N':>10}{'all':>10}{'D':>10}{'D / N':>8}{'FLOPs':>11}"
     lines = [f"{heads}{'loss':>9}{'seeds':>9}{'law':>9}"]
     for size in shown:
         run = size.runs[0]
         ratio = run.units / max(1, run.non_embedding)
         line = f"{size.name:{width}}{run.non_embedding:10.3g}{run.parameters:10.3g}"
-        line += f"{run.units:12.3g}{ratio:10.3g}{run.flops:11.3g}"
-        line += f"{size.loss:9.4f}{size.spread:9.4f}{float(law.loss(run.flops)):9.4f}"
+        line += f"{run.units:10.3g}{ratio:8.3g}{run.flops:11.3g}"
+        spread = f"{size.spread:.4f}" if len(size.runs) > 1 else "-"
+        line += f"{size.loss:9.4f}{spread:>9}{float(law.loss(run.flops)):9.4f}"
         if size in sweep.held_out:
             line += "  held out"
         lines.append(line)
@@ -189,8 +190,11 @@ def law_lines(sweep: Sweep) -> list[str]:
     """The law, and how far the points are from it, beside how far their seeds put them."""
     law = sweep.law
     seeds = len(sweep.sizes[0].runs)
-    lines = ["N: parameters without embeddings and head; seeds: standard deviation over them"]
-    lines.append(f"power law: {law.formula()}")
+    lines = [
+        "N: parameters without embeddings and head; D: tokens or rows of training",
+        "loss: mean over the seeds; seeds: standard deviation over them",
+        f"power law: {law.formula()}",
+    ]
     scatter = f"points lie {law.deviation:.2g} from the law (standard deviation)"
     if seeds > 1:
         variance = fmean(size.spread**2 for size in sweep.sizes)
@@ -264,7 +268,7 @@ class Job:
     words: tuple[str, ...]  # the arguments of train.py, but for --out and --resume
 
     def start(self) -> subprocess.Popen:
-        """Start or continue the run, on one thread; its output goes to a file beside the folder."""
+        """Start or continue the run, on one thread; its output goes to `log`."""
         words = [*self.words, "--out", str(self.folder)]
         if any(self.folder.glob("step-*/manifest.json")):
             words.append("--resume")
@@ -281,7 +285,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
 
 
 def train_all(jobs: Sequence[Job], at_once: int) -> None:
@@ -299,7 +303,7 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
             prepared = (jobs[0].folder / "config.json").exists() or jobs[0] not in running
             if waiting and len(running) < at_once and (not running or prepared):
                 job = waiting.pop(0)
-                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
                 running[job] = job.start()
             for job, process in list(running.items()):
                 if process.poll() is None:

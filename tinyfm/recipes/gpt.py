@@ -346,8 +346,8 @@ def sweep_preset(d_model: int) -> Preset:
     """A run on bytes of 20 tokens a parameter, counted without embeddings and head.
 
     Its FLOPs C grow about like the fourth power of the width. So batches grow about like C^(1/3)
-    and learning rates fall like C^(-1/8), as Bi et al. (2024, eq. 1) measured, from what suits a
-    width of 48. calc/sweep.py says why.
+    and learning rates fall like C^(-1/8), as Bi et al. (2024, eq. 1) measured, from what suits the
+    smallest size. calc/sweep.py says why.
     """
     config = GPTConfig(
         vocab_size=257,  # bytes: larger tables would be most of a small model
@@ -358,8 +358,8 @@ def sweep_preset(d_model: int) -> Preset:
         d_ff=3 * d_model,
     )
     parameters = config.n_layer * 13 * d_model**2  # 4 D^2 of attention and 3 x 3 D^2 of the MLP
-    rows = round(8 * (d_model / 48) ** (4 / 3))
-    rate = (d_model / 48) ** -0.5
+    rows = round(3.2 * (d_model / 24) ** (4 / 3))
+    rate = (d_model / 24) ** -0.5
     run = GPTRun(
         model=config,
         data=TextConfig(tokenizer="bytes"),
