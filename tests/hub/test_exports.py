@@ -18,10 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, pipelin
 
 from tinyfm import generate, tokenizer
 from tinyfm.adapt import chat
+from tinyfm.adapt.heads import Classifier
+from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.evaluate import zero_shot
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.hub import classifier
 from tinyfm.hub.__main__ import main
+from tinyfm.recipes.autoencoder import AutoencoderClassifyRun
+from tinyfm.recipes.clip import CLIPClassifyRun
+from tinyfm.recipes.gpt import GPTClassifyRun
 from tinyfm.recipes.run_dir import open_run
 
 transformers.logging.set_verbosity_error()
@@ -212,10 +218,25 @@ def test_a_soft_prompt_cannot_be_exported(export):
         export("gpt-prompt")
 
 
+def test_classifiers_that_transformers_does_not_have(tmp_path):
+    small = GPTConfig(vocab_size=50, context_length=8, n_layer=1, n_head=2, d_model=16)
+    two = {"mood": ("good", "bad"), "kind": ("cat", "dog")}
+    with pytest.raises(ValueError, match=r"2 questions \(mood, kind\).*--data\.label-columns"):
+        classifier.save(Classifier(GPT(small), two, GPTClassifyRun.reader), tmp_path)
+    one = {"kind": ("cat", "dog")}
+    body = Autoencoder(AutoencoderConfig(8, channels=(8, 8), groups=4))
+    with pytest.raises(ValueError, match="body like this Autoencoder"):
+        classifier.save(Classifier(body, one, AutoencoderClassifyRun.reader), tmp_path)
+    with pytest.raises(ValueError, match=r"--model\.stem patch"):
+        classifier.save(Classifier(CLIP(CLIPConfig()), one, CLIPClassifyRun.reader), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
-@pytest.mark.parametrize("run", ["gpt", "autoencoder", "ddpm"])
-def test_somebody_elses_model_is_not_overwritten(run, name, export, tmp_path):
-    folder = tmp_path / run / ("unet" if run == "ddpm" else "")
+@pytest.mark.parametrize(
+    ("run", "part"), [("gpt", ""), ("autoencoder", ""), ("ddpm", ""), ("ddpm", "unet")]
+)
+def test_somebody_elses_model_is_not_overwritten(run, part, name, export, tmp_path):
+    folder = tmp_path / run / part
     folder.mkdir(parents=True)
     (folder / name).write_text("theirs", encoding="utf-8")
     with pytest.raises(SystemExit, match=f"holds a model already.*{name}"):

@@ -203,6 +203,7 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     folder = Path(folder)
     config = model.config
     raw = write_scheduler(config)
+    layout.check_overwrite(folder, overwrite)
     diffusion.save_unet(model.unet, folder / "unet", overwrite)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", raw)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfm.common.files import MALFORMED, read_json, write_json
-from tinyfm.hub import clip, diffusion, layout, scheduler
+from tinyfm.hub import clip, diffusion, layout, scheduler, tokenizers
 
 PREFIX = "text_model."  # of the text tower's names in a CLIP; transformers 5 drops it for a tower
 FIELDS = [(ours, theirs) for ours, theirs in clip.FIELDS if not theirs.startswith("vision_config.")]
@@ -103,14 +103,13 @@ def check_padding(folder: Path, length: int) -> None:
 
     Raises ValueError otherwise. A setting that the files do not have is taken to be right.
     """
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    for name in files:
         path = folder / name
-        raw = read_json(path) if path.is_file() else {}
-        pad, end = raw.get("pad_token"), raw.get("eos_token", END)
-        if isinstance(pad, dict):
-            pad = pad["content"]
-        if isinstance(end, dict):
-            end = end["content"]
+        raw = tokenizers.read_object(files, name)
+        pad = tokenizers.token_name(raw.get("pad_token"))
+        end = tokenizers.token_name(raw.get("eos_token", END))
         if pad not in (None, end):
             raise ValueError(f"{path}: pad_token is {pad!r}; supported: {end!r}, the end token")
         limit = raw.get("model_max_length", length)
