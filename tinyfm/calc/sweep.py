@@ -16,8 +16,12 @@ A sweep measures what compute buys only if no size is trained better than anothe
   et al. (2020): the tables are a large part of small models alone.
 - FLOPs are all that the model multiplies, head and attention included. Without the head's, small
   models look better than they are, which bends the law (Porian et al. 2024).
-- Batches and learning rates suit each size (Porian et al. 2024): with one batch size for all, small
-  models take too few steps. In the presets both follow powers of C (Bi et al. 2024, eq. 1).
+- Batches and learning rates suit each size (Porian et al. 2024). In the presets, batches grow about
+  like C^(1/3) (Bi et al. 2024, eq. 1): with 16 rows for all, the smallest size ended at a loss of
+  2.37, with its 3 rows at 2.11; the fifth at 1.64, with its 8 rows at 1.60. One pair of rates then
+  suits all: trials at widths of 24, 48 and 68 found the best between 0.006 and 0.012 for AdamW,
+  and between 0.014 and 0.02 for Muon. These losses are of one seed; those of the ratios were
+  measured on an earlier split of the text.
 - No text is read twice: a repeated token is worth less (Muennighoff et al. 2023).
 - All runs read the same data, and are compared on the same text.
 """
@@ -315,7 +319,7 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
                 done = len(jobs) - len(waiting) - len(running)
                 minutes = (time.perf_counter() - started) / 60
                 print(f"[{done} of {len(jobs)}, {minutes:.1f} min] {job.folder}", flush=True)
-            time.sleep(0.2)
+            time.sleep(0.05)
     finally:
         for process in running.values():
             process.terminate()

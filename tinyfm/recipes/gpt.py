@@ -345,9 +345,8 @@ def small_run(d_model: int, n_head: int, data: TextConfig, train: TrainConfig) -
 def sweep_preset(d_model: int) -> Preset:
     """A run on bytes of 20 tokens a parameter, counted without embeddings and head.
 
-    Its FLOPs C grow about like the fourth power of the width. So batches grow about like C^(1/3)
-    and learning rates fall like C^(-1/8), as Bi et al. (2024, eq. 1) measured, from what suits the
-    smallest size. calc/sweep.py says why.
+    Its FLOPs C grow about like the fourth power of the width, so the batches about like C^(1/3), as
+    Bi et al. (2024, eq. 1) advise. One pair of rates then suits all sizes: see calc/sweep.py.
     """
     config = GPTConfig(
         vocab_size=257,  # bytes: larger tables would be most of a small model
@@ -359,13 +358,10 @@ def sweep_preset(d_model: int) -> Preset:
     )
     parameters = config.n_layer * 13 * d_model**2  # 4 D^2 of attention and 3 x 3 D^2 of the MLP
     rows = round(3.2 * (d_model / 24) ** (4 / 3))
-    rate = (d_model / 24) ** -0.5
     run = GPTRun(
         model=config,
         data=TextConfig(tokenizer="bytes"),
-        optim=OptimConfig(
-            lr=0.012 * rate, muon_lr=0.02 * rate, warmup_steps=10, decay_fraction=0.6
-        ),
+        optim=OptimConfig(lr=0.009, muon_lr=0.017, warmup_steps=10, decay_fraction=0.6),
         train=TrainConfig(
             steps=round(20 * parameters / (rows * config.context_length)),
             batch_size=rows,
