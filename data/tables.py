@@ -20,11 +20,12 @@ NaN, an empty cell, and in a .csv or .tsv also a cell that says so as pandas, Ex
 import csv
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data import reading
 from data.report import Report
@@ -210,6 +211,73 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
 # ---- .parquet ------------------------------------------------------------------------------------
 
 
+def read_varint(file: BinaryIO) -> int:
+    """A whole number in Thrift's compact protocol: seven bits a byte, the lowest first."""
+    number = 0
+    for shift in range(0, 70, 7):
+        (byte,) = file.read(1)
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+    raise ValueError("a number without an end")
+
+
+def skip_thrift(file: BinaryIO, kind: int, depth: int = 0) -> int:
+    """Read a value of Thrift's compact protocol; return it if it is a whole number, else 0."""
+    if depth > 8:
+        raise ValueError("nested too deeply")
+    if kind in (4, 5, 6):  # whole numbers, in zigzag order: 0, -1, 1, -2 ...
+        number = read_varint(file)
+        return (number >> 1) ^ -(number & 1)
+    if kind in (3, 7):  # a byte, a float
+        file.read(1 if kind == 3 else 8)
+    elif kind == 8:  # bytes
+        file.seek(read_varint(file), os.SEEK_CUR)
+    elif kind in (9, 10):  # a list
+        (head,) = file.read(1)
+        count = head >> 4 if head < 240 else read_varint(file)
+        for _ in range(count):
+            skip_thrift(file, 3 if head & 15 in (1, 2) else head & 15, depth + 1)
+    elif kind == 12:
+        read_thrift(file, depth + 1)
+    elif kind not in (1, 2):  # true and false, which have no content in a struct
+        raise ValueError(f"a value of the unknown kind {kind}")
+    return 0
+
+
+def read_thrift(file: BinaryIO, depth: int = 0) -> dict[int, int]:
+    """Read a struct of Thrift's compact protocol: {field: value} of its whole numbers."""
+    fields = {}
+    field = 0
+    while True:
+        (head,) = file.read(1)
+        if head == 0:
+            return fields
+        field = field + (head >> 4) if head >> 4 else skip_thrift(file, 4)
+        fields[field] = skip_thrift(file, head & 15, depth)
+
+
+def page_bytes(path: Path, column) -> int:
+    """The bytes that the pages of a column expand to, as their own headers say.
+
+    The list of columns at the end of a file may say less, and a page is unpacked as a whole.
+    """
+    offsets = (column.dictionary_page_offset, column.data_page_offset)
+    place = min(offset for offset in offsets if offset)
+    end = place + column.total_compressed_size
+    size = 0
+    with open(path, "rb") as file:
+        while place < end:
+            file.seek(place)
+            try:
+                fields = read_thrift(file)
+            except ValueError:
+                break  # damaged: the library will say so
+            size += max(0, fields.get(2, 0))  # uncompressed_page_size
+            place = file.tell() + max(0, fields.get(3, 0))  # compressed_page_size
+    return size
+
+
 def check_parquet(file, path: Path, columns: Sequence[str] | None) -> int:
     """The bytes that the columns may expand to. Raises ValueError if they say that it is more."""
     limit = reading.MAX_EXPANSION * path.stat().st_size + reading.FREE_BYTES
@@ -219,7 +287,7 @@ def check_parquet(file, path: Path, columns: Sequence[str] | None) -> int:
         for i in range(row_group.num_columns):
             column = row_group.column(i)
             if columns is None or column.path_in_schema.split(".")[0] in columns:
-                size += column.total_uncompressed_size
+                size += max(column.total_uncompressed_size, page_bytes(path, column))
     if size > limit:
         raise ValueError(f"expands more than {reading.MAX_EXPANSION}-fold")
     return limit

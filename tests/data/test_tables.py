@@ -224,6 +224,44 @@ def test_a_parquet_file_that_expands_without_end_is_refused(tmp_path, monkeypatc
         assert [*tables.rows(path)][-1].content == b"expands more than 500-fold"
 
 
+def test_a_parquet_file_that_claims_less_than_its_pages_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "FREE_BYTES", 1 << 20)
+    path = tmp_path / "t.parquet"
+    table = pyarrow.table({"text": ["a" * 3_000_000]})
+    options = {"use_dictionary": False, "write_statistics": False, "compression": "zstd"}
+    pyarrow.parquet.write_table(table, path, **options)
+    whole = path.read_bytes()
+    size = pyarrow.parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    numbers = []
+    for number in (2 * size, 1000):  # in four bytes each, as the file writes them
+        digits = [number >> shift & 127 for shift in (0, 7, 14, 21)]
+        numbers.append(bytes([128 | digit for digit in digits[:3]] + digits[3:]))
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    path.write_bytes(whole[:footer] + whole[footer:].replace(*numbers))
+    claimed = pyarrow.parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    assert claimed == 500
+
+    def refused(*arguments, **named):
+        raise AssertionError("a page was unpacked")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", refused)
+    with pytest.raises(ValueError, match="expands more than 500-fold"):
+        rows_of(path)
+
+
+def test_the_sizes_of_pages_are_those_of_the_file(tmp_path):
+    path = tmp_path / "t.parquet"
+    table = pyarrow.table({"text": [f"text {i % 50} " * 9 for i in range(9000)], "n": range(9000)})
+    for options in ({}, {"use_dictionary": False}, {"data_page_version": "2.0"}):
+        pyarrow.parquet.write_table(table, path, data_page_size=4000, **options)
+        group = pyarrow.parquet.read_metadata(path).row_group(0)
+        for i in range(2):
+            column = group.column(i)
+            found = tables.page_bytes(path, column)
+            # The file's number includes the headers of the pages.
+            assert 0.9 * column.total_uncompressed_size < found <= column.total_uncompressed_size
+
+
 def test_a_damaged_gz_gives_what_it_has_and_a_reason(tmp_path):
     whole = gzip.compress(
         b"".join(json.dumps({"text": os.urandom(99).hex()}).encode() + b"\n" for _ in range(2000))
