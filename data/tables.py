@@ -230,7 +230,8 @@ def skip_thrift(file: BinaryIO, kind: int, depth: int = 0) -> int:
         number = read_varint(file)
         return (number >> 1) ^ -(number & 1)
     if kind in (3, 7):  # a byte, a float
-        file.read(1 if kind == 3 else 8)
+        if not file.read(1 if kind == 3 else 8):
+            raise ValueError("it ends within a value")
     elif kind == 8:  # bytes
         file.seek(read_varint(file), os.SEEK_CUR)
     elif kind in (9, 10):  # a list
