@@ -286,15 +286,16 @@ def choose_splits(listed: Sequence[Pair], val_fraction: float) -> dict[Path, str
 
     Of those without a split, a share of val_fraction / 2 goes to each of "val" and "test" that your
     folders do not have, but at least two, and at least one is left for "train". The hash of a
-    picture's label and file name decides.
+    picture's path in the folder decides, so its captions and the name of the folder do not matter.
     """
+    root = os.path.commonpath([pair.path.parent for pair in listed])
     drawn = {}  # path -> hash
     splits = {}
     for pair in listed:
         splits[pair.path] = pair.split or TRAIN
         if not pair.split:
-            name = f"{pair.label}/{pair.path.name}".encode("utf-8", "surrogatepass")
-            drawn[pair.path] = hashlib.sha256(name).digest()
+            name = pair.path.relative_to(root).as_posix()
+            drawn[pair.path] = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     missing = [split for split in HELD_OUT if split not in splits.values()]
     if drawn and missing:
         count = max(2, round(val_fraction / 2 * len(drawn)))

@@ -246,6 +246,21 @@ def read_all(path, **options):
     return list(captioned.records(path, 8, 3, report, **options)), report
 
 
+def test_the_split_does_not_depend_on_captions_or_the_folder(tmp_path):
+    """So an autoencoder and a CLIP of the same pictures hold out the same ones."""
+    splits = []
+    for name, template in (("a", captioned.TEMPLATE), ("b", "")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(20):
+            save(folder / f"{i}.png", i)
+            (folder / f"{i}.txt").write_text(f"picture {i % 7}", encoding="utf-8")
+        listed = captioned.pairs(folder, Report(), template)
+        drawn = captioned.choose_splits(listed, 0.4)
+        splits.append({path.name: split for path, split in drawn.items()})
+    assert splits[0] == splits[1] and len(set(splits[0].values())) == 3
+
+
 def test_a_text_file_next_to_each_image(tmp_path):
     save(tmp_path / "a.png", 0)
     write(tmp_path / "a.txt", "a first caption\r\n\n  and a second \n")

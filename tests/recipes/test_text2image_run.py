@@ -42,10 +42,11 @@ INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """60 pictures with captions: a bar at one of four places, in one of three colours."""
+    """60 pictures with captions: a bar at one of four places, in one of three colours, on one of
+    five papers. No two are near to each other."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(60):
-        picture = np.full((8, 8, 3), 255, dtype=np.uint8)
+        picture = np.full((8, 8, 3), 255 - 8 * (i // 12), dtype=np.uint8)
         name = list(INKS)[i % 3]
         picture[:, 2 * (i % 4)] = INKS[name]
         Image.fromarray(picture).save(folder / f"{i}.png")

@@ -24,11 +24,13 @@ which this judge cannot read.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import glyphs
@@ -49,6 +51,8 @@ SAMPLER = "dpm++"
 STEPS = 20
 SHOWN = 48  # drawings in the picture
 COUNT = 400  # samples of a model without prompts
+BLOCK = 4  # rows and columns of a block over which pictures are averaged, at most
+ROUNDING = 1e-5  # of distances
 CONTROLS = 500  # training pictures of which copies must be found
 FAINT = 0.02  # standard deviation of noise that is hardly visible
 PROMPT_SETS = ("letters and digits", "held-out pairs", "held-out characters")
@@ -77,23 +81,31 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
-def copies(
-    images: Pictures, train_images: Pictures, threshold: float = NEAR
-) -> tuple[Measured, Tensor]:
-    """(share of pictures (B, C, H, W) that are copies, the nearest training pictures, int64 (B,)).
+def copies(images: Pictures, train_images: Pictures, threshold: float = NEAR) -> Measured:
+    """The share of pictures (B, C, H, W) that are copies of training pictures (M, C, H, W).
 
     A copy is nearer to a training picture than the threshold. The distance is the mean absolute
-    difference of pixels, where black to white is 2.
+    difference of pixels, where black to white is 2. It is at least the distance of the pictures
+    averaged over blocks, so only pairs that are near in blocks are compared pixel by pixel.
     """
     channels = images.shape[1]
-    x = as_pixels(images, channels).flatten(1)
-    train_x = as_pixels(train_images, channels).flatten(1)
-    if x.size(1) != train_x.size(1) or threshold <= 0:
-        sizes = f"{x.size(1)} and {train_x.size(1)} pixels, threshold {threshold}"
+    x = as_pixels(images, channels)
+    train_x = as_pixels(train_images, channels)
+    if x.shape[1:] != train_x.shape[1:] or threshold <= 0:
+        sizes = f"{x[0].numel()} and {train_x[0].numel()} pixels, threshold {threshold}"
         raise ValueError(f"{sizes}: give pictures of one size and a threshold above 0")
-    nearest = [torch.cdist(part, train_x, p=1).min(1) for part in x.split(ROWS)]
-    distances = torch.cat([part.values for part in nearest]) / x.size(1)
-    return share(distances < threshold), torch.cat([part.indices for part in nearest])
+    height, width = x.shape[2:]
+    block = math.gcd(height, width, BLOCK)
+    train_blocks = F.avg_pool2d(train_x, block).flatten(1)
+    found = torch.zeros(len(x), dtype=torch.bool)
+    for start in range(0, len(x), ROWS):
+        blocks = F.avg_pool2d(x[start : start + ROWS], block).flatten(1)
+        bounds = torch.cdist(blocks, train_blocks, p=1) / blocks.size(1)
+        for i in (bounds < threshold + ROUNDING).any(1).nonzero().flatten().tolist():
+            near = train_x[bounds[i] < threshold + ROUNDING]
+            distances = (near - x[start + i]).abs().mean((1, 2, 3))
+            found[start + i] = (distances < threshold).any()
+    return share(found)
 
 
 @torch.no_grad()
@@ -234,7 +246,7 @@ def measure(
         train_images = as_pixels(data.train.images, model.config.autoencoder.in_channels)
         known = torch.cat((train_images, rebuild(model, train_images)))
         some = train_images[fixed_order(len(train_images))[:CONTROLS]]
-        share_found, _ = copies(rebuild(model, some, noisy=True), known)
+        share_found = copies(rebuild(model, some, noisy=True), known)
         scores["control, decoded training pictures: copies of training pictures"] = share_found
     for what, prompts in prompts_of(data).items():
         styles = [style for style, _ in prompts]
@@ -248,9 +260,9 @@ def measure(
                 scores[f"{what}: {key}"] = value
             _, _, images = unpaint(images)
         else:
-            scores[f"{what}: copies of training pictures"], _ = copies(images, known)
+            scores[f"{what}: copies of training pictures"] = copies(images, known)
             real = real_drawings(prompts)
-            scores[f"{what}, real drawings: copies of training pictures"], _ = copies(real, known)
+            scores[f"{what}, real drawings: copies of training pictures"] = copies(real, known)
 
         # Characters and styles.
         held_out = what == "held-out characters"
@@ -288,11 +300,11 @@ def measure_samples(
     other_real = judge.embed(network, other)
     drawn = judge.embed(network, samples)
     train_images = as_pixels(data.train.images, 1)
-    copied, _ = copies(samples, train_images)
+    copied = copies(samples, train_images)
     some = train_images[fixed_order(len(train_images))[:CONTROLS]]
     noise = torch.randn(some.shape, generator=torch.Generator().manual_seed(0))
-    control, _ = copies(some + FAINT * noise, train_images)
-    by_chance, _ = copies(torch.cat((held_out, other)), train_images)
+    control = copies(some + FAINT * noise, train_images)
+    by_chance = copies(torch.cat((held_out, other)), train_images)
     return {
         "samples: Frechet distance": frechet_distance(drawn, real),
         "other real pictures: Frechet distance": frechet_distance(other_real, real),
