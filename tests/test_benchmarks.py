@@ -75,3 +75,17 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
+
+
+def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    results = importlib.import_module("benchmarks.results")
+    found = []
+    for value in (1.7, 1.5, 1.6):
+        scores = {"test_bpb": {"untrained": 3.5, "reached": value}, "distance": {"reached": 2}}
+        interval = {"low": value - 0.1, "high": value + 0.1, "of": "9 documents"}
+        found.append({"scores": scores, "intervals": {"test_bpb": {"reached": interval}}})
+    head, _, first, second = results.table(["runs/a", "runs/b", "runs/c"], found).splitlines()
+    assert head == "| measure | untrained | a | b | c | 95% interval of the median run |"
+    assert first == "| test_bpb | 3.5 | 1.7 | 1.5 | 1.6 | 1.5 to 1.7 (9 documents) |"
+    assert second == "| distance |  | 2 | 2 | 2 |  |"

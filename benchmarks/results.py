@@ -1,0 +1,76 @@
+"""The held-out scores of trained presets, recorded:  python benchmarks/results.py gpt RUN [RUN ...]
+
+Measures each run (`python -m tinyfm.evaluate RUN --json`) and prints one table: a row a measure, a
+column a run, and the interval of the run whose value is the median. The runs are of one preset and
+differ in their seed. --record writes the table into README.md, between `<!-- results NAME -->` and
+`<!-- end -->`, with the date, the machine, the commit and the minutes that training took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import timing
+from tinyfm.training.log import METRICS, read_metrics
+
+ROOT = timing.PAGE.parent.parent
+
+
+def measure(run: str, options: list[str]) -> dict:
+    """What evaluate prints as JSON. Raises CalledProcessError if it fails."""
+    words = [sys.executable, "-m", "tinyfm.evaluate", run, "--json", *options]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
+    return json.loads(done.stdout)
+
+
+def minutes(run: str) -> float:
+    """From the first evaluation to the last one."""
+    rows = read_metrics(Path(run) / METRICS)
+    return (rows[-1]["time"] - rows[0]["time"]) / 60
+
+
+def table(runs: list[str], found: list[dict]) -> str:
+    """Rows of Markdown: each measure before training, of each run, and an interval."""
+    names = [Path(run).name for run in runs]
+    lines = [
+        f"| measure | untrained | {' | '.join(names)} | 95% interval of the median run |",
+        "|---|---|" + "---|" * len(runs) + "---|",
+    ]
+    for measure in found[0]["scores"]:
+        values = [each["scores"][measure]["reached"] for each in found]
+        middle = values.index(statistics.median_low(values))
+        untrained = found[0]["scores"][measure].get("untrained")
+        before = "" if untrained is None else f"{untrained:.4g}"
+        own = found[middle].get("intervals", {}).get(measure, {}).get("reached")
+        interval = f"{own['low']:.4g} to {own['high']:.4g} ({own['of']})" if own else ""
+        cells = " | ".join(f"{value:.4g}" for value in values)
+        lines.append(f"| {measure} | {before} | {cells} | {interval} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="of the preset")
+    parser.add_argument("runs", nargs="+", help="run folders, one a seed")
+    parser.add_argument("--record", action="store_true", help="write the table into README.md")
+    given, options = parser.parse_known_args()
+    found = [measure(run, options) for run in given.runs]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    times = ", ".join(f"{minutes(run):.0f}" for run in given.runs)
+    head = f"{timing.describe_machine()}; commit {commit}; training took {times} minutes"
+    text = f"{head}\n\n{table(given.runs, found)}\n"
+    print(text)
+    if given.record:
+        timing.record(f"results {given.name}", text)
+
+
+if __name__ == "__main__":
+    main()
