@@ -49,7 +49,9 @@ def table(runs: list[str], found: list[dict]) -> str:
         untrained = found[0]["scores"][measure].get("untrained")
         before = "" if untrained is None else f"{untrained:.4g}"
         own = found[middle].get("intervals", {}).get(measure, {}).get("reached")
-        interval = f"{own['low']:.4g} to {own['high']:.4g} ({own['of']})" if own else ""
+        interval = ""
+        if own and own["low"] is not None:  # too few units give no interval
+            interval = f"{own['low']:.4g} to {own['high']:.4g} ({own['of']})"
         cells = " | ".join(f"{value:.4g}" for value in values)
         lines.append(f"| {measure} | {before} | {cells} | {interval} |")
     return "\n".join(lines)

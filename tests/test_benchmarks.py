@@ -83,9 +83,14 @@ def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
     found = []
     for value in (1.7, 1.5, 1.6):
         scores = {"test_bpb": {"untrained": 3.5, "reached": value}, "distance": {"reached": 2}}
+        scores["test_loss"] = {"reached": 3}
         interval = {"low": value - 0.1, "high": value + 0.1, "of": "9 documents"}
-        found.append({"scores": scores, "intervals": {"test_bpb": {"reached": interval}}})
-    head, _, first, second = results.table(["runs/a", "runs/b", "runs/c"], found).splitlines()
+        none = {"low": None, "high": None, "of": "7 batches: too few for an interval"}
+        intervals = {"test_bpb": {"reached": interval}, "test_loss": {"reached": none}}
+        found.append({"scores": scores, "intervals": intervals})
+    runs = ["runs/a", "runs/b", "runs/c"]
+    head, _, first, second, third = results.table(runs, found).splitlines()
     assert head == "| measure | untrained | a | b | c | 95% interval of the median run |"
     assert first == "| test_bpb | 3.5 | 1.7 | 1.5 | 1.6 | 1.5 to 1.7 (9 documents) |"
     assert second == "| distance |  | 2 | 2 | 2 |  |"
+    assert third == "| test_loss |  | 3 | 3 | 3 |  |"

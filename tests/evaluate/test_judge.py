@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_equal_weights
 from torch import nn
 
 from data import glyphs
@@ -67,6 +68,17 @@ def test_the_characters_are_letters_and_digits():
     assert len(set(CHARACTERS)) == 62
     assert {"latin capital letter q", "latin small letter q", "digit nine"} <= {*CHARACTERS}
     assert len(STYLES) == 16
+
+
+def test_a_judge_is_the_same_inside_an_evaluation():
+    """An evaluation is in inference mode, and its autocast must keep no weight of a judge."""
+    records = drawn("abcd")
+    config = replace(TINY, steps=8)
+    outside = judging.train(records, config)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        judging.ceilings(outside, records, [])  # fills the cache of that autocast
+        inside = judging.train(records, config)
+    assert_equal_weights(inside, outside)
 
 
 def test_a_tiny_judge_learns_40_drawings():

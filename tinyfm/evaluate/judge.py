@@ -41,7 +41,7 @@ from tinyfm.evaluate.metrics import Measured, proportion
 from tinyfm.evaluate.zero_shot import ROWS
 from tinyfm.training.optim import EMA
 
-FORMAT = 4  # version of the cached files; a new number makes every judge train again
+FORMAT = 5  # version of the cached files; a new number makes every judge train again
 STYLES = tuple(glyphs.FILES)  # "sans", "sans bold", ...
 EXTRA_FONTS = {  # style words -> file: Computer Modern, which only the judge reads
     "cm": "cmr10",
@@ -96,7 +96,8 @@ def config_of(steps: int) -> JudgeConfig:
 
 def as_pixels(images: Pictures, channels: int) -> Tensor:
     """Pictures (B, channels, H, W) as float32 in [-1, 1]. Raises ValueError for another shape."""
-    images = torch.as_tensor(images)
+    if isinstance(images, np.ndarray):
+        images = torch.tensor(images)  # a copy: one that is mapped from a file is not writable
     if images.ndim != 4 or images.size(1) != channels or not len(images):
         shape = tuple(images.shape)
         raise ValueError(f"images are {shape}; they must be (B, {channels}, H, W), B at least 1")
@@ -244,8 +245,9 @@ def leave_out(
 # ---- its training -------------------------------------------------------------------------------
 
 
-@torch.inference_mode(False)  # an evaluation asks for it, and runs in inference mode
+@torch.inference_mode(False)  # an evaluation asks for it, in inference mode and under autocast
 @torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
 def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
     """Train a judge on these drawings. It knows their characters and all CHARACTERS."""
     images, names, styles = stack(records)
@@ -274,8 +276,9 @@ def train(records: Sequence[Record], config: JudgeConfig) -> Judge:
         spread = config.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
         x = x + spread * torch.randn(x.shape, generator=generator)
 
-        # Loss.
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        # Loss. An autocast inside another would keep its first copies of the weights for ever.
+        on = dtype != torch.float32
+        with torch.autocast("cpu", dtype, enabled=on, cache_enabled=False):
             character, style = judge(x, styles[rows])
         loss = F.cross_entropy(character.float(), names[rows])
         loss = loss + F.cross_entropy(style.float(), styles[rows])
