@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import files, labelled, pictures, reading, tables, tars
+from data import files, labelled, parquet, pictures, reading, tables, tars
 from data.report import MAX_NAMES, MAX_REASONS, Report
 
 
@@ -257,9 +257,20 @@ def test_the_sizes_of_pages_are_those_of_the_file(tmp_path):
         group = pyarrow.parquet.read_metadata(path).row_group(0)
         for i in range(2):
             column = group.column(i)
-            found = tables.page_bytes(path, column)
+            found = parquet.page_bytes(path, column)
             # The file's number includes the headers of the pages.
             assert 0.9 * column.total_uncompressed_size < found <= column.total_uncompressed_size
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [b"", bytes([0x1C] * 40), bytes([0x1B, 0]), bytes([0x19, 0xF1]) + b"\xff" * 8 + b"\x01"],
+    ids=["nothing", "nested", "a map", "a list of 2**61"],
+)
+def test_a_forged_page_header_ends(forged):
+    """The last one claims more values than bytes: reading ends with the bytes."""
+    with pytest.raises(ValueError):
+        parquet.read_thrift(io.BytesIO(forged))
 
 
 def test_a_damaged_gz_gives_what_it_has_and_a_reason(tmp_path):
