@@ -115,9 +115,21 @@ def test_our_adapter_in_peft_and_back(base, tmp_path, targets):
     assert adapt.trained(again) == adapt.trained(model)
 
 
+def load_theirs(base, config, path, *name):
+    """(our model with an adapter that peft made and saved at path, peft's model)."""
+    _, make, folder = base
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(path)
+    model = make()
+    load_adapter_folder(model, path, *name)
+    assert_same_logits(model, theirs)
+    return model, theirs
+
+
 @pytest.mark.parametrize("few", [True, False])
 def test_their_adapter_here_and_back(base, tmp_path, few):
-    kind, make, folder = base
+    kind, _, folder = base
     if kind == "gpt2":
         names = ["c_attn"] if few else ["c_attn", "c_proj", "c_fc"]
         last = "c_proj"
@@ -134,12 +146,7 @@ def test_their_adapter_here_and_back(base, tmp_path, few):
         alpha_pattern={} if few else {f"0.mlp.{last}": 5},
         fan_in_fan_out=kind == "gpt2",
     )
-    torch.manual_seed(0)
-    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = make()
-    load_adapter_folder(model, tmp_path / "theirs", "poems")
-    assert_same_logits(model, theirs)
+    model, theirs = load_theirs(base, config, tmp_path / "theirs", "poems")
     save_adapter(model, tmp_path / "ours", str(folder), "poems")
     assert_same_tensors(tmp_path / "theirs", tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(folder)
@@ -149,18 +156,13 @@ def test_their_adapter_here_and_back(base, tmp_path, few):
 
 
 def test_a_rank_stabilised_adapter(base, tmp_path):
-    kind, make, folder = base
+    kind, _, folder = base
     names = ["c_proj", "c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, use_rslora=True,
         rank_pattern={names[0]: 2}, fan_in_fan_out=kind == "gpt2",
     )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = make()
-    load_adapter_folder(model, tmp_path / "theirs")
-    assert_same_logits(model, theirs)
+    model, _ = load_theirs(base, config, tmp_path / "theirs")
     save_adapter(model, tmp_path / "ours", str(folder))
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert_same_logits(model, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
@@ -168,17 +170,12 @@ def test_a_rank_stabilised_adapter(base, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 def test_a_token_table_must_be_that_of_the_base(base, tmp_path):
-    kind, make, folder = base
+    kind, make, _ = base
     names = ["wte", "c_fc"] if kind == "gpt2" else ["embed_tokens", "up_proj"]
     config = peft.LoraConfig(
         r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out=kind == "gpt2"
     )
-    torch.manual_seed(0)
-    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = make()
-    load_adapter_folder(model, tmp_path / "theirs")
-    assert_same_logits(model, theirs)
+    load_theirs(base, config, tmp_path / "theirs")
     path = tmp_path / "theirs" / "adapter_model.safetensors"
     tensors = load_file(path)
     tables = [name for name in tensors if name.endswith("base_layer.weight")]

@@ -266,7 +266,7 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train, in a directory of its own."""
+    """A run to train, in its directory."""
 
     folder: Path
     words: tuple[str, ...]  # the arguments of train.py, but for --out and --resume

@@ -164,7 +164,7 @@ def check_object(value: dict, kind: type, where: str) -> Any:
         return found
     try:
         return kind(**found)
-    except (ValueError, TypeError) as error:  # of its own checks; a field without a default
+    except (ValueError, TypeError) as error:  # a check of the class; a field without a default
         raise ValueError(f"{where}: {error}") from error
 
 

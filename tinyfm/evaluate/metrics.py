@@ -213,7 +213,7 @@ def bootstrap(
     """(low, high) of sum(parts) / sum(wholes), (n,) both: the bits and bytes of n documents, say.
 
     A bootstrap draws n of the n units with replacement, many times. This is the bootstrap-t (Efron
-    & Tibshirani 1993, section 12.5): by how many of its own standard errors does the ratio r* of a
+    & Tibshirani 1993, section 12.5): by how many standard errors does the ratio r* of a
     draw differ from the ratio r of all units? The standard error of a ratio is, by linearisation,
 
         sqrt(sum (part - r whole)^2) / sum(whole)

@@ -1,6 +1,6 @@
 """Classifiers for transformers: the body as its family writes it, and the head.
 
-transformers has classifiers of its own, but none that reads features as adapt/heads.py does: the
+transformers has classifiers, but none that reads features as adapt/heads.py does: the
 mean over all tokens, normalised, or a grid of places. One of its classes with these weights would
 run and answer at random. So the folder holds the code of the classifier too, modeling_tinyfm.py,
 which transformers reads if it is called with trust_remote_code=True:

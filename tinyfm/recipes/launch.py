@@ -7,7 +7,7 @@ Nothing is trained and no model built before the plan stands. `describe` puts it
 
 A run may start from another of its family, its base (--init-from): it takes the base's weights,
 sizes and tokenizer. A GPT may learn from another's predictions, its teacher's. Some models have
-parts that are runs of their own: text2image takes an autoencoder and a CLIP. Parts that are not
+parts that are other runs: text2image takes an autoencoder and a CLIP. Parts that are not
 given are trained first, in OUT-OPTION, such as runs/text2image-clip. Bases and teachers are never
 trained automatically. A run's checkpoints hold all weights it took: to resume or to open it, the
 other runs are not needed.
@@ -15,7 +15,6 @@ other runs are not needed.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -220,7 +219,7 @@ def describe(plan: Plan) -> str:
     with torch.device("meta"):  # shapes without memory: any size fits
         model = run_dir.build_start(run)
         if run.json:
-            costs = dataclasses.asdict(estimate.forecast(model, run.optim, run.train))
+            costs = asdict(estimate.forecast(model, run.optim, run.train))
             return json.dumps({"costs": costs, "settings": settings}, indent=2)
         lines = [estimate.describe(model, run.optim, run.train)]
     if plan.base:
