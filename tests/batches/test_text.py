@@ -473,6 +473,8 @@ def test_mistakes_are_named_with_the_fix(tmp_path):
     with pytest.raises(ValueError, match=r"training text has 182 tokens, need > 182.* <= 181"):
         prepare(tmp_path, path, length=182)
     prepare(tmp_path, path, length=181)
+    with pytest.raises(ValueError, match=r"need > 64: use more text$"):  # no length would do
+        prepare(tmp_path, write(tmp_path, one="a") / "one.txt", length=64)
     with pytest.raises(ValueError, match=r"no text is left for validation.*--data.val-fraction"):
         prepare(tmp_path, write(tmp_path, tiny="0123456789") / "tiny.txt", length=2)
     with pytest.raises(ValueError, match=r"--model.vocab-size 257"):

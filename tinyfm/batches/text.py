@@ -292,10 +292,12 @@ class TextData:
 
     def _check_lengths(self) -> None:
         """Raise ValueError if training is shorter than one window, or another split is empty."""
-        if len(self.train) <= self.context_length:
+        n = len(self.train)
+        if n <= self.context_length:
+            shorter = f"use --model.context-length <= {n - 1}, or more text"
+            advice = shorter if n > 2 else "use more text"  # a row has two tokens at least
             raise ValueError(
-                f"the training text has {len(self.train)} tokens, need > {self.context_length}: "
-                f"use --model.context-length <= {len(self.train) - 1}, or more text"
+                f"the training text has {n} tokens, need > {self.context_length}: {advice}"
             )
         for name, split in self.splits.items():
             if not split.utf8_bytes:
