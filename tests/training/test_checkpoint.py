@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from enum import Enum
 from itertools import count
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from tinyfm.common import files
 from tinyfm.common.files import CheckpointError
-from tinyfm.training import checkpoint
+from tinyfm.training import checkpoint, unpickle
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = {"model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}}
@@ -663,6 +664,39 @@ def test_a_training_state_runs_no_code(tmp_path):
     counters = {"step": 0, "seed": 7}
     checkpoint.restore_state(folder, *build("adamw"), counters)
     assert counters == {"step": 2, "seed": 0}
+
+
+class Getting:
+    """Pickled as a call of getattr."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+class MembersByName(pickle.Pickler):
+    """Writes a member of an enumeration as getattr(kind, name), as Python 3.11.2 does."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_the_index_of_any_version_of_python_is_read(tmp_path):
+    """With getattr an index can name members of an enumeration, and nothing else."""
+    folder = small_save(tmp_path, 1)
+    whole = (folder / "state" / ".metadata").read_bytes()
+    metadata = pickle.loads(whole)
+    written = io.BytesIO()
+    MembersByName(written).dump(metadata)
+    assert b"getattr" in written.getvalue()
+    for content in (whole, written.getvalue()):
+        assert unpickle.read_index(io.BytesIO(content)) == metadata
+    for arguments in ((type(metadata), "__init__"), (torch.Size, "__class__"), (metadata, "x")):
+        forged = pickle.dumps(dataclasses.replace(metadata, planner_data=Getting(*arguments)))
+        with pytest.raises((TypeError, ValueError)):
+            unpickle.read_index(io.BytesIO(forged))
 
 
 def safetensors_bytes(header, data=b"\0" * 16, length=None) -> bytes:

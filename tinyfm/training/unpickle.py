@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import pathlib
 import pickle
+from enum import Enum
 from typing import Any, BinaryIO
 
 import torch
@@ -35,6 +36,16 @@ ALLOWED = {
 PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
+def enum_member(kind: type[Enum], name: str) -> Enum:
+    """What some versions of Python write as getattr(kind, name): a member of an enumeration.
+
+    Raises TypeError, ValueError or KeyError for anything else that getattr could fetch.
+    """
+    if not issubclass(kind, Enum):
+        raise ValueError(f"the index takes {name} of {kind}, which is no enumeration")
+    return kind[name]
+
+
 class IndexUnpickler(pickle._Unpickler):
     """An unpickler for DCP's index alone.
 
@@ -43,6 +54,8 @@ class IndexUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return enum_member
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
