@@ -13,7 +13,8 @@ are the same on every machine with the same Python.
 
 The splits are those of data/docs.py: what is said about a class or function is held out here if its
 documentation is held out there. So a model that was trained on `docs` has not read the answers. A
-few are left out because training has the same sentence about another function.
+few are left out because training has the same sentence about another function, or too many of its
+words in 13-word runs.
 
     python -m data.chats
 """
@@ -27,6 +28,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
+from data import splits
 from data.docs import SKIPPED, definition_of, docstrings, name_in
 from data.report import Report, show
 from data.splits import TRAIN, split_of
@@ -96,7 +100,7 @@ def conversation(heading: str, meaning: str, module: str) -> Messages:
 
 def version() -> str:
     """A name for the exact conversations: it changes if they do."""
-    return f"chats-2 python-{platform.python_version()}"
+    return f"chats-3 python-{platform.python_version()}"
 
 
 class Entry(NamedTuple):
@@ -123,6 +127,11 @@ def library_entries(report: Report) -> Iterator[Entry]:
             yield Entry(heading, docstring, module, split)
 
 
+def said_in(messages: Messages) -> str:
+    """What the assistant says in a conversation."""
+    return "\n".join(m["content"] for m in messages if m["role"] == "assistant")
+
+
 def conversations(report: Report | None = None) -> Iterator[dict[str, str | Messages]]:
     """Yield a conversation for each public function, method and class with a docstring:
 
@@ -130,10 +139,11 @@ def conversations(report: Report | None = None) -> Iterator[dict[str, str | Mess
     """
     if report is None:
         report = Report()
-    names = set()
+    found = {}  # name -> (split, messages)
     meanings = set()
     entries = list(library_entries(report))
-    read_in_training = one_line(" ".join(e.docstring for e in entries if e.split == TRAIN))
+    training = [entry.docstring for entry in entries if entry.split == TRAIN]
+    read_in_training = one_line(" ".join(training))
     for heading, docstring, module, split in entries:
         if heading.startswith("module "):
             continue
@@ -144,15 +154,31 @@ def conversations(report: Report | None = None) -> Iterator[dict[str, str | Mess
             report.skip("private", name)
         elif not 0 < len(meaning) <= MAX_ANSWER_CHARS:
             report.skip(f"no sentence of at most {MAX_ANSWER_CHARS} characters", name)
-        elif meaning in meanings or name in names:
+        elif meaning in meanings or name in found:
             report.skip("explained as another is", name)
         elif split != TRAIN and meaning in read_in_training:
             report.skip("held out, but training has the explanation too", name)
         else:
-            names.add(name)
             meanings.add(meaning)
-            report.used += 1
-            yield {"split": split, "messages": conversation(heading, meaning, module)}
+            found[name] = (split, conversation(heading, meaning, module))
+
+    # Held-out answers that are in the training text of `docs`, though in other words around them.
+    shares = []
+    for held_out in splits.HELD_OUT:
+        names = [name for name, (split, _) in found.items() if split == held_out]
+        counts = splits.overlap_of([said_in(found[name][1]) for name in names], training)
+        places = splits.overlapping(counts)
+        for i in places:
+            report.skip("held out, but docs has 13-word runs of it in training", names[i])
+            del found[names[i]]
+        shares.append(splits.share_of(np.delete(counts, places, axis=0)))
+    report.note(
+        f"{shares[0]:.2%} of validation and {shares[1]:.2%} of test in 13-word runs that the "
+        "training text of docs has about the library"
+    )
+    report.used += len(found)
+    for split, messages in found.values():
+        yield {"split": split, "messages": messages}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,14 @@ from data.report import Report
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
 from tinyfm.adapt.chat import ROLES, chat, encode_message, render, reply, trim_history
-from tinyfm.batches.chat import ChatConfig, ChatData, make_rows, read_conversation, read_files
+from tinyfm.batches.chat import (
+    ChatConfig,
+    ChatData,
+    make_rows,
+    read_conversation,
+    read_files,
+    read_splits,
+)
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.optim import OptimConfig
@@ -498,6 +505,19 @@ def questions() -> list[dict]:
     assert report.used == len(found) > 3000
     assert report.found == report.used + sum(map(len, report.skipped.values()))
     return found
+
+
+def test_what_stays_of_a_source_is_counted_once(monkeypatch):
+    def conversations(report):
+        report.found += 3
+        report.used += 3
+        for text in ("one two three four five", "one two three four five", "six"):
+            yield {"split": "train", "messages": talk("what?", text)}
+
+    monkeypatch.setattr(chats, "conversations", conversations)
+    report = Report()
+    assert len(read_splits(ChatConfig(), report)["train"]) == 2
+    assert (report.found, report.used) == (3, 2)
 
 
 def first_questions(questions: list[dict], patterns: tuple[str, ...]) -> dict[str, str]:

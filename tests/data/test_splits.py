@@ -119,7 +119,11 @@ def test_a_base_of_docs_has_not_read_the_held_out_code_and_answers(prepared):
         assert splits.share_of(splits.overlap_of(prepared["stdlib"][split], docs)) < 0.01
     read = " ".join(" ".join(docs).split())
     told = {split: [] for split in SPLITS}
-    for talk in chats.conversations():
+    talks = list(chats.conversations())
+    for split in HELD_OUT:
+        said = [chats.said_in(talk["messages"]) for talk in talks if talk["split"] == split]
+        assert splits.share_of(splits.overlap_of(said, docs)) < 0.01
+    for talk in talks:
         for question, answer in zip(talk["messages"], talk["messages"][1:]):
             if question["content"].startswith(EXPLAIN) and answer["role"] == "assistant":
                 told[talk["split"]].append(answer["content"])

@@ -232,9 +232,9 @@ def read_splits(config: ChatConfig, report: Report) -> dict[str, list[list[Messa
     path = config.path
     if path in SOURCES:
         splits = {name: [] for name in SPLITS}
-        named = ((c["split"], c["messages"]) for c in SOURCES[path].conversations(report))
-        report.used = 0
-        for split, messages in without_duplicates(named, report):
+        named = [(c["split"], c["messages"]) for c in SOURCES[path].conversations(report)]
+        report.used = 0  # those that stay are counted again
+        for split, messages in without_duplicates(iter(named), report):
             splits[split].append(messages)
         return splits
     found = [messages for _, messages in without_duplicates(read_files(path, report), report)]
@@ -245,21 +245,16 @@ def read_splits(config: ChatConfig, report: Report) -> dict[str, list[list[Messa
     return hold_out(found, config.val_fraction)
 
 
-def said_in(messages: list[Message]) -> str:
-    """What the assistant says in a conversation."""
-    return "\n".join(m["content"] for m in messages if m["role"] == "assistant")
-
-
 def leave_out_overlap(splits: dict[str, list[list[Message]]]) -> tuple[int, dict[str, float]]:
     """Remove held-out conversations whose answers training has, see data/splits.py.
 
     Returns how many, and the share of the words of those that stay in runs that training has.
     """
-    training = [said_in(messages) for messages in splits[TRAIN]]
+    training = [chats.said_in(messages) for messages in splits[TRAIN]]
     removed = 0
     shares = {}
     for name in HELD_OUT:
-        counts = overlap_of([said_in(messages) for messages in splits[name]], training)
+        counts = overlap_of([chats.said_in(messages) for messages in splits[name]], training)
         places = overlapping(counts)
         for i in reversed(places):
             del splits[name][i]
