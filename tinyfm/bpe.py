@@ -40,7 +40,10 @@ CHUNK = regex.compile(GPT2_PATTERN)
 
 
 def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
-    """Replace every occurrence of the pair, from left to right, by the token `new`."""
+    """The ids with every occurrence of the pair, from left to right, replaced by the token `new`.
+
+    Occurrences do not overlap: a a a becomes X a. The given list is not changed.
+    """
     merged = []
     i = 0
     while i < len(ids):
@@ -54,7 +57,13 @@ def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
 
 
 def learn_merges_slowly(chunks: Mapping[bytes, int], n_merges: int) -> list[Pair]:
-    """Count all pairs, merge the most frequent one everywhere, and repeat: see learn_merges."""
+    """Count all pairs, merge the most frequent one everywhere, and repeat.
+
+    chunks: each chunk with how often it occurs in the text; pairs inside a chunk count that often.
+    Returns up to n_merges pairs, in the order learned; the one at rank r makes token 256 + r. Of
+    equally frequent pairs, the one that comes first in the text wins. It ends early when every
+    chunk is one token.
+    """
     rows = [list(chunk) for chunk in chunks]
     merges = []
     while len(merges) < n_merges:
@@ -87,83 +96,106 @@ def lay_out(chunks: Mapping[bytes, int]) -> tuple[list[int], list[int]]:
     return ids, occurrences
 
 
-def learn_merges(chunks: Mapping[bytes, int], n_merges: int) -> list[Pair]:
-    """Learn up to n_merges merges; fewer if every chunk becomes one token before.
+class LinkedTokens:
+    """The tokens of all chunks in a linked list, with the count and the places of each pair.
 
-    chunks: each chunk with how often it occurs, in the order of first appearance. Of pairs that are
-    equally frequent, the one that comes first in the text wins.
-
-    The heap sorts pairs by a key of (count, first place). Once both tokens of a pair exist, its
-    count can only fall and its first place can only move to the right. An outdated key therefore
-    reaches the top of the heap too early, never too late: it is then replaced by the current one.
+    ids[i]              the token at place i, or WALL
+    left[i], right[i]   the places of its two neighbours
+    counts[pair]        how often the pair occurs in the text
+    places[pair]        the places of its first token, ascending; some are outdated, as one of the
+                        two tokens was merged with another neighbour since
     """
-    ids, occurrences = lay_out(chunks)
-    left = list(range(-1, len(ids) - 1))  # place -> place of the token before it
-    right = list(range(1, len(ids) + 1))  # place -> place of the token after it
-    counts = defaultdict(int)  # pair -> how often it occurs
-    places = defaultdict(deque)  # pair -> places of its first token, ascending, some outdated
 
-    def add(i: int, j: int) -> None:
+    def __init__(self, chunks: Mapping[bytes, int]):
+        """chunks: each chunk with how often it occurs in the text."""
+        self.ids, self.occurrences = lay_out(chunks)
+        n = len(self.ids)
+        self.left = list(range(-1, n - 1))
+        self.right = list(range(1, n + 1))
+        self.counts: dict[Pair, int] = defaultdict(int)
+        self.places: dict[Pair, deque[int]] = defaultdict(deque)
+        for i in range(n - 1):
+            self.add(i, i + 1)
+
+    def add(self, i: int, j: int) -> None:
         """Count the pair of the neighbouring places i and j."""
-        pair = (ids[i], ids[j])
+        pair = (self.ids[i], self.ids[j])
         if WALL not in pair:
-            counts[pair] += occurrences[i]
-            places[pair].append(i)  # ascending, as every pass goes from left to right
+            self.counts[pair] += self.occurrences[i]
+            self.places[pair].append(i)  # ascending, as every pass goes from left to right
 
-    def remove(i: int, j: int) -> None:
+    def remove(self, i: int, j: int) -> None:
         """The pair of the neighbouring places i and j no longer occurs there."""
-        pair = (ids[i], ids[j])
+        pair = (self.ids[i], self.ids[j])
         if WALL not in pair:
-            counts[pair] -= occurrences[i]
+            self.counts[pair] -= self.occurrences[i]
 
-    def current_key(pair: Pair) -> tuple[int, int, Pair]:
-        """The smallest key belongs to the most frequent pair, and of equals to the first."""
-        where = places[pair]
+    def key(self, pair: Pair) -> tuple[int, int, Pair]:
+        """(-count, first place, pair): the smallest key is that of the most frequent pair, and of
+        equally frequent ones that of the first in the text. The place is -1 if there is none."""
+        ids, right = self.ids, self.right
+        where = self.places[pair]
         while where and (ids[where[0]], ids[right[where[0]]]) != pair:
-            where.popleft()  # one of its tokens was merged with another neighbour
+            where.popleft()  # outdated
         first = where[0] if where else -1
-        return -counts[pair], first, pair
+        return -self.counts[pair], first, pair
 
-    for i in range(len(ids) - 1):
-        add(i, i + 1)
-    heap = sorted(map(current_key, counts))  # a sorted list is a heap
+    def merge(self, pair: Pair, new: int) -> set[Pair]:
+        """Replace the pair everywhere, from left to right, by the token `new`.
 
-    merges = []
-    while heap and len(merges) < n_merges:
-        # Take the most frequent pair, once its key is up to date.
-        pair = heap[0][2]
-        key = current_key(pair)
-        if heap[0] != key:
-            heapq.heapreplace(heap, key)
-            continue
-        if counts[pair] == 0:
-            break  # every chunk is one token
-        heapq.heappop(heap)
-
-        # Merge it at each of its places i, j: the new token takes place i, and j is left out.
-        new = 256 + len(merges)
-        merges.append(pair)
-        changed = set()
-        for i in places.pop(pair):
+        At each of its places i, with the neighbour j = right[i], the new token takes place i and a
+        WALL place j, which leaves the list. The two pairs with the neighbours outside are removed,
+        and those of the new token are added. Return the pairs that were added; some may hold WALL,
+        and those have no count.
+        """
+        ids, left, right = self.ids, self.left, self.right
+        added = set()
+        for i in self.places.pop(pair):
             j = right[i]
             if (ids[i], ids[j]) != pair:
                 continue  # outdated; in a a a, the second pair ends with the first
             before = left[i]
             after = right[j]
-            remove(before, i)
-            remove(j, after)
+            self.remove(before, i)
+            self.remove(j, after)
             ids[i] = new
             ids[j] = WALL
             right[i] = after
             left[after] = i
-            add(before, i)
-            add(i, after)
-            changed.add((ids[before], new))
-            changed.add((new, ids[after]))
+            self.add(before, i)
+            self.add(i, after)
+            added.add((ids[before], new))
+            added.add((new, ids[after]))
+        return added
 
-        # The pairs with the new token are new candidates. Pairs with a wall have no count.
-        for candidate in changed & counts.keys():
-            heapq.heappush(heap, current_key(candidate))
+
+def learn_merges(chunks: Mapping[bytes, int], n_merges: int) -> list[Pair]:
+    """Learn up to n_merges merges; fewer if every chunk becomes one token before.
+
+    chunks: each chunk with how often it occurs, in the order of first appearance. Of pairs that are
+    equally frequent, the one that comes first in the text wins. The merge at rank r = 0, 1, ...
+    makes token 256 + r.
+
+    The heap sorts pairs by LinkedTokens.key. Once both tokens of a pair exist, its count can only
+    fall and its first place can only move to the right. An outdated key therefore reaches the top
+    of the heap too early, never too late: it is then replaced by the current one.
+    """
+    tokens = LinkedTokens(chunks)
+    heap = sorted(map(tokens.key, tokens.counts))  # a sorted list is a heap
+    merges = []
+    while heap and len(merges) < n_merges:
+        pair = heap[0][2]
+        key = tokens.key(pair)
+        if heap[0] != key:
+            heapq.heapreplace(heap, key)
+            continue
+        if tokens.counts[pair] == 0:
+            break  # every chunk is one token
+        heapq.heappop(heap)
+        added = tokens.merge(pair, 256 + len(merges))
+        merges.append(pair)
+        for candidate in added & tokens.counts.keys():
+            heapq.heappush(heap, tokens.key(candidate))
     return merges
 
 
@@ -194,7 +226,10 @@ def make_rules(merges: Sequence[Pair]) -> Rules:
 
 
 def apply_merges_slowly(ids: list[int], rules: Rules) -> list[int]:
-    """Find the pair of the lowest rank, of equals the leftmost, merge it there, and repeat."""
+    """Find the pair of the lowest rank, of equals the leftmost, merge it there, and repeat.
+
+    rules: pair -> (rank, new token). The given list is not changed.
+    """
     ids = list(ids)
     while True:
         ranked = [(rules[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in rules]
@@ -206,7 +241,11 @@ def apply_merges_slowly(ids: list[int], rules: Rules) -> list[int]:
 
 
 def apply_merges(ids: list[int], rules: Rules) -> list[int]:
-    """The same in O(n log n) steps for n ids, with the linked list of learn_merges."""
+    """The result of apply_merges_slowly in O(n log n) steps for n ids.
+
+    The tokens stand in a linked list, as in LinkedTokens. A heap holds the places where a rule
+    applies, by rank, then place. A place that is outdated when it reaches the top is skipped.
+    """
     n = len(ids)
     ids = [*ids, WALL]  # ids[n] is the wall after the last token; ids[-1], before the first
     left = list(range(-1, n))
@@ -244,7 +283,10 @@ def encode(text: str, merges: Sequence[Pair]) -> list[int]:
 
 
 def decode(ids: Iterable[int], merges: Sequence[Pair]) -> str:
-    """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+    """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+    Token 256 + r stands for the bytes of the two tokens of merges[r], one after the other.
+    """
     token_bytes = [bytes([b]) for b in range(256)]
     for a, b in merges:
         token_bytes.append(token_bytes[a] + token_bytes[b])
