@@ -121,10 +121,13 @@ def find_splits(folder: Path, images: list[Path]) -> dict[str, str]:
     return splits if TRAIN in splits.values() and len(set(splits.values())) > 1 else {}
 
 
-def text_captions(image: Path) -> tuple[str, ...]:
-    """The captions in the text file next to an image. Raises ValueError or OSError."""
-    text, _ = reading.read(image.with_suffix(".txt"))
-    return tuple(line.strip() for line in text.split("\n") if line.strip())
+def text_captions(image: Path) -> tuple[tuple[str, ...], int]:
+    """The captions in the text file next to an image, and the invalid bytes replaced in them.
+
+    Raises ValueError or OSError if it cannot be read.
+    """
+    text, replaced = reading.read(image.with_suffix(".txt"))
+    return tuple(line.strip() for line in text.split("\n") if line.strip()), replaced
 
 
 def read_metadata(found: list[Path], report: Report) -> dict[str, tuple[str, ...]]:
@@ -167,6 +170,7 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
         report.found += 1
         report.skip("in a metadata table, but no picture", path)
 
+    invalid = 0
     for image in images:
         name = image.as_posix()
         split = splits.get(image.relative_to(folder).parts[0], "")
@@ -179,7 +183,8 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
             captions = listed.get(os.path.normpath(image), ())
         elif template and image.parent in with_text:
             try:
-                captions = text_captions(image)
+                captions, replaced = text_captions(image)
+                invalid += replaced
             except (ValueError, OSError) as error:
                 report.skip(f"its caption: {reading.reason_of(error)}", name)
                 continue
@@ -192,6 +197,7 @@ def folder_pairs(folder: Path, report: Report, template: str) -> Iterator[Pair]:
             yield Pair(image, captions, captions[0], split.replace(TRAIN, ""))
         else:
             report.skip("no caption", name)
+    report.note_replaced(invalid, f"the captions in {folder}")
 
 
 def caption_column(rows: list[dict], report: Report) -> str:

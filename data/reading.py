@@ -3,7 +3,8 @@
 Files may come from strangers. So a folder is searched for regular files inside it, and for nothing
 else. A file may be compressed (.gz, .zst), but a small one that expands to a huge one is read up to
 a limit. Text is UTF-8; a few invalid bytes are replaced and counted, and with many of them the file
-is refused.
+is refused. Another encoding is never guessed: almost any bytes are valid cp1252, also Polish, Greek
+or Japanese text, which would become nonsense without an error.
 """
 
 import codecs

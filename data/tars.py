@@ -22,6 +22,7 @@ import io
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -136,30 +137,24 @@ def members(path: Path, report: Report) -> Iterator[dict]:
         report.skip(f"not a whole, unpacked tar: {error}", path.name)
 
 
-def caption_list(member: dict[str, bytes]) -> list[str]:
-    """The captions of a sample, {extension: content}: of its .txt, or else of its .json.
+def captions_of(member: dict[str, bytes]) -> tuple[tuple[str, ...], int]:
+    """The captions of a sample, {extension: content}, and the invalid bytes replaced in them.
 
-    There are none if they cannot be read.
+    They are those of its .txt, or else of its .json, each once. Raises ValueError, with the reason,
+    if they cannot be read.
     """
     if "txt" in member:
-        text, _ = reading.decode(member["txt"])
-        return text.split("\n")
-    if "json" not in member:
-        return []
-    text, _ = reading.decode(member["json"])
-    fields = tables.clean(tables.parse_json(text))
-    listed = fields.get("caption") or fields.get("text") or []
-    return listed if isinstance(listed, list) else [listed]
-
-
-def captions_of(member: dict[str, bytes]) -> tuple[str, ...]:
-    """The captions of a sample, each once; none if there are none, or they are no text."""
-    try:
-        listed = caption_list(member)
-    except (ValueError, RecursionError):
-        return ()
+        text, replaced = reading.decode(member["txt"])
+        listed = text.split("\n")
+    elif "json" in member:
+        text, replaced = reading.decode(member["json"])
+        fields = tables.clean(tables.parse_json(text))
+        listed = fields.get("caption") or fields.get("text") or []
+        listed = listed if isinstance(listed, list) else [listed]
+    else:
+        return (), 0
     texts = [text.strip() for text in listed if isinstance(text, str)]
-    return tuple(dict.fromkeys(filter(None, texts)))
+    return tuple(dict.fromkeys(filter(None, texts))), replaced
 
 
 def grouped(path: Path, report: Report) -> Iterator[dict]:
@@ -193,14 +188,25 @@ def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[S
     if split:
         tars = webdataset.split_by_worker(webdataset.split_by_node(tars))
     for tar in tars:
+        invalid = 0
+        unread: Counter[str] = Counter()  # reason -> captions
         for member in grouped(tar, report):
             name = f"{tar.name}/{member['__key__']}"
             image = next((kind for kind in IMAGES if kind in member), None)
             report.found += 1
-            if image:
-                yield Sample(f"{name}.{image}", member[image], captions_of(member))
-            else:
+            if not image:
                 report.skip("no picture of that name, or not beside it", name)
+                continue
+            captions = ()
+            try:
+                captions, replaced = captions_of(member)
+                invalid += replaced
+            except ValueError as error:
+                unread[str(error)] += 1
+            yield Sample(f"{name}.{image}", member[image], captions)
+        report.note_replaced(invalid, f"the captions in {tar.name}")
+        for reason, count in unread.items():
+            report.note(f"{count:,} captions in {tar.name} not read: {reason}")
 
 
 def images(path: str | Path, captioned: bool) -> Iterator[io.BytesIO]:

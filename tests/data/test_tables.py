@@ -12,8 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import files, labelled, parquet, pictures, reading, tables, tars
+from data import captioned, files, labelled, parquet, pictures, prepare, reading, tables, tars
 from data.report import MAX_NAMES, MAX_REASONS, Report
+from tinyfm.batches import chat
+from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.recipes import clip
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -152,6 +155,132 @@ def test_bytes_of_another_encoding_are_counted_or_refused(tmp_path, name):
         # The runs of invalid bytes are one each, but each stands between other characters.
         with pytest.raises(ValueError, match="not UTF-8, convert it"):
             rows_of(write(tmp_path / name, content("\u00e9e" * 400, 9)))
+
+
+# ---- every reader of text counts what it replaces ------------------------------------------------
+
+LONG = "plain words " * 30 + "n\u00e9gatif"
+
+
+def table_of(name: str, row: dict) -> bytes:
+    """Two rows in cp1252, as a table of that name; the second is plain."""
+    table = [row, {key: value.replace("\u00e9", "e") for key, value in row.items()}]
+    if name.endswith(".json"):
+        return json.dumps(table, ensure_ascii=False).encode("cp1252")
+    if name.endswith(".jsonl"):
+        lines = [json.dumps(fields, ensure_ascii=False) for fields in table]
+    else:
+        mark = "\t" if name.endswith(".tsv") else ","
+        lines = [mark.join(fields) for fields in (row.keys(), *(f.values() for f in table))]
+    return "\n".join(lines).encode("cp1252")
+
+
+def tar_of(contents: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def read_documents(path, capsys) -> str:
+    report = Report()
+    assert "n\ufffdgatif" in "".join(files.documents(str(path), report))
+    return str(report)
+
+
+def read_labels(path, capsys) -> str:
+    report = Report()
+    rows = labelled.text_rows(path, report)
+    assert any("\ufffd" in row.source for row in rows)
+    return str(report)
+
+
+def read_captions(path, capsys) -> str:
+    report = Report()
+    pairs = captioned.pairs(path, report)
+    assert any("\ufffd" in caption for pair in pairs for caption in pair.captions)
+    return str(report)
+
+
+def read_chat(path, capsys) -> str:
+    report = Report()
+    assert [*chat.read_files(str(path), report)]
+    return str(report)
+
+
+def read_questions(path, capsys) -> str:
+    evaluate.read_choices(str(path))
+    return capsys.readouterr().err
+
+
+def read_names(path, capsys) -> str:
+    with pytest.raises(ValueError) as caught:
+        clip.read_labels(str(path))
+    return str(caught.value)
+
+
+def prepare_text(path, capsys) -> str:
+    config = prepare.PrepareConfig(
+        (str(path),), str(path.parent / "made"), 1, tokenizer="bytes", filters=(), dedupe="none"
+    )
+    prepare.prepare(config)
+    return capsys.readouterr().out
+
+
+TEXT = {"text": LONG, "label": "x"}
+PICTURE = {"path": "1.png", "caption": LONG}
+WINDOWS = LONG.encode("cp1252")
+CHAT = {"instruction": "a", "input": "b", "output": LONG}
+# Reader, and the files that it reads; the first one's folder, if a name has a slash.
+READERS = [
+    *((read_documents, {f"t{suffix}": table_of(suffix, TEXT)}) for suffix in
+      (".csv", ".tsv", ".json", ".jsonl")),
+    (read_documents, {"t.csv.gz": gzip.compress(table_of(".csv", TEXT))}),
+    (read_documents, {"t.txt": WINDOWS}),
+    (read_documents, {"notes/t.md": WINDOWS, "notes/u": b"plain"}),
+    *((prepare_text, {f"t{suffix}": table_of(suffix, TEXT)}) for suffix in (".csv", ".jsonl")),
+    (prepare_text, {"t.txt": WINDOWS}),
+    *((read_labels, {f"t{suffix}": table_of(suffix, TEXT)}) for suffix in
+      (".csv", ".tsv", ".json", ".jsonl")),
+    *((read_captions, {f"t{suffix}": table_of(suffix, PICTURE)}) for suffix in
+      (".csv", ".tsv", ".json", ".jsonl")),
+    (read_captions, {"p/1.png": b"", "p/1.txt": WINDOWS}),
+    (read_captions, {"p/1.png": b"", "p/metadata.csv": table_of(
+        ".csv", {"file_name": "1.png", "text": LONG})}),
+    (read_captions, {"p/1.png": b"", "p/metadata.jsonl": table_of(
+        ".jsonl", {"file_name": "1.png", "text": LONG})}),
+    (read_captions, {"t.tar": tar_of({"1.png": b"", "1.txt": WINDOWS})}),
+    (read_captions, {"t.tar": tar_of({"1.png": b"", "1.json": json.dumps(
+        {"caption": LONG}, ensure_ascii=False).encode("cp1252")})}),
+    *((read_chat, {f"t{suffix}": table_of(suffix, CHAT)}) for suffix in
+      (".csv", ".json", ".jsonl")),
+    (read_questions, {"t.jsonl": json.dumps(
+        {"context": LONG, "choices": ["a", "b"], "answer": 0}, ensure_ascii=False
+    ).encode("cp1252")}),
+    (read_names, {"names.txt": WINDOWS}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("read", "contents"), READERS, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_every_reader_of_text_counts_the_bytes_that_it_replaces(tmp_path, capsys, read, contents):
+    paths = [write(tmp_path / name, content) for name, content in contents.items()]
+    path = paths[0] if paths[0].parent == tmp_path else paths[0].parent
+    assert "invalid bytes" in read(path, capsys)
+
+
+def test_captions_that_cannot_be_read_are_counted_with_the_reason(tmp_path):
+    short = "caf\u00e9".encode("cp1252")  # one character of four is too many
+    pictures_of = {"1.png": b"", "1.txt": short, "2.png": b"", "2.json": b"{", "3.png": b""}
+    report = Report()
+    with pytest.raises(ValueError, match="no image with a caption"):
+        captioned.pairs(write(tmp_path / "t.tar", tar_of(pictures_of)), report)
+    assert "1 captions in t.tar not read: not UTF-8, convert it" in str(report)
+    assert "1 captions in t.tar not read: not JSON" in str(report)
 
 
 def test_an_array_is_read_a_part_at_a_time(tmp_path, monkeypatch):

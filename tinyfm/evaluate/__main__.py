@@ -161,6 +161,8 @@ def read_choices(path: str) -> list[dict]:
         raise ValueError(f"{path}: {report}; a question is {QUESTION}")
     if not questions:
         raise ValueError(f"{path} has no question; a question is {QUESTION}")
+    if report.notes:
+        print("; ".join(report.notes), file=sys.stderr)
     return questions
 
 

@@ -195,7 +195,10 @@ def classify_prompt(opened: OpenRun, options: Any) -> None:
         raise ValueError("--shots needs labelled examples: --examples FILE")
     if not options.prompt:
         raise ValueError("--examples needs a text to classify: --prompt TEXT")
-    rows = tables.text_rows(options.examples, Report(), "", tables.LABEL_COLUMNS)
+    report = Report()
+    rows = tables.text_rows(options.examples, report, "", tables.LABEL_COLUMNS)
+    if report.skipped or report.notes:
+        print(f"{options.examples}: {report}", file=sys.stderr)
     pool = [(row.source, row.labels[0]) for row in rows]
     (found,) = likelihood.classify(
         opened.model,
