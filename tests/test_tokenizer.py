@@ -401,9 +401,9 @@ def test_other_kinds_of_tokenizer_json_are_refused(tmp_path):
     end = spec["added_tokens"][0]
     other = {"content": "<|im_end|>", "id": 1}
     cases = [
-        ("WordPiece; .*BPE", with_model(spec, type="WordPiece")),
+        ("WordLevel; .*BPE, WordPiece, Unigram", with_model(spec, type="WordLevel")),
         ("ends of words", with_model(spec, end_of_word_suffix="</w>")),
-        ("normalizer BertNormalizer .*NFC", spec | {"normalizer": {"type": "BertNormalizer"}}),
+        ("normalizer Nmt .*NFC", spec | {"normalizer": {"type": "Nmt"}}),
         ("pre-tokenizer UnicodeScripts", spec | {"pre_tokenizer": {"type": "UnicodeScripts"}}),
         ("lacks a token", with_model(spec, vocab=without)),
         ("'Q' is 1.5", with_model(spec, vocab=vocab | {"Q": 1.5})),
@@ -446,7 +446,7 @@ class CountingDict(dict):
 def test_the_work_of_encoding_is_linear_in_the_length(kind):
     r = random.Random(0)
     tokenizer = T.train("bpe", ["a" * 2000 + TEXT[:20000]], 300)
-    rules = tokenizer._vocabulary.rules
+    rules = tokenizer._vocabulary.model.rules
     work = {}
     for n in (2000, 16000):
         ids = [97] * n if kind == "one letter" else r.choices(range(97, 123), k=n)

@@ -12,11 +12,13 @@
 In all three a token stands for fixed bytes, so that decoding is a table look-up. For all but CLIP's
 decode(encode(text)) == text.
 
-Published tokenizers of kinds 2 and 3 are read too (hub/tokenizers.py); their ids are those of the
-library that they were published for. Some of them change the text: they put a space in front, or
-compose its letters. decode then gives the changed text.
+Published tokenizers of kinds 2 and 3 are read too, and those with WordPiece, such as BERT's
+(hub/tokenizers.py); their ids are those of the library that they were published for. Some of them
+change the text: they put a space in front, compose its letters, or write it in lower case. decode
+then gives the changed text.
 
-Left out: WordPiece, subword sampling, and SentencePiece models that normalise the text, as T5's do.
+Left out: subword sampling, and a tokenizer.model that normalises the text, as T5's does; its
+tokenizer.json is read.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import regex
 import sentencepiece
 
 from tinyfm import bpe
+from tinyfm.hub.pieces import in_bytes
 from tinyfm.hub.text_steps import (
     CHAR_OF,
     SPACE,
@@ -60,8 +63,10 @@ from tinyfm.hub.tokenizers import (
     export_files,
     hugging_face_files,
     is_tiktoken,
+    kind_of,
     learned_spec,
     marks_word_ends,
+    model_of,
     published_spec,
     read_clip_spec,
     read_companions,
@@ -232,8 +237,8 @@ class ChunkCache(dict):
         return ids
 
 
-class BPETokenizer(Tokenizer):
-    """BPE as a parsed tokenizer.json describes it: ours, GPT-2's, Llama's, Qwen's, Gemma's."""
+class PublishedTokenizer(Tokenizer):
+    """A parsed tokenizer.json with a model of WordPiece or Unigram: BERT's, ALBERT's, T5's."""
 
     def __init__(self, spec: dict, end: str | None = None):
         """end: the token that ends a text, if it has no usual name.
@@ -256,8 +261,6 @@ class BPETokenizer(Tokenizer):
         self._writes_bytes = self._splitters[-1:] == [write_bytes]
         if self._writes_bytes:
             self._splitters.pop()
-        self._byte_ids = [ids.get(char) for char in CHAR_OF]
-        self._whole_alphabet = None not in self._byte_ids
         self._ids_of_chunk = ChunkCache(self._encode_chunk)
 
     def __reduce__(self):
@@ -269,38 +272,10 @@ class BPETokenizer(Tokenizer):
     def without_template(self) -> Tokenizer:
         return type(self)(self._tokenizer_json | {"post_processor": None}, self._given_end)
 
-    def _spell(self, char: str) -> list[int]:
-        """The ids of a character without a token: its bytes, else none."""
-        if not self._vocabulary.byte_fallback:
-            return []
-        ids = [self._vocabulary.ids.get(f"<0x{b:02X}>") for b in char.encode("utf-8")]
-        return [] if None in ids else ids
-
-    def _symbols(self, chunk: str) -> list[int]:
-        """The ids that the merges start from: one for each character, where it has a token."""
-        ids = []
-        unknown = self._vocabulary.unknown
-        after_unknown = False
-        for char in chunk:
-            i = self._vocabulary.ids.get(char)
-            found = self._spell(char) if i is None else [i]
-            is_unknown = not found and unknown is not None
-            if is_unknown and not (after_unknown and self._vocabulary.fuse_unknown):
-                found = [unknown]
-            after_unknown = is_unknown
-            ids += found
-        return ids
-
     def _encode_chunk(self, chunk: str) -> list[int]:
-        vocabulary = self._vocabulary
-        if self._writes_bytes and self._whole_alphabet and not vocabulary.ignore_merges:
-            symbols = [self._byte_ids[b] for b in chunk.encode("utf-8")]  # the usual case
-            return bpe.apply_merges(symbols, vocabulary.rules)
         if self._writes_bytes:
             chunk = written(chunk)
-        if vocabulary.ignore_merges and chunk in vocabulary.ids:
-            return [vocabulary.ids[chunk]]
-        return bpe.apply_merges(self._symbols(chunk), vocabulary.rules)
+        return self._vocabulary.model.encode(chunk)
 
     def _normalize(self, text: str) -> str:
         for normalize in self._vocabulary.normalizers:
@@ -329,6 +304,45 @@ class BPETokenizer(Tokenizer):
 
     def _spec(self) -> dict:
         return self._tokenizer_json
+
+
+class BPETokenizer(PublishedTokenizer):
+    """BPE as a parsed tokenizer.json describes it: ours, GPT-2's, Llama's, Qwen's, Gemma's."""
+
+    def __init__(self, spec: dict, end: str | None = None):
+        """Arguments and errors are those of a PublishedTokenizer."""
+        super().__init__(spec, end)
+        self._merges = self._vocabulary.model
+        self._byte_ids = [self._vocabulary.ids.get(char) for char in CHAR_OF]
+        self._whole_alphabet = None not in self._byte_ids
+
+    def _symbols(self, chunk: str) -> list[int]:
+        """The ids that the merges start from: one for each character, where it has a token."""
+        ids = []
+        known, merges = self._vocabulary.ids, self._merges
+        after_unknown = False
+        for char in chunk:
+            if char in known:
+                found = [known[char]]
+            else:
+                found = in_bytes(char, known) if merges.byte_fallback else []
+            is_unknown = not found and merges.unknown is not None
+            if is_unknown and not (after_unknown and merges.fuse_unknown):
+                found = [merges.unknown]
+            after_unknown = is_unknown
+            ids += found
+        return ids
+
+    def _encode_chunk(self, chunk: str) -> list[int]:
+        merges = self._merges
+        if self._writes_bytes and self._whole_alphabet and not merges.ignore_merges:
+            symbols = [self._byte_ids[b] for b in chunk.encode("utf-8")]  # the usual case
+            return bpe.apply_merges(symbols, merges.rules)
+        if self._writes_bytes:
+            chunk = written(chunk)
+        if merges.ignore_merges and chunk in self._vocabulary.ids:
+            return [self._vocabulary.ids[chunk]]
+        return bpe.apply_merges(self._symbols(chunk), merges.rules)
 
 
 # ---- CLIP's variant of byte-level BPE ------------------------------------------------------------
@@ -387,7 +401,7 @@ class ClipTokenizer(BPETokenizer):
             *inside, last = word.encode("utf-8")
             symbols = [self._byte_ids[b] for b in inside]
             symbols.append(self._end_ids[last])
-            ids += bpe.apply_merges(symbols, self._vocabulary.rules)
+            ids += bpe.apply_merges(symbols, self._merges.rules)
         return ids
 
     def _encode(self, text: str, first: bool) -> list[int]:
@@ -669,11 +683,18 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     if model is not None and is_tiktoken(model) and spec is None:
         raise ValueError("tokenizer.model is tiktoken's, without a split: add its tokenizer.json")
     if model is not None and not is_tiktoken(model):
-        pieces = SentencePieceTokenizer(model, added, end)
-        if spec is None or pieces.is_lossless():
-            return pieces
+        try:
+            pieces = SentencePieceTokenizer(model, added, end)
+            if spec is None or pieces.is_lossless():
+                return pieces
+        except (ValueError, RuntimeError):
+            if spec is None:
+                raise
     if spec is not None:
-        return ClipTokenizer(spec, end) if marks_word_ends(spec) else BPETokenizer(spec, end)
+        if marks_word_ends(spec):
+            return ClipTokenizer(spec, end)
+        kind = BPETokenizer if kind_of(model_of(spec)) == "BPE" else PublishedTokenizer
+        return kind(spec, end)
     if "bytes.json" in files:
         return ByteTokenizer()
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")

@@ -8,12 +8,14 @@ Each step follows the library `tokenizers`, whose files these are. A pattern in 
 stranger, and a short one can take longer than the age of the universe: "(a+)+$" on a row of a's.
 So every search has a time limit.
 
-Left out: normalizers and pre-tokenizers that only WordPiece, Unigram or other scripts need. A file
-with one of them is refused by its name.
+Left out: a few normalizers and pre-tokenizers that no published model here needs. A file with one
+of them is refused by its name.
 """
 
 from __future__ import annotations
 
+import base64
+import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -246,9 +248,95 @@ def stripper(left: bool, right: bool) -> Normalizer:
     return strip
 
 
-def strip_accents(text: str) -> str:
-    """Remove marks that combine with the letter before them."""
-    return "".join(char for char in text if unicodedata.category(char) != "Mn")
+MARKS = regex.compile(r"\p{M}")  # they combine with the letter before them
+ACCENTS = regex.compile(r"\p{Mn}")  # those that take no space of their own; BERT strips these alone
+
+
+# Blocks of Chinese characters, as BERT's code has them.
+CHINESE = regex.compile(
+    "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
+)
+NO_TEXT = regex.compile(r"[\0\ufffd]|[^\t\n\r\P{C}]")  # controls, and what is not assigned
+
+
+def bert_normalizers(step: dict) -> list[Normalizer]:
+    """BERT's steps: drop controls, part Chinese characters, strip accents, write in lower case."""
+    lowercase = step.get("lowercase", True)
+    strip = step.get("strip_accents")
+    found: list[Normalizer] = []
+    if step.get("clean_text", True):
+        found.append(lambda text: WHITE.sub(" ", NO_TEXT.sub("", text)))
+    if step.get("handle_chinese_chars", True):
+        found.append(lambda text: CHINESE.sub(r" \g<0> ", text))
+    if strip or (strip is None and lowercase):
+        found.append(lambda text: ACCENTS.sub("", unicodedata.normalize("NFD", text)))
+    if lowercase:
+        found.append(lower)
+    return found
+
+
+CLUSTER = regex.compile(r"\X")  # what a reader sees as one character
+
+
+class CharacterMap:
+    """SentencePiece's table of replacements, such as those of NFKC (a precompiled_charsmap).
+
+    It is a double-array trie (Aoe 1989) over UTF-8, four bytes a unit, and the replacements, each
+    of which ends in a zero byte. The trie leads from the bytes of a text to a place among them.
+    """
+
+    def __init__(self, packed: str):
+        """packed: the table in base64. Raises ValueError if it is malformed."""
+        content = base64.b64decode(packed, validate=True)
+        size = int.from_bytes(content[:4], "little")
+        if size % 4 or not 4 <= size <= len(content) - 4:
+            raise ValueError("a precompiled_charsmap is cut short")
+        self.units = struct.unpack_from(f"<{size // 4}I", content, 4)
+        self.replacements = content[4 + size :]
+        self.found: dict[str, str | None] = {}
+
+    def unit(self, place: int) -> int:
+        if place >= len(self.units):
+            raise ValueError("a precompiled_charsmap leads out of its table")
+        return self.units[place]
+
+    def look_up(self, text: str) -> str | None:
+        """The replacement of the shortest start of a text that has one."""
+        place = 0
+        unit = self.unit(place)
+        for b in text.encode("utf-8"):
+            place ^= (unit >> 10) << ((unit & 1 << 9) >> 6)  # to the children of this node
+            place ^= b
+            unit = self.unit(place)
+            if b == 0 or unit & (1 << 31 | 0xFF) != b:  # the label of the child
+                return None
+            if unit >> 8 & 1:  # a replacement ends here
+                leaf = place ^ (unit >> 10) << ((unit & 1 << 9) >> 6)
+                start = self.unit(leaf) & (1 << 31) - 1
+                return self.replacements[start:].split(b"\0", 1)[0].decode("utf-8")
+        return None
+
+    def replace(self, text: str) -> str:
+        """A short cluster is replaced as a whole, or else each of its characters."""
+        parts = []
+        for cluster in CLUSTER.findall(text):
+            whole = self.cached(cluster) if len(cluster.encode("utf-8")) < 6 else None
+            if whole is not None:
+                parts.append(whole)
+                continue
+            for char in cluster:
+                single = self.cached(char)
+                parts.append(char if single is None else single)
+        return "".join(parts)
+
+    def cached(self, text: str) -> str | None:
+        """`look_up`, once for each text."""
+        if text not in self.found:
+            if len(self.found) >= 1 << 16:
+                self.found.clear()
+            self.found[text] = self.look_up(text)
+        return self.found[text]
 
 
 def read_normalizers(step: dict | None) -> list[Normalizer]:
@@ -269,11 +357,15 @@ def read_normalizers(step: dict | None) -> list[Normalizer]:
         case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
             return [stripper(left, right)]
         case {"type": "StripAccents"}:
-            return [strip_accents]
+            return [lambda text: MARKS.sub("", text)]
+        case {"type": "BertNormalizer"}:
+            return bert_normalizers(step)
+        case {"type": "Precompiled", "precompiled_charsmap": str(packed)}:
+            return [CharacterMap(packed).replace]
     kind = step.get("type") if isinstance(step, dict) else step
     raise ValueError(
         f"normalizer {kind} is not supported; those that are: Sequence, NFC, NFD, NFKC, NFKD, "
-        "Lowercase, Replace, Prepend, Strip, StripAccents"
+        "Lowercase, Replace, Prepend, Strip, StripAccents, BertNormalizer, Precompiled"
     )
 
 
@@ -400,6 +492,9 @@ def read_splitters(step: dict | None) -> list[Splitter]:
             return [splitter(Pattern(PUNCTUATION), step.get("behavior", "Isolated"))]
         case {"type": "WhitespaceSplit"}:
             return [splitter(Pattern(r"\s"), "Removed")]
+        case {"type": "BertPreTokenizer"}:
+            words = splitter(Pattern(r"\s"), "Removed")
+            return [words, splitter(Pattern(PUNCTUATION), "Isolated")]
         case {"type": "Whitespace"}:
             return [splitter(Pattern(r"\w+|[^\w\s]+"), "Removed", invert=True)]
         case {"type": "Metaspace"}:
@@ -410,7 +505,7 @@ def read_splitters(step: dict | None) -> list[Splitter]:
     kind = step.get("type") if isinstance(step, dict) else step
     raise ValueError(
         f"pre-tokenizer {kind} is not supported; those that are: Sequence, ByteLevel, Split, "
-        "Digits, Punctuation, Whitespace, WhitespaceSplit, Metaspace"
+        "Digits, Punctuation, Whitespace, WhitespaceSplit, Metaspace, BertPreTokenizer"
     )
 
 

@@ -16,10 +16,10 @@ converts it to a spec, to be written as a tokenizer.json.
 
 Two kinds of BPE are read. Byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek, Falcon, StarCoder, Phi)
 has the bytes for its alphabet. BPE on characters (Llama 2, Mistral, Gemma) writes a space as
-U+2581, and spells a character without a token in bytes, <0x00> ... <0xFF>.
+U+2581, and spells a character without a token in bytes, <0x00> ... <0xFF>. So are WordPiece (BERT)
+and Unigram (ALBERT, T5, XLM-R); their algorithms are in pieces.py.
 
-Left out: WordPiece; a tokenizer.json with a Unigram model; and the post_processor, which puts
-special tokens around a text.
+Left out: WordLevel, and the post_processor, which puts special tokens around a text.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyfm.bpe import Pair, Rules
 from tinyfm.common import schema
+from tinyfm.hub.pieces import UNKNOWN_PENALTY, Unigram, WordPiece
 from tinyfm.hub.text_steps import (
     BYTE_OF,
     CHAR_OF,
@@ -49,27 +50,35 @@ if TYPE_CHECKING:
 
 START = "<|startoftext|>"  # stands before a text; CLIP's only
 EOT = "<|endoftext|>"  # stands between documents
-END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # its names in published vocabularies
+END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in published vocabularies
 END_OF_WORD = "</w>"  # CLIP's only: marks a token that ends a word
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how SentencePiece writes a byte
 HIGHEST_ID = (1 << 22) - 1  # of a token; the largest published vocabularies have 2**18
+LONGEST_TOKEN = 1000  # characters of a token of WordPiece and Unigram; published ones have 16
+LONGEST_WORD = 10_000  # characters of a word of WordPiece; published ones have 100
 
 # ---- read a tokenizer.json -----------------------------------------------------------------------
 
 
-class Vocabulary(NamedTuple):
-    """A tokenizer.json with a BPE model, in the form that encoding needs."""
+class Merges(NamedTuple):
+    """The model of a tokenizer.json of the type BPE."""
 
-    ids: dict[str, int]  # ordinary tokens, as they are written in the file
     rules: Rules  # pair of ids -> (rank, new id)
-    added: list[AddedToken]  # found in the text before it is split
-    normalizers: list[Normalizer]
-    splitters: list[Splitter]  # each splits further what the one before it left
-    by_bytes: bool  # tokens are written in GPT-2's characters for bytes
     unknown: int | None  # id for characters without a token; None = they are left out
     fuse_unknown: bool  # a row of such characters is one token
     byte_fallback: bool  # a character without a token is spelled in bytes, <0x00> ... <0xFF>
     ignore_merges: bool  # a chunk that is a token becomes that token, merges or not (Llama 3)
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer.json, in the form that encoding needs."""
+
+    ids: dict[str, int]  # ordinary tokens, as they are written in the file
+    model: Merges | WordPiece | Unigram
+    added: list[AddedToken]  # found in the text before it is split
+    normalizers: list[Normalizer]
+    splitters: list[Splitter]  # each splits further what the one before it left
+    by_bytes: bool  # tokens are written in GPT-2's characters for bytes
     drop_space: bool  # decoding drops the space in front, which encoding added
 
 
@@ -140,28 +149,110 @@ def drops_space(decoder: Any) -> bool:
     return False
 
 
-def read_model(spec: dict) -> dict[str, Any]:
-    """The model of a tokenizer.json. Raises ValueError if it is not BPE as it is done here."""
+def model_of(spec: dict) -> dict[str, Any]:
+    """The model of a tokenizer.json. Raises ValueError if there is none."""
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ValueError("tokenizer.json has no model with a vocab")
-    kind = model.get("type", "BPE")
-    if kind != "BPE" or isinstance(model["vocab"], list):
-        raise ValueError(f"the model is {kind}; the only kind that is read is BPE")
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(option):
-            raise ValueError(f"a BPE model with {option} is not supported, but for CLIP's suffix")
     return model
 
 
+def kind_of(model: dict) -> str:
+    """The type of a model; files of older versions do not name it."""
+    if "type" in model:
+        return model["type"]
+    if isinstance(model["vocab"], list):
+        return "Unigram"
+    return "BPE" if "merges" in model else "WordPiece"
+
+
+def read_vocab(model: dict) -> dict[str, Any]:
+    """Token -> id. A Unigram model lists its tokens with their scores."""
+    kind, vocab = kind_of(model), model["vocab"]
+    if kind != "Unigram":
+        return schema.check(vocab, dict[str, Any], "the vocab of the model")
+    pairs = schema.check(vocab, list[tuple[str, float]], "the vocab of the model")
+    return {token: i for i, (token, _) in enumerate(pairs)}
+
+
+def read_unknown(model: dict, vocab: dict[str, int]) -> int | None:
+    """The id of what has no token. Raises ValueError if the vocabulary lacks it."""
+    if kind_of(model) == "Unigram":
+        unknown = schema.check(model.get("unk_id"), int | None, "unk_id")
+        if unknown is not None and unknown not in range(len(model["vocab"])):
+            raise ValueError(f"unk_id is {unknown!r}; the vocabulary has {len(model['vocab'])} ids")
+        return unknown
+    unknown = model.get("unk_token")
+    if unknown is not None and unknown not in vocab:
+        raise ValueError(f"the vocabulary lacks the unk_token {unknown!r}")
+    return None if unknown is None else vocab[unknown]
+
+
+def read_bpe(model: dict, ids: dict[str, int], unknown: int | None) -> Merges:
+    """A model of the type BPE. Raises ValueError for an option that is not supported."""
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(option):
+            raise ValueError(f"a BPE model with {option} is not supported, but for CLIP's suffix")
+    return Merges(
+        rules=read_rules(model.get("merges"), ids),
+        unknown=unknown,
+        fuse_unknown=bool(model.get("fuse_unk")),
+        byte_fallback=bool(model.get("byte_fallback")),
+        ignore_merges=bool(model.get("ignore_merges")),
+    )
+
+
+def longest_token(ids: dict[str, int]) -> int:
+    """Characters of the longest token. Raises ValueError if it is too long."""
+    longest = max(ids, key=len, default="")
+    if len(longest) > LONGEST_TOKEN:
+        raise ValueError(
+            f"token {longest[:40]!r} has {len(longest):,} characters; the limit is {LONGEST_TOKEN}"
+        )
+    return len(longest)
+
+
+def read_word_piece(model: dict, ids: dict[str, int], unknown: int | None) -> WordPiece:
+    """A model of the type WordPiece. Raises ValueError for a field that cannot be used."""
+    if unknown is None:
+        raise ValueError("a WordPiece model needs an unk_token")
+    longest = model.get("max_input_chars_per_word", 100)
+    if type(longest) is not int or not 0 < longest <= LONGEST_WORD:
+        raise ValueError(f"max_input_chars_per_word is {longest!r}; use 1 ... {LONGEST_WORD}")
+    prefix = model.get("continuing_subword_prefix", "##")
+    if not isinstance(prefix, str):
+        raise ValueError(f"continuing_subword_prefix is {prefix!r}, no text")
+    return WordPiece(ids, unknown, prefix, longest, longest_token(ids))
+
+
+def read_unigram(model: dict, ids: dict[str, int], unknown: int | None) -> Unigram:
+    """A model of the type Unigram."""
+    longest_token(ids)
+    longest: dict[str, int] = {}
+    scores = {}
+    for token, score in model["vocab"]:
+        if token in ids and token:
+            scores[token] = score
+            longest[token[0]] = max(len(token), longest.get(token[0], 0))
+    lowest = min((score for _, score in model["vocab"]), default=0.0)
+    by_bytes = bool(model.get("byte_fallback"))
+    return Unigram(ids, scores, unknown, lowest - UNKNOWN_PENALTY, by_bytes, longest)
+
+
+MODELS = {"BPE": read_bpe, "WordPiece": read_word_piece, "Unigram": read_unigram}
+
+
 def read_spec(spec: dict) -> Vocabulary:
-    """Read a tokenizer.json with a BPE model, such as GPT-2's, Llama's, Qwen's and Gemma's.
+    """Read a tokenizer.json, such as GPT-2's, Llama's, Qwen's, Gemma's, BERT's and T5's.
 
     Raises ValueError for what cannot be followed exactly here. Its post_processor, which puts
     special tokens around a text, is ignored.
     """
-    model = read_model(spec)
-    vocab = model["vocab"]
+    model = model_of(spec)
+    kind = kind_of(model)
+    if kind not in MODELS:
+        raise ValueError(f"the model is {str(kind)[:40]}; those that are read: {', '.join(MODELS)}")
+    vocab = read_vocab(model)
     added = read_added(spec.get("added_tokens") or [])
     check_ids([*vocab.items(), *((token.content, token.id) for token in added)])
     for token in added:
@@ -170,25 +261,18 @@ def read_spec(spec: dict) -> Vocabulary:
                 f"token {token.content!r} has the id {token.id} in added_tokens and "
                 f"{vocab[token.content]} in the vocabulary"
             )
-    # Special tokens are never made by merges.
+    # Special tokens are never made by the model.
     specials = {token.content for token in added if token.special}
     ids = {token: i for token, i in vocab.items() if token not in specials}
-    unknown = model.get("unk_token")
-    if unknown is not None and unknown not in vocab:
-        raise ValueError(f"the vocabulary lacks the unk_token {unknown!r}")
     splitters = read_splitters(spec.get("pre_tokenizer"))
     return Vocabulary(
         ids=ids,
-        rules=read_rules(model.get("merges"), ids),
+        model=MODELS[kind](model, ids, read_unknown(model, vocab)),
         added=added,
         normalizers=read_normalizers(spec.get("normalizer")),
         splitters=splitters,
         by_bytes=write_bytes in splitters,
-        unknown=None if unknown is None else vocab[unknown],
-        fuse_unknown=bool(model.get("fuse_unk")),
-        byte_fallback=bool(model.get("byte_fallback")),
-        ignore_merges=bool(model.get("ignore_merges")),
-        drop_space=drops_space(spec.get("decoder")),
+        drop_space=kind == "WordPiece" or drops_space(spec.get("decoder")),
     )
 
 
@@ -198,7 +282,11 @@ def token_content(token: str, vocabulary: Vocabulary) -> bytes:
         if BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[char] for char in token)
         return token.encode("utf-8")  # no text becomes this token
-    if vocabulary.byte_fallback and token in BYTE_TOKENS:
+    if isinstance(vocabulary.model, WordPiece):
+        inside = token.removeprefix(vocabulary.model.prefix)
+        starts_word = "" if inside != token else " "
+        return f"{starts_word}{inside}".encode()
+    if vocabulary.model.byte_fallback and token in BYTE_TOKENS:
         return bytes([BYTE_TOKENS[token]])
     return token.replace(SPACE, " ").encode("utf-8")
 
