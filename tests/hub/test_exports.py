@@ -5,6 +5,8 @@ The runs are those of tests/recipes/old_runs.tar.xz, small and half-trained.
 
 import json
 import tarfile
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.evaluate import zero_shot
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import classifier
-from tinyfm.hub.__main__ import main
+from tinyfm.hub.__main__ import export_model, main
 from tinyfm.recipes.autoencoder import AutoencoderClassifyRun
 from tinyfm.recipes.clip import CLIPClassifyRun
 from tinyfm.recipes.gpt import GPTClassifyRun
@@ -162,6 +164,62 @@ def test_zero_shot_classification_of_pictures(export):
         logits = opened.model.scale() * opened.model.encode_image(x) @ y.T
     shares = dict(zip(names, logits.softmax(1)[0].tolist()))
     assert {one["label"]: one["score"] for one in found} == pytest.approx(shares, abs=1e-4)
+
+
+def grey_clip() -> CLIP:
+    """A CLIP of grey pictures, whose pixels are normalised."""
+    config = CLIPConfig(
+        image_size=16, channels=1, stem="patch", patch_size=4, image_layer=2, image_width=16,
+        image_head=2, vocab_size=257, context_length=24, text_layer=1, text_width=16, text_head=2,
+        embed_dim=8, image_mean=(0.2,), image_std=(0.7,),
+    )  # fmt: skip
+    return random_weights(lambda: CLIP(config))
+
+
+def draw(mode: str) -> Image.Image:
+    shape = (16, 16, 3) if mode == "RGB" else (16, 16)
+    noise = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def seen_in_grey(picture: Image.Image) -> torch.Tensor:
+    """The pixels that a model of grey pictures reads, (1, 1, 16, 16)."""
+    return torch.from_numpy(np.array(picture.convert("L")))[None, None] / 127.5 - 1
+
+
+# Pillow rounds the grey of a coloured picture to whole numbers.
+TOLERANCE = {"L": 1e-5, "RGB": 3e-3}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_zero_shot_classification_by_a_model_of_grey_pictures(export, tmp_path, mode):
+    opened, _, _ = export("clip")
+    own, names = tokenizer.ByteTokenizer(), ["cat", "dog", "bird"]
+    model = grey_clip()
+    grey = replace(opened, model=model, tokenizer=own)
+    export_model(grey, Namespace(folder=tmp_path / "grey", overwrite=False))
+    find = pipeline("zero-shot-image-classification", model=str(tmp_path / "grey"))
+    found = find(draw(mode), candidate_labels=names, hypothesis_template="a {}")
+    y = zero_shot.embed_texts(model, own, [f"a {name}" for name in names])
+    with torch.no_grad():
+        logits = model.scale() * model.encode_image(seen_in_grey(draw(mode))) @ y.T
+    shares = dict(zip(names, logits.softmax(1)[0].tolist()))
+    assert {one["label"]: one["score"] for one in found} == pytest.approx(
+        shares, abs=TOLERANCE[mode]
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_classifier_of_grey_pictures(tmp_path, mode):
+    model = Classifier(grey_clip(), {"kind": ("cat", "dog", "bird")}, CLIPClassifyRun.reader)
+    torch.nn.init.normal_(model.heads[0].weight, generator=torch.Generator().manual_seed(0))
+    classifier.save(model.eval(), tmp_path)
+    find = pipeline("image-classification", str(tmp_path), trust_remote_code=True)
+    with torch.no_grad():
+        p = model.predict({"images": seen_in_grey(draw(mode))})["kind"]
+    shares = dict(zip(model.classes["kind"], p[0].tolist()))
+    found = {one["label"]: one["score"] for one in find(draw(mode))}
+    assert found == pytest.approx(shares, abs=TOLERANCE[mode])
 
 
 # ---- classifiers and adapters --------------------------------------------------------------------

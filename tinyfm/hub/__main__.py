@@ -14,7 +14,7 @@ from tinyfm import adapt
 from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
 from tinyfm.common.console import run_command
-from tinyfm.hub import classifier
+from tinyfm.hub import classifier, clip
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
 
@@ -56,6 +56,9 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
             f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
             "chat, clip, autoencoder, ddpm, text2image, and classifiers of texts"
         )
+    if opened.run.family == "clip":
+        clip.check_expressible(model.config)
+        model = clip.in_rgb(model)
     words = {"tokenizer": tokenizer} if tokenizer else {}
     model.save_pretrained(options.folder, **words, overwrite=options.overwrite)
     return line

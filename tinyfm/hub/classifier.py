@@ -12,6 +12,7 @@ Left out: bodies that transformers does not have, and classifiers of several que
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def text_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def image_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of the image tower of a CLIP, as AutoModel names them."""
     clip.check_expressible(model.config)
+    model = clip.in_rgb(model)
     raw = clip.write_config(model.config, None, warn=False)["vision_config"]
     prefix = "vision_model."
     tensors = {
@@ -72,7 +74,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     elif kind == "CLIP":
         raw, tensors = image_body(model.body)
         title, auto = "TinyfmImageClassifier", "AutoModelForImageClassification"
-        others[clip.PROCESSOR] = clip.write_processor(model.config)
+        others[clip.PROCESSOR] = clip.write_processor(replace(model.config, channels=3))
         tokenizer = None
     else:
         raise ValueError(

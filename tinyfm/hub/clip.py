@@ -12,6 +12,9 @@ FIELD_TABLE: the names of the settings in their config.json. Three things show i
 3. The scale. Our model clamps it, transformers does not. max_scale is raised to the scale that is
    read, and the scale that is written is clamped.
 
+A model of grey pictures keeps its one channel. The pipelines of transformers give every model
+pictures in RGB, so the command python -m tinyfm.hub writes what `in_rgb` returns.
+
 Left out: settings that matter in training only, folders of one tower.
 """
 
@@ -282,6 +285,25 @@ def their_tensors(model: nn.Module) -> dict[str, Tensor]:
     patch = (config.channels, config.patch_size, config.patch_size)
     theirs[PATCHES] = theirs[PATCHES].unflatten(1, patch)
     return theirs
+
+
+LUMA = (0.299, 0.587, 0.114)  # the share of red, green and blue in grey (ITU-R BT.601, and Pillow)
+
+
+def in_rgb(model: nn.Module) -> nn.Module:
+    """A CLIP of colour pictures that sees them as a CLIP of grey pictures sees them in grey.
+
+    Its patch embedding W reads W (0.299 R + 0.587 G + 0.114 B). In a grey picture R = G = B, and
+    the three shares add up to 1. A CLIP of colour pictures is returned as it is.
+    """
+    if model.config.channels == 3:
+        return model
+    colored = type(model)(replace(model.config, channels=3))
+    weights = model.state_dict()
+    grey = weights["image_tower.stem.project.weight"]  # (D, p p)
+    weights["image_tower.stem.project.weight"] = torch.cat([share * grey for share in LUMA], dim=1)
+    colored.load_state_dict(weights)
+    return colored.train(model.training)
 
 
 def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -> nn.Module:
