@@ -14,6 +14,7 @@ For teachers:
 
     python -m course grade DIR 2        a table of points for a folder of submissions
     python -m course handout OUT        the repository with holes, without the answers
+    python -m course exam OUT           exam questions, and their answers apart
     python -m course record 2           measure the experiment with several seeds
     python -m course weave              write code and numbers into the lessons' pages
 """
@@ -195,6 +196,22 @@ def build_site(options: argparse.Namespace) -> str:
     return f"wrote {Path(options.out) / 'index.html'}"
 
 
+def write_exam(options: argparse.Namespace) -> str:
+    out = Path(options.out)
+    questions = []
+    answers = []
+    for lesson in all_lessons():
+        heading = f"## {lesson.number}. {lesson.title}\n"
+        questions.append(heading)
+        answers.append(heading)
+        for number, (question, answer) in enumerate(lesson.teacher.QUESTIONS, start=1):
+            questions.append(f"{number}. {question}\n")
+            answers.append(f"{number}. {question}\n\n    {answer}\n")
+    write(out / "questions.md", "# Questions\n\n" + "\n".join(questions))
+    write(out / "answers.md", "# Questions and answers\n\n" + "\n".join(answers))
+    return f"wrote {out / 'questions.md'} and {out / 'answers.md'}"
+
+
 def make_handout(options: argparse.Namespace) -> str:
     count = handout.write_handout(Path(options.out))
     return f"wrote {options.out}: {count} holes, no answers"
@@ -239,6 +256,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         ("site", build_site, "build the site"),
         ("figures", draw_figures, "draw all figures"),
         ("handout", make_handout, "write the repository with holes"),
+        ("exam", write_exam, "write exam questions, and their answers apart"),
     ):
         command(name, answer, about).add_argument("out", metavar="OUT", help="the folder to write")
     return parser.parse_args(argv)

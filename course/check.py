@@ -80,6 +80,7 @@ class Child:
         )  # fmt: skip
         self.answers: Queue[str] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
+        self.answers.get()  # "ready": the time of a check begins after the imports
 
     def _read(self) -> None:
         for line in self.process.stdout:

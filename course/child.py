@@ -1,9 +1,9 @@
 """The process that runs checks: `python -m course.child` in a copy of the repository.
 
-It reads one job a line from its standard input, {"files": {path: text}, "lesson": folder,
-"exercise": name or null}, puts the files in place, imports everything again, runs the lesson's
-checks of that exercise (all checks if null), puts the files back, and answers with one line on
-its standard output: [[test, outcome, message], ...].
+It says "ready", then reads one job a line from its standard input, {"files": {path: text},
+"lesson": folder, "exercise": name or null}. For each it puts the files in place, imports everything
+again, runs the lesson's checks of that exercise (all checks if null), puts the files back, and
+answers with one line on its standard output: [[test, outcome, message], ...].
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
 
     jobs = os.fdopen(os.dup(0), encoding="utf-8")
     fence.enclose(Path.cwd())
-    sys.stdin = open(os.devnull)  # noqa: SIM115  a student's input() ends at once
+    print("ready", file=results, flush=True)
     for line in jobs:
         print(json.dumps(run_job(json.loads(line))), file=results, flush=True)
 

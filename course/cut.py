@@ -46,16 +46,22 @@ def body_range(node: Function) -> tuple[int, int]:
     return node.body[0].lineno - 1, node.end_lineno
 
 
+def plain_code(source: str, name: str) -> str:
+    """The body of a function without its docstring, its comments and its layout."""
+    return "\n".join(
+        ast.unparse(statement) for statement in statements(find_function(source, name))
+    )
+
+
 def take_body(source: str, name: str) -> str:
     """The body of a function without its docstring, not indented."""
     node = find_function(source, name)
+    lines = source.splitlines()
+    for statement in statements(node)[:1]:
+        if lines[statement.lineno - 1][: statement.col_offset].strip():  # shares a line
+            return plain_code(source, name) + "\n"
     first, last = body_range(node)
-    body = textwrap.dedent("\n".join(source.splitlines()[first:last])) + "\n"
-    try:
-        ast.parse(body)
-    except SyntaxError:  # the body shares a line with the signature
-        return "\n".join(ast.unparse(statement) for statement in statements(node)) + "\n"
-    return body
+    return textwrap.dedent("\n".join(lines[first:last])) + "\n"
 
 
 def put_body(source: str, name: str, body: str) -> str:
@@ -76,13 +82,6 @@ def is_open(source: str, name: str) -> bool:
     if len(body) != 1 or not isinstance(body[0], ast.Raise):
         return False
     return "NotImplementedError" in ast.unparse(body[0])
-
-
-def plain_code(source: str, name: str) -> str:
-    """The body of a function without its docstring, its comments and its layout."""
-    return "\n".join(
-        ast.unparse(statement) for statement in statements(find_function(source, name))
-    )
 
 
 def edit(source: str, name: str, old: str, new: str) -> str:

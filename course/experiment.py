@@ -47,8 +47,8 @@ STYLE = {
 }
 
 
-def load(lesson: Lesson, root: Path = ROOT) -> ModuleType:
-    return load_file(root / "course" / lesson.folder.name / "experiment.py")
+def load(lesson: Lesson) -> ModuleType:
+    return load_file(lesson.folder / "experiment.py")
 
 
 def variant_of(experiment: ModuleType, student: int | None) -> str:
