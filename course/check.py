@@ -8,6 +8,7 @@ loads (SAMPLERS in ddpm.py, say) hold the student's.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -109,7 +110,12 @@ class Child:
 
 
 def run_jobs(jobs: list[Job], seconds: float = SECONDS) -> Iterator[Result]:
-    """The result of each job. A child that hangs or dies is replaced."""
+    """The result of each job. A child that hangs or dies is replaced.
+
+    Raises ValueError if pytest, which runs the checks, is missing.
+    """
+    if importlib.util.find_spec("pytest") is None:
+        raise ValueError("the checks need a package: pip install pytest")
     with copied_tree() as tree:
         child = None
         for job in jobs:

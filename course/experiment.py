@@ -139,10 +139,11 @@ def machine() -> dict[str, str]:
 
     words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    python = platform.python_version()  # many lessons read its documentation as their text
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {python}",
         "torch": torch.__version__,
     }
 

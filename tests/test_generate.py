@@ -252,6 +252,15 @@ def test_draws_have_the_models_probabilities():
     assert (share - p**2 / (p**2).sum()).abs().max() < 0.025
 
 
+def test_draws_from_half_precision_reach_all_tokens():
+    """A cumulative sum in bfloat16 has steps of 1/256 near 1, so that most tokens never came."""
+    n = 1000
+    logits = torch.zeros(n, 2000, dtype=torch.bfloat16)
+    generators = [torch.Generator().manual_seed(i) for i in range(n)]
+    drawn = choose(logits, Sampling(temperature=1.0), generators)
+    assert len(set(drawn.tolist())) > 700  # 787 are expected
+
+
 def test_repetition_penalty():
     logits = torch.tensor([[2.0, -1.0, 0.5], [2.0, -1.0, 0.5]])
     got = penalise_repeats(logits, [[0, 1, 0], [2]], 2.0)

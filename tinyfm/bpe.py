@@ -133,9 +133,9 @@ class LinkedTokens:
     def key(self, pair: Pair) -> tuple[int, int, Pair]:
         """(-count, first place, pair): the smallest key is that of the most frequent pair, and of
         equally frequent ones that of the first in the text. The place is -1 if there is none."""
-        ids, right = self.ids, self.right
+        ids = self.ids
         where = self.places[pair]
-        while where and (ids[where[0]], ids[right[where[0]]]) != pair:
+        while where and (ids[where[0]], ids[self.right[where[0]]]) != pair:
             where.popleft()  # outdated
         first = where[0] if where else -1
         return -self.counts[pair], first, pair
@@ -148,7 +148,9 @@ class LinkedTokens:
         and those of the new token are added. Return the pairs that were added; some may hold WALL,
         and those have no count.
         """
-        ids, left, right = self.ids, self.left, self.right
+        ids = self.ids
+        left = self.left
+        right = self.right
         added = set()
         for i in self.places.pop(pair):
             j = right[i]

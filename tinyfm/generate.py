@@ -57,7 +57,11 @@ class Sampling:
 
 
 def penalise_repeats(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
-    """Make all tokens that are in rows[i] less likely in logits[i] (Keskar et al. 2019, 4.1)."""
+    """Make all tokens that are in rows[i] less likely in logits[i] (Keskar et al. 2019, 4.1).
+
+    Logits (B, V) above 0 are divided by the penalty, others multiplied by it. A token counts once,
+    however often it occurs. The given logits are not changed.
+    """
     logits = logits.clone()
     for scores, row in zip(logits, rows):
         seen = torch.tensor(sorted(set(row)), device=logits.device)
@@ -65,24 +69,52 @@ def penalise_repeats(logits: Tensor, rows: list[list[int]], penalty: float) -> T
     return logits
 
 
+# Each filter sets the logits (B, V) of the tokens that it excludes to -inf, so that they have
+# probability 0. The likeliest token is never excluded.
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k likeliest tokens of each row, and those as likely as the last of them."""
+    smallest = logits.topk(k).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest likeliest tokens of each row whose probabilities sum to at least top_p.
+
+    In order of probability, a token is kept if those before it sum to less than top_p (Holtzman et
+    al. 2020). The token that crosses top_p is thus kept. Others become -inf.
+    """
+    ordered, index = logits.sort(descending=True)
+    p = ordered.softmax(-1)
+    excluded = p.cumsum(-1) - p >= top_p  # likelier tokens already sum to top_p
+    return logits.masked_fill(excluded.scatter(1, index, excluded), -math.inf)
+
+
+def keep_min_p(logits: Tensor, share: float) -> Tensor:
+    """Keep the tokens with at least this share of the probability of their row's likeliest one
+    (Nguyen et al. 2024). The others become -inf."""
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < share * p.amax(-1, keepdim=True), -math.inf)
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Set the logits (B, V) of excluded tokens to -inf; the likeliest token is never excluded."""
+    """Apply the filters that are on to logits (B, V), in this order; see Sampling."""
     if 0 < top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if top_p < 1:  # nucleus sampling, Holtzman et al. 2020
-        ordered, index = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        excluded = p.cumsum(-1) - p >= top_p  # likelier tokens already sum to top_p
-        logits = logits.masked_fill(excluded.scatter(1, index, excluded), -math.inf)
-    if min_p > 0:  # Nguyen et al. 2024
-        p = logits.softmax(-1)
-        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_nucleus(logits, top_p)
+    if min_p > 0:
+        logits = keep_min_p(logits, min_p)
     return logits
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token per row, (B,), from logits (B, V); row i uses only generators[i].
+
+    Temperature 0 takes the likeliest token. Otherwise p = softmax(logits / temperature), filtered,
+    and the draw is the first token whose cumulative probability exceeds u, a number from
+    torch.rand(1, generator=generators[i]).
 
     Raises ValueError if the largest logit of a row is infinite or not a number.
     """

@@ -229,6 +229,7 @@ class ChunkCache(dict):
         self.encode = encode
 
     def __missing__(self, chunk: str) -> list[int]:
+        """The ids of a chunk that is looked up for the first time, or was too long to keep."""
         ids = self.encode(chunk)
         if len(chunk) < 64:
             if len(self) >= 1 << 16:

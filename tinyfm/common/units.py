@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def size(n: float) -> str:
-    """Bytes, such as "563 MB" or, from 1 GiB on, "1.50 GiB"."""
+    """Bytes in words: "1.23 MB", "563 MB", "1.50 GiB".
+
+    A MB is a million bytes; below 10 MB it has up to three digits, from there on no decimals. From
+    1 GiB = 2**30 bytes on, the unit is GiB with two decimals.
+    """
     if n < 2**30:
         return f"{n / 1e6:.3g} MB" if n < 10e6 else f"{n / 1e6:.0f} MB"
     return f"{n / 2**30:.2f} GiB"
