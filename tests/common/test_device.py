@@ -1,7 +1,12 @@
 """Devices: the choice of device and number format, peak speed and memory, compiled functions."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from tinyfm.common import device as devices
 
@@ -63,3 +68,15 @@ def test_an_error_inside_a_compiled_function_is_raised(monkeypatch):
     assert divide(6, 3) == 2
     with pytest.raises(ZeroDivisionError):
         divide(1, 0)
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_a_user_says_otherwise(own):
+    """In a process that imports tinyfm before torch, as every command does."""
+    code = "import os, sys, tinyfm; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if "OMP_WAIT" not in name}
+    if own:
+        environment["OMP_WAIT_POLICY"] = own
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [own or "PASSIVE", "False"]
