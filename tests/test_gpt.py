@@ -9,7 +9,9 @@ from conftest import count_parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinyfm.calc import trace
 from tinyfm.gpt import GPT, Attention, GPTConfig, attention_mask, rope_frequencies, rotate
+from tinyfm.recipes import registry
 
 GPT2 = {
     "position": "learned",
@@ -305,3 +307,47 @@ def test_derived_sizes_follow_a_changed_config():
     assert replace(fixed, d_model=512).F == 100
     assert (fixed.K, fixed.G) == (16, 2)
     assert GPT(replace(small(), d_model=64)).blocks[0].attention.q.weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, masked):
+    """The loss and every gradient; 80 targets in chunks of 7."""
+    torch.manual_seed(0)
+    config = GPTConfig(101, 16, n_layer=2, n_head=2, d_model=32, tied=tied, zero_init=False)
+    model = GPT(config)
+    batch = {"tokens": torch.randint(101, (5, 17))}
+    if masked:
+        batch["mask"] = torch.rand(5, 16) > 0.5
+    found = []
+    for most in (GPT.logits_at_once, 7 * 101):
+        model.logits_at_once = most
+        model.zero_grad()
+        loss, _ = model.loss(batch)
+        (3 * loss).backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, chunked in zip(*found):
+        torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_with_an_adapter_is_not_bypassed_by_chunks():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(101, 16, n_layer=1, n_head=2, d_model=32))
+    batch = {"tokens": torch.randint(101, (5, 17))}
+    model.head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    plain, _ = model.loss(batch)
+    model.logits_at_once = 7 * 101
+    chunked, _ = model.loss(batch)
+    assert chunked == plain
+
+
+def test_chunks_halve_the_memory_of_a_step(monkeypatch):
+    """At the shape of GPT-2 124M and 32 rows of 1,024 tokens, counted without allocating it."""
+    preset = registry.get_preset("gpt2-124m").run
+    peaks = []
+    for most in (GPT.logits_at_once, 1 << 60):
+        monkeypatch.setattr(GPT, "logits_at_once", most)
+        model = GPT(preset.model)
+        peak, _ = trace.step_bytes(model, preset.optim, 32, dtype=torch.bfloat16)
+        peaks.append(peak)
+    assert peaks[0] <= peaks[1] / 2

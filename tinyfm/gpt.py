@@ -288,6 +288,58 @@ class Block(nn.Module):
         return self.after_attention(x, self.attention.attend(q, k, v, mask))
 
 
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def is_plain(head: nn.Module) -> bool:
+    """True if a head is one product with its matrix: no adapter and no hook changes it."""
+    return type(head) is nn.Linear and not head._forward_hooks
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of -ln p(target) from the last states and the head's matrix, a few tokens at a time.
+
+    The logits of all tokens and their gradient can need more memory than the whole network. But
+    both are sums over tokens: with p = softmax(W s), a token adds -ln p[target] to the loss, and
+
+        d loss / d logits = p - onehot(target)
+
+    So the forward pass computes a chunk's gradients too, adds them up, and drops its logits. The
+    backward pass only multiplies by the gradient of what follows, which is a single number.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, chunk):
+        """states (n, D), weight (V, D), targets (n,) with -100 for those that do not count."""
+        d_states = torch.empty_like(states)
+        d_weight = torch.zeros_like(weight)
+        dtype = states.dtype
+        if torch.is_autocast_enabled(states.device.type):
+            dtype = torch.get_autocast_dtype(states.device.type)
+        W = weight.to(dtype)
+        total = torch.zeros((), device=states.device)
+        with torch.autocast(states.device.type, enabled=False):
+            parts = zip(states.split(chunk), targets.split(chunk), d_states.split(chunk))
+            for s, target, d_s in parts:
+                s = s.to(dtype)
+                log_p = (s @ W.mT).float().log_softmax(-1)  # (chunk, V)
+                total += F.nll_loss(log_p, target, reduction="sum")  # ignores -100
+                counts = (target != -100).float()[:, None]
+                d_logits = log_p.exp_()
+                d_logits.scatter_add_(1, target.clamp(min=0)[:, None], -counts)
+                d_logits = d_logits.mul_(counts).to(dtype)
+                d_s.copy_(d_logits @ W)
+                d_weight += d_logits.mT @ s
+        ctx.save_for_backward(d_states, d_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        d_states, d_weight = ctx.saved_tensors
+        return gradient * d_states, gradient * d_weight, None, None
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 
@@ -296,6 +348,7 @@ class GPT(nn.Module):
 
     unit = "token"  # what a data set is counted in
     outer = ("token_embedding", "position_embedding", "head")  # tables: for AdamW, not for Muon
+    logits_at_once = 1 << 25  # the loss holds no more logits than these at a time (ChunkedLoss)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -393,11 +446,18 @@ class GPT(nn.Module):
         not used: nothing in the loss is random but dropout.
         """
         tokens = batch["tokens"]
-        logits = self(tokens[:, :-1])  # (B, T, V)
+        states = self.hidden(tokens[:, :-1])  # (B, T, D)
         targets = tokens[:, 1:]  # (B, T)
         if "mask" in batch:
             targets = targets.masked_fill(~batch["mask"], -100)  # cross_entropy ignores -100
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        states = states.flatten(0, 1)
+        targets = targets.flatten()
+        chunk = max(1, self.logits_at_once // self.config.vocab_size)
+        if len(targets) > chunk and torch.is_grad_enabled() and is_plain(self.head):
+            loss = ChunkedLoss.apply(states, self.head.weight, targets, chunk)
+        else:
+            logits = self.head(states)  # (B T, V)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         weight = (targets != -100).sum()
         return loss / weight.clamp(min=1), {"weight": weight}
 
