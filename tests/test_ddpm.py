@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -585,6 +586,27 @@ def test_a_pipeline_of_diffusers_draws_the_same(tmp_path):
     pipeline.scheduler.save_pretrained(flat)
     again = Diffusion.from_pretrained(flat)
     assert again.config == Diffusion.from_pretrained(tmp_path).config
+
+
+def test_a_pipeline_of_diffusers_follows_a_flow(tmp_path):
+    """By Euler's method, at its own noise levels."""
+    model = trained(replace(TINY, prediction="flow", clip=False))
+    trained(replace(TINY, prediction="eps", clip=True)).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, overwrite=True)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipeline, DDPMPipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = pipeline(2, torch.Generator().manual_seed(4), 5, output_type="np").images
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    levels = pipeline.scheduler.sigmas.tolist()
+    assert levels[0] == 1 and levels[-1] == 0
+    with torch.no_grad():
+        for now, after in pairwise(levels):
+            x = x + (after - now) * model.unet(x, torch.tensor(now * TINY.diffusion_steps))
+    ours = (x.permute(0, 2, 3, 1).numpy() / 2 + 0.5).clip(0, 1)
+    torch.testing.assert_close(ours, pixels, atol=1e-4, rtol=1e-4)
+    trained(replace(TINY, d_context=6)).save_pretrained(tmp_path, overwrite=True)
+    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,7 @@ from tinyfm.recipes.gpt import GPTClassifyRun
 from tinyfm.recipes.run_dir import open_run
 
 transformers.logging.set_verbosity_error()
+diffusers.logging.set_verbosity_error()
 ARCHIVE = Path(__file__).parent.parent / "recipes" / "old_runs.tar.xz"
 TEXTS = ["a cat", "a picture of a lazy dog", "", "naïve 中文 🙂  two  spaces"]
 
@@ -220,6 +222,52 @@ def test_a_classifier_of_grey_pictures(tmp_path, mode):
     shares = dict(zip(model.classes["kind"], p[0].tolist()))
     found = {one["label"]: one["score"] for one in find(draw(mode))}
     assert found == pytest.approx(shares, abs=TOLERANCE[mode])
+
+
+# ---- diffusion -----------------------------------------------------------------------------------
+
+
+def test_a_diffusion_model_opens_as_a_pipeline(export):
+    opened, folder, printed = export("ddpm")
+    assert f'DiffusionPipeline.from_pretrained("{folder}")' in printed
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    (picture,) = pipe(generator=generator, num_inference_steps=4, output_type="np").images
+    ours = opened.model.sample(1, 4, "ddpm", generators=[torch.Generator().manual_seed(0)])
+    ours = (ours[0].permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1)
+    np.testing.assert_allclose(picture, ours, atol=1e-4)
+
+
+def test_an_autoencoder_opens_by_the_printed_call(export):
+    opened, folder, printed = export("autoencoder")
+    assert f'AutoencoderKL.from_pretrained("{folder}")' in printed
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder)
+    config = opened.model.config
+    z = torch.randn(2, config.latent_channels, *[config.image_size // config.factor] * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs.decode(z).sample, opened.model.decode(z), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_parts_of_text_to_image_open_and_the_rest_is_said(export):
+    opened, folder, printed = export("text2image")
+    for word in ("no pipeline with", "CLIP's", f'AutoencoderKL.from_pretrained("{folder}"'):
+        assert word in printed
+    assert not (folder / "model_index.json").exists()
+    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    tower = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    own = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    config = opened.model.config
+    assert unet.config.cross_attention_dim == tower.config.hidden_size == config.clip.text_width
+    assert vae.config.latent_channels == unet.config.in_channels
+    rows = own(["latin small letter a"], truncation=True).input_ids
+    expected, _ = tokenizer.encode_captions(
+        opened.tokenizer, ["latin small letter a"], config.clip.context_length
+    )
+    assert rows == expected.tolist()
 
 
 # ---- classifiers and adapters --------------------------------------------------------------------

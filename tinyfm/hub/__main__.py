@@ -9,12 +9,13 @@ The first command writes a whole model, with any adapter merged; the second writ
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinyfm import adapt
 from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
 from tinyfm.common.console import run_command
-from tinyfm.hub import classifier, clip
+from tinyfm.hub import classifier, clip, stable_diffusion
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
 
@@ -32,8 +33,30 @@ def export_adapter(opened: OpenRun, options: argparse.Namespace) -> str:
     )
 
 
+def how_to_open(opened: OpenRun, folder: str) -> str:
+    """A line: how other libraries open the exported model of a run, by their plain calls."""
+    if (Path(folder) / "model_index.json").is_file():
+        return f'\ndiffusers opens it by DiffusionPipeline.from_pretrained("{folder}")'
+    match opened.run.family:
+        case "gpt" | "chat":
+            return f'\ntransformers opens it by pipeline("text-generation", "{folder}")'
+        case "clip":
+            call = f'pipeline("zero-shot-image-classification", "{folder}")'
+            return f"\ntransformers opens it by {call}"
+        case "autoencoder":
+            return f'\ndiffusers opens it by AutoencoderKL.from_pretrained("{folder}")'
+        case "text2image":
+            beyond = stable_diffusion.beyond_stable_diffusion(opened.model, opened.tokenizer)
+            return (
+                f"\ndiffusers has no pipeline with {', '.join(beyond)}; it opens the parts, such "
+                f'as AutoencoderKL.from_pretrained("{folder}", subfolder="vae"), and '
+                f'TextToImage.from_pretrained("{folder}") here opens the whole'
+            )
+    return ""
+
+
 def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
-    """Write the whole model of a run; return a line that says so."""
+    """Write the whole model of a run; return lines that say so, and what opens it."""
     model = opened.model
     if opened.run.adapt == "prompt":
         raise ValueError(
@@ -61,7 +84,7 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
         model = clip.in_rgb(model)
     words = {"tokenizer": tokenizer} if tokenizer else {}
     model.save_pretrained(options.folder, **words, overwrite=options.overwrite)
-    return line
+    return line + how_to_open(opened, options.folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -197,6 +197,7 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
 def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     """Write a folder for `load` and, if the model has no context, for diffusers' DDPMPipeline.
 
+    That pipeline takes any scheduler: it follows a flow by Euler's method, from noise level 1 to 0.
     Raises ValueError if diffusers cannot express the U-Net, or if the folder holds a model already,
     unless overwrite.
     """
@@ -207,11 +208,12 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     diffusion.save_unet(model.unet, folder / "unet", overwrite)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", raw)
-    # The model that is overwritten may have had one.
+    # The model that is overwritten may have had them.
     (folder / "null_context.safetensors").unlink(missing_ok=True)
+    (folder / "model_index.json").unlink(missing_ok=True)
     if config.d_context and config.learned_null:
         save_tensors(folder, "null_context", {"null_context": model.null_context})
-    if not config.d_context and config.prediction != "flow":
+    if not config.d_context:
         index = {
             "_class_name": "DDPMPipeline",
             "unet": ["diffusers", "UNet2DModel"],

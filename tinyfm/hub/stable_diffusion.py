@@ -153,14 +153,19 @@ def load(
     return model
 
 
-def is_stable_diffusion(model: nn.Module, tokenizer: Any) -> bool:
-    """Whether a StableDiffusionPipeline computes what the model does."""
+def beyond_stable_diffusion(model: nn.Module, tokenizer: Any) -> list[str]:
+    """What the model has that a StableDiffusionPipeline does not compute; empty if it does all."""
     config = model.config.diffusion
-    if config.learned_null or config.prediction == "flow":
-        return False
+    found = []
+    if config.prediction == "flow":
+        found.append("flow matching")
+    if config.learned_null:
+        found.append("a learned empty text")
     if model.autoencoder.latent_mean.item() != 0:
-        return False
-    return tokenizer is not None and tokenizer.bot is not None  # only CLIP's has a start token
+        found.append("a mean of the latents")
+    if tokenizer is None or tokenizer.bot is None:  # only CLIP's has a start token
+        found.append("a tokenizer that is not CLIP's")
+    return found
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool = False) -> None:
@@ -193,7 +198,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     (folder / "model_index.json").unlink(missing_ok=True)
     if tokenizer:
         tokenizer.save_pretrained(folder / "tokenizer", captions=config.clip.context_length)
-    if is_stable_diffusion(model, tokenizer):
+    if not beyond_stable_diffusion(model, tokenizer):
         kind = scheduler.write_scheduler(config.diffusion)["_class_name"]
         index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
         index |= INDEX | {"scheduler": ["diffusers", kind]}
