@@ -21,6 +21,7 @@ from PIL.Image import open as open_image
 from transformers import CLIPImageProcessorPil
 
 from data import captioned, glyphs, near, pictures
+from data.download import sha256_of
 from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer
@@ -449,6 +450,15 @@ def test_folders_named_for_splits_are_splits(tmp_path, val, kind):
     assert (report.found, report.used, report.notes) == (15, 15, [])
 
 
+@pytest.mark.parametrize("test", ["test", "testing", "eval", "Evaluation"])
+def test_a_folder_for_evaluation_is_not_trained_on(tmp_path, test):
+    for i, split in enumerate(("train", "train", test)):
+        save(tmp_path / split / "cat" / f"{i}.png", i)
+    found = captioned.pairs(tmp_path, Report())
+    assert [pair.split for pair in found if pair.path.parts[-3] == test] == ["test"]
+    assert {pair.split for pair in found if pair.path.parts[-3] == "train"} == {""}
+
+
 def test_a_split_without_a_folder_is_drawn_from_train(tmp_path):
     names = {f"{i}.png": i for i in range(23)}
     for i in range(20):
@@ -763,6 +773,51 @@ def test_a_manifest_that_exchanges_the_splits_is_refused(own):
             prepare(own)
     path.write_text(json.dumps(good), encoding="utf-8")
     assert prepare(own).fingerprint == first
+
+
+@pytest.mark.parametrize("value", [[], {"a": []}, None, True, "many", -1.5, 10**30, float("nan")])
+def test_every_field_of_a_manifest_is_checked(own, value):
+    prepare(own)
+    path = prepared(own) / "manifest.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    name = next(iter(good["bytes"]))
+    changes = [{field: value} for field in good if (field, value) != ("report", "many")]
+    for field in ("bytes", "sha256", "rows"):
+        key = "train" if field == "rows" else name
+        changes.append({field: good[field] | {key: value}})
+    changes += [{"image": [1, value, 16]}, {"image": [1, -16, -16]}, {"image": [0, 16, 16]}]
+    for change in changes:
+        path.write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"delete the folder") as error:
+            prepare(own)
+        assert str(prepared(own)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"captions": "many"}, {"captions": [[7]]}, {"captions": [[]]}, {"labels": {"a": 1}},
+        {"labels": [None]}, {"captions": []}, {"labels": ...},
+    ],
+)  # fmt: skip
+def test_texts_of_another_shape_are_refused_by_name(own, change):
+    """Also where their hash was altered with them."""
+    prepare(own)
+    folder = prepared(own)
+    path = folder / "train.json"
+    texts = json.loads(path.read_text(encoding="utf-8"))
+    for field, value in change.items():
+        if value is ...:
+            del texts[field]
+        else:
+            texts[field] = value * len(texts[field]) if isinstance(value, list) else value
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["bytes"]["train.json"] = path.stat().st_size
+    manifest["sha256"]["train.json"] = sha256_of(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.json.*(captions|labels|rows)"):
+        prepare(own)
 
 
 def test_an_interrupted_build_leaves_nothing(own, monkeypatch):

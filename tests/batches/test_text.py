@@ -390,6 +390,12 @@ def test_the_bytes_that_a_manifest_claims_are_counted(tmp_path, small):
         prepare(tmp_path, tmp_path / "text" / "small.txt")
 
 
+NAMES = ("train", "documents", "utf8_bytes", "vocab_size", "tokenizer", "report",
+         "overlap")  # fmt: skip
+COUNTED = ("documents", "utf8_bytes", "overlap")
+ENTRY = ("file", "tokens", "sha256")
+
+
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
@@ -400,6 +406,9 @@ def test_the_bytes_that_a_manifest_claims_are_counted(tmp_path, small):
         (("train", 0, "file"), None),
         (("vocab_size",), 1e300),
         (("tokenizer",), ["a"]),
+        *(((name,), value) for name in NAMES for value in ([], {"a": 1}, True, -1.5, 10**30)),
+        *(((name, "test"), value) for name in COUNTED for value in ([], "9", None, True, 2**70)),
+        *((("train", 0, name), value) for name in ENTRY for value in ([], {}, None, 1.5, True)),
     ],
 )
 def test_a_manifest_of_another_shape_is_refused_by_name(tmp_path, small, keys, value):

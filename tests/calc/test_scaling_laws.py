@@ -345,9 +345,18 @@ def test_refused_sweeps(runs, tmp_path):
     (tmp_path / "cut" / "metrics.jsonl").write_text(lines[0], encoding="utf-8")
     with pytest.raises(ValueError, match=r"cut is at step 0 of 80: finish it"):
         ask(*runs, tmp_path / "cut")
+    for value in ("[]", '"a"', "true", "1e999", "null", '{"a": 1}'):
+        damaged = lines[-1].replace(lines[-1].split('"val_loss": ')[1], value + "}")
+        (tmp_path / "cut" / "metrics.jsonl").write_text(f"{damaged}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"cut is at step 0 of 80|cut.*loss"):
+            ask(*runs, tmp_path / "cut")
     edit_json(runs[0] / "config.json", data_fingerprint="other")
     with pytest.raises(ValueError, match="2 different data"):
         ask(*runs)
+    for value in (["a"], {"a": 1}, None, True, 1.5, 10**30):
+        edit_json(runs[0] / "config.json", data_fingerprint=value)
+        with pytest.raises(ValueError, match=r"sweep-0.config\.json"):
+            ask(*runs)
     edit_json(runs[0] / "config.json", data_fingerprint="same", family="none")
     with pytest.raises(ValueError, match=r"family 'none'.*gpt"):
         ask(*runs)

@@ -1,5 +1,6 @@
 """The judge: its training, its cache, and the measures of generated pictures."""
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -180,6 +181,17 @@ def test_a_judge_is_cached(tmp_path, monkeypatch, four_fonts, capsys):
     assert all(torch.equal(a, b) for a, b in zip(judge(x, styles), again(x, styles)))
     with pytest.raises(TypeError):  # another config is another judge
         judging.load_or_train(tmp_path, replace(TINY, seed=1))
+    path = folder / "judge.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    values = ([], {"a": 1}, None, True, "many", -1.5, 10**30, ["a", "a"], [7])
+    changes = [{field: value} for field in good for value in values]
+    for value in ([3, 2], [-1, 2], [1.5, 2], [1], [True, 2], "12", {"n": 1}, [0, 2**70]):
+        changes.append({"right": {"characters": {"character": value}}})
+    for change in changes:
+        path.write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"judge\.json"):
+            judging.load_or_train(tmp_path, TINY)
+    path.write_text(json.dumps(good), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"model.safetensors is not a readable"):
         judging.load_or_train(tmp_path, TINY)

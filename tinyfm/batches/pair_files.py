@@ -32,6 +32,7 @@ from data.report import Report
 from tinyfm.batches import prepared
 from tinyfm.batches.prepared import rebuild_hint
 from tinyfm.batches.shards import token_dtype
+from tinyfm.common import schema
 from tinyfm.common.folders import whole_or_absent
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
@@ -136,6 +137,13 @@ class Manifest(TypedDict):
     report: str
 
 
+class Texts(TypedDict):
+    """The texts of a split."""
+
+    captions: list[list[str]]  # one or more of each picture
+    labels: list[str]
+
+
 def read_manifest(folder: Path) -> dict:
     """The folder's manifest.
 
@@ -152,6 +160,8 @@ def read_manifest(folder: Path) -> dict:
             raise ValueError(f"{file} has {found} bytes, expected {size}: {hint}")
         if size <= VERIFY_BYTES and sha256_of(file) != manifest["sha256"].get(name):
             raise ValueError(f"{file} was altered since it was written: {hint}")
+    if min(manifest["image"]) < 1:
+        raise ValueError(f"{path}: image is {manifest['image']}, no (C, H, W): {hint}")
     for split, rows in manifest["rows"].items():
         images, *others = file_names(split)
         fits = sizes.get(images) == rows * math.prod(manifest["image"])
@@ -206,9 +216,11 @@ def open_splits(folder: Path, manifest: dict, dtype: np.dtype) -> dict[str, Spli
     numbers: dict[str, int] = {}  # of each different first caption
     for name, rows in manifest["rows"].items():
         images, tokens, texts = (folder / file for file in file_names(name))
-        content = json.loads(texts.read_text(encoding="utf-8"))
+        content = schema.check(schema.parse_json(texts.read_bytes()), Texts, str(texts))
         if len(content["captions"]) != rows or len(content["labels"]) != rows:
             raise ValueError(f"{texts} does not have {rows} rows: {rebuild_hint(folder)}")
+        if not all(content["captions"]):
+            raise ValueError(f"{texts}: captions has a row without one: {rebuild_hint(folder)}")
         groups = [numbers.setdefault(own[0], len(numbers)) for own in content["captions"]]
         splits[name] = Split(
             np.memmap(images, np.uint8, "r", shape=(rows, *manifest["image"])).view(np.ndarray),

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -345,7 +345,21 @@ class Counts(TypedDict):
     test: int
 
 
-class Manifest(TypedDict):
+class Shares(TypedDict):
+    """A share for each split that is held out."""
+
+    val: float
+    test: float
+
+
+class Measured(TypedDict, total=False):
+    """What a manifest may lack."""
+
+    overlap: Shares
+    settings: dict[str, Any]
+
+
+class Manifest(Measured):
     """What stands in manifest.json; other entries are for people."""
 
     format: int
@@ -356,6 +370,7 @@ class Manifest(TypedDict):
     utf8_bytes: Counts
     vocab_size: int
     tokenizer: str
+    report: str
 
 
 def read_manifest(folder: Path) -> dict:

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -87,6 +87,12 @@ class Size:
         return stdev(run.loss for run in self.runs)
 
 
+class Fingerprinted(TypedDict, total=False):
+    """What the config.json of a run says of its data."""
+
+    data_fingerprint: str
+
+
 def read_point(folder: Path, run: Any) -> Point:
     """The point of a run in its directory. Raises ValueError if the run is not finished.
 
@@ -110,7 +116,7 @@ def read_point(folder: Path, run: Any) -> Point:
         flops=cost.flops_per_step * run.train.steps,
         seed=run.train.seed,
         loss=evaluations[-1]["val_loss"],
-        data=files.read_json(folder / "config.json").get("data_fingerprint", ""),
+        data=files.read_record(folder / "config.json", Fingerprinted).get("data_fingerprint", ""),
     )
 
 

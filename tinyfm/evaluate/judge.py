@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -307,6 +308,26 @@ def ceilings(
     return scores
 
 
+class About(TypedDict):
+    """What stands in judge.json."""
+
+    names: list[str]  # the characters that it knows
+    right: dict[str, dict[str, tuple[int, int]]]  # question -> {aspect: (right answers, drawings)}
+
+
+def read_about(path: Path) -> About:
+    """Read a judge.json. Raises ValueError with its name if a value in it cannot be."""
+    about = files.read_record(path, About)
+    names = about["names"]
+    if len(set(names)) < len(names) or not {*CHARACTERS} <= {*names}:
+        raise ValueError(f"{path}: names has a name twice, or lacks one of the CHARACTERS")
+    for question, own in about["right"].items():
+        for name, (right, n) in own.items():
+            if not 0 <= right <= n:
+                raise ValueError(f"{path}: right.{question}.{name} is {right} of {n} drawings")
+    return about
+
+
 @torch.inference_mode(False)
 def load_or_train(
     cache: str | Path, config: JudgeConfig = JudgeConfig()
@@ -337,7 +358,7 @@ def load_or_train(
             }
             files.save_tensors(temporary, "model", judge.state_dict())
             files.write_json(temporary / "judge.json", {"names": judge.names, "right": counts})
-    about = files.read_json(folder / "judge.json")
+    about = read_about(folder / "judge.json")
     judge = Judge(config, about["names"])
     files.load_model(judge, files.load_tensors(folder))
     scores = {
