@@ -9,11 +9,11 @@
                                     rows; paths are relative to the table
     shards-{000..009}.tar           such pairs in tar files, see tars.py
 
-Folders that are named for splits are splits: `train`, `val` (or validation, valid, dev) and `test`,
-if there is a `train` and another one. A split that has no folder is drawn from `train`. Otherwise a
-share of the pictures is held out, half of it for validation and half for test; a hash of the name
-decides. A picture that is near to one of another split (near.py) moves to that split; it is left
-out if it is near to two splits, or if your folders say where it belongs.
+Folders that are named for splits are splits: `train`, `val` (or validation, valid, dev) and `test`
+(or eval), if there is a `train` and another one. A split that has no folder is drawn from `train`.
+Otherwise a share of the pictures is held out, half of it for validation and half for test; a hash
+of the name decides. A picture that is near to one of another split (near.py) moves to that split;
+it is left out if it is near to two splits, or if your folders say where it belongs.
 
 Training uses the first caption of a picture, retrieval uses all. An underscore in the name of a
 folder is read as a space. Hidden files are left out. Linked folders are read, each folder once. A
@@ -45,6 +45,8 @@ FOLDERS = {  # names of folders that are splits, as the library datasets has the
     "dev": VAL,
     "test": TEST,
     "testing": TEST,
+    "eval": TEST,
+    "evaluation": TEST,
 }
 METADATA = ("metadata.jsonl", "metadata.csv")
 PATHS = ("path", "image", "file_name")  # columns with the path of a picture

@@ -18,6 +18,7 @@ NaN, an empty cell, and in a .csv or .tsv also a cell that says so as pandas, Ex
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -180,7 +181,8 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
     rest = ""
     place = 0
     before = "["  # what must stand before the next item
-    for part in text.parts(lines=False):
+    parts = text.parts(lines=False)
+    for part in parts:
         rest = rest[place:] + part
         place = 0
         while True:
@@ -190,7 +192,9 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
             elif before and rest[start : start + 1] not in ("", "]"):
                 raise ValueError(f"not a JSON array: {rest[start : start + 20]!r} needs a comma")
             if rest[start : start + 1] == "]":
-                reading.check_replaced(text.invalid, text.chars)
+                for after in itertools.chain([rest[start + 1 :]], parts):
+                    if after.strip():
+                        raise ValueError(f"text after the array: {after.strip()[:40]!r}")
                 return
             try:
                 item, place = DECODER.raw_decode(rest, start)

@@ -344,7 +344,9 @@ def test_conversations_are_read_from_every_table(tmp_path, suffix):
     ]
 
 
-@pytest.mark.parametrize("skip", [{"weight": 0}, {"train": False}, {"masked": True}])
+@pytest.mark.parametrize(
+    "skip", [{"weight": 0}, {"train": False}, {"loss": False}, {"masked": True}]
+)
 def test_a_message_of_no_weight_is_read_and_not_trained_on(tmp_path, skip):
     draft = {"role": "assistant", "content": "WRONG", **skip}
     lines = [
@@ -381,6 +383,11 @@ def test_what_cannot_be_learnt_is_refused_by_name(change, reason):
 def test_keys_of_a_conversation_are_refused_or_counted(tmp_path):
     with pytest.raises(ValueError, match="'tools' cannot be learnt"):
         read_conversation({"messages": HELLO, "tools": [{"name": "f"}]})
+    for name, value in {"weight": 0, "train": False, "loss": False, "masked": True}.items():
+        for fields in ({"messages": HELLO}, {"instruction": "a", "output": "b"}):
+            read_conversation(fields | {name: not value})
+            with pytest.raises(ValueError, match=f"not to be trained on.*{name}"):
+                read_conversation(fields | {name: value})
     with pytest.raises(ValueError, match="'history' cannot be learnt"):
         read_conversation({"instruction": "a", "output": "b", "history": [["c", "d"]]})
     lines = [{"id": i, "messages": talk(f"q{i}", f"answer {i * i}")} for i in range(5)]

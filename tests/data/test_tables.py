@@ -291,7 +291,8 @@ def test_an_array_is_read_a_part_at_a_time(tmp_path, monkeypatch):
     assert found == items
     assert report.skipped == {"not a JSON object": ["t.json:51"]}
     assert [*files.documents(str(path))] == [item["text"] for item in items]
-    for broken in ('[{"a": 1} {"b": 2}]', '[{"a": 1}, {"b": ', '[{"a": 1}, nope]', "[" * 5000):
+    two = '[{"a": 1},\n {"b": 2}]\n[{"c": 3}]'
+    for broken in ('[{"a": 1} {"b": 2}]', '[{"a": 1}, {"b": ', '[{"a": 1}, nope]', "[" * 5000, two):
         with pytest.raises(ValueError, match=r"t\.json cannot be read: "):
             rows_of(write(tmp_path / "t.json", broken))
 

@@ -76,8 +76,8 @@ ROLE_NAMES = {  # as others name them
 # What these say is lost in a conversation of texts. Empty ones say nothing.
 UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "audio",
                "images", "image", "videos", "refusal")  # fmt: skip
-# Whether a message is trained on: OpenAI's "weight", and "train" and "masked" of other trainers.
-WEIGHTS = {"weight": (1, 0), "train": (True, False), "masked": (False, True)}
+# Whether a message is trained on: OpenAI's "weight", and what other trainers call it.
+WEIGHTS = {"weight": (1, 0), "train": (True, False), "loss": (True, False), "masked": (False, True)}
 USED_KEYS = {"messages", "conversations", "instruction", "input", "output", "system", "history",
              "role", "content", "from", "value", *UNSUPPORTED, *WEIGHTS}  # fmt: skip
 
@@ -105,7 +105,7 @@ def read_content(content: Any) -> str:
 
 
 def is_trained(message: dict) -> bool:
-    """Whether the assistant learns to say this message, by the keys of WEIGHTS."""
+    """Whether the assistant learns from a message or a conversation, by the keys of WEIGHTS."""
     trained = True
     for name, (yes, no) in WEIGHTS.items():
         value = message.get(name)
@@ -155,6 +155,8 @@ def read_alpaca(fields: dict) -> list[Message]:
 def read_conversation(fields: dict) -> list[Message]:
     """The messages of an object in one of FORMS. Raises ValueError with the reason for others."""
     refuse_unsupported(fields)
+    if not is_trained(fields):
+        raise ValueError(f"not to be trained on, by one of {', '.join(WEIGHTS)}")
     if isinstance(fields.get("instruction"), str) and "output" in fields:
         messages = read_alpaca(fields)
     else:
