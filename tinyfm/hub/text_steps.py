@@ -71,6 +71,31 @@ def has_nested_class(source: str) -> bool:
     return False
 
 
+# What \w stands for in Oniguruma, in a class of characters and outside of one.
+IN_CLASS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
+WORD_CHARS = IN_CLASS + r"\u00b2\u00b3\u00b9\u00bc-\u00be"
+
+
+def with_its_words(source: str) -> str:
+    r"""A pattern for Oniguruma with its meaning of \w written out; in a class \W stays as it is."""
+    parts = []
+    done = 0
+    depth = 0
+    for match in regex.finditer(r"\\.|\[:\w+:\]|\[|\]", source, regex.DOTALL):
+        replaced = match[0]
+        if match[0] == "[":
+            depth += 1
+        elif match[0] == "]":
+            depth = max(0, depth - 1)
+        elif match[0] == r"\w":
+            replaced = IN_CLASS if depth else f"[{WORD_CHARS}]"
+        elif match[0] == r"\W" and not depth:
+            replaced = f"[^{WORD_CHARS}]"
+        parts += [source[done : match.start()], replaced]
+        done = match.end()
+    return "".join([*parts, source[done:]])
+
+
 class Pattern:
     """A pattern of a tokenizer.json, searched for with a time limit."""
 
@@ -137,7 +162,7 @@ def read_pattern(pattern: dict) -> Pattern:
         case {"String": str(text)}:
             return Pattern(regex.escape(text))
         case {"Regex": str(source)}:
-            return Pattern(source)
+            return Pattern(with_its_words(source))
     raise ValueError(f"pattern {str(pattern)[:80]} is neither a String nor a Regex")
 
 
@@ -429,7 +454,10 @@ def splitter(pattern: Pattern, behavior: str, invert: bool = False) -> Splitter:
             done = end
         if done < len(text):
             parts.append((text[done:], invert))
-        return [chunk for chunk in join_chunks(parts, behavior) if chunk]
+        chunks = [chunk for chunk in join_chunks(parts, behavior) if chunk]
+        if behavior == "Removed" and parts and parts[0][1]:
+            chunks.insert(0, "")  # for the start of the text
+        return chunks
 
     return split
 
@@ -509,12 +537,42 @@ def read_splitters(step: dict | None) -> list[Splitter]:
     )
 
 
+def flatten(step: dict | None) -> Iterator[dict]:
+    """The steps of a normalizer or pre-tokenizer that was read; those of a Sequence one by one."""
+    if step is None:
+        return
+    if step["type"] != "Sequence":
+        yield step
+        return
+    for inner in step.get("normalizers") or step.get("pretokenizers") or []:
+        yield from flatten(inner)
+
+
+KEEP_THE_START = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+
+
+def check_start(normalizer: dict | None, pre_tokenizer: dict | None) -> None:
+    """Raise ValueError if it matters which chunk starts the text, and a normalizer may move it.
+
+    The library follows the place of each character through the normalizers. That is left out here.
+    """
+    wanted = [s for s in flatten(pre_tokenizer) if s.get("prepend_scheme") == "first"]
+    moved = [s["type"] for s in flatten(normalizer) if s["type"] not in KEEP_THE_START]
+    if wanted and moved:
+        raise ValueError(
+            f"a Metaspace with prepend_scheme first cannot follow the normalizer {moved[0]} here"
+        )
+
+
 def split_all(splitters: Sequence[Splitter], text: str, first: bool) -> list[str]:
-    """The chunks of a text after all steps."""
+    """The chunks of a text after all steps.
+
+    An empty chunk stands where the start of the text was removed: no other chunk starts it.
+    """
     chunks = [text]
     for split in splitters:
         after = []
         for i, chunk in enumerate(chunks):
-            after += split(chunk, first and i == 0)
+            after += split(chunk, first and i == 0) if chunk else [chunk]
         chunks = after
-    return chunks
+    return [chunk for chunk in chunks if chunk]

@@ -40,6 +40,7 @@ from tinyfm.hub.text_steps import (
     AddedToken,
     Normalizer,
     Splitter,
+    check_start,
     read_normalizers,
     read_splitters,
     write_bytes,
@@ -54,7 +55,7 @@ END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in published v
 END_OF_WORD = "</w>"  # CLIP's only: marks a token that ends a word
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how SentencePiece writes a byte
 HIGHEST_ID = (1 << 22) - 1  # of a token; the largest published vocabularies have 2**18
-LONGEST_TOKEN = 1000  # characters of a token of WordPiece and Unigram; published ones have 16
+LONGEST_TOKEN = 200  # characters of a token of WordPiece and Unigram; published ones have 16
 LONGEST_WORD = 10_000  # characters of a word of WordPiece; published ones have 100
 
 # ---- read a tokenizer.json -----------------------------------------------------------------------
@@ -264,12 +265,14 @@ def read_spec(spec: dict) -> Vocabulary:
     # Special tokens are never made by the model.
     specials = {token.content for token in added if token.special}
     ids = {token: i for token, i in vocab.items() if token not in specials}
+    normalizers = read_normalizers(spec.get("normalizer"))
     splitters = read_splitters(spec.get("pre_tokenizer"))
+    check_start(spec.get("normalizer"), spec.get("pre_tokenizer"))
     return Vocabulary(
         ids=ids,
         model=MODELS[kind](model, ids, read_unknown(model, vocab)),
         added=added,
-        normalizers=read_normalizers(spec.get("normalizer")),
+        normalizers=normalizers,
         splitters=splitters,
         by_bytes=write_bytes in splitters,
         drop_space=kind == "WordPiece" or drops_space(spec.get("decoder")),
