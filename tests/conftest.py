@@ -90,11 +90,8 @@ def edit_json(path: Path, **fields) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
-    """Run Python code in two processes that find each other.
-
-    Returns for each process its stdout, and its stderr followed by its exit status.
-    """
+def start_two_ranks(script: str, folder: Path, *arguments) -> list[processes.Process]:
+    """Start Python code in two processes that find each other. Their output goes to `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -105,12 +102,20 @@ def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/training")),
     }
+    ranks = []
+    for rank in range(2):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(processes.start(["-c", script, *arguments], folder, ROOT, environment))
+    return ranks
+
+
+def run_two_ranks(script: str, *arguments) -> list[tuple[str, str]]:
+    """Run Python code in two processes that find each other.
+
+    Returns for each process its stdout, and its stderr followed by its exit status.
+    """
     with TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(2):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            words = ["-c", script, *arguments]
-            ranks.append(processes.start(words, Path(folder), ROOT, environment))
+        ranks = start_two_ranks(script, Path(folder), *arguments)
         try:
             statuses = [rank.wait(100) for rank in ranks]
             results = []

@@ -17,7 +17,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import ROOT, call, run_two_ranks
+from conftest import ROOT, call, run_two_ranks, start_two_ranks
 
 import sample
 import train
@@ -151,6 +151,117 @@ def test_a_fault_on_one_rank_is_handled_by_both(options, tmp_path):
     assert checkpoint.find(tmp_path / "samples").name == "step-000003"
     assert out.count("skipped, no weight was changed") == 1
     assert [row["step"] for row in metrics(tmp_path / "nan") if "loss" in row] == [1, 2, 4]
+
+
+# Runs train.py with rank 1 stopped: in a step after the checkpoint of step 2, or in the next save.
+STOPPED = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import train
+from tinyfm.batches.text import TextData
+from tinyfm.training import checkpoint, distributed
+out, where, *options = sys.argv[1:]
+distributed.TIMEOUT = timedelta(seconds=4)
+plain_batch = TextData.batch
+plain_write = checkpoint.write_state
+saves = 0
+
+def stop():
+    while not Path(out, "latest").exists():
+        time.sleep(0.01)
+    if os.environ["RANK"] == "1":
+        print("stopped", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+def batch(self, step, rows=slice(None)):
+    if where == "step" and step == 3:
+        stop()
+    return plain_batch(self, step, rows)
+
+def write_state(*arguments):
+    global saves
+    saves += 1
+    if where == "save" and saves == 2:
+        stop()
+    return plain_write(*arguments)
+
+TextData.batch = batch
+checkpoint.write_state = write_state
+sys.argv = ["train.py", *options, "--train.steps", "8", "--out", out]
+print("end:", train.main(), flush=True)
+os._exit(1)  # gloo's threads sometimes abort an orderly exit, which is not tested here
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGSTOP")
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_a_rank_that_is_stopped_ends_all_ranks(where, options, tmp_path):
+    out = tmp_path / "run"
+    more = ["--train.parallel", "fsdp", "--train.device", "cpu"]
+    ranks = start_two_ranks(STOPPED, tmp_path, out, where, *options, *more)
+    try:
+        assert ranks[0].wait(60) == 1, ranks[0].said()
+        assert ranks[1].said()[0].endswith("stopped\n"), ranks[1].said()
+        os.kill(ranks[1].running.pid, signal.SIGCONT)
+        assert ranks[1].wait(60) == 1, ranks[1].said()
+    finally:
+        for rank in ranks:
+            rank.running.kill()
+    for number, rank in enumerate(ranks):
+        said, _ = rank.said()
+        assert f"end: error: rank {number} gets no answer from another rank" in said
+        assert "continue with --resume" in said
+    assert checkpoint.find(out).name == "step-000002"
+
+
+# Each process runs train.py straight, then with a SIGTERM to both ranks while they write the
+# sharded state of step 2, then resumes. The last lines are hashes of the final weights.
+IN_SAVE = """
+import hashlib, os, signal, sys
+import train
+from tinyfm.training import checkpoint, distributed
+from tinyfm.training.trainer import Trainer
+out, *options = sys.argv[1:]
+distributed.stop = lambda: None
+plain_write = checkpoint.write_state
+plain_fit = Trainer.fit
+models = []
+terminate = False
+
+def write_state(*arguments):
+    if terminate:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain_write(*arguments)
+
+def fit(self):
+    models.append(self.model)
+    return plain_fit(self)
+
+def digest(model):
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(distributed.local(tensor).numpy().tobytes())
+    return found.hexdigest()
+
+checkpoint.write_state = write_state
+Trainer.fit = fit
+for name, *more in (("straight",), ("stopped",), ("stopped", "--resume")):
+    terminate = (name, *more) == ("stopped",)
+    sys.argv = ["train.py", *options, "--out", f"{out}/{name}", *more]
+    print("status:", train.main(), flush=True)
+print("equal:", digest(models[0]) == digest(models[2]) != digest(models[1]), flush=True)
+os._exit(0)  # gloo's threads sometimes abort an orderly exit, which is not tested here
+"""
+
+
+def test_a_signal_in_a_sharded_save_loses_nothing(options, tmp_path):
+    more = ["--train.parallel", "fsdp", "--train.device", "cpu", "--train.steps", "6"]
+    for out, err in run_two_ranks(IN_SAVE, tmp_path, *options, *more):
+        lines = [line for line in out.splitlines() if line.startswith(("status: ", "equal: "))]
+        assert lines == ["status: 0", "status: 143", "status: 0", "equal: True"], out + err
+    assert metrics(tmp_path / "stopped")[-1] == metrics(tmp_path / "straight")[-1]
+    assert not [*(tmp_path / "stopped").glob(".tmp-*")]
 
 
 # Runs train.py three times with ranks that differ: in an option, in the data, in the code.

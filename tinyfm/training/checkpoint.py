@@ -483,6 +483,10 @@ class Saver:
         if error:
             raise error
 
-    def close(self) -> None:
-        """The same as `wait`, for contextlib.closing."""
-        self.wait()
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        """Wait for the last save, unless another rank is lost: the save would wait for it too."""
+        if error is None or not distributed.is_lost(error):
+            self.wait()

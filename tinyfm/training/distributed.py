@@ -187,7 +187,7 @@ def no_connection(world: World, error: Exception) -> str:
     )
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether an error of a run says that another rank no longer answers."""
     own_kind = dist.is_available() and isinstance(error, dist.DistError)
     return joined() and (own_kind or "gloo" in str(error))

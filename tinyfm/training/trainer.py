@@ -458,7 +458,7 @@ class Trainer:
         steps = self.train.steps
         board = self.train.tensorboard
         log = Logbook(self.out, steps, start, self.world.first, board, self.usual)
-        with contextlib.closing(log), self.signals, contextlib.closing(self.saver):
+        with contextlib.closing(log), self.signals, self.saver:
             # A new run, or one that was stopped before it had evaluated its last step.
             if self.due() and not self.scores:
                 self.report(log)
