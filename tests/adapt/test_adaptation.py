@@ -269,6 +269,23 @@ def test_methods_are_compared_and_results_are_kept(tiny_run, reviews, tmp_path, 
     assert len(lines_of(out / "results.jsonl")) == len(rows)
 
 
+def test_damaged_results_are_measured_again(tmp_path, capsys):
+    row = {"what": ["head", 4], "method": "head", "labels": 4, "accuracy": 0.5, "low": None}
+    row |= {"high": 0.6, "n": 9, "examples": "9 texts", "trained": 1, "peak_bytes": 2}
+    row |= {"stored_bytes": 3, "seconds": 1.5}
+    bad = [
+        row | {name: value} for name in row for value in ({}, True, "x" if name != "method" else 1)
+    ]
+    bad = [one for one in bad if one != row | {"examples": "x"}]
+    lines = [row, *bad, [row], {"what": []}]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"what": ["he', encoding="utf-8")
+    assert compare.read_results(path) == [row]
+    assert f"{len(lines)} lines of {path} cannot be read" in capsys.readouterr().err
+    assert path.read_bytes().endswith(b'["he\n')  # the next row gets a line to itself
+    assert compare.read_results(tmp_path / "none") == []
+
+
 def test_a_row_has_the_interval_of_its_median_seed():
     about = {"method": "head", "labels": 100, "n": 400, "examples": "400 texts", "trained": 1}
     about |= {"peak_bytes": 0, "stored_bytes": 0, "seconds": 1.0}

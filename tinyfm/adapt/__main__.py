@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import tyro
@@ -42,6 +42,7 @@ from data.splits import TEST
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
+from tinyfm.common import schema
 from tinyfm.common.console import run_command
 from tinyfm.common.figures import new_figure
 from tinyfm.evaluate.metrics import Measured
@@ -187,14 +188,45 @@ def cases(options: Options, untrained: Sequence[str]) -> Iterator[tuple[int, int
                 yield seed, labels, method
 
 
+class Result(TypedDict):
+    """What a line of results.jsonl holds at least."""
+
+    what: list[Any]
+    method: str
+    labels: int
+    accuracy: float
+    low: float | None
+    high: float | None
+    n: int
+    examples: str
+    trained: int
+    peak_bytes: int
+    stored_bytes: int
+    seconds: float
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a results.jsonl. Lines that a kill cut, or that are no rows, are left out."""
+    content = path.read_bytes() if path.is_file() else b""
+    rows = []
+    damaged = 0
+    for line in content.splitlines():
+        try:
+            rows.append(schema.check(schema.parse_json(line), Result, path.name))
+        except ValueError:
+            damaged += 1
+    if damaged:
+        print(f"{damaged} lines of {path} cannot be read: measured again", file=sys.stderr)
+    if content and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return rows
+
+
 def measure_all(options: Options, opened: OpenRun, out: Path) -> Iterator[Row]:
     """Yield a row for each case, from OUT/results.jsonl or measured and added to it."""
     path = out / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    known = {}
-    for line in lines:
-        row = json.loads(line)
-        known[json.dumps(row["what"])] = row
+    known = {json.dumps(row["what"]): row for row in read_results(path)}
     # The key of a measurement: a hash of all settings it depends on, of the base, and the examples.
     base = adapt.base_hash(opened.model)
     examples = run_of(options, opened, "head", options.labels[0], 0).open_data().fingerprint
