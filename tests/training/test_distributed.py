@@ -18,6 +18,7 @@ def test_nothing_is_shared_out():
     """A validation split may be empty, also where all ranks have to work on each item together."""
     assert [*distributed.World(1, 2).share([], together=True)] == []
     assert [*distributed.World(1, 2).share("a", together=True)] == [(0, "a", False)]
+    assert [*distributed.World(1, 2).share("a", together=False)] == []
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")

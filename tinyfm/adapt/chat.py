@@ -58,7 +58,11 @@ def check_messages(messages: Any) -> None:
 
 
 def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], list[bool]]:
-    """Ids of one message, with EOT at its end, and for each whether it is trained on."""
+    """Ids of one message, with EOT at its end, and for each whether it is trained on.
+
+    "ROLE:" and " CONTENT" are encoded separately. Trained on are the assistant's content and the
+    EOT after it, unless the message has "weight": 0.
+    """
     role = tokenizer.encode(f"{message['role']}:")
     content = [*tokenizer.encode(f" {message['content']}"), tokenizer.eot]
     trained = message["role"] == "assistant" and message.get("weight", 1) != 0

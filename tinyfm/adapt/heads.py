@@ -137,6 +137,7 @@ class Classifier(nn.Module):
     def loss(self, batch: Batch, generators=None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over rows and heads of -ln p(label), in nats; labels: batch["labels"], int64 (B, M).
 
+        In training mode the targets are smoothed by SMOOTHING.
         metrics: the share of rows that each head gets right, as "accuracy QUESTION". Nothing is
         drawn from generators.
         """

@@ -47,6 +47,7 @@ class LoRA(nn.Module):
     """The term that is added to the output of a layer: scale B A x, in the shape of that output."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d | nn.Embedding, config: Any):
+        """For this layer; config is an AdapterConfig (methods.py)."""
         super().__init__()
         W = layer.weight
         rank = config.rank
@@ -76,10 +77,16 @@ class LoRA(nn.Module):
         self.train(layer.training)  # the mode of the layer, for the dropout
 
     def forward(self, x):
+        """scale B A x, in the shape of the layer's output; dropout acts on x, the layer's input."""
         return self.scale * self.B(self.A(self.dropout(x)))
 
     def product(self) -> Tensor:
-        """scale B A as float32, in the shape of the layer's weight."""
+        """scale B A as float32, in the shape of the layer's weight.
+
+        The weights of A and B are (rank, in) and (out, rank). A convolution has A (rank, in, rows,
+        columns) and B (out, rank, 1, 1). A table (V, D) has A (V, rank) and B (D, rank), and its
+        product is A B'.
+        """
         A = self.A.weight.float()
         B = self.B.weight.float()
         if isinstance(self.A, nn.Embedding):

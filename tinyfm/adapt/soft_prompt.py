@@ -41,6 +41,7 @@ class PromptedEmbedding(nn.Embedding):
         self.prompt = nn.Parameter(table.weight.detach()[start].clone())  # (n, D)
 
     def forward(self, ids):
+        """Ids (B, T) -> rows (B, T, D) of the weight, and for ids from V on, of the prompt."""
         V = self.num_embeddings
         tokens = super().forward(ids.clamp(max=V - 1))  # (B, T, D)
         prompt = self.prompt[(ids - V).clamp(min=0)]  # (B, T, D)

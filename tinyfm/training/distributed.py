@@ -324,6 +324,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        """Gradient (R * ranks, ...) of the result on this rank -> that of its rows (R, ...)."""
         # Every rank's loss may depend on the rows of every rank: first sum over the ranks, ...
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)

@@ -56,45 +56,64 @@ def orthogonalise(M: Tensor, steps: int = 5) -> Tensor:
     return X.mT if tall else X
 
 
+# ---- of matrices in shards -----------------------------------------------------------------------
+
+
+def shard_heights(rows: int, size: int) -> list[int]:
+    """How many rows of a matrix each of `size` ranks holds.
+
+    FSDP2 cuts as torch.chunk does: all parts have the same height, but the last ones may be lower
+    or empty.
+    """
+    full = -(-rows // size)  # rounded up
+    return [min(full, max(0, rows - r * full)) for r in range(size)]
+
+
+def deal(n: int, size: int) -> list[int]:
+    """How many of n matrices each of `size` ranks gets: equally many, the first ones one more."""
+    return [n // size + (r < n % size) for r in range(size)]
+
+
+def exchange(
+    values: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Send sent[r] of the values (a vector) to each rank r, and return those from all ranks.
+
+    The values are in the order of the ranks that they go to, and the result is in the order of the
+    ranks that they come from: received[r] from rank r.
+    """
+    result = values.new_empty(sum(received))
+    dist.all_to_all_single(result, values.contiguous(), received, sent, group=group)
+    return result
+
+
 def orthogonalise_shards(M: Tensor, like: Tensor) -> Tensor:
     """`orthogonalise` of n matrices of which each rank holds the rows M (n, some rows, columns).
 
-    like: one of the n sharded matrices. The ranks send each other rows, until each has its part of
-    the n matrices whole. After the products they send the rows back. These are the same products
-    as on one rank, and each is computed once.
+    like: one of the n sharded matrices; its size(0) is the number of all rows. The ranks send each
+    other rows in bfloat16, until each has its part of the n matrices whole: rank 0 the first ones.
+    After the products they send the rows back. These are the same products as on one rank, and
+    each is computed once.
     """
     group = shard_group(like)
     size = dist.get_world_size(group)
     rank = dist.get_rank(group)
     n, _, columns = M.shape
-    rows = like.size(0)
-
-    # How many rows of each matrix rank r holds. FSDP2 cuts as torch.chunk does: all parts have the
-    # same height, but the last ones may be lower or empty.
-    full = -(-rows // size)
-    heights = [min(full, max(0, rows - r * full)) for r in range(size)]
-    # How many of the n matrices rank r orthogonalises: all equally many, the first ones one more.
-    counts = [n // size for _ in range(size)]
-    for r in range(n % size):
-        counts[r] += 1
+    heights = shard_heights(like.size(0), size)
+    counts = deal(n, size)
     # Numbers exchanged with each rank r: my rows of its matrices, its rows of my matrices.
     outward = [counts[r] * heights[rank] * columns for r in range(size)]
     inward = [counts[rank] * heights[r] * columns for r in range(size)]
 
-    def exchange(values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        result = values.new_empty(sum(received))
-        dist.all_to_all_single(result, values.contiguous(), received, sent, group=group)
-        return result
-
     # Collect my matrices whole.
-    parts = exchange(M.bfloat16().flatten(), outward, inward).split(inward)
+    parts = exchange(M.bfloat16().flatten(), outward, inward, group).split(inward)
     shapes = [(counts[rank], height, columns) for height in heights]
     whole = torch.cat([part.view(shape) for part, shape in zip(parts, shapes)], dim=1)
     if counts[rank]:
         whole = orthogonalise(whole)  # (counts[rank], rows, columns)
     # Send the rows back to where they came from.
     returned = torch.cat([part.flatten() for part in whole.split(heights, dim=1)])
-    return exchange(returned, inward, outward).view_as(M)
+    return exchange(returned, inward, outward, group).view_as(M)
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
