@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
 import statistics
@@ -173,9 +174,7 @@ markdown_extensions:
   - pymdownx.superfences
   - pymdownx.highlight
   - pymdownx.arithmatex: {generic: true}
-plugins:
-  - offline
-  - search
+plugins: []
 hooks: [mathematics.py]
 """
 HOOK = '''"""Formulas become MathML, which browsers show without a script or a network."""
@@ -188,12 +187,12 @@ from latex2mathml.converter import convert
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\\\([(\\[])(.*?)\\\\[)\\]]</\\1>', re.DOTALL)
 
 
-def on_page_content(page, **_):
+def on_page_content(text, **_):
     def show(match):
         display = "block" if match[2] == "[" else "inline"
         return convert(html.unescape(match[3]), display=display)
 
-    return FORMULA.sub(show, page)
+    return FORMULA.sub(show, text)
 '''
 
 
@@ -225,6 +224,8 @@ def site(out: Path) -> None:
         write(source / "mathematics.py", HOOK)
         words = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file"]
         words += [str(source / "mkdocs.yml"), "--site-dir", str(out.resolve())]
-        subprocess.run(words, check=True)
+        # Otherwise the theme prints an advertisement for its successor.
+        environment = dict(os.environ, NO_MKDOCS_2_WARNING="1")
+        subprocess.run(words, check=True, env=environment)
     finally:
         shutil.rmtree(source, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -373,3 +374,36 @@ print(6 * 7)
     assert [cell["cell_type"] for cell in cells] == ["code", "markdown", "code", "markdown"]
     write(lesson.folder / "lesson.md", page.replace("units.py size", "units.py missing"))
     assert "no missing" in course(monkeypatch, "weave")
+
+
+def test_the_site_needs_no_network(lesson, monkeypatch, tmp_path):
+    """Its pages show formulas without a script, and load nothing from elsewhere."""
+    write(lesson.folder / "lesson.md", "# 98. Words\n\nWith $x_1$:\n\n$$\\frac{1}{n}$$\n")
+    write(lesson.folder / "figure.svg", "<svg/>")
+    for name in ("README.md", "glossary.md"):
+        write(lessons.COURSE / name, f"# {name}\n")
+    course(monkeypatch, "site", tmp_path / "site")
+    page = read(tmp_path / "site/98-words/lesson.html")
+    assert page.count("<math") == 2
+    assert "<mfrac>" in page
+    assert (tmp_path / "site/98-words/figure.svg").exists()
+    loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
+    assert loaded == []
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine/letter.txt", "Dear")
+    assert "another folder" in course(monkeypatch, "site", tmp_path / "mine")
+
+
+def test_a_notebook_runs(lesson, monkeypatch, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    page = (
+        "# 98. Words\n\n```python\nfrom tinyfm.common.units import size\n\nprint(size(2e6))\n```\n"
+    )
+    write(lesson.folder / "lesson.md", page)
+    course(monkeypatch, "notebook", 98)
+    book = nbformat.read(tmp_path / "work/98/lesson.ipynb", as_version=4)
+    NotebookClient(book, resources={"metadata": {"path": lessons.ROOT}}).execute()
+    outputs = [o.text for cell in book.cells for o in cell.get("outputs", [])]
+    assert outputs == ["2 MB\n"]
