@@ -100,7 +100,11 @@ def draw_orders() -> tuple[np.ndarray, np.ndarray]:
 
 
 def minhash(text: str) -> np.ndarray:
-    """The smallest place of a shingle in each random order: uint32 (BANDS * BAND_ROWS,)."""
+    """The smallest place of a shingle in each random order: uint32 (BANDS * BAND_ROWS,).
+
+    Order i puts the shingle h at the place a_i h + b_i modulo 2^32, with the numbers of
+    `draw_orders`. The places of at most BLOCK shingles are in memory at a time.
+    """
     a, b = draw_orders()
     found = shingles(text)
     smallest = np.full(len(a), 0xFFFFFFFF, dtype=np.uint32)

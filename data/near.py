@@ -27,7 +27,11 @@ SIDE = 16  # rows and columns of a summary, at most
 
 
 def is_near(image: np.ndarray, others: Sequence[np.ndarray]) -> bool:
-    """Whether a picture, uint8, is near to one of `others`, uint8 and of the same shape."""
+    """Whether a picture, uint8, is near to one of `others`, uint8 and of the same shape.
+
+    Two pictures are near if their mean absolute difference is below LEVELS, where black to white is
+    255.
+    """
     for other in others:
         # The larger of two bytes less the smaller one cannot overflow.
         differences = np.maximum(image, other) - np.minimum(image, other)

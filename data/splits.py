@@ -46,7 +46,11 @@ class Document(NamedTuple):
 
 
 def split_of(name: str, held_out: float) -> str:
-    """The split of a document by its name or content; `held_out` is the share of both others."""
+    """The split of a document by its name or content; `held_out` is the share of both others.
+
+    The number u in [0, 1) is made of the first 8 bytes of the SHA-256 of the name in UTF-8, the
+    highest byte first, divided by 2^64.
+    """
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     u = int.from_bytes(digest[:8], "big") / 2**64
     if u < held_out / 2:
@@ -76,7 +80,9 @@ class Overlap:
     def count(self) -> np.ndarray:
         """(words in runs that training has, all words) of each held-out document: int64 (n, 2).
 
-        A document of fewer than 13 words has no run, and its words are not counted at all.
+        Word i of a document is in the runs that start at i - 12 to i, as far as they exist; it
+        counts once if at least one of these was found, however many were. A document of fewer than
+        13 words has no run, and its words are not counted at all.
         """
         counts = np.zeros((len(self.runs), 2), dtype=np.int64)
         for row, runs in zip(counts, self.runs):

@@ -89,8 +89,10 @@ def windows(
 ) -> Iterator[Window]:
     """Cut context + ids into windows of at most `length` inputs; each of `ids` is a target once.
 
-    The first window is as long as possible. Each later one scores the next `stride` ids, after as
-    much context as fits. text: the number to give to the windows.
+    The first window is as long as possible: it scores all ids among the first length + 1 tokens of
+    the whole, and at least `stride` of them. Each later one scores the next `stride` ids, or the
+    rest, after as much context as fits. The inputs end one token before the last target. context:
+    at least one id. text: the number to give to the windows.
     """
     whole = context + ids
     done = len(context)  # ids before this place are context, or scored

@@ -141,7 +141,10 @@ def perplexity(log_likelihood: float, tokens: int) -> float:
 
 
 def bits_per_byte(log_likelihood: float, utf8_bytes: int) -> float:
-    """Bits per byte of the text: it compares models with any tokenizers."""
+    """Bits per byte of the text, from its log-likelihood in nats (at most 0) and its length.
+
+    It compares models with any tokenizers.
+    """
     return -log_likelihood / math.log(2) / utf8_bytes
 
 
@@ -168,8 +171,12 @@ def student_t(level: float, freedom: int) -> float:
 def wilson(successes: float, n: float, level: float = 0.95, z: float = 0) -> tuple[float, float]:
     """(low, high) of a share, from the number of successes among n independent examples.
 
-    z: number of standard errors; by default that of the level. Raises ValueError unless
-    0 <= successes <= n and n > 0.
+    These are the q with (p - q)^2 = z^2 q (1 - q) / n for p = successes / n:
+
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    z: number of standard errors; 0 = that of the level, 1.96 for 95%. n and successes need not be
+    whole. Raises ValueError unless 0 <= successes <= n and n > 0.
     """
     check_level(level)
     if not 0 <= successes <= n or not n:
@@ -186,8 +193,15 @@ def clustered_wilson(
 ) -> tuple[float, float]:
     """(low, high) of the share of True in right (n,), whose examples lie in clusters (n,).
 
-    The clusters are what was drawn from a population: files, fonts. Where each has one example,
-    this is `wilson`. Raises ValueError for a single cluster, unless it has a single example.
+    The clusters are what was drawn from a population: files, fonts. With k clusters the variance
+    of the share p is
+
+        k / (k - 1) sum over clusters (sum over the cluster's examples (right - p))^2 / n^2
+
+    The design effect deff is that over p (1 - p) / n, and at least 1. The interval is that of
+    `wilson` for n / deff examples, with the t of k - 1 degrees of freedom as z. If p is 0 or 1, the
+    clusters do not differ, and deff is 1. Where each cluster has one example, this is `wilson` of
+    the level. Raises ValueError for a single cluster, unless it has a single example.
     """
     check_level(level)
     n = len(right)
