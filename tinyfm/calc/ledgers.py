@@ -55,7 +55,10 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of a forward pass over one row."""
+        """Multiply-adds of a forward pass over one row.
+
+        Each weight is used once at each position; what is outside matrices multiplies nothing.
+        """
         return self.weights * self.positions + self.products
 
 
@@ -125,9 +128,17 @@ def attention(c: Shape, T: int, S: int = 0) -> Iterator[Layer]:
 
 
 def mlp(c: Shape, T: int) -> Iterator[Layer]:
-    """Two matrices, or three for SwiGLU (Shazeer 2020).
+    """Two matrices of D x F, or three for SwiGLU (Shazeer 2020), at each of T tokens.
 
-    In a mixture of experts each token passes `active` of them (Shazeer et al. 2017).
+    In a mixture of experts (Shazeer et al. 2017) there are `experts` such MLPs, of which each token
+    passes `active`. Yields the layer "mlp" with what a token passes. With several experts also the
+    layer "router", a matrix of D x experts, and "idle experts": the weights of the others, which
+    are held but not multiplied, as vectors.
+
+    mlp_bias: 1 if there are biases, on F and on D, else 0. For the backward pass a row keeps the
+    D T inputs whole. `split` are the numbers inside: 2 F for each token and active expert, those
+    before and after the nonlinearity; for SwiGLU 4 F (gate, its SiLU, the other half, and their
+    product); for ReLU F. Dropout may zero the D T outputs.
     """
     D = c.d_model
     F = c.d_ff

@@ -135,9 +135,16 @@ def state_memory(
     matrices: float = 0,
     frozen: float = 0,
 ) -> MemoryUse:
-    """Weights, gradients and optimizer of a GPU (Rajbhandari et al. 2020, section 3.1, figure 1).
+    """Bytes of weights, gradients and optimizer on one GPU (Rajbhandari et al. 2020, section 3.1).
 
-    matrices: parameters that Muon updates. frozen: parameters that are not trained.
+    Weights and gradients have the dtype of training. The optimizer's numbers are float32: two
+    averages of a parameter, or one where Muon updates it; and where the dtype is smaller than
+    float32, a master weight. Tensor and pipeline parallelism divide all of it. ZeRO divides the
+    optimizer's numbers from stage 1 on, gradients from stage 2 on and weights in stage 3, over the
+    layout.data GPUs of data parallelism.
+
+    matrices: parameters that Muon updates. frozen: parameters that are not trained, and so have
+    neither gradients nor averages nor a master weight.
     """
     size = DTYPE_BYTES[training.dtype]
     learnt = parameters - frozen
@@ -278,8 +285,9 @@ def check_layout(network: Network, layout: Layout) -> None:
 def cache_bytes(network: Network, tokens: int, rows: int = 1, dtype: str = "bf16") -> int:
     """Bytes of the keys and values of `rows` texts, 2 L G K numbers a token (Ainslie et al. 2023).
 
-    With a window only its tokens are kept. A decoder also keeps keys and values of the encoder's
-    output.
+    Each of the stack.n blocks of a stack keeps stack.cache numbers for each of `tokens` tokens of a
+    row. With a window only its tokens are kept. A decoder that reads an encoder also keeps the keys
+    and values of the encoder's output: stack.cross_cache numbers for each row, however long.
     """
     window = network.shape.get("window") or tokens
     numbers = sum(

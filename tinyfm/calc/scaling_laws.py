@@ -190,7 +190,11 @@ def gradient(x: np.ndarray, A: float, alpha: float) -> np.ndarray:
 def regress(
     x: np.ndarray, losses: np.ndarray, alphas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """E and A of the best E + A e^(-alpha x) for each alpha, and its sum of squared residuals."""
+    """E and A of the best E + A e^(-alpha x) for each alpha, and its sum of squared residuals.
+
+    x, losses: (n,), the points. alphas: (m,), the exponents to try. Returns three arrays (m,). The
+    best is that of least squares.
+    """
     u = np.exp(-alphas[:, None] * x)  # (alphas, n)
     mean = u.mean(1, keepdims=True)
     A = (u - mean) @ (losses - losses.mean()) / ((u - mean) ** 2).sum(1)
