@@ -1,19 +1,21 @@
-"""Sample from a trained run:  python sample.py RUN [--prompt TEXT] [-n 4] [--seed 0] ...
+"""Sample from a trained run:  python sample.py RUN [--prompt TEXT] [-n 4] ...
 
-  python sample.py runs/gpt --prompt "The with statement"      # continues the text as it is written
-  python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # four texts from nothing
-  python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # until an empty line
-  python sample.py runs/gpt --shots 4 --examples reviews.csv --prompt "well made"   # which label?
-  python sample.py runs/gpt --adapter runs/lora                # with another run's adapter
+  python sample.py runs/gpt --prompt "The with statement"      # continue text
+  python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # from nothing
+  python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # to blank lines
+  python sample.py runs/gpt --shots 4 --examples a.csv --prompt "well made"
+  python sample.py runs/gpt --adapter runs/lora                # adapted
   python sample.py runs/chat --chat                            # talk to it
-  python sample.py runs/reviews --prompt "well made"           # classes and their probabilities
-  python sample.py runs/clip --image my.png --labels "digit seven, black chess queen"
-  python sample.py runs/clip --prompt "white chess knight" -n 8 --out knights.png
-  python sample.py runs/autoencoder --seed 1                   # pictures rebuilt and drawn
-  python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # pictures from noise
+  python sample.py runs/reviews --prompt "well made"           # which class?
+  python sample.py runs/clip --image my.png --labels "digit seven, digit one"
+  python sample.py runs/clip --prompt "white chess knight" -n 8 --out it.png
+  python sample.py runs/autoencoder --seed 1                   # rebuild, draw
+  python sample.py runs/ddpm -n 16 --sampler dpm++ --steps 20  # from noise
   python sample.py runs/ddpm -n 4 --film                       # step by step
-  python sample.py runs/text2image --prompt "serif bold italic latin capital letter q" --guidance 3
-  python sample.py runs/text2image --prompt "sans italic latin small letter a" --init-image a.png
+  python sample.py runs/text2image --prompt "serif latin capital letter q"
+  python sample.py runs/text2image --prompt "sans digit two" --init-image a.png
+
+An option that is for one family stands under its name.
 """
 
 import contextlib
@@ -31,46 +33,121 @@ if getattr(sys.flags, "safe_path", False):  # set by PYTHONSAFEPATH; Python 3.10
 import tinyfm.common.startup as startup
 from tinyfm import adapt, generate
 from tinyfm.common import device as devices
+from tinyfm.common.config import (
+    FilePath,
+    GivenRun,
+    MaybeFloat,
+    MaybeInt,
+    MaybeText,
+    Name,
+    RunPaths,
+    Text,
+    Texts,
+)
 from tinyfm.common.console import Output, console
+from tinyfm.common.options import parse
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import OpenRun, Run
 
+# ---- options ------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Options:
-    run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
-    # GPT: text to continue, default: start a new one; CLIP: what to find; text2image: what to draw
-    prompt: str | None = None
-    # number of texts to write or images to find, default 1; of pictures to draw, default 8 or 16
-    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
-    stop: tuple[str, ...] = ()  # end a text before any of these strings; \n is a line end
-    adapter: tuple[str, ...] = ()  # runs that adapted this one: use their changes
-    chat: bool = False  # chat: talk, until Ctrl-D
-    shots: int = 0  # GPT: classify --prompt after this number of --examples, if they fit
-    examples: str = ""  # GPT: csv, tsv or jsonl file of text, label
-    image: str = ""  # CLIP: image file to name; a classifier: image file to classify
-    labels: str = ""  # CLIP: names to choose from, with commas; or a file with one name a line
-    sampler: str = "dpm++"  # diffusion: ddpm, ddim or dpm++; for a flow also euler or heun
-    steps: int = 20  # diffusion: steps from noise to picture
-    film: bool = False  # diffusion: draw the first samples step by step
-    guidance: float = 3.0  # text2image: how closely to follow the prompt; 1 = no guidance
-    init_image: str = ""  # text2image: picture to change
-    strength: float | None = None  # text2image: share of --init-image to redraw; default 0.6
-    mask: str = ""  # text2image: picture that is white where --init-image is to be redrawn
-    upscale: str = ""  # text2image: small picture to draw large
-    sampling: tyro.conf.OmitArgPrefixes[generate.Sampling] = field(
+class Common:
+    run: GivenRun  # folder of a run, or of one of its checkpoints
+    # GPT: text to continue, or nothing for a new one; CLIP: what to find; text2image: what to draw
+    prompt: MaybeText = None
+    # number of texts to write or pictures to find (default: 1), or to draw (default: 8 or 16)
+    n: Annotated[MaybeInt, tyro.conf.arg(aliases=["-n"])] = None
+    adapter: RunPaths = ()  # runs that adapted this one: use their changes
+    raw: bool = False  # use the weights of the last step, even if averaged ones were kept
+    device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
+    # number format of the weights; bfloat16 needs half the memory and is faster
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # file to write: texts also go there, and pictures become this PNG (default: sample.png or
+    # found.png, with a number if there is one)
+    out: FilePath = ""
+    overwrite: bool = False  # replace the file of --out even if sample.py did not draw it
+
+
+@dataclass(frozen=True)
+class ForGPT:
+    """Further options for a GPT."""
+
+    stop: Texts = ()  # end a text before any of these strings; \n is a line end
+    chat: bool = False  # talk with a run of --task chat, until Ctrl-D
+    shots: int = 0  # classify --prompt after this number of --examples, if they fit
+    examples: FilePath = ""  # table (.csv, .tsv or .jsonl) with the columns text and label
+    compile: bool = False  # write up to three times as fast on a CPU, after seconds to start
+
+
+@dataclass(frozen=True)
+class ForPictures:
+    """Options for a CLIP or a classifier of pictures."""
+
+    image: FilePath = ""  # picture to name or to classify
+    # names for a CLIP to choose from, with commas between them; or a file with one name a line
+    labels: Text = ""
+
+
+@dataclass(frozen=True)
+class ForDiffusion:
+    """Options for ddpm and text2image."""
+
+    sampler: Name = "dpm++"  # way from noise to picture: ddpm, ddim, dpm++; of a flow: euler, heun
+    steps: int = 20  # number of steps from noise to picture
+    film: bool = False  # draw the first samples step by step (ddpm)
+
+
+@dataclass(frozen=True)
+class ForTextToImage:
+    """Options for text2image."""
+
+    guidance: float = 3.0  # how closely to follow the prompt; 1 = no guidance
+    init_image: FilePath = ""  # picture to change
+    strength: MaybeFloat = None  # share of --init-image to redraw (default: 0.6, or 1 with --mask)
+    mask: FilePath = ""  # picture that is white where --init-image is to be redrawn
+    upscale: FilePath = ""  # small picture to draw large
+
+
+@dataclass(frozen=True)
+class Options(ForTextToImage, ForDiffusion, ForPictures, ForGPT, Common):
+    """All options in one."""
+
+    sampling: generate.Sampling = field(default_factory=generate.Sampling)
+
+
+@dataclass(frozen=True)
+class CommandLine(Common):
+    """The options under the headings of --help."""
+
+    gpt: Annotated[ForGPT, tyro.conf.arg(name="GPT"), tyro.conf.OmitArgPrefixes] = ForGPT()
+
+    # How to draw the tokens of a text. --seed is for pictures too.
+    sampling: Annotated[generate.Sampling, tyro.conf.OmitArgPrefixes] = field(
         default_factory=generate.Sampling
     )
-    raw: bool = False  # use the weights of the last step, even if averaged ones were kept
-    device: str = "auto"  # cpu, cuda, mps, or auto
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory, faster
-    compile: bool = False  # GPT: takes seconds to start, then up to three times as fast on a CPU
-    out: str = ""  # texts: also write them to this file; pictures: the PNG to draw
-    overwrite: bool = False  # replace the file of --out even if sample.py did not draw it
+
+    clip: Annotated[ForPictures, tyro.conf.arg(name="CLIP"), tyro.conf.OmitArgPrefixes] = (
+        ForPictures()
+    )
+    diffusion: Annotated[ForDiffusion, tyro.conf.OmitArgPrefixes] = ForDiffusion()
+    text2image: Annotated[ForTextToImage, tyro.conf.OmitArgPrefixes] = ForTextToImage()
+
+
+GROUPS = ("gpt", "clip", "diffusion", "text2image")
+
+
+def read_options() -> Options:
+    values = dict(vars(parse(CommandLine, __doc__, "python sample.py")))
+    for name in GROUPS:
+        values |= vars(values.pop(name))
+    return Options(**values)
 
 
 # ---- the command --------------------------------------------------------------------------------
 
+MOST_SAMPLES = 1 << 16  # more would only fill the memory
 # For any family.
 COMMON = {"run", "n", "adapter", "sampling", "raw", "device", "dtype", "out", "overwrite"}
 
@@ -107,8 +184,8 @@ def check_out(options: Options) -> None:
 
 def open_run(options: Options) -> OpenRun:
     """The run with its adapters, on the device and in the number format of the options."""
-    if options.n is not None and options.n < 1:
-        raise ValueError(f"-n is {options.n}; use at least 1")
+    if options.n is not None and not 1 <= options.n <= MOST_SAMPLES:
+        raise ValueError(f"-n is {options.n}; use 1 to {MOST_SAMPLES}")
     check_out(options)
     opened = run_dir.open_run(options.run, options.raw)
     check(options, opened.run)
@@ -134,7 +211,7 @@ def main() -> int | str:
 
 def run_command(out: Output) -> int | str:
     try:
-        options = tyro.cli(Options, description=__doc__)
+        options = read_options()
         out.lasting = bool(options.out)  # then the file is written, even if nobody reads stdout
         opened = open_run(options)
         startup.loaded()

@@ -1,12 +1,12 @@
-"""Train a preset:  python train.py [PRESET] [--model.n-layer 6] [--train.steps 2000] ...
+"""Train a preset:  python train.py [PRESET] [--train.steps 2000] ...
 
-  python train.py                                   # a small GPT on the documentation at hand
-  python train.py gpt --data.path my.txt            # on your own text: a file, folder or "glob"
-  python train.py clip                              # pictures and names; also autoencoder, ddpm
-  python train.py text2image                        # trains its autoencoder and text tower first
-  python train.py --resume --out runs/mine          # continue a run that was stopped
-  python train.py gpt2-124m --dry-run               # what would it cost?
-  torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path corpus/
+  python train.py                                # a small GPT on documentation
+  python train.py gpt --data.path my.txt         # your text: file or folder
+  python train.py clip                           # pictures and their names
+  python train.py text2image-small               # draw letters, in minutes
+  python train.py --resume --out runs/mine       # continue a run
+  python train.py gpt2-124m --dry-run            # what would it cost?
+  torchrun --standalone --nproc_per_node=8 train.py gpt2-124m --data.path my/
 
 An option changes a setting of the preset.
 """
@@ -17,13 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-import tyro
-
 if getattr(sys.flags, "safe_path", False):  # set by PYTHONSAFEPATH; Python 3.10 does not know it
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import tinyfm.common.startup as startup
 from tinyfm.common.console import console
+from tinyfm.common.options import parse
 from tinyfm.recipes import launch, registry, run_dir
 from tinyfm.recipes.base import Preset, Run
 from tinyfm.training import distributed
@@ -33,8 +32,13 @@ def describe(name: str) -> str:
     """The text above the options in --help."""
     family = registry.family_presets(name)
     lines = [f"  {key}: {preset.about}" for key, preset in family.items()]
-    lines.append(f"  more with --help after the name: {', '.join(registry.family_names())}")
-    return "\n".join([__doc__, "Presets:", *lines, "", f"Below: {name}"])
+    others = ", ".join(registry.family_names())
+    return "\n\n".join([
+        __doc__.strip(),
+        "Presets of this family:\n" + "\n".join(lines),
+        f"For those of another, write --help after its name: {others}.",
+        f"The defaults below are those of {name}.",
+    ])  # fmt: skip
 
 
 def find_settings(name: str, argv: list[str]) -> tuple[str, Preset, Run]:
@@ -70,9 +74,7 @@ def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:
         name, *argv = argv
         name = registry.ALIASES.get(name, name)
     name, preset, start = find_settings(name, argv)
-    help_wanted = {"-h", "--help"} & {*argv}
-    description = describe(name) if help_wanted else __doc__
-    run = tyro.cli(type(start), default=start, args=argv, description=description)
+    run = parse(type(start), describe(name), f"python train.py {name}", argv, start)
     return name, preset, run
 
 

@@ -25,15 +25,14 @@ With the template "", no captions are read, and none are needed.
 
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data import pictures, reading, tables, tars
+from data import command, pictures, reading, tables, tars
 from data.near import Seen
-from data.report import Report
+from data.report import Report, counted
 from data.splits import HELD_OUT, TEST, TRAIN, VAL
 
 FOLDERS = {  # names of folders that are splits, as the library datasets has them -> the split
@@ -140,7 +139,7 @@ def read_metadata(found: list[Path], report: Report) -> dict[str, tuple[str, ...
         for pair in table_pairs(table, of_table, TEMPLATE):
             captions[os.path.normpath(pair.path)] = pair.captions
         for reason, rows in of_table.skipped.items():
-            report.notes.append(f"{len(rows):,} rows of {table.name}: {reason}")
+            report.notes.append(f"{counted(len(rows), 'rows')} of {table.name}: {reason}")
         report.notes += of_table.notes
     return captions
 
@@ -378,13 +377,13 @@ def records(
         raise ValueError(f"no image in {path} can be used: {report}")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.captioned PATH    (a folder, a table or .tar)")
+def look(path: str) -> None:
+    """Print the captions of all pictures."""
     report = Report()
-    try:
-        for record in records(sys.argv[1], 32, 3, report):
-            print(f"{record.split}: {' | '.join(record.captions)}")
-    except ValueError as error:
-        sys.exit(str(error))
+    for record in records(path, 32, 3, report):
+        print(f"{record.split}: {' | '.join(record.captions)}")
     print(report)
+
+
+if __name__ == "__main__":
+    command.run("captioned", __doc__, look, "PATH")

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import splits
+from data import command, splits
 from data.docs import SKIPPED, definition_of, docstrings, name_in
 from data.report import Report, show
 from data.splits import TRAIN, split_of
@@ -181,6 +181,11 @@ def conversations(report: Report | None = None) -> Iterator[dict[str, str | Mess
         yield {"split": split, "messages": messages}
 
 
-if __name__ == "__main__":
+def look() -> None:
+    """Print the size of the data set and its first conversation."""
     report = Report()
     show((json.dumps(talk, indent=1) + "\n" for talk in conversations(report)), report)
+
+
+if __name__ == "__main__":
+    command.run("chats", __doc__, look)

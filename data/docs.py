@@ -26,6 +26,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+from data import command
 from data.report import Report, show
 from data.splits import Document, split_of
 from data.stdlib import HELD_OUT, SKIP_FOLDERS, library_folder, module_name, python_files
@@ -210,6 +211,11 @@ def documents(
         yield from package_documents(root, package, seen, report)
 
 
-if __name__ == "__main__":
+def look() -> None:
+    """Print the size of the data set and the start of its first document."""
     report = Report()
     show((document.text for document in documents(report)), report)
+
+
+if __name__ == "__main__":
+    command.run("docs", __doc__, look)

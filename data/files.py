@@ -12,14 +12,13 @@ neither a line without an end nor a small file that expands to a huge one takes 
     python -m data.files my-notes/
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from data import reading, tables
-from data.report import Report, show
+from data import command, reading, tables
+from data.report import Report, counted, show
 
 
 def version(path: str) -> str:
@@ -37,7 +36,8 @@ def note_plain_tables(paths: list[Path], field: str = "text") -> str:
     plain = plain_tables(paths, field)
     if not plain:
         return ""
-    return f"{len(plain):,} tables without {field!r} are read as plain text ({plain[0].name})"
+    count = counted(len(plain), "tables")
+    return f"read as plain text: {count} without {field!r} ({plain[0].name})"
 
 
 def check_libraries(paths: list[Path]) -> None:
@@ -91,11 +91,11 @@ def documents(path: str, report: Report | None = None) -> Iterator[str]:
         raise ValueError(f"no text in {path!r}: {report}")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.files PATH    (a file, a folder, or a glob in quotes)")
+def look(path: str) -> None:
+    """Print the size of the texts and the start of the first one."""
     report = Report()
-    try:
-        show(documents(sys.argv[1], report), report)
-    except ValueError as error:
-        sys.exit(str(error))
+    show(documents(path, report), report)
+
+
+if __name__ == "__main__":
+    command.run("files", __doc__, look, "PATH")

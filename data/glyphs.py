@@ -46,7 +46,6 @@ drawing has only one of the 56 pairs of colours. To ask for it in another pair i
 """
 
 import hashlib
-import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -59,9 +58,10 @@ import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, features
 
+from data import command
 from data.near import LEVELS, is_near
-from data.pictures import FONTS, Record, save_grid
-from data.report import Report
+from data.pictures import FONTS, Record, check_free, save_grid
+from data.report import Report, counted
 from data.splits import TRAIN, VAL
 
 HELD_OUT_FONTS = "held-out fonts"
@@ -345,16 +345,24 @@ def records(
         labels[split].append(name)
         yield Record(image, (caption,), name, split)
     for split, names in labels.items():
-        report.notes.append(f"{split}: {len(names):,} drawings of {len(set(names)):,} characters")
+        characters = counted(len(set(names)), "characters")
+        report.notes.append(f"{split}: {counted(len(names), 'drawings')} of {characters}")
 
 
-if __name__ == "__main__":
+def look(picture: str = "") -> None:
+    """Print the size of the data set; draw a sheet of its pictures."""
+    if picture:
+        check_free(picture)
     start = time.perf_counter()
     report = Report()
     everything = list(records(report))
-    print(f"{len(everything):,} records, {time.perf_counter() - start:.1f} s")
+    print(f"{counted(len(everything), 'records')}, {time.perf_counter() - start:.1f} s")
     print(str(report).replace("; ", "\n"))
-    if len(sys.argv) > 1:
+    if picture:
         shown = everything[:: len(everything) // 120 + 1]
         images = np.stack([record.image for record in shown])
-        save_grid(images, sys.argv[1], 12, [record.captions[0] for record in shown])
+        save_grid(images, picture, 12, [record.captions[0] for record in shown])
+
+
+if __name__ == "__main__":
+    command.run("glyphs", __doc__, look, "[PNG]")

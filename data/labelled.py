@@ -14,14 +14,13 @@ skipped, with reasons. All texts are in memory at once; pictures are opened one 
 """
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data import reading, tables
-from data.report import Report
+from data import command, reading, tables
+from data.report import Report, counted
 from data.splits import TRAIN
 
 # Modules that read pictures are imported in the functions that need them, so that a table of texts
@@ -86,7 +85,8 @@ def as_text(value: object) -> str:
 def check_enough(rows: list[Row], path: str | Path, report: Report) -> None:
     """Raise ValueError if there are fewer than two rows."""
     if len(rows) < 2:
-        raise ValueError(f"{path} has {len(rows)} labelled examples, need 2 ({report}): add some")
+        examples = counted(len(rows), "labelled examples")
+        raise ValueError(f"{path} has {examples}, need 2 ({report}): add some")
 
 
 def table_rows(
@@ -234,14 +234,14 @@ def records(
         raise ValueError(f"no picture can be used: {report}")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.labelled TABLE    (a .csv, .tsv or .jsonl of text, label)")
+def look(table: str) -> None:
+    """Print how many examples each label has."""
     report = Report()
-    try:
-        counts = Counter(row.labels for row in text_rows(sys.argv[1], report))
-        for labels, count in counts.items():
-            print(f"{count:,} of {', '.join(labels)}")
-    except ValueError as error:
-        sys.exit(str(error))
+    counts = Counter(row.labels for row in text_rows(table, report))
+    for labels, count in counts.items():
+        print(f"{count:,} of {', '.join(labels)}")
     print(report)
+
+
+if __name__ == "__main__":
+    command.run("labelled", __doc__, look, "TABLE")

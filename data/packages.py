@@ -27,8 +27,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import command
 from data.labelled import Passage
-from data.report import Report
+from data.report import Report, counted
 from data.splits import HELD_OUT, SPLITS, TEST, TRAIN, VAL, overlap_of
 from data.stdlib import library_folder, python_files
 
@@ -168,16 +169,22 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
             "Python that comes with its source files"
         )
     named = sum(bool(re.search(rf"\b{p.labels[0]}\b", p.text)) for p in found)
-    report.notes.append(f"{len(classes)} packages, {len(found):,} passages")
-    report.notes.append(f"{single} packages hold out a single file for validation or test")
-    report.notes.append(f"{dropped:,} passages not held out, as another split has their text")
+    report.notes.append(f"{counted(len(classes), 'packages')}, {counted(len(found), 'passages')}")
+    report.notes.append(f"{counted(single, 'packages')} with a single file for validation or test")
+    not_held_out = counted(dropped, "passages")
+    report.notes.append(f"{not_held_out} not held out, as another split has their text")
     report.notes.append(f"{named / len(found):.0%} of passages contain their package's name")
     return found
 
 
-if __name__ == "__main__":
+def look() -> None:
+    """Print a few examples."""
     report = Report()
     found = examples(report)
     for text, (label,), split, _ in found[:: len(found) // 4]:
         print(f"--- {label} ({split}) ---\n{text}")
     print(report)
+
+
+if __name__ == "__main__":
+    command.run("packages", __doc__, look)

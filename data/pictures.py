@@ -210,12 +210,21 @@ def made_here() -> PngInfo:
 
 
 def is_made_here(path: str | Path) -> bool:
-    """Whether `save` or `save_grid` wrote this file."""
+    """Whether this program drew this file, by the note in it."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError):  # the last of Pillow, for a broken PNG
         return False
+
+
+def check_free(path: str | Path) -> None:
+    """Raise ValueError if no picture may go to this path: a file of others, or in no folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not is_made_here(path):
+        raise ValueError(f"{path} exists, and tinyfm did not draw it: choose another name")
 
 
 def save(image: np.ndarray, path: str | Path) -> None:

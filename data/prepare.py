@@ -49,12 +49,15 @@ from tqdm import tqdm
 from data import dedupe, files, reading, tables
 from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally, failed, mask
 from data.jobs import Journal, check_settings, ordered
-from data.report import Report
+from data.report import Report, counted, named
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 from tinyfm.common import schema
+from tinyfm.common.config import DataPaths, Name, NewFolder
+from tinyfm.common.console import run_command
 from tinyfm.common.folders import hold, lock_beside
+from tinyfm.common.options import parse
 
 FORMAT = 2  # of the result; a folder with another number is not continued
 BATCH_BYTES = 1 << 20  # the rows that a worker gets at a time
@@ -64,6 +67,7 @@ SPOOL = "documents.jsonl"  # the documents that are kept
 KEYS = "documents.keys"  # their keys, by which duplicates are recognized
 MEASURED_CHARS = 50_000_000  # of a text whose overlap is measured at once, by one process
 CONTINUATION = bytes(range(0x80, 0xC0))  # in UTF-8, the bytes of a character after its first
+MOST = {"workers": 1024, "sample_mb": 1 << 20, "index_mb": 1 << 20}  # larger numbers are errors
 LATE = ("tokenizer", "vocab_size", "sample_mb", "val_fraction")  # settings of the second pass only
 KINDS = ("sentencepiece", "sentencepiece-unigram", "bpe", "bytes")
 
@@ -73,12 +77,12 @@ class PrepareConfig:
     """Settings: the text to read, what to keep of it, and how to turn it into tokens."""
 
     # text files (plain, .jsonl, .jsonl.zst, .parquet), folders, or globs in quotes
-    paths: tyro.conf.Positional[tuple[str, ...]]
-    out: str  # folder to make; train.py takes it as --data.path
+    paths: tyro.conf.Positional[DataPaths]
+    out: NewFolder  # folder to make; train.py takes it as --data.path
     workers: int = os.cpu_count() or 1  # number of worker processes
-    field: str = "text"  # JSON field, or column of a parquet file, that has the text
+    field: Name = "text"  # JSON field, or column of a parquet file, that has the text
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
-    tokenizer: str = "sentencepiece"
+    tokenizer: Name = "sentencepiece"
     vocab_size: int = 4096  # number of tokens, if a tokenizer is trained
     sample_mb: int = 4  # megabytes of text, evenly spread, to train the tokenizer on
     # share of the documents held out, half for validation and half for test
@@ -95,11 +99,11 @@ class PrepareConfig:
     index_mb: int = 64
 
     def __post_init__(self):
-        for name in ("workers", "sample_mb", "index_mb"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if value < 1:
+            if not 1 <= value <= most:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} {value}: it must be at least 1")
+                raise ValueError(f"{option} {value}: it must be 1 to {most}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction}: it must be between 0 and 1")
         if not self.paths or not self.out:
@@ -336,7 +340,7 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
 
     written = sum(manifest["documents"].values())
     if written < tally.used:
-        problem = f"{folder} has {written:,} of the {tally.used:,} documents that were kept"
+        problem = f"{folder} has {written:,} of {counted(tally.used, 'documents')} that were kept"
         raise ValueError(f"{problem}: delete the folder and start again")
     manifest["settings"] = state["settings"]
     if state["chars"] <= MEASURED_CHARS:
@@ -417,7 +421,8 @@ def find_paths(config: PrepareConfig) -> tuple[list[Path], Tally]:
         tally.drop(reason, names, len(names))
     plain = files.plain_tables(paths, config.field)
     if plain:
-        tally.change(f"tables without {config.field!r}, read as plain text", len(plain))
+        what = named(len(plain), "tables")
+        tally.change(f"{what} without {config.field!r}, read as plain text", len(plain))
     return paths, tally
 
 
@@ -451,7 +456,7 @@ def prepare(config: PrepareConfig) -> Path:
     tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
     megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
     seconds = time.perf_counter() - start
-    print(f"{out}: {megabytes:.1f} MB of text, {tokens:,} tokens, {seconds:.1f} s")
+    print(f"{out}: {megabytes:.1f} MB of text, {counted(tokens, 'tokens')}, {seconds:.1f} s")
     print("  " + "\n  ".join(manifest["report"].split("; ")))
     if "overlap" in manifest:
         print(f"  {shards.describe_overlap(manifest, removed=0)}")
@@ -489,13 +494,15 @@ def complete(
 
 def main() -> int | str:
     try:
-        prepare(tyro.cli(PrepareConfig, description=__doc__))
+        prepare(parse(PrepareConfig, __doc__, "python data/prepare.py"))
     except (ValueError, OSError) as error:
         return f"error: {error}"
+    except MemoryError:
+        return "error: too little memory; use a smaller --index-mb, or fewer --workers"
     except KeyboardInterrupt:
         return "stopped; run the same command again to continue"
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, lasting=True))

@@ -12,6 +12,17 @@ OTHER_REASONS = "other reasons"
 MORE_NOTES = "more notes"
 
 
+def named(n: int, things: str) -> str:
+    """1 and "rows" -> "row"; 2 and "rows" -> "rows"."""
+    ending = "es" if things.endswith(("ches", "sses")) else "s"
+    return things.removesuffix(ending) if n == 1 else things
+
+
+def counted(n: int, things: str) -> str:
+    """1 and "rows" -> "1 row"; 1200 and "training pictures" -> "1,200 training pictures"."""
+    return f"{n:,} {named(n, things)}"
+
+
 def printable(name: str) -> str:
     """A name of a file for people: a name may hold any bytes, also such that move the cursor."""
     if name.isprintable():
@@ -53,7 +64,7 @@ class Report:
     def note_replaced(self, count: int, name: str) -> None:
         """Add the remark that bytes of a file were no text, if there were any."""
         if count:
-            self.note(f"{count:,} invalid bytes replaced in {name} (save it as UTF-8)")
+            self.note(f"{counted(count, 'invalid bytes')} replaced in {name} (save it as UTF-8)")
 
     def __str__(self) -> str:
         parts = [f"{self.found:,} found, {self.used:,} used"]
@@ -81,6 +92,6 @@ def show(documents: Iterable[str], report: Report, excerpt_chars: int = 600) -> 
         count += 1
         size += len(document.encode("utf-8", "replace"))
     seconds = time.perf_counter() - start
-    print(f"{count:,} documents, {size:,} bytes, {seconds:.1f} s")
+    print(f"{counted(count, 'documents')}, {counted(size, 'bytes')}, {seconds:.1f} s")
     print(report)
     print(f"--- start of the first document ---\n{first[:excerpt_chars]}")

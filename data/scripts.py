@@ -17,7 +17,6 @@ scripts is drawn as a letter of the first one only, see glyphs.py.
     python -m data.scripts [contact-sheet.png]
 """
 
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -25,9 +24,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from data import glyphs
-from data.pictures import Record, save_grid
-from data.report import Report
+from data import command, glyphs
+from data.pictures import Record, check_free, save_grid
+from data.report import Report, counted
 from data.splits import SPLITS, TEST, TRAIN, VAL
 
 TASKS = ("scripts", "characters")
@@ -148,15 +147,23 @@ def records(
         image = resized(record.image, size, channels)
         yield Record(image, (label, style_of(record)), record.label, split)
     for split, own in labels.items():
-        report.notes.append(f"{split}: {len(own):,} drawings of {len(set(own)):,} classes")
+        classes = counted(len(set(own)), "classes")
+        report.notes.append(f"{split}: {counted(len(own), 'drawings')} of {classes}")
 
 
-if __name__ == "__main__":
+def look(picture: str = "") -> None:
+    """Print the sizes of both data sets; draw a sheet of pictures of the first."""
+    if picture:
+        check_free(picture)
     for task in TASKS:
         report = Report()
         everything = list(records(task, report=report))
         print(f"{task}: {report}")
-        if len(sys.argv) > 1 and task == "scripts":
+        if picture and task == "scripts":
             shown = everything[:: len(everything) // 120 + 1]
             images = np.stack([record.image for record in shown])
-            save_grid(images, sys.argv[1], 12, [record.captions[0] for record in shown])
+            save_grid(images, picture, 12, [record.captions[0] for record in shown])
+
+
+if __name__ == "__main__":
+    command.run("scripts", __doc__, look, "[PNG]")

@@ -7,9 +7,9 @@ nanoGPT; validation and test are halves of the last tenth.
     python -m data.shakespeare
 """
 
-import sys
 from collections.abc import Iterator
 
+from data import command
 from data.download import DOWNLOADS, download
 from data.report import Report, show
 from data.splits import Document
@@ -39,9 +39,11 @@ def documents(report: Report | None = None) -> Iterator[Document]:
     yield Document(text)
 
 
-if __name__ == "__main__":
+def look() -> None:
+    """Print the size of the data set and the start of its first document."""
     report = Report()
-    try:
-        show((document.text for document in documents(report)), report)
-    except (ConnectionError, ValueError) as error:
-        sys.exit(str(error))
+    show((document.text for document in documents(report)), report)
+
+
+if __name__ == "__main__":
+    command.run("shakespeare", __doc__, look)

@@ -21,6 +21,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import command
 from data.report import Report, show
 from data.splits import Document, split_of
 
@@ -110,6 +111,11 @@ def documents(report: Report | None = None) -> Iterator[Document]:
                     yield Document(part, split_of(name, HELD_OUT), name)
 
 
-if __name__ == "__main__":
+def look() -> None:
+    """Print the size of the data set and the start of its first document."""
     report = Report()
     show((document.text for document in documents(report)), report)
+
+
+if __name__ == "__main__":
+    command.run("stdlib", __doc__, look)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import parquet, reading
-from data.report import Report
+from data.report import Report, named
 
 WITH_HEADER = (".csv", ".tsv")
 LINES = (".jsonl", ".ndjson")
@@ -89,8 +89,8 @@ def quoted_cells(lines: Iterator[str], notes: Counter[str]) -> Iterator[tuple[in
     if long_rows:
         size, first = longest
         notes[
-            f"rows take several lines, the longest {size:,} lines from line {first:,} (if that is "
-            "wrong, a quote is missing there)"
+            f"{named(long_rows, 'rows')} of several lines, the longest {size:,} lines from line "
+            f"{first:,} (if that is wrong, a quote is missing there)"
         ] += long_rows
 
 
@@ -147,14 +147,33 @@ def no_number(constant: str) -> None:
     """NaN and infinity, which JSON does not have, become None: missing values."""
 
 
+class RepeatedKeyError(ValueError):
+    """A key that occurs twice in one object."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys. Python's json would keep the last of two values of a key, though
+    nobody knows which was meant. Raises RepeatedKeyError."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise RepeatedKeyError(f"the key {key[:60]!r} occurs twice in one object")
+            seen.add(key)
+    return table
+
+
 BLANK = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder(parse_constant=no_number)
+DECODER = json.JSONDecoder(parse_constant=no_number, object_pairs_hook=unique)
 
 
 def parse_json(text: str) -> dict:
     """The object that a text holds. Raises ValueError with the reason if it holds none."""
     try:
-        value = json.loads(text, parse_constant=no_number)
+        value = DECODER.decode(text)
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     if not isinstance(value, dict):
@@ -200,6 +219,8 @@ def array_items(text: reading.TextFile) -> Iterator[Any]:
                 item, place = DECODER.raw_decode(rest, start)
             except RecursionError:
                 raise ValueError("a JSON array that is nested too deeply") from None
+            except RepeatedKeyError:
+                raise
             except ValueError:
                 break  # incomplete, or not JSON
             before = ","

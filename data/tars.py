@@ -20,15 +20,14 @@ claim any size) are skipped and counted. So are files that are compressed, incom
 import glob
 import io
 import re
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data import reading, tables
-from data.report import Report
+from data import command, reading, tables
+from data.report import Report, counted
 
 MAX_BYTES = 1 << 26
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
@@ -206,7 +205,7 @@ def samples(path: str | Path, report: Report, split: bool = False) -> Iterator[S
             yield Sample(f"{name}.{image}", member[image], captions)
         report.note_replaced(invalid, f"the captions in {tar.name}")
         for reason, count in unread.items():
-            report.note(f"{count:,} captions in {tar.name} not read: {reason}")
+            report.note(f"{counted(count, 'captions')} in {tar.name} not read: {reason}")
 
 
 def images(path: str | Path, captioned: bool) -> Iterator[io.BytesIO]:
@@ -216,14 +215,14 @@ def images(path: str | Path, captioned: bool) -> Iterator[io.BytesIO]:
             yield io.BytesIO(sample.image)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit('usage: python -m data.tars PATH    (a .tar, or "shards-{000..009}.tar")')
+def look(path: str) -> None:
+    """Print the captions of all samples."""
     report = Report()
-    try:
-        for sample in samples(sys.argv[1], report):
-            report.used += 1
-            print(f"{sample.name}: {' | '.join(sample.captions)}")
-    except ValueError as error:
-        sys.exit(str(error))
+    for sample in samples(path, report):
+        report.used += 1
+        print(f"{sample.name}: {' | '.join(sample.captions)}")
     print(report)
+
+
+if __name__ == "__main__":
+    command.run("tars", __doc__, look, "PATH")

@@ -20,9 +20,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.pictures import check_free
 from tinyfm.common import schema
 from tinyfm.common.console import console
-from tinyfm.common.figures import new_figure
+from tinyfm.common.figures import new_figure, save_figure
 from tinyfm.training.log import METRICS, read_metrics, summary_score
 
 
@@ -84,7 +85,7 @@ def draw(runs: list[Summary], path: Path) -> None:
         axes.set_ylabel(score)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def list_runs(words: list[str]) -> int | str:
@@ -96,8 +97,12 @@ def list_runs(words: list[str]) -> int | str:
     if not runs:
         return f"error: there is no run in {given.folder}; train one: python train.py"
     print("\n".join(map(str, runs)))
-    if given.plot:
-        draw(runs, Path(given.plot))
+    try:
+        if given.plot:
+            check_free(given.plot)
+            draw(runs, Path(given.plot))
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
     return 0
 
 

@@ -637,6 +637,9 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) 
 SMALLEST = {"sentencepiece": 258, "sentencepiece-unigram": 258, "bpe": 257, "bytes": 257}
 
 
+MOST_IDS = 1 << 24  # many more than any published vocabulary has
+
+
 def train(
     kind: str, documents: Iterable[str], vocab_size: int, sample_bytes: int = 2_000_000
 ) -> Tokenizer:
@@ -650,8 +653,8 @@ def train(
     least = SMALLEST[kind]
     if kind == "bytes" and vocab_size != least:
         raise ValueError(f"vocab_size {vocab_size}: {kind} needs exactly {least} ids")
-    if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: {kind} needs at least {least} ids")
+    if not least <= vocab_size <= MOST_IDS:
+        raise ValueError(f"vocab_size {vocab_size}: {kind} has {least} to {MOST_IDS} ids")
     if kind == "bytes":
         return ByteTokenizer()
     if isinstance(documents, str):

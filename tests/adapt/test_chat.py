@@ -202,7 +202,7 @@ def test_near_duplicates_and_held_out_answers_of_training_are_left_out(tmp_path)
         lines[i]["messages"][1]["content"] += " " + " ".join(said[199 - i].split()[:20])
     data = open_data(write(tmp_path / "a.jsonl", [*lines, *near]), 3000, val_fraction=0.4)
     assert "a near duplicate" in data.description
-    assert "conversations with more were left out" in data.description
+    assert "left out for having more: " in data.description
     answers = {
         name: [BYTES.decode(row.ids[row.trained].tolist()[:-1]) for row in data.split(name).rows]
         for name in ("train", "val", "test")

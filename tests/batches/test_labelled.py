@@ -129,7 +129,7 @@ def test_mistakes_in_tables_name_the_fix(tmp_path):
         ({"label_columns": ("stars",)}, "no column 'stars', its columns are 'text', 'label', 'top"),
         ({"input_column": "body"}, "no column 'body', .*--data.input-column"),
         ({"label_columns": ("text",)}, "3 classes of 'text' .*each needs two examples"),
-        ({"labels": 99}, "--data.labels 99: there are 27 training examples"),
+        ({"labels": 99}, "--data.labels 99 of 27 training examples: use at most 27"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_texts(table, **config)
@@ -360,7 +360,7 @@ def test_each_picture_keeps_its_labels(tmp_path):
 
 def test_mistakes_in_pictures_name_the_fix(tmp_path):
     draw(tmp_path / "pets" / "cat" / "1.png", 1)
-    with pytest.raises(ValueError, match="1 labelled examples, need 2"):
+    with pytest.raises(ValueError, match="1 labelled example, need 2"):
         open_pictures(tmp_path / "pets", tmp_path)
     for i in (2, 3):
         draw(tmp_path / "pets" / "cat" / f"{i}.png", i)
@@ -423,7 +423,7 @@ def test_no_held_out_passage_repeats_code_of_another_split(passages):
     for split, others in (("val", ["train"]), ("test", ["train", "val"])):
         known = [text for other in others for text in texts[other]]
         assert overlap_of(texts[split], known)[:, 0].sum() == 0
-    assert "hold out a single file" in report
+    assert "with a single file for validation or test" in report
     assert "passages not held out, as another split has their text" in report
 
 

@@ -492,7 +492,7 @@ def test_a_metadata_table_may_have_any_column_and_must_name_each_picture(tmp_pat
     assert skipped == {"in a metadata table, but no picture": ["gone.png"], "no caption": ["7.png"]}
     assert (report.found, report.used) == (9, 7)
     assert "captions from the column 'note'" in report.notes
-    assert any("1 rows of metadata.jsonl" in note for note in report.notes)
+    assert any("1 row of metadata.jsonl" in note for note in report.notes)
 
 
 def test_what_your_folders_hold_out_is_never_trained_on(tmp_path):

@@ -298,7 +298,7 @@ def test_planted_overlap_is_measured_and_left_out(tmp_path, articles, capsys):
         assert splits.share_of(splits.overlap_of(kept, texts)) == 0
     dropped = len(held) - len(data.split("val").starts) - len(data.split("test").starts)
     assert dropped > 20
-    assert f"{dropped} documents with more were left out" in line
+    assert f"left out for having more: {dropped} document" in line
 
 
 def test_windows_span_shards_and_long_documents_are_encoded_in_pieces(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_shards_are_reused_until_something_changes(tmp_path, capsys):
     line = capsys.readouterr().out
     assert "1 found, 1 used" in line
     assert f"{sum(map(len, first.splits.values())):,} tokens" in line
-    assert "0.00% of validation (1 documents), 0.00% of test (1 documents)" in line
+    assert "0.00% of validation (1 document), 0.00% of test (1 document)" in line
     assert "mine" in first.description
     assert prepare(tmp_path, folder).fingerprint == first.fingerprint
     assert capsys.readouterr().out == ""  # nothing was built
@@ -565,7 +565,7 @@ def test_folder_report(notes):
         "UTF-16, save it as UTF-8": ["wide.txt"],
     }
     assert "8 found, 4 used; 1 skipped: empty" in str(report)
-    assert "1 invalid bytes replaced in" in str(report)
+    assert "1 invalid byte replaced in" in str(report)
 
 
 def test_globs_and_single_files(notes):

@@ -241,7 +241,7 @@ def train_on(name, layout, checkpoint="none"):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Layout(10, tensor=4), "10 GPUs .*tensor 4 x pipeline 1 = 4"),
+        (lambda: Layout(10, tensor=4), "--gpus 10 .*tensor 4 x pipeline 1 = 4"),
         (lambda: Layout(0), "gpus is 0; .*at least 1"),
         (lambda: Layout(zero=4), "ZeRO stage is 4"),
         (lambda: Training(rows=0), "the micro-batch is 0"),
@@ -837,7 +837,7 @@ def test_the_unit_of_the_data(preset, task, unit):
         ("gpt2 --rows 1.5", "1.5 is not a whole number"),
         ("gpt2 --gpu v100 --dtype bf16", "v100-32gb has no bf16; use fp16"),
         ("gpt2 --gpu h1000", "there is no GPU 'h1000'"),
-        ("gpt2 --gpus 10 --tensor 4", "10 GPUs .*tensor 4"),
+        ("gpt2 --gpus 10 --tensor 4", "--gpus 10 .*tensor 4"),
         ("gpt2 --fit 24", "write it as 24GiB"),
         ("gpt2 --fit 24GB --zero 0", "--fit .*; leave out --zero"),
         ("gpt2 --fit 24GB --tensor 2", "leave out --tensor"),

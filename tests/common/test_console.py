@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from tinyfm.common.console import console
+from tinyfm.common.console import console, fill
 
 # Prints 100 lines, then writes a file: the work.
 WORK = """
 import sys
 from pathlib import Path
-from tinyfm.common.console import console
+from tinyfm.common.console import console, fill
 with console() as out:
     for i in range(100):
         print("naïve \\N{SNOWMAN} \\udcff " * 50, flush=True)
@@ -88,3 +88,24 @@ def test_a_command_whose_reader_goes_away_reports_no_error(command, status):
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, timeout=60)
     assert done.stderr == b""
     assert done.returncode == status
+
+
+def test_help_fits_the_terminal():
+    text = """One line:  python x.py
+
+A paragraph of words
+over two lines.
+
+  name     what it is, in many more words than fit
+  python x.py --flag
+"""
+    assert fill(text, 30).splitlines() == [
+        "One line:  python x.py",
+        "",
+        "A paragraph of words over two",
+        "lines.",
+        "",
+        "  name     what it is, in many",
+        "           more words than fit",
+        "  python x.py --flag",
+    ]

@@ -52,7 +52,7 @@ WRONG = [
     ({"sizes": [1, 0.5]}, Outer, "a.json: sizes[1] is 0.5; expected a whole number"),
     ({"sizes": [True]}, Outer, "a.json: sizes[0] is True; expected a whole number"),
     ({"sizes": [2**53 + 1]}, Outer, "a.json: sizes[0] is 9007199254740993; expected a whole"),
-    ({"pair": [1]}, Outer, "a.json: pair has 1 values; expected 2"),
+    ({"pair": [1]}, Outer, "a.json: pair is of length 1; expected 2"),
     ({"inner": {"width": "x" * 99}}, Outer, 'a.json: inner.width is "xxx'),
     ({"inner": {"kind": "c"}}, Outer, "a.json: inner.kind is \"c\"; expected one of 'a', 'b'"),
     ({"path": 1}, Outer, "a.json: path is 1; expected a text or null"),
@@ -80,6 +80,13 @@ def test_values_of_another_shape(value, kind, message):
 def test_json_beyond_the_limits(text):
     with pytest.raises(ValueError):
         schema.parse_json(text)
+
+
+def test_a_key_that_occurs_twice_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [{"rate": 1, "b": 2, "rate": 3}]}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json.*'rate' occurs twice"):
+        files.read_json(path)
 
 
 def test_json_within_the_limits(tmp_path):

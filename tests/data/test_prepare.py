@@ -522,7 +522,7 @@ def test_what_is_not_read_is_in_the_report(tmp_path, capsys):
         "6 found, 4 used",
         "1 dropped: a link that leads out of the folder",
         "1 dropped: a pipe, a socket or a device",
-        "1 tables without 'text', read as plain text",
+        "1 table without 'text', read as plain text",
     ):
         assert part in said
 

@@ -87,19 +87,32 @@ def test_a_quote_that_swallows_rows_of_a_csv_is_refused_or_reported(tmp_path):
     rows[9] = 'closed by chance",y'
     found, report = rows_of(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
     assert len(found) == 14
-    assert "1 rows take several lines, the longest 7 lines from line 5" in str(report)
+    assert "1 row of several lines, the longest 7 lines from line 5" in str(report)
 
 
 def test_cells_have_any_length_and_several_lines(tmp_path):
     long = "w " * 3_000_000
     found, report = rows_of(write(tmp_path / "t.csv", f'text,label\n{long},x\n"a\nb, ""c""",y\n'))
     assert [row["text"] for row in found] == [long, 'a\nb, "c"']
-    assert "1 rows take several lines" in str(report)
+    assert "1 row of several lines" in str(report)
 
 
 def test_a_column_that_occurs_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'label' occurs twice"):
         rows_of(write(tmp_path / "t.csv", "text,label,label\na,x,y\n"))
+
+
+def test_a_key_that_occurs_twice_is_named(tmp_path):
+    row = '{"text": "a", "label": "x", "label": "y"}'
+    found, report = rows_of(write(tmp_path / "t.jsonl", f'{row}\n{{"text": "b"}}\n'))
+    assert found == [{"text": "b"}]
+    (reason,) = report.skipped
+    assert "'label' occurs twice" in reason
+    with pytest.raises(ValueError, match=r"t\.json cannot be read: .*'label' occurs twice"):
+        rows_of(write(tmp_path / "t.json", f"[{row}]"))
+    documents = Report()
+    with pytest.raises(ValueError, match="'label' occurs twice"):
+        list(files.documents(str(write(tmp_path / "d.jsonl", row)), documents))
 
 
 def test_missing_values_are_no_labels(tmp_path):
@@ -146,7 +159,7 @@ def test_bytes_of_another_encoding_are_counted_or_refused(tmp_path, name):
 
     found, report = rows_of(write(tmp_path / name, content("n\u00e9gatif", 9)))
     assert found[0]["label"] == "n\ufffdgatif"
-    assert report.notes == [f"1 invalid bytes replaced in {name} (save it as UTF-8)"]
+    assert report.notes == [f"1 invalid byte replaced in {name} (save it as UTF-8)"]
     many = write(tmp_path / name, content("\u00e9" * 400, 9))
     if name == "t.jsonl":
         found, report = rows_of(many)
@@ -270,7 +283,7 @@ READERS = [
 def test_every_reader_of_text_counts_the_bytes_that_it_replaces(tmp_path, capsys, read, contents):
     paths = [write(tmp_path / name, content) for name, content in contents.items()]
     path = paths[0] if paths[0].parent == tmp_path else paths[0].parent
-    assert "invalid bytes" in read(path, capsys)
+    assert "invalid byte" in read(path, capsys)
 
 
 def test_captions_that_cannot_be_read_are_counted_with_the_reason(tmp_path):
@@ -279,8 +292,8 @@ def test_captions_that_cannot_be_read_are_counted_with_the_reason(tmp_path):
     report = Report()
     with pytest.raises(ValueError, match="no image with a caption"):
         captioned.pairs(write(tmp_path / "t.tar", tar_of(pictures_of)), report)
-    assert "1 captions in t.tar not read: not UTF-8, convert it" in str(report)
-    assert "1 captions in t.tar not read: not JSON" in str(report)
+    assert "1 caption in t.tar not read: not UTF-8, convert it" in str(report)
+    assert "1 caption in t.tar not read: not JSON" in str(report)
 
 
 def test_an_array_is_read_a_part_at_a_time(tmp_path, monkeypatch):
@@ -308,7 +321,7 @@ def test_tables_for_pretraining_have_a_text_column_or_a_note(tmp_path):
     found = [*files.documents(str(tmp_path), report)]
     plain = ["id,body\n1,five\n", '{"name": "no table"}']
     assert found == ["one, 1", "two", "three", "four", *plain, "six"]
-    assert "2 tables without 'text' are read as plain text (d.csv)" in str(report)
+    assert "read as plain text: 2 tables without 'text' (d.csv)" in str(report)
     assert sorted(report.skipped) == [
         "not as many cells as the header",
         "the field 'text' is not text",

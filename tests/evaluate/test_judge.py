@@ -403,7 +403,7 @@ A = ["digit one"]
         (lambda j: JudgeConfig(fold=10), "fold is 10; use 0 to 9"),
         (lambda j: judging.embed(j, ONE[0]), r"\(1, 32, 32\); they must be \(B, 1, H, W\)"),
         (lambda j: judging.embed(j, ONE[:0]), "B at least 1"),
-        (lambda j: judging.prompt_following(j, ONE, A * 2, ["sans"] * 2), "1 pictures, 2 prompts"),
+        (lambda j: judging.prompt_following(j, ONE, A * 2, ["sans"] * 2), "1 picture, 2 prompts"),
         (lambda j: judging.prompt_following(j, ONE, ["x"], ["sans"]), "'x' is none of the 62"),
         (lambda j: judging.prompt_following(j, ONE, A, ["light"]), "'light' is none of the 16"),
         (lambda j: judging.prompt_following(j, ONE, A, ["sans"], ["x", *A]), "'x' is none of"),

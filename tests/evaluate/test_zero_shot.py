@@ -169,6 +169,60 @@ def test_a_batch_of_one_is_refused(arguments, tmp_path, capsys):
     assert "needs a batch of 2 rows or more" in capsys.readouterr().err
 
 
+def test_confusions_stand_beside_a_picture_of_the_guess(tmp_path):
+    """Image i is all grey level i. The guess of a bold one is shown in bold, if there is one."""
+    names = ["one", "one", "two", "two", "six"]
+    captions = ["thin one", "bold one", "thin two", "bold two", "bold six"]
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
+    path = tmp_path / "confusions.png"
+    shown = []
+
+    def keep(tiles, path, columns, titles):
+        shown.append([(int(tile[0, 0, 0]), title) for tile, title in zip(tiles, titles)])
+        assert columns % 2 == 0  # a pair stays in its row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_shot, "save_grid", keep)
+        for guesses, of_whom in (
+            (["one", "two", "two", "two", "six"], captions),
+            (["one", "one", "two", "two", "two"], captions),
+            (["one", "two", "two", "two", "six"], None),
+            (["one", "seven", "two", "two", "six"], captions),
+        ):
+            zero_shot.draw_confusions(images, names, guesses, str(path), of_whom)
+    assert shown == [
+        [(1, "is: one"), (3, "guess: two")],
+        [(4, "is: six"), (3, "guess: two")],
+        [(1, "is: one"), (2, "guess: two")],
+        [(1, "is: one"), (128, "guess: seven")],
+    ]
+    with pytest.raises(ValueError, match="no confusion"):
+        zero_shot.draw_confusions(images, names, names, str(path))
+
+
+def test_words_that_training_never_saw_are_named(run, pictures, tmp_path, capsys):
+    first = [sample, run, "--out", tmp_path / "x.png", "--prompt"]
+    assert call(*first, "a picture of a mauve and red zebra") == 0
+    assert "no training caption has 'and', 'mauve', 'zebra'\n" in capsys.readouterr().err
+    assert call(*first, "a picture of a red") == 0
+    assert "no training caption" not in capsys.readouterr().err
+    image = pictures / "blue" / "0.png"
+    assert call(sample, run, "--image", image, "--labels", "red, mauve") == 0
+    assert "no training caption has 'mauve'\n" in capsys.readouterr().err
+    for path in run.glob("step-*/words.json"):  # a run of an earlier version has none
+        assert files.read_record(path, list[str])
+
+
+def test_a_picture_without_a_name_replaces_none(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "found.png").write_text("precious", encoding="utf-8")
+    for _ in range(2):
+        assert call(sample, run, "--prompt", "a picture of a red") == 0
+    assert (tmp_path / "found.png").read_text(encoding="utf-8") == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {f"found{i}.png" for i in ("", "-2", "-3")}
+    assert "found-3.png" in capsys.readouterr().out
+
+
 def test_evaluation(run, tmp_path, capsys):
     picture = tmp_path / "confusions.png"
     assert call(evaluate, run, "--json") == 0

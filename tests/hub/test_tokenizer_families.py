@@ -553,7 +553,7 @@ def test_a_split_that_cannot_be_followed_is_refused(fields, message):
         ("xlm-r", {"unk_id": 10**6}, r"unk_id is 1000000; the vocabulary has \d+ ids"),
         ("xlm-r", {"unk_id": True}, "unk_id is True"),
         ("xlm-r", {"vocab": [["</s>", 0.0], ["a", "b"]]}, r'vocab.*\[1\]\[1\] is "b"'),
-        ("xlm-r", {"vocab": [["</s>", 0.0], ["a"]]}, "has 1 values; expected 2"),
+        ("xlm-r", {"vocab": [["</s>", 0.0], ["a"]]}, "is of length 1; expected 2"),
         ("xlm-r", {"vocab": [["</s>", float("inf")]]}, "expected a finite number"),
         ("xlm-r", {"vocab": {"</s>": 0}}, "expected a list"),
     ],

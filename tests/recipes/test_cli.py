@@ -140,9 +140,9 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(rf"[\d,]+ parameters{trained}; .* (MB|GiB) .* FLOP, about {time}", costs)
     if name in PUBLISHED:
         assert costs.startswith(f"{PUBLISHED[name]} parameters")
-    if name == "text2image":  # the parts that would be trained first
+    if name in ("text2image", "text2image-small"):  # the parts that would be trained first
         assert len(parts) == 2
-        assert "autoencoder" in parts[0] and "clip" in parts[1]
+        assert [part.split("runs/")[1] for part in parts] == [f"{name}-autoencoder", f"{name}-clip"]
     else:
         assert parts == []
     assert not list(tmp_path.iterdir())
@@ -166,6 +166,28 @@ def test_help_lists_presets_and_options(capsys):
     text = capsys.readouterr().out
     assert "--model.n-layer INT" in text and "number of blocks" in text
     assert "--train.steps INT" in text and "number of updates of the weights" in text
+    for words in ("--init-from RUN", "--out FOLDER", "--data.path PATH", "--teacher RUN"):
+        assert words in text
+    assert "(default: '')" not in text
+
+
+def test_help_of_sample_has_a_heading_for_each_family(capsys):
+    assert call(sample, "--help") == 0
+    text = capsys.readouterr().out
+    headings = ("options", "GPT options", "sampling options", "CLIP options", "diffusion options")
+    places = [text.index(f" {heading} ─") for heading in (*headings, "text2image options")]
+    assert places == sorted(places)
+    for word, heading in (("--stop TEXT ...", 1), ("--image FILE", 3), ("--mask FILE", 5)):
+        assert text.index(word) > places[heading]
+    assert "RUN " in text[: places[0]] and "--prompt TEXT" in text and "None" not in text
+
+
+def test_all_options_of_sample_have_a_heading():
+    line = sample.CommandLine("run")
+    found = {*vars(line)} - {*sample.GROUPS}
+    for name in sample.GROUPS:
+        found |= {*vars(getattr(line, name))}
+    assert found == {*vars(sample.Options("run"))}
 
 
 @pytest.mark.parametrize("module", [train, sample])
@@ -174,6 +196,7 @@ def test_help_has_one_example_per_line(module, capsys):
     text = capsys.readouterr().out
     examples = re.findall(rf"^ +python {module.__name__}.py.*", module.__doc__, re.MULTILINE)
     assert len(examples) >= 6
+    assert max(map(len, examples)) <= 80
     for example in examples:
         assert f"\n{example}\n" in text
 
@@ -313,7 +336,7 @@ def test_steps_that_are_not_finite(tmp_path, options, monkeypatch, fails):
 
     monkeypatch.setattr(Trainer, "backward", nan_after_step_1)
     message = fails(train, *options, "--out", tmp_path / "run", "--train.patience", 2)
-    assert "2 steps in a row" in message and "up to step 3" in message
+    assert "steps in a row" in message and ": 2, up" in message and "up to step 3" in message
     assert "--train.dtype float32" in message
     assert checkpoint.find(tmp_path / "run").name == "step-000002"
 
@@ -528,7 +551,7 @@ class Bomb:
 def test_mistakes_of_sampling(run, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     assert "prompt is empty: give text" in fails(sample, run, "--prompt", "")
-    assert "-n is 0; use at least 1" in fails(sample, run, "-n", 0)
+    assert "-n is 0; use 1 to " in fails(sample, run, "-n", 0)
     assert "temperature is -1.0; " in fails(sample, run, "--temperature", "-1")
     assert "top_p is 2.0" in fails(sample, run, "--top-p", 2)
     assert "device 'nonsense' cannot be used" in fails(sample, run, "--device", "nonsense")
@@ -592,11 +615,23 @@ def test_out_replaces_no_file_of_others(tiny_run, tmp_path, fails):
 
 def test_numbers_beyond_their_range(tiny_run, tmp_path, options, fails):
     assert "seed is 1000000000000000000" in fails(sample, tiny_run, "--seed", 10**18)
-    assert "too little memory" in fails(sample, tiny_run, "-n", 10**17)
-    assert "too little memory" in fails(sample, tiny_run, "-n", 10**30)
+    for n in (10**9, 10**30):
+        assert f"-n is {n}; use 1 to 65536" in fails(sample, tiny_run, "-n", n)
     for name in ("seed", "steps", "batch-size"):
         words = [f"--train.{name}", 10**30, "--out", tmp_path / "run"]
         assert f"{name.replace('-', '_')} is 1000" in fails(train, *options, *words)
+    out = ["--out", tmp_path / "run"]
+    for dry in ([], ["--dry-run"]):  # where the first would spin, and the second too
+        words = [*options, *out, *dry]
+        message = fails(train, *words, "--train.batch-size", 10**15)
+        assert f"batch_size is {10**15}; it must be at most 1048576" in message
+        message = fails(train, *words, "--model.n-layer", 10**15)
+        assert f"--model.n-layer is {10**15}; use at most 10000" in message
+    message = fails(train, *options, *out, "--model.d-ff", 10**15)
+    assert "too little memory for the weights" in message
+    # More rows at once than a batch has are all its rows.
+    more = ["--train.micro-batch-size", 10**15, "--train.steps", 1]
+    assert call(train, *options, *out, *more) == 0
 
 
 def test_a_warning_that_is_an_error(tiny_run, fails):

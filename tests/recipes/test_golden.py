@@ -51,6 +51,9 @@ SMALL = {  # preset -> options; text2image finds its parts trained
     "text2image-autoencoder": f"{PIXELS} --model.latent-channels 2",
     "text2image-clip": f"{CLIP} --model.memory-after 10",
     "text2image": DENOISER,
+    "text2image-small-autoencoder": f"{PIXELS} --model.latent-channels 2",
+    "text2image-small-clip": CLIP,
+    "text2image-small": DENOISER,
     "sweep-1": f"{TEXT} --optim.lr 4e-3",  # the other sizes differ in their width alone
     "sweep-large": TEXT,
     "gpt2-124m": GPU,
@@ -118,7 +121,7 @@ def find_parts() -> None:
 
 @pytest.mark.parametrize("preset", SMALL)
 def test_losses_are_those_recorded(preset, there):
-    if preset == "text2image":
+    if preset in ("text2image", "text2image-small"):
         find_parts()
     assert losses(preset) == pytest.approx(recorded()["adamw"][preset], rel=1e-5)
 

@@ -370,8 +370,8 @@ def test_mistakes_of_training(name, arguments, tmp_path, capsys):
 
 
 OF_SAMPLING = {
-    "none": ("ddpm", "-n 0", "-n is 0; use at least 1"),
-    "a negative number": ("autoencoder", "-n -1", "-n is -1; use at least 1"),
+    "none": ("ddpm", "-n 0", "-n is 0; use 1 to"),
+    "a negative number": ("autoencoder", "-n -1", "-n is -1; use 1 to"),
     "sampler": ("ddpm", "--sampler plms", r"'plms'; use one of ddpm, ddim, dpm\+\+"),
     "flow": ("ddpm", "--sampler heun", "heun .*flow; .*predicts v"),
     "steps": ("ddpm", "--steps 1001", "1001 steps .*; use 1 to 1000"),

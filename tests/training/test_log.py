@@ -65,7 +65,7 @@ def test_damaged_lines_are_kept_aside(tmp_path, capsys):
     open_log(tmp_path, start=20).close()
     assert log.read_metrics(path) == expected
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(damaged)
-    assert "7 damaged lines of" in capsys.readouterr().out
+    assert "moved to metrics.damaged.jsonl: 7" in capsys.readouterr().out
     open_log(tmp_path, start=20).close()
     assert "damaged" not in capsys.readouterr().out
 

@@ -3,8 +3,8 @@
 One trained model learns one classification task in every way, from few labels and from many:
 
     zero-shot     the likelihoods of the class names are compared; nothing is trained
-    few-shot      the same, after labelled examples in the prompt (a GPT only); other ones are drawn
-                  for each query and seed, with all classes alike
+    few-shot      the same, after labelled examples in the prompt
+                  (a GPT only); each query and seed draws other ones
     head          a linear map of frozen features: a linear probe
     bias          the head, and all biases and gains of norms; the table says which the model has
     lora RANK     the head, and a LoRA of this rank on every hidden matrix
@@ -36,15 +36,17 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import tyro
 
+from data.report import named
 from data.splits import TEST
 from tinyfm import adapt
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.calc import trace
 from tinyfm.common import schema
+from tinyfm.common.config import FolderPath, GivenRun, Names, Numbers
 from tinyfm.common.console import run_command
 from tinyfm.common.figures import new_figure
+from tinyfm.common.options import parse
 from tinyfm.evaluate.metrics import Measured
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
@@ -58,16 +60,18 @@ SCORING = "test-1"  # a new name measures all results again
 
 @dataclass(frozen=True)
 class Options:
-    run: tyro.conf.Positional[str]  # run directory of family gpt, clip, autoencoder or ddpm
-    data: TaskConfig = field(
-        default_factory=TaskConfig
-    )  # the task to learn; the default for images is scripts
-    labels: tuple[int, ...] = (100, 1000, 0)  # numbers of labels to train on; 0 = all
-    steps: tuple[int, ...] = (40, 60, 90)  # training steps, for each number of labels
+    run: GivenRun  # folder of a run of family gpt, clip, autoencoder or ddpm
+
+    # The task to learn. The default for pictures is scripts.
+    data: TaskConfig = field(default_factory=TaskConfig)
+
+    labels: Numbers = (100, 1000, 0)  # numbers of labels to train on; 0 = all
+    steps: Numbers = (40, 60, 90)  # training steps, for each number of labels
     batch_size: int = 16  # rows in a step
     seeds: int = 3  # number of seeds; their median and range are shown
-    methods: tuple[str, ...] = METHODS  # methods that train; "lora N" may have any rank N
-    out: str = ""  # folder for results.jsonl and compare.png; default: runs/compare-FAMILY
+    methods: Names = METHODS  # methods that train; "lora N" may have any rank N
+    # folder for results.jsonl and compare.png (default: runs/compare-FAMILY)
+    out: FolderPath = ""
 
 
 Row = dict[str, Any]  # a line of results.jsonl
@@ -260,7 +264,7 @@ def measure_all(options: Options, opened: OpenRun, out: Path) -> Iterator[Row]:
 
 def label_names(labels: Sequence[int]) -> list[str]:
     """The numbers of labels in words: "100 labels", or "all labels" for 0."""
-    return [f"{n or 'all'} labels" for n in labels]
+    return [f"{n or 'all'} {named(n, 'labels')}" for n in labels]
 
 
 def methods_in(rows: list[Row]) -> list[str]:
@@ -384,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int | str:
     if arguments[:1] != ["compare"]:
         return f"usage: {command} RUN ..."
     try:
-        compare(tyro.cli(Options, prog=command, args=arguments[1:], description=__doc__))
+        compare(parse(Options, __doc__, command, arguments[1:]))
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tinyfm.adapt.lora import NEW, adapted_layers, attach, below, detach, find_layers
 from tinyfm.adapt.soft_prompt import add_prompt, drop_prompt, prompt_ids
 from tinyfm.common import files
+from tinyfm.common.config import Text
 
 METHODS = ("full", "lora", "bias", "head", "prompt")
 
@@ -41,7 +42,7 @@ class AdapterConfig:
     alpha: float = 8.0  # LoRA: its product is scaled by alpha / rank
     dropout: float = 0.0  # LoRA: share of its input that is zeroed in training
     # LoRA: regex for the names of the layers; empty = hidden nn.Linear layers, "." = all layers
-    targets: str = ""
+    targets: Text = ""
     prompt_tokens: int = 16  # soft prompt: number of trained vectors before the text
 
     def __post_init__(self):

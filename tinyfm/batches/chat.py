@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from data import chats, dedupe, reading, tables
-from data.report import Report
+from data.report import Report, counted
 from data.splits import HELD_OUT, SPLITS, TRAIN, overlap_of, overlapping, share_of
 from tinyfm.adapt.chat import ROLES, Message, check_messages, encode_message, split_exchanges
 from tinyfm.batches.order import check_val_fraction, hash_order, held_out_count, shuffle
+from tinyfm.common.config import DataPath, FolderPath
 from tinyfm.tokenizer import Tokenizer
 
 SOURCES = {"chats": chats}
@@ -44,8 +45,8 @@ class ChatConfig:
 
     # chats (questions about the standard library), or a file, folder or "glob" of conversations in
     # the forms of OpenAI, ShareGPT or Alpaca, such as jsonl with {"messages": [...]} a line
-    path: str = "chats"
-    tokenizer: str = ""  # folder with a saved tokenizer; default: that of the base run
+    path: DataPath = "chats"
+    tokenizer: FolderPath = ""  # folder with a saved tokenizer (default: that of the base run)
     # share of your own conversations held out, half for validation and half for test; chats have
     # their own splits
     val_fraction: float = 0.1
@@ -412,8 +413,9 @@ class ChatData:
         learnt = int(trained.sum())
         held = [len(self.splits[name].rows) for name in HELD_OUT]
         parts = [
-            f"{config.path}: {sum(map(len, conversations.values())):,} conversations in "
-            f"{len(rows):,} rows, {held[0]:,} of them for validation and {held[1]:,} for test, "
+            f"{config.path}: {counted(sum(map(len, conversations.values())), 'conversations')} in "
+            f"{counted(len(rows), 'rows')}, {held[0]:,} of them for validation and {held[1]:,} for "
+            "test, "
             f"{learnt:,} of {len(ids):,} tokens are trained on, {learnt / len(ids):.0%}"
         ]
         parts.append(
@@ -421,7 +423,7 @@ class ChatData:
             "that training also has"
         )
         if removed:
-            parts.append(f"{removed:,} conversations with more were left out")
+            parts.append(f"left out for having more: {counted(removed, 'conversations')}")
         parts += [f"{count:,} {problem}" for problem, count in cuts.items() if count]
         if report.skipped or report.notes:
             parts.append(str(report))

@@ -39,12 +39,12 @@ from torch import Tensor
 
 from data import dedupe, labelled, packages
 from data.labelled import Passage
-from data.report import Report
+from data.report import Report, counted
 from data.splits import SPLITS, TEST, TRAIN, VAL
 from tinyfm.batches.order import check_val_fraction, hash_order, shuffle
 from tinyfm.batches.pair_files import build, open_splits, read_manifest
 from tinyfm.batches.prepared import name_of, prepared_folder
-from tinyfm.common.config import may_change
+from tinyfm.common.config import DataPath, FolderPath, Name, Names, may_change
 from tinyfm.tokenizer import ByteTokenizer, Tokenizer
 
 # The values of --data.path that name a task. PICTURES are the tasks of data/scripts.py, which is
@@ -61,17 +61,17 @@ class TaskConfig:
 
     # packages, or your own .csv, .tsv or .jsonl of texts; for a model of pictures scripts,
     # characters, a table of their paths, or a folder with a folder for each class
-    path: str = "packages"
+    path: DataPath = "packages"
     # column of a table with the text, or the path of the picture; empty = text, or path or image
-    input_column: str = ""
+    input_column: Name = ""
     # columns of a table with the labels, one for each question
-    label_columns: tuple[str, ...] = labelled.LABEL_COLUMNS
+    label_columns: Names = labelled.LABEL_COLUMNS
     # folder with a saved tokenizer, for texts; empty = that of the base run, or bytes
-    tokenizer: str = ""
+    tokenizer: FolderPath = ""
     labels: int = 0  # training examples to use, in proportion to the classes; 0 = all
     # share of your own examples held out, half for validation and half for test
     val_fraction: float = 0.1
-    cache: str = may_change("data/cache")  # folder for the prepared pictures
+    cache: FolderPath = may_change("data/cache")  # folder for the prepared pictures
 
     def __post_init__(self):
         object.__setattr__(self, "label_columns", tuple(self.label_columns))  # JSON has lists
@@ -117,9 +117,9 @@ def hold_out(names: Sequence[Sequence[str]], keys: Sequence[str], val_fraction: 
     Raises ValueError for fewer than three examples.
     """
     if len(keys) < len(SPLITS):
+        count = counted(len(keys), "labelled examples")
         raise ValueError(
-            f"there are {len(keys)} labelled examples, need {len(SPLITS)}, one each for training, "
-            "validation and test: add some"
+            f"{count}, need {len(SPLITS)}, one each for training, validation and test: add some"
         )
     labels = np.array(names)
     by_hash = hash_order([key.encode("utf-8", "replace") for key in keys])
@@ -149,8 +149,9 @@ def find_classes(
             if len(unseen) > 3:
                 shown += ", ..."
             raise ValueError(
-                f"{path}: {len(unseen)} classes of {question!r} are held out and not in training "
-                f"({shown}): each needs two examples at least, so add some or remove the class"
+                f"{path}: {counted(len(unseen), 'classes')} of {question!r} held out and not in "
+                f"training ({shown}): each needs two examples at least, so add some or remove the "
+                "class"
             )
         if len(known) < 2:
             raise ValueError(
@@ -208,8 +209,8 @@ class TaskData:
         found = len(self.labels[TRAIN])
         if config.labels > found:
             raise ValueError(
-                f"--data.labels {config.labels}: there are {found} training examples, use at most "
-                f"{found}"
+                f"--data.labels {config.labels} of {counted(found, 'training examples')}: use at "
+                f"most {found}"
             )
         order = stratified(self.labels[TRAIN], np.random.default_rng(seed).permutation(found))
         self.chosen = np.sort(order[: config.labels or found])
@@ -238,12 +239,14 @@ class TaskData:
         """The line that train.py prints about the data."""
         total = len(self.labels[TRAIN])
         used = f"{len(self.chosen):,} of {total:,}" if config.labels else f"{total:,}"
-        val, test = (f"{len(self.labels[split]):,}" for split in (VAL, TEST))
-        counts = f"{used} training, {val} validation and {test} test {self.unit}"
+        val = len(self.labels[VAL])
+        test = counted(len(self.labels[TEST]), f"test {self.unit}")
+        counts = f"{used} training, {val:,} validation and {test}"
         parts = [f"{config.path}: {counts}", about]
         for question, line in self.baselines().items():
+            classes = counted(len(self.classes[question]), "classes")
             parts.append(
-                f"{question}: {len(self.classes[question])} classes, accuracy by chance "
+                f"{question}: {classes}, accuracy by chance "
                 f"{line['chance']:.1%}, of always the most common class {line['commonest']:.1%}"
             )
         return "; ".join(parts)

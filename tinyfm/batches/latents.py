@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tinyfm.batches.order import fixed_order
 from tinyfm.batches.pairs import PairConfig, PairData
+from tinyfm.common.config import DataPath
 
 ROWS = 256  # pictures to encode at once
 
@@ -33,7 +34,8 @@ ROWS = 256  # pictures to encode at once
 class LatentConfig(PairConfig):
     """Which pictures and captions to read. The tokenizer is that of the text tower's run."""
 
-    path: str = "letters"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    path: DataPath = "letters"
     val_images: int = 500  # number of held-out pictures that an evaluation reads
     cache_latents: bool = True  # encode all pictures before training, instead of in every step
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import near
 from data.download import sha256_of
-from data.report import Report
+from data.report import Report, counted
 from tinyfm.batches import prepared
 from tinyfm.batches.prepared import rebuild_hint
 from tinyfm.batches.shards import token_dtype
@@ -84,7 +84,7 @@ def write_texts(
         content = json.dumps({"captions": captions, "labels": labels})
         (folder / texts_file).write_text(content, encoding="utf-8")
     if cut:
-        report.notes.append(f"{cut:,} captions cut to {context_length} tokens")
+        report.notes.append(f"{counted(cut, 'captions')} cut to {context_length} tokens")
 
 
 def build(

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from data import captioned
-from data.report import Report
+from data.report import Report, counted
 from data.splits import SPLITS, TRAIN
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches.order import check_val_fraction, fixed_order, shuffle_runs
@@ -43,7 +43,7 @@ from tinyfm.batches.pair_files import build, open_splits, read_manifest
 from tinyfm.batches.prepared import name_of, prepared_folder
 from tinyfm.batches.shards import token_dtype
 from tinyfm.batches.text import check_vocabulary, fixed_tokenizer
-from tinyfm.common.config import may_change
+from tinyfm.common.config import DataPath, FolderPath, Name, Text, may_change
 from tinyfm.tokenizer import Tokenizer
 
 GLYPHS = ("glyphs", "letters")  # values of --data.path for data/glyphs.py: all, or Latin alone
@@ -58,16 +58,16 @@ class PairConfig:
     """Which pictures and captions to read, and how to turn captions into tokens."""
 
     # glyphs, letters, or your own: a folder of images, a .csv, a .jsonl or "shards-{000..009}.tar"
-    path: str = "glyphs"
+    path: DataPath = "glyphs"
     color: bool = False  # paint the glyphs in inks and on papers that their captions name
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
-    tokenizer: str = "sentencepiece"
-    template: str = captioned.TEMPLATE  # caption of an image in a folder named for its subject
+    tokenizer: Name = "sentencepiece"
+    template: Text = captioned.TEMPLATE  # caption of an image in a folder named for its subject
     neighbours: int = 1  # similar rows that stay together in a batch, as harder negatives
     # share of your own pictures held out, half for validation and half for test; glyphs, and
     # folders named train, val and test, have their own splits
     val_fraction: float = 0.1
-    cache: str = may_change("data/cache")  # folder for the prepared pictures
+    cache: FolderPath = may_change("data/cache")  # folder for the prepared pictures
 
     def __post_init__(self):
         if not self.path or not self.tokenizer:
@@ -84,13 +84,14 @@ class PairConfig:
 class ImageConfig:
     """Which pictures to read. Captions are not needed and not read."""
 
-    path: str = "glyphs"  # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
+    path: DataPath = "glyphs"
     color: bool = False  # paint the glyphs in random inks and on random papers
     # share of your own pictures held out, half for validation and half for test; glyphs, and
     # folders named train, val and test, have their own splits
     val_fraction: float = 0.1
     val_images: int = 500  # number of held-out pictures that an evaluation reads
-    cache: str = may_change("data/cache")  # folder for the prepared pictures
+    cache: FolderPath = may_change("data/cache")  # folder for the prepared pictures
 
     # PairData reads these as well. Bytes are a tokenizer that needs no training, and an empty
     # template means that no captions of the user's pictures are read.
@@ -225,12 +226,14 @@ class PairData:
         for split, rows in manifest["rows"].items():
             if rows < 2:
                 advice = "add pairs, or change --data.val-fraction"
-                raise ValueError(f"the split {split!r} has {rows} pictures, need 2: {advice}")
+                count = counted(rows, "pictures")
+                raise ValueError(f"the split {split!r} has {count}, need 2: {advice}")
         train_rows = manifest["rows"][TRAIN]
         if train_rows < batch_size:
             advice = f"use --train.batch-size <= {train_rows}, or add pairs"
             raise ValueError(
-                f"{train_rows} training pictures, the batch takes {batch_size}: {advice}"
+                f"{counted(train_rows, 'training pictures')}, the batch takes {batch_size}: "
+                f"{advice}"
             )
         self.tokenizer = tokenizers.load(folder / "tokenizer")
         check_vocabulary(self.tokenizer, vocab_size)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import dedupe
 from data.download import sha256_of
-from data.report import Report
+from data.report import Report, counted
 from data.splits import (
     HELD_OUT,
     SPLITS,
@@ -90,7 +90,7 @@ def spool(documents: Iterable[Document], path: Path, report: Report) -> tuple[in
             file.write(json.dumps([document.split, text]) + "\n")
     if repeated:
         shown = ", ".join(repeated[:3])
-        report.notes.append(f"{len(repeated):,} near duplicates left out ({shown}, ...)")
+        report.notes.append(f"{counted(len(repeated), 'near duplicates')} left out ({shown}, ...)")
     return count, chars
 
 
@@ -309,7 +309,8 @@ def build(
     tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
     megabytes = sum(manifest["utf8_bytes"].values()) / 1e6
     seconds = time.perf_counter() - start
-    print(f"{folder}: {megabytes:.1f} MB, {tokens:,} tokens, {seconds:.1f} s; files: {report}")
+    sizes = f"{megabytes:.1f} MB, {counted(tokens, 'tokens')}, {seconds:.1f} s"
+    print(f"{folder}: {sizes}; files: {report}")
     print(describe_overlap(manifest, len(removed)))
 
 
@@ -319,10 +320,10 @@ def describe_overlap(manifest: dict, removed: int) -> str:
     for split, name in zip(HELD_OUT, ("validation", "test")):
         documents = manifest["documents"][split]
         share = manifest["overlap"][split]
-        parts.append(f"{share:.2%} of {name} ({documents:,} documents)")
+        parts.append(f"{share:.2%} of {name} ({counted(documents, 'documents')})")
     line = f"in 13-word runs that training also has: {', '.join(parts)}"
     if removed:
-        line += f"; {removed:,} documents with more were left out"
+        line += f"; left out for having more: {counted(removed, 'documents')}"
     return line
 
 

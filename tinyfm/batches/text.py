@@ -31,13 +31,13 @@ import numpy as np
 import torch
 
 from data import docs, files, shakespeare, stdlib
-from data.report import Report
+from data.report import Report, counted
 from data.splits import HELD_OUT, SPLITS, Document
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches.order import ROUNDS, check_val_fraction, permute
 from tinyfm.batches.prepared import name_of, prepared_folder, rebuild_hint
 from tinyfm.batches.shards import FORMAT, VERIFY_TOKENS, Shards, build, read_manifest
-from tinyfm.common.config import may_change
+from tinyfm.common.config import DataPath, FolderPath, Name, may_change
 from tinyfm.training import checkpoint
 
 SOURCES = {"docs": docs, "stdlib": stdlib, "shakespeare": shakespeare}
@@ -51,13 +51,13 @@ class TextConfig:
 
     # docs, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
     # data/prepare.py made
-    path: str = "docs"
+    path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
-    tokenizer: str = "sentencepiece"
+    tokenizer: Name = "sentencepiece"
     # share of your own text held out, half for validation and half for test; docs and stdlib have
     # their own splits
     val_fraction: float = 0.1
-    cache: str = may_change("data/cache")  # folder for the prepared shards
+    cache: FolderPath = may_change("data/cache")  # folder for the prepared shards
 
     def __post_init__(self):
         # Paths are checked when they are read: a config may be loaded on another machine.
@@ -297,7 +297,8 @@ class TextData:
             shorter = f"use --model.context-length <= {n - 1}, or more text"
             advice = shorter if n > 2 else "use more text"  # a row has two tokens at least
             raise ValueError(
-                f"the training text has {n} tokens, need > {self.context_length}: {advice}"
+                f"the training text has {counted(n, 'tokens')}, need > {self.context_length}: "
+                f"{advice}"
             )
         for name, split in self.splits.items():
             if not split.utf8_bytes:

@@ -1,14 +1,14 @@
 """Know before you train: parameters, memory, FLOPs, time and cost of a model.
 
-python -m tinyfm.calc gpt3-175b                                   # a published system
-python -m tinyfm.calc gpt3-175b --gpu h100 --gpus 1024 --tokens 300e9
-python -m tinyfm.calc llama3-8b --fit 24GiB                       # does it fit, and how?
-python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
-python -m tinyfm.calc runs/gpt                                    # your own run, or a preset
-python -m tinyfm.calc cluster llama-1b --gpus 64                  # FSDP2 on 64 GPUs, simulated
-python -m tinyfm.calc optimal 5.76e23                             # divide a budget of FLOPs
-python -m tinyfm.calc sweep                                       # train small GPTs, fit a law
-python -m tinyfm.calc fit runs/a runs/b ... --held-out runs/large     # a law of your own runs
+    python -m tinyfm.calc gpt3-175b                   # a published system
+    python -m tinyfm.calc gpt3-175b --gpu h100 --gpus 1024 --tokens 300e9
+    python -m tinyfm.calc llama3-8b --fit 24GiB       # does it fit, and how?
+    python -m tinyfm.calc --compare gpt2 bloom-176b sd1-unet --plot memory.png
+    python -m tinyfm.calc runs/gpt                    # your run, or a preset
+    python -m tinyfm.calc cluster llama-1b --gpus 64  # simulate FSDP2
+    python -m tinyfm.calc optimal 5.76e23             # divide a budget of FLOPs
+    python -m tinyfm.calc sweep                       # fit a scaling law
+    python -m tinyfm.calc fit runs/a runs/b ... --held-out runs/c  # of your own
 
 Published systems are counted by closed forms (ledgers.py, systems.py), modules of this repository
 by running them on tensors without memory (trace.py). memory.py adds up bytes, gpus.py hours and
@@ -22,8 +22,10 @@ dollars, and report.py prints them.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.network import Network
 from tinyfm.calc.report import Estimate
 from tinyfm.common import gpus
-from tinyfm.common.console import run_command
+from tinyfm.common.console import fill, run_command
 from tinyfm.common.gpus import GPU, Assumptions
 
 if TYPE_CHECKING:
@@ -230,6 +232,14 @@ def make_estimate(name: str, options: argparse.Namespace) -> Estimate:
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for wrong options, instead of ending the program."""
 
+    def __init__(self, command: str, about: str):
+        width = min(shutil.get_terminal_size().columns, 100)
+        super().__init__(
+            command,
+            description=fill(inspect.cleandoc(about), width),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -255,12 +265,12 @@ def amount(text: str) -> float:
     return value
 
 
+N = {"type": count, "metavar": "N"}
+X = {"type": amount, "metavar": "X"}
+
+
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        "python -m tinyfm.calc",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m tinyfm.calc", __doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="a published system, a run directory or a preset")
     # What to print.
@@ -270,28 +280,79 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--plot", metavar="PNG", help="draw the memory of training, by term")
     add("--fit", metavar="24GiB", help="does training fit into that memory of a GPU, and how?")
     # The job.
-    add("--gpu", help=f"GPU to train on, one of {', '.join(gpus.GPUS)}")
-    add("--gpus", type=count, default=1, help="number of GPUs (default 1)")
-    add("--tokens", type=amount, help="tokens, or images, to train on (default as published)")
-    add("--context", type=count, default=0, help="tokens of a row (default as published)")
-    add("--rows", type=count, help="rows of a micro-batch (default 1)")
-    add("--dtype", default="", help="number format: bf16 (default), fp16, fp32 or fp8")
-    add("--optimizer", help="adamw (default) or muon")
-    add("--checkpoint", help="activation checkpointing: none (default), selective or full")
+    add("--gpu", metavar="NAME", help=f"GPU to train on, one of {', '.join(gpus.GPUS)}")
+    add("--gpus", **N, default=1, help="number of GPUs (default 1)")
+    add(
+        "--tokens",
+        **X,
+        help="tokens, or images, to train on (default as published)",
+    )
+    add(
+        "--context",
+        **N,
+        default=0,
+        help="tokens of a row (default as published)",
+    )
+    add("--rows", **N, help="rows of a micro-batch (default 1)")
+    add(
+        "--dtype",
+        metavar="NAME",
+        default="",
+        help="number format: bf16 (default), fp16, fp32 or fp8",
+    )
+    add("--optimizer", metavar="NAME", help="adamw (default) or muon")
+    add(
+        "--checkpoint",
+        metavar="NAME",
+        help="activation checkpointing: none (default), selective or full",
+    )
     add("--unfused", action="store_true", help="use attention that stores its scores")
     # The layout on several GPUs.
-    add("--zero", type=int, help="ZeRO stage: 0 = DDP, 1, 2, or 3 = FSDP2 (default on many GPUs)")
-    add("--tensor", type=count, default=1, help="GPUs that divide each matrix (default 1)")
+    add(
+        "--zero",
+        type=int,
+        metavar="N",
+        help="ZeRO stage: 0 = DDP, 1, 2, or 3 = FSDP2 (default on many GPUs)",
+    )
+    add(
+        "--tensor",
+        **N,
+        default=1,
+        help="GPUs that divide each matrix (default 1)",
+    )
     add("--sequence", action="store_true", help="these also divide activations between matrices")
-    add("--pipeline", type=count, default=1, help="groups that divide the blocks (default 1)")
+    add(
+        "--pipeline",
+        **N,
+        default=1,
+        help="groups that divide the blocks (default 1)",
+    )
     # Assumptions about time and cost.
-    add("--mfu", type=amount, default=0.4, help="share of the peak that is reached (default 0.4)")
-    add("--availability", type=amount, default=1.0, help="share of the time it runs (default 1)")
-    add("--price", type=amount, help="USD a GPU-hour (default a dated price of the GPU)")
-    add("--watts", type=amount, help="W of a GPU and its share of the server (default at most)")
+    add(
+        "--mfu",
+        **X,
+        default=0.4,
+        help="share of the peak that is reached (default 0.4)",
+    )
+    add(
+        "--availability",
+        **X,
+        default=1.0,
+        help="share of the time it runs (default 1)",
+    )
+    add(
+        "--price",
+        **X,
+        help="USD a GPU-hour (default a dated price of the GPU)",
+    )
+    add(
+        "--watts",
+        **X,
+        help="W of a GPU and its share of the server (default at most)",
+    )
     add(
         "--pue",
-        type=amount,
+        **X,
         default=1.1,
         help="energy of the building over that of its computers (default 1.1)",
     )
@@ -337,6 +398,9 @@ def answer(argv: list[str]) -> str:
         return list_systems()
     estimates = [make_estimate(name, options) for name in options.names]
     if options.plot:
+        from data.pictures import check_free
+
+        check_free(options.plot)
         report.plot(estimates, options.plot)
     if options.compare:
         return report.table(estimates)
@@ -357,16 +421,31 @@ def list_systems() -> str:
 
 
 def answer_cluster(argv: list[str]) -> str:
-    """python -m tinyfm.calc cluster llama-1b --gpus 64 [--shard-size 8] [--rows 8] [--gpu h100]"""
-    parser = Parser("python -m tinyfm.calc cluster", description=answer_cluster.__doc__)
+    """Simulate training with FSDP2 on many GPUs: memory, communication and time of a step."""
+    parser = Parser("python -m tinyfm.calc cluster", answer_cluster.__doc__)
     add = parser.add_argument
-    add("name", help="a preset, or a published system of the GPT or Llama family")
-    add("--gpus", type=count, default=64, help="number of GPUs (default 64)")
-    add("--shard-size", type=int, default=0, help="GPUs that share one copy; 0 = all (default)")
+    add("name", metavar="NAME", help="a preset, or a published system of the GPT or Llama family")
+    add("--gpus", **N, default=64, help="number of GPUs (default 64)")
     add(
-        "--rows", type=int, default=0, help="rows of the batch on each GPU; 0 = its share (default)"
+        "--shard-size",
+        type=int,
+        metavar="N",
+        default=0,
+        help="GPUs that share one copy; 0 = all (default)",
     )
-    add("--gpu", default="h100", help=f"one of {', '.join(gpus.GPUS)} (default h100)")
+    add(
+        "--rows",
+        type=int,
+        metavar="N",
+        default=0,
+        help="rows of the batch on each GPU; 0 = its share (default)",
+    )
+    add(
+        "--gpu",
+        metavar="NAME",
+        default="h100",
+        help=f"one of {', '.join(gpus.GPUS)} (default h100)",
+    )
     options = parser.parse_args(argv)
     gpu = gpus.get(options.gpu)
     model, optim, batch = find_trainable(options.name)
@@ -380,23 +459,25 @@ def answer_cluster(argv: list[str]) -> str:
 
 def fit_and_draw(folders: list[str], held_out: list[str], picture: Path) -> str:
     """The law of the runs in these folders, as text; a picture of it goes to `picture`."""
+    from data.pictures import check_free
     from tinyfm.calc import sweep
 
     def read(folders: list[str]) -> list[sweep.Point]:
         return [sweep.read_point(Path(folder), read_run_directory(folder)) for folder in folders]
 
+    check_free(picture)
     found = sweep.fit(read(folders), read(held_out))
     sweep.plot(found, picture)
     return f"{sweep.to_text(found)}\ndrawn in {picture}"
 
 
 def answer_fit(argv: list[str]) -> str:
-    """python -m tinyfm.calc fit RUN ... [--held-out RUN ...] [--plot scaling.png]"""
-    parser = Parser("python -m tinyfm.calc fit", description=answer_fit.__doc__)
+    """Fit a scaling law to finished runs, and draw it. With --held-out: predict larger ones."""
+    parser = Parser("python -m tinyfm.calc fit", answer_fit.__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", help="directories of finished runs on the same data")
+    add("runs", nargs="+", metavar="RUN", help="directories of finished runs on the same data")
     add("--held-out", nargs="+", default=[], metavar="RUN", help="larger runs, to predict")
-    add("--plot", default="", help="where to draw it (default scaling.png next to the runs)")
+    add("--plot", metavar="PNG", default="", help="picture (default scaling.png next to the runs)")
     options = parser.parse_args(argv)
     # A pattern such as runs/sweep-* may match the runs that are held out too.
     apart = {Path(folder).resolve() for folder in options.held_out}
@@ -406,19 +487,20 @@ def answer_fit(argv: list[str]) -> str:
 
 
 def answer_sweep(argv: list[str]) -> str:
-    """python -m tinyfm.calc sweep [--seeds 3] [--at-once 2] [--out runs/sweep] [-- OPTIONS]
+    """Measure a scaling law.
 
     Train the presets sweep-1, sweep-2 ... and sweep-large, each with several seeds, fit a law to
     all but the last, and compare its prediction. The same command continues after a stop.
     """
-    parser = Parser(
-        "python -m tinyfm.calc sweep",
-        description=answer_sweep.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m tinyfm.calc sweep", answer_sweep.__doc__)
     add = parser.add_argument
-    add("--seeds", type=count, default=3, help="runs of each size (default 3)")
-    add("--at-once", type=count, default=2, help="runs at a time, one thread each (default 2)")
+    add("--seeds", **N, default=3, help="runs of each size (default 3)")
+    add(
+        "--at-once",
+        **N,
+        default=2,
+        help="runs at a time, one thread each (default 2)",
+    )
     add("--out", default="runs/sweep", help="folder for the runs (default runs/sweep)")
     add("options", nargs="*", metavar="OPTIONS", help="options of train.py for all runs, after --")
     options = parser.parse_args(argv)
@@ -441,9 +523,9 @@ def answer_sweep(argv: list[str]) -> str:
 
 
 def answer_optimal(argv: list[str]) -> str:
-    """python -m tinyfm.calc optimal 5.76e23"""
-    parser = Parser("python -m tinyfm.calc optimal", description=answer_optimal.__doc__)
-    parser.add_argument("flops", type=amount, help="FLOPs to spend on training")
+    """Divide a budget of FLOPs between parameters and tokens, by published laws."""
+    parser = Parser("python -m tinyfm.calc optimal", answer_optimal.__doc__)
+    parser.add_argument("flops", type=amount, metavar="FLOPS", help="FLOPs to spend on training")
     options = parser.parse_args(argv)
 
     from tinyfm.calc import scaling_laws

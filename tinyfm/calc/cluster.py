@@ -85,6 +85,9 @@ def step_seconds(
     return 2 * gather + reduce + alone, forward + backward + alone
 
 
+MOST = 1 << 20  # GPUs, and rows on each
+
+
 def simulate(
     model: nn.Module,
     optim: OptimConfig,
@@ -99,6 +102,8 @@ def simulate(
     shard_size: GPUs that share one copy of the model; 0 = all. Raises ValueError if it does not
     divide the ranks, and for a GPU without bf16.
     """
+    if max(ranks, rows, shard_size) > MOST:
+        raise ValueError(f"{ranks} GPUs with {rows} rows each: use at most {MOST} of each")
     compute_rate = gpu.peak("bf16") * BUSY
     sharing = shard_size or ranks
 

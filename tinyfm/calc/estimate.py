@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from data.report import counted
 from tinyfm.calc import memory, trace
 from tinyfm.calc.ledgers import Stack
 from tinyfm.calc.memory import Layout, Training
@@ -75,7 +76,7 @@ def micro_batch(model: nn.Module, train: TrainConfig, world: int = 1) -> tuple[i
     """
     batch = train.batch_size // world
     takes_whole_batch = getattr(model, "whole_batch", False)
-    rows = batch if takes_whole_batch else train.micro_batch_size or batch
+    rows = batch if takes_whole_batch else min(train.micro_batch_size or batch, batch)
     return rows, rows < batch
 
 
@@ -97,9 +98,12 @@ def predict_peak(model: nn.Module, optim: OptimConfig, train: TrainConfig) -> tu
         device = trace.CPU
         dtype = devices.choose_dtype("auto", device)
     rows, several = micro_batch(model, train, processes())
-    at_once = train.micro_batch_size
+    at_once = min(train.micro_batch_size, rows)
     peak = max(trace.step_bytes(model, optim, rows, several, at_once, device, dtype))
-    return peak, f"{at_once or rows} rows at once in {str(dtype).removeprefix('torch.')}"
+    return (
+        peak,
+        f"{counted(at_once or rows, 'rows')} at once in {str(dtype).removeprefix('torch.')}",
+    )
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

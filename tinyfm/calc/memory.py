@@ -98,7 +98,7 @@ class Layout:
             raise ValueError(f"ZeRO stage is {self.zero}; use 0 (DDP), 1, 2 or 3 (FSDP2)")
         if self.gpus % (self.tensor * self.pipeline):
             raise ValueError(
-                f"{self.gpus} GPUs are not divisible by tensor {self.tensor} x pipeline "
+                f"--gpus {self.gpus} is not divisible by tensor {self.tensor} x pipeline "
                 f"{self.pipeline} = {self.tensor * self.pipeline}; use a multiple of it"
             )
 

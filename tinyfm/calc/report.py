@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.report import counted
 from tinyfm.calc.memory import Fit, Layout, MemoryUse, Training
 from tinyfm.calc.network import Network
 from tinyfm.common import gpus
@@ -48,16 +49,11 @@ def decimal(n: float) -> str:
     return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
 
 
-def plural(n: int, noun: str) -> str:
-    ending = "" if n == 1 else "s"
-    return f"{n:,} {noun}{ending}"
-
-
 def rows_text(n: int, network: Network) -> str:
     """3 rows of 1,024 tokens, or 3 images."""
     if network.row == 1:
-        return plural(n, network.unit)
-    return f"{plural(n, 'row')} of {plural(network.row, network.unit)}"
+        return counted(n, f"{network.unit}s")
+    return f"{counted(n, 'rows')} of {counted(network.row, network.unit + 's')}"
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
@@ -236,11 +232,12 @@ def fit_text(network: Network, fit: Fit, size: str) -> str:
         verdict = f"{network.name} fits into {size}"
     else:
         best = fit.fewest_plan
-        verdict = f"{network.name} does not fit into {size} on {plural(fit.gpus, 'GPU')}, but does"
+        count = counted(fit.gpus, "GPUs")
+        verdict = f"{network.name} does not fit into {size} on {count}, but does"
     rows = rows_text(best.training.rows, network)
     first = (
         f"{verdict}: {best.way}, micro-batches of up to {rows}; it takes at least "
-        f"{plural(fit.fewest_gpus, 'GPU')}"
+        f"{counted(fit.fewest_gpus, 'GPUs')}"
     )
     return "\n".join([first, *memory_lines(best.memory)])
 
@@ -273,7 +270,7 @@ def table(estimates: list[Estimate]) -> str:
 
 def plot(estimates: list[Estimate], path: str | Path) -> None:
     """A bar for each network: the memory of training on the fullest GPU, by term, in GiB."""
-    from tinyfm.common.figures import new_figure
+    from tinyfm.common.figures import new_figure, save_figure
 
     figure = new_figure(3 + 1.5 * len(estimates), 5)
     axes = figure.add_subplot(ylabel="GiB to train, on the fullest GPU")
@@ -288,4 +285,4 @@ def plot(estimates: list[Estimate], path: str | Path) -> None:
         axes.annotate(f"{decimal(total)} GiB", (i, total), ha="center", va="bottom")
     axes.margins(y=0.1)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

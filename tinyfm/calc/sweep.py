@@ -46,7 +46,7 @@ import torch
 from tinyfm.calc import estimate
 from tinyfm.calc.scaling_laws import PRIORS, PowerLaw, fit_broken_law, fit_power_law
 from tinyfm.common import files
-from tinyfm.common.figures import new_figure
+from tinyfm.common.figures import new_figure, save_figure
 from tinyfm.training.log import read_metrics
 
 # ---- runs as points -----------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def plot(sweep: Sweep, path: Path) -> None:
             axes.plot([run.flops for run in runs], [run.loss for run in runs], mark, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 # ---- training the runs --------------------------------------------------------------------------

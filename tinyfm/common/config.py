@@ -1,9 +1,17 @@
-"""A helper for the config dataclasses."""
+"""The fields of the config dataclasses, which are also the options of the command line.
+
+tyro makes an option of each field; the comment beside it is its help. It calls the values of all
+texts STR. So the kinds of text that a field may hold have names here:
+
+    init_from: RunPath = ""  # start from this run       --init-from RUN   start from this run
+"""
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 
 def may_change(default: Any) -> Any:
@@ -14,3 +22,37 @@ def may_change(default: Any) -> Any:
     recipes/run_dir.py, which compares them.
     """
     return field(default=default, metadata={"may_change": True})
+
+
+# ---- what help calls the values ------------------------------------------------------------------
+
+EMPTY = ("", "''", "None")
+
+
+def usual(default: str) -> str:
+    """What stands behind the help of an option; nothing if the default is empty."""
+    return "" if default in EMPTY else f"(default: {default})"
+
+
+def named(metavar: str) -> Any:
+    """How help calls the value of an option."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=usual)
+
+
+RunPath = Annotated[str, named("RUN")]  # a run's folder, or a checkpoint in it
+DataPath = Annotated[str, named("PATH")]  # the name of a data set, or a file, folder or glob
+FilePath = Annotated[str, named("FILE")]
+PicturePath = Annotated[str, named("PNG")]
+FolderPath = Annotated[str, named("FOLDER")]
+NewFolder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]  # which must be given
+Text = Annotated[str, named("TEXT")]
+Name = Annotated[str, named("NAME")]
+GivenRun = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+MaybeText = Annotated[str | None, named("TEXT")]
+MaybeInt = Annotated[int | None, named("INT")]
+MaybeFloat = Annotated[float | None, named("FLOAT")]
+Texts = Annotated[tuple[str, ...], named("TEXT ...")]
+Names = Annotated[tuple[str, ...], named("NAME ...")]
+DataPaths = Annotated[tuple[str, ...], named("PATH ...")]
+Numbers = Annotated[tuple[int, ...], named("INT ...")]
+RunPaths = Annotated[tuple[str, ...], named("RUN ...")]

@@ -16,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,3 +117,28 @@ def run_command(main: Callable[[], Any], lasting: bool = False) -> Any:
     with console(lasting) as out, contextlib.suppress(BrokenPipeError):
         status = main()
     return 141 if out.reader_gone and not lasting else status
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+MIDDLE = 56  # a second column that starts further to the right is none
+
+
+def fold(line: str, width: int) -> str:
+    """A line of two columns, such as "  NAME    what it is"; too long a second one is folded."""
+    columns = [gap.end() for gap in re.finditer(r"(?<=\S)  +", line) if gap.end() <= MIDDLE]
+    if not columns:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * columns[-1], break_on_hyphens=False)
+
+
+def fill(text: str, width: int) -> str:
+    """The text with its paragraphs filled to a width. Where a line is indented, lines remain."""
+    parts = []
+    for part in text.strip().split("\n\n"):
+        lines = part.split("\n")
+        if any(line.startswith(" ") for line in lines):
+            parts.append("\n".join(fold(line, width) for line in lines))
+        else:
+            parts.append(textwrap.fill(" ".join(lines), width, break_on_hyphens=False))
+    return "\n\n".join(parts)

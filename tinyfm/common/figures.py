@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of width x height inches; write it with figure.savefig(path).
+    """An empty figure of width x height inches; write it with `save_figure`.
 
     The canvas is matplotlib's Agg, which needs no window system. Unlike pyplot this changes no
     global state. matplotlib is imported here because it takes a second to load.
@@ -20,3 +21,9 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the path's suffix. A PNG notes that we drew it."""
+    note = {"Software": "tinyfm"} if str(path).lower().endswith(".png") else None
+    figure.savefig(path, dpi=110, metadata=note)

@@ -190,7 +190,7 @@ def check_fits(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         elif kind_of(tensors[name]) != kind_of(tensor):
             problems.append(f"{name} has {kind_of(tensors[name])} numbers, not {kind_of(tensor)}")
     if problems:
-        problem = f"{len(problems)} weights do not fit the model: {', '.join(problems[:3])}"
+        problem = f"weights do not fit the model, {len(problems)} in all: {', '.join(problems[:3])}"
         raise ValueError(f"{problem}; build the model from the config saved with them")
 
 

@@ -36,7 +36,11 @@ UNIONS = (Union, types.UnionType)  # X | Y, as typing and as Python write it
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a key occurs twice in one object")
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:60]!r} occurs twice in one object")
+            seen.add(key)
     return table
 
 
@@ -204,7 +208,7 @@ def check(value: Any, kind: Any, where: str) -> Any:
     # A tuple has one kind for each of its values, unless it is tuple[kind, ...].
     if origin is tuple and parts and parts[-1] is not Ellipsis:
         if len(parts) != len(value):
-            raise ValueError(f"{where} has {len(value)} values; expected {len(parts)}")
+            raise ValueError(f"{where} is of length {len(value)}; expected {len(parts)}")
     else:
         parts = (parts[0] if parts else Any,) * len(value)
     return origin(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data import pictures
+from data.report import counted
 from tinyfm.common.seeds import row_generators
 
 AT_ONCE = 64  # pictures that a diffusion model draws at a time; more would only take memory
@@ -110,7 +111,8 @@ def samples(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sh
         model.sample(len(part), steps, sampler, generators=row_generators(seed, 0, part))
         for part in split_range(n)
     ]
-    return Sheet(torch.cat(drawn), min(8, n), f"{n} samples by {sampler} in {steps} steps")
+    about = f"{counted(n, 'samples')} by {sampler} in {counted(steps, 'steps')}"
+    return Sheet(torch.cat(drawn), min(8, n), about)
 
 
 def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet:
@@ -124,7 +126,8 @@ def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet
     states = model.sample(n, steps, sampler, generators=generators, film=True)  # (S + 1, B, ...)
     shown = np.linspace(0, steps, moments).round().astype(int).tolist()
     titles = tuple(f"after {i} of {steps}" for i in shown) * n
-    about = f"{n} samples, a row each, after {', '.join(map(str, shown))} of {steps} steps"
+    after = ", ".join(map(str, shown))
+    about = f"{counted(n, 'samples')}, a row each, after {after} of {counted(steps, 'steps')}"
     images = states[shown].transpose(0, 1).flatten(0, 1)  # the moments of a sample are a row
     return Sheet(images, moments, about, titles)
 
@@ -152,5 +155,5 @@ def prompted(
 ) -> Sheet:
     """The pictures of `illustrate` in rows of 8, with their prompts as titles."""
     images = illustrate(model, prompts, steps, seed, **options)
-    count = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
-    return Sheet(images, min(8, len(prompts)), f"{count} in {steps} steps", tuple(prompts))
+    about = f"{counted(len(prompts), 'pictures')} in {counted(steps, 'steps')}"
+    return Sheet(images, min(8, len(prompts)), about, tuple(prompts))

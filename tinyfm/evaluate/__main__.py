@@ -23,22 +23,25 @@ Other questions, which need no training:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
-from data import tables
+from data import pictures, tables
 from data.report import Report
 from tinyfm.common import device as devices
+from tinyfm.common.config import DataPath, FilePath, GivenRun, Name, PicturePath
 from tinyfm.common.console import run_command
+from tinyfm.common.options import parse
 from tinyfm.evaluate import likelihood, metrics, overlap
 from tinyfm.evaluate.metrics import Measured, Scores
 from tinyfm.recipes import registry, run_dir
@@ -48,21 +51,24 @@ from tinyfm.recipes.classify import score_untrained
 
 @dataclass(frozen=True)
 class Options:
-    run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
+    run: GivenRun  # folder of a run, or of one of its checkpoints
     json: bool = False  # print JSON
-    text: str = ""  # GPT: score this file, folder or "glob"
-    choices: str = ""  # GPT: answer the questions of this jsonl file
-    task: str = ""  # GPT or CLIP: do this task, named as --data.path of train.py --task classify
+    text: DataPath = ""  # GPT: score this file, folder or "glob"
+    choices: FilePath = ""  # GPT: answer the questions of this jsonl file
+    # GPT or CLIP: do this task, named as --data.path of train.py --task classify
+    task: DataPath = ""
     shots: int = 0  # GPT: labelled examples of --task in the prompt, as many as fit
     seed: int = 0  # GPT: draws the examples of --shots
-    data_path: str = ""  # read the run's data from here, and not from where training read them
+    # read the run's data from here, and not from where training read them
+    data_path: DataPath = ""
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
     # it is trained quickly and reads badly
     judge_steps: int = 0
-    picture: str = ""  # PNG to draw; CLIP: what it confuses; text-to-image: unseen characters
+    # picture to draw; CLIP or classifier: what it confuses; text-to-image: unseen characters
+    picture: PicturePath = ""
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
-    device: str = "auto"  # cpu, cuda, mps, or auto
+    device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # number format of matrix products
 
 
@@ -225,7 +231,7 @@ class OverlapOptions:
 
     # run directory, or a checkpoint in it; or docs, stdlib, chats, packages, your own text, glyphs,
     # letters, or a folder of pictures
-    data: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|PATH")]]
     json: bool = False  # print JSON
 
 
@@ -243,7 +249,8 @@ def open_data_of(path: str) -> tuple[OpenRun, Any]:
 
 def show_overlap(words: list[str]) -> int:
     """Carry out `overlap` with its options."""
-    options = tyro.cli(OverlapOptions, args=words, prog="python -m tinyfm.evaluate overlap")
+    about = inspect.cleandoc(OverlapOptions.__doc__)
+    options = parse(OverlapOptions, about, "python -m tinyfm.evaluate overlap", words)
     path = options.data
     if not (Path(path) / "config.json").exists():
         data = overlap.open_named(path)
@@ -289,13 +296,15 @@ def main() -> int | str:
     try:
         if sys.argv[1:2] == ["overlap"]:
             return show_overlap(sys.argv[2:])
-        options = tyro.cli(Options, description=__doc__)
+        options = parse(Options, __doc__, "python -m tinyfm.evaluate")
         opened = run_dir.open_run(options.run, options.raw)
         if options.picture and not opened.run.can_draw():
             raise ValueError(
                 "--picture shows names that were confused, or drawings of held-out characters: "
-                "use a CLIP with texts, or text-to-image on letters"
+                "use a CLIP with texts, a classifier of pictures, or text-to-image on letters"
             )
+        if options.picture:
+            pictures.check_free(options.picture)
         table = answer(opened, options) or evaluate(opened, options)
     except (ValueError, OSError) as error:
         return f"error: {error}"

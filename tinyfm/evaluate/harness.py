@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from tinyfm import generate
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.common import device as devices
+from tinyfm.common.config import FilePath, FolderPath, GivenRun, MaybeInt, Name, Names
 from tinyfm.common.console import run_command
+from tinyfm.common.options import parse
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT
 from tinyfm.recipes import run_dir
@@ -152,14 +152,14 @@ class TinyFM(LM):
 
 @dataclass(frozen=True)
 class Options:
-    run: tyro.conf.Positional[str]  # run directory, or one checkpoint in it
-    tasks: tuple[str, ...]  # names of the harness's tasks, or of those in --include-path
-    include_path: str = ""  # folder with the yaml files of your own tasks
-    shots: int | None = None  # examples before each question; default: as the task says
-    limit: int | None = None  # questions to use of each task; default: all
+    run: GivenRun  # folder of a run, or of one of its checkpoints
+    tasks: Names  # names of the harness's tasks, or of those in --include-path
+    include_path: FolderPath = ""  # folder with the yaml files of your own tasks
+    shots: MaybeInt = None  # examples before each question (default: as the task says)
+    limit: MaybeInt = None  # questions to use of each task (default: all)
     rows: int = 32  # rows that the model reads at once
-    device: str = "auto"  # cpu, cuda, mps, or auto
-    out: str = ""  # JSON file to write the results to
+    device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
+    out: FilePath = ""  # JSON file to write the results to
 
 
 def find_tasks(tasks: Sequence[str], folder: str) -> TaskManager:
@@ -182,7 +182,7 @@ def main() -> int | str:
     """Run the command; return the exit status or the message of an error."""
     try:
         command = "python -m tinyfm.evaluate.harness"
-        options = tyro.cli(Options, prog=command, description=__doc__)
+        options = parse(Options, __doc__, command)
         model = TinyFM(options.run, batch_size=options.rows, device=options.device)
         results = simple_evaluate(
             model,

@@ -34,6 +34,7 @@ from tqdm import trange
 
 from data import glyphs
 from data.pictures import Record
+from data.report import counted
 from tinyfm.clip import augment
 from tinyfm.common import device as machine
 from tinyfm.common import files
@@ -136,7 +137,8 @@ def agreement(found: Iterable, expected: Iterable) -> Measured:
     found = list(found)
     expected = list(expected)
     if len(found) != len(expected):
-        raise ValueError(f"{len(found)} pictures, {len(expected)} prompts: give one prompt each")
+        counts = f"{counted(len(found), 'pictures')}, {counted(len(expected), 'prompts')}"
+        raise ValueError(f"{counts}: give one prompt each")
     return proportion([a == b for a, b in zip(found, expected)], "images")
 
 

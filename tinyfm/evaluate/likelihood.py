@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import files
+from data.report import counted
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.evaluate import metrics
 from tinyfm.generate import KVCache
@@ -174,7 +175,7 @@ def score_endings(
     room = model.config.context_length - len(front) - more
     if room < 1:
         raise ValueError(
-            f"the longest ending has {more + 1} tokens, the model's context only "
+            f"the longest ending has {counted(more + 1, 'tokens')}, the model's context only "
             f"{model.config.context_length}: use shorter labels"
         )
     model.eval()

@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from data.report import counted
+
 DRAWS = 2000  # samples of a bootstrap
 DRAWN_AT_ONCE = 1 << 20  # units of these samples in memory
 MIN_UNITS = 10  # units, such as documents, that a bootstrap needs
@@ -281,7 +283,7 @@ class Measured(float):
         self = super().__new__(cls, value)
         self.low, self.high = interval
         self.n = n
-        self.about = about or f"{n:,} examples"
+        self.about = about or counted(n, "examples")
         return self
 
     def through(self, function: Callable[[float], float]) -> Measured:
@@ -295,12 +297,6 @@ class Measured(float):
         if math.isnan(self.low):
             return f"{value} ({self.about}: too few for an interval)"
         return f"{value} ({self.low:.4g} to {self.high:.4g}; {self.about})"
-
-
-def counted(n: int, unit: str) -> str:
-    """1 and "texts" -> "1 text"; 1200 and "texts" -> "1,200 texts"."""
-    singular = {"batches": "batch"}.get(unit, unit.removesuffix("s"))
-    return f"{n:,} {singular if n == 1 else unit}"
 
 
 NO_INTERVAL = (math.nan, math.nan)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data.report import Report
+from data.report import Report, counted
 from data.splits import HELD_OUT, TRAIN, Overlap, share_of
 from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches import chat, labelled, text
@@ -185,7 +185,8 @@ def describe(shares: list[Shares]) -> str:
     lines = ["share of held-out words in 13-word runs that training also has"]
     for own in shares:
         for name, share in own.runs.items():
-            line = f"{own.split} ({own.units:,} texts), training text of {name}: {share:.2%}"
+            texts = counted(own.units, "texts")
+            line = f"{own.split} ({texts}), training text of {name}: {share:.2%}"
             if name in own.answers:
                 line += f"; {own.answers[name]:.1%} of the answers word for word"
             lines.append(line)

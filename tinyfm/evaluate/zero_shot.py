@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.pictures import save_grid
+from data.report import counted
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
 from tinyfm.evaluate.metrics import Measured, Scores, proportion
@@ -41,7 +42,7 @@ MAX_TEMPLATES = 16
 RETRIEVAL_IMAGES = 1000  # images, with their captions, among which retrieval searches
 PROBED_IMAGES = 2000  # images that the probes classify
 TIE = 1e-6  # similarities closer than this are equal
-SHOWN = 48  # confusions in the picture
+SHOWN = 24  # confusions in the picture
 # Splits of data/glyphs.py, which loads font libraries.
 HELD_OUT_FONTS = "held-out fonts"
 HELD_OUT_CHARACTERS = "held-out characters"
@@ -256,12 +257,12 @@ def by_name(
         by_mean = classify(x[split], means, model.scale()).cpu()
         alike = clusters_of(split, data.splits[split])
         right = share(guesses == labels, "images", *alike)
-        scores[f"zero-shot, {split}, {len(names):,} names"] = right
+        scores[f"zero-shot, {split}, {counted(len(names), 'names')}"] = right
         right = share(by_mean == labels, "images", *alike)
         scores[f"zero-shot, {split}, mean vectors"] = right
         among_all = classify(x[split], all_classes, model.scale()).cpu()
         right = share(among_all == own[labels], "images", *alike)
-        scores[f"zero-shot, {split}, all {len(everything):,} names"] = right
+        scores[f"zero-shot, {split}, all {counted(len(everything), 'names')}"] = right
         found[split] = [names[i] for i in guesses.tolist()]
     return scores, found
 
@@ -298,7 +299,7 @@ def by_features(data: PairData, x: dict[str, Tensor]) -> Scores:
     scores = {}
     for name, probe in (("nearest neighbour", nearest_neighbours), ("linear", linear_probe)):
         guesses = probe(x[test][rows], x[train], labels.to(device))
-        scores[f"{name} on features, {len(names):,} classes"] = share(guesses == truth)
+        scores[f"{name} on features, {counted(len(names), 'classes')}"] = share(guesses == truth)
     return scores
 
 
@@ -330,17 +331,37 @@ def clip_scores(model: Any, tokenizer: Any, data: PairData) -> tuple[Scores, dic
     return scores | by_features(data, probed), found
 
 
-def draw_confusions(data: PairData, found: dict[str, list[str]], path: str) -> None:
-    """Write a grid of wrongly named images of the last split, each as "label → guess".
+def draw_confusions(
+    images: np.ndarray,
+    names: list[str],
+    guesses: list[str],
+    path: str,
+    captions: list[str] | None = None,
+) -> None:
+    """Write a grid of wrongly named images, each beside a real image of the name that was guessed.
 
-    found: the guesses from clip_scores. Raises ValueError if every name was found.
+    images: uint8 (B, C, H, W); names, guesses: the true and the guessed name of each. The image
+    beside is one in the same manner, if `captions` show that there is one: a "bold digit one" that
+    was taken for a "letter l" stands beside a "bold letter l". Raises ValueError if every name was
+    found.
     """
-    last = list(found)[-1]
-    split = data.splits[last]
-    guesses = found[last]
-    wrong = [i for i, label in enumerate(split.labels) if guesses[i] != label]
-    rows = np.random.default_rng(0).permutation(wrong)[:SHOWN]
-    if not len(rows):
+    wrong = [i for i, name in enumerate(names) if guesses[i] != name]
+    if not wrong:
         raise ValueError("there is no confusion to draw: every name was found")
-    titles = [f"{split.labels[i]} → {guesses[i]}" for i in rows]
-    save_grid(split.images[rows].transpose(0, 2, 3, 1), path, 6, titles)
+    of_name: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        of_name.setdefault(name, []).append(i)
+    tiles = []
+    titles = []
+    for i in np.random.default_rng(0).permutation(wrong)[:SHOWN]:
+        guess = guesses[i]
+        others = of_name.get(guess, [])
+        if captions:
+            wanted = captions[i].replace(names[i], guess)
+            others = [other for other in others if captions[other] == wanted] or others
+        beside = np.full_like(images[i], 128)  # grey, if there is no image of that name
+        if others:
+            beside = images[others[0]]
+        tiles += [images[i], beside]
+        titles += [f"is: {names[i]}", f"guess: {guess}"]
+    save_grid(np.stack(tiles).transpose(0, 2, 3, 1), path, 8, titles)

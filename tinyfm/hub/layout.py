@@ -173,7 +173,8 @@ def check_tensors(folder: Path, stored: dict[str, Tensor], expected: dict[str, T
             problems.append(f"{name} has numbers of type {stored[name].dtype}")
     if problems:
         raise ValueError(
-            f"{folder}: {len(problems)} tensors do not fit config.json: {', '.join(problems[:4])}; "
+            f"{folder}: tensors do not fit config.json, {len(problems)} in all: "
+            f"{', '.join(problems[:4])}; "
             "the folder is incomplete, or its weights are of another model"
         )
 

@@ -27,7 +27,7 @@ from tyro.conf import Suppress
 from data.splits import HELD_OUT, VAL
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
-from tinyfm.common.config import may_change
+from tinyfm.common.config import FolderPath, Name, RunPath, may_change
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate import metrics
 from tinyfm.evaluate.metrics import Scores
@@ -42,24 +42,27 @@ class Run:
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    out: str = ""  # folder of the run; default: runs/PRESET
+    out: FolderPath = ""  # folder of the run
     resume: bool = False  # continue from the last checkpoint in that folder
     dry_run: bool = False  # print the cost of training and the settings, then stop
     json: bool = False  # with --dry-run: print both as JSON
-    task: str = ""  # fine-tune for a task instead of pretraining: classify or chat
+    task: Name = ""  # fine-tune for a task instead of pretraining: classify or chat
     # start from this run: it supplies the weights, the sizes and the tokenizer
-    init_from: str = may_change("")
+    init_from: RunPath = may_change("")
     # which weights to train: all, LoRA, biases and norms, the head, or a soft prompt
     adapt: Literal["full", "lora", "bias", "head", "prompt"] = "full"
+
+    # Settings of --adapt.
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
     base_hash: Suppress[str] = ""  # hash of the weights that the run started from
 
     family: ClassVar[str]
     # The fields that config.json records: always, and where they differ from their default.
     CONFIGS: ClassVar[tuple[str, ...]] = ("model", "data", "optim", "train")
     FACTS: ClassVar[tuple[str, ...]] = ("init_from", "base_hash", "adapt", "adapter")
-    # Runs whose models become parts of this model: option -> preset that trains the part.
-    PARTS: ClassVar[dict[str, str]] = {}
+    # Options that name runs whose models become parts of this model. PRESET-OPTION trains a part.
+    PARTS: ClassVar[tuple[str, ...]] = ()
     # Options of sample.py that apply to this family, and of evaluate (--text, --choices, --task).
     SAMPLE_OPTIONS: ClassVar[frozenset[str]] = frozenset()
     QUESTIONS: ClassVar[tuple[str, ...]] = ()

@@ -26,7 +26,14 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files, folders
 from tinyfm.evaluate import zero_shot
 from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, Scores, write_step_file
-from tinyfm.recipes.pictures import PictureClassifyRun, spread_rows, warn_if_cut
+from tinyfm.recipes.pictures import (
+    PictureClassifyRun,
+    free_name,
+    spread_rows,
+    warn_if_cut,
+    warn_if_unseen,
+    write_words,
+)
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
 
@@ -61,6 +68,8 @@ class CLIPRun(Run):
         super().write_files(folder, data)
         templates = json.dumps(zero_shot.find_templates(data.train))
         (folder / TEMPLATES).write_text(templates, encoding="utf-8")
+        if not self.init_from:  # the words of the base's captions are not known
+            write_words(folder, data)
 
     def get_ready(self, model: CLIP, data: PairData) -> None:
         model.n_pairs = len(data.train.labels)
@@ -111,10 +120,14 @@ class CLIPRun(Run):
             raise ValueError("this run learned from images alone: it knows no names or captions")
         if bool(options.image) == bool(options.prompt) or (options.labels and not options.image):
             raise ValueError("give --image FILE with --labels, or --prompt with what to find")
+        if not options.adapter:  # an adapter may know further words
+            given = read_labels(options.labels) if options.image else [options.prompt]
+            warn_if_unseen(opened, given)
         if options.image:
             name_image(opened, options.image, options.labels)
         else:
-            find_images(opened, options.prompt, options.n or 1, options.out or "found.png")
+            out = options.out or free_name("found.png")
+            find_images(opened, options.prompt, options.n or 1, out)
 
     def can_draw(self) -> bool:
         return self.model.loss != "simclr"
@@ -126,7 +139,12 @@ class CLIPRun(Run):
         """
         scores, found = zero_shot.clip_scores(model, opened.tokenizer, data)
         if options.picture and found and model is opened.model:
-            zero_shot.draw_confusions(data, found, options.picture)
+            split, guesses = list(found.items())[-1]
+            shown = data.splits[split]
+            captions = [own[0] for own in shown.captions]
+            zero_shot.draw_confusions(
+                shown.images, shown.labels, guesses, options.picture, captions
+            )
         return scores
 
     def baselines(self, data: PairData) -> dict[str, Scores]:

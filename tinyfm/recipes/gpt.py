@@ -24,6 +24,7 @@ from tinyfm.batches import labelled
 from tinyfm.batches.chat import ChatConfig, ChatData
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.common.config import RunPath
 from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
@@ -54,7 +55,7 @@ class GPTRun(Run):
     model: GPTConfig = field(default_factory=GPTConfig)
     data: TextConfig = field(default_factory=TextConfig)
 
-    teacher: str = ""  # distillation: also learn from the predictions of this run
+    teacher: RunPath = ""  # distillation: also learn from the predictions of this run
     distil: DistilConfig = field(default_factory=DistilConfig)
 
     family: ClassVar[str] = "gpt"

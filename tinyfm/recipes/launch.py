@@ -94,7 +94,7 @@ def resolve(
         if source:
             changes |= own_parts(run, changes, source)
         else:
-            given, first = plan_parts(run, world)
+            given, first = plan_parts(name, run, world)
             changes |= from_parts(run, given, first)
     run = replace(run, **changes)
     data = None
@@ -174,8 +174,10 @@ def open_part(option: str, folder: str) -> OpenRun:
     return part
 
 
-def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], dict[str, Plan]]:
-    """The parts that are given, opened, and plans for the others."""
+def plan_parts(
+    preset: str, run: Run, world: distributed.World
+) -> tuple[dict[str, OpenRun], dict[str, Plan]]:
+    """The parts that are given, opened, and plans for the others. preset: the run's."""
     given = {}
     for option in run.PARTS:
         if getattr(run, option):
@@ -187,12 +189,13 @@ def plan_parts(run: Run, world: distributed.World) -> tuple[dict[str, OpenRun], 
     if len(given) < len(run.PARTS) and not run.dry_run:
         run.check_parts()
     first = {}
-    for option, name in run.PARTS.items():
+    for option in run.PARTS:
         if option not in given:
-            preset = registry.find_preset(name)
-            part = run.part_run(option, preset.run, autoencoder)
+            name = f"{preset}-{option}"
+            usual = registry.find_preset(name)
+            part = run.part_run(option, usual.run, autoencoder)
             part = replace(part, dry_run=run.dry_run)
-            first[option] = resolve(name, preset, part, world, part=True)
+            first[option] = resolve(name, usual, part, world, part=True)
     return given, first
 
 
@@ -236,7 +239,14 @@ def describe(plan: Plan) -> str:
 def build_model(plan: Plan, data: Any) -> nn.Module:
     """The model as training starts, with the weights of the runs that the plan takes."""
     run = plan.run
-    model = run_dir.build_start(run, plan.base)
+    try:
+        model = run_dir.build_start(run, plan.base)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise ValueError(
+            "there is too little memory for the weights: use smaller sizes of the model"
+        ) from error
     if plan.given or plan.first:
         trained = {option: open_part(option, part.run.out) for option, part in plan.first.items()}
         run.take_parts(model, **plan.given, **trained)

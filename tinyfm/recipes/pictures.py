@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from data import pictures
-from data.splits import VAL
-from tinyfm.adapt.heads import Classifier
+from data.splits import TEST, VAL
+from tinyfm.adapt.heads import Classifier, predictions
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
-from tinyfm.batches.pairs import ImageConfig, ImageData
+from tinyfm.batches.pairs import ImageConfig, ImageData, PairData
+from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
 from tinyfm.common.sheets import Sheet
-from tinyfm.recipes.base import Run, Scores, write_step_file
+from tinyfm.evaluate.zero_shot import draw_confusions
+from tinyfm.recipes.base import OpenRun, Run, Scores, write_step_file
 from tinyfm.recipes.classify import ClassifyRun
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
@@ -89,6 +92,22 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
         )
         return f"--- step {step} finds: " + "; ".join(titles[:3])
 
+    def can_draw(self) -> bool:
+        return True
+
+    def measure(self, opened: OpenRun, model: Classifier, data: TaskData, options: Any) -> Scores:
+        """Scores on validation and on test. --picture draws what is confused on test, of the first
+        question."""
+        scores = super().measure(opened, model, data, options)
+        if options.picture and model is opened.model:
+            found = predictions(model, data.split_batches(TEST, self.train.batch_size))
+            question, (probabilities, labels) = next(iter(found.items()))
+            names = model.classes[question]
+            truth = [names[i] for i in labels.tolist()]
+            guesses = [names[i] for i in probabilities.argmax(1).tolist()]
+            draw_confusions(data.inputs[TEST], truth, guesses, options.picture)
+        return scores
+
     def read_example(self, opened, options) -> dict[str, Tensor]:
         """The picture of --image as a batch of one."""
         if not options.image.strip():
@@ -107,9 +126,19 @@ def save_step_sheet(sheet: Sheet, folder: Path, step: int) -> str:
     return f"--- step {step}: {sheet.about}: {path}"
 
 
+def free_name(name: str) -> str:
+    """The first of sample.png, sample-2.png, sample-3.png, ... that is no file yet."""
+    path = Path(name)
+    number = 1
+    while path.exists():
+        number += 1
+        path = Path(name).with_stem(f"{Path(name).stem}-{number}")
+    return str(path)
+
+
 def save_sheet(sheet: Sheet, options: Any) -> None:
     """Write the sheet to sample.py's --out, and print what it shows."""
-    out = options.out or "sample.png"
+    out = options.out or free_name("sample.png")
     sheet.save(out)
     print(sheet.about, out, sep="\n")
 
@@ -117,6 +146,38 @@ def save_sheet(sheet: Sheet, options: Any) -> None:
 def spread_rows(count: int, n: int) -> np.ndarray:
     """n row numbers, evenly spread over 0 ... count - 1."""
     return np.linspace(0, count - 1, n).astype(int)
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+MOST_WORDS = 200_000
+WORDS = "words.json"  # file of a checkpoint: the words of the captions that the run was trained on
+
+
+def words_of(texts: Iterable[str], tokenizer: Tokenizer) -> set[str]:
+    """The words of the texts; in small letters if the tokenizer reads capital ones as small."""
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    if tokenizer.encode("A") == tokenizer.encode("a"):
+        return {word.lower() for word in words}
+    return words
+
+
+def write_words(folder: Path, data: PairData) -> None:
+    """Write WORDS into a checkpoint. Training reads the first caption of each picture."""
+    words = words_of((captions[0] for captions in data.train.captions), data.tokenizer)
+    if len(words) <= MOST_WORDS:  # with more, hardly a word is new
+        files.write_json(folder / WORDS, sorted(words))
+
+
+def warn_if_unseen(opened: OpenRun, texts: Sequence[str]) -> None:
+    """Name on stderr the words of the texts that no caption of the run's training data has."""
+    path = opened.folder / WORDS
+    if not path.exists():  # a run of an earlier version, or one that started from another run
+        return
+    unseen = words_of(texts, opened.tokenizer) - {*files.read_record(path, list[str])}
+    if unseen:
+        words = ", ".join(repr(word) for word in sorted(unseen))
+        print(f"no training caption has {words}", file=sys.stderr)
 
 
 def warn_if_cut(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> None:

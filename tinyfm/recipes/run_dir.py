@@ -296,8 +296,22 @@ def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
 # ---- opening a trained run ----------------------------------------------------------------------
 
 
+MOST_BLOCKS = 10_000  # built one by one, which takes time even without memory
+
+
+def check_depth(config: Any, where: str = "--model") -> None:
+    """Raise ValueError for a model with far more blocks than any has. config: of the model."""
+    for name, value in vars(config).items():
+        flag = f"{where}.{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            check_depth(value, flag)
+        elif name.endswith(("_layer", "n_block")) and value > MOST_BLOCKS:
+            raise ValueError(f"{flag} is {value}; use at most {MOST_BLOCKS}")
+
+
 def build_start(run: Run, base: OpenRun | None = None) -> nn.Module:
     """The model as training starts: new or with its base's weights, and with its adapter."""
+    check_depth(run.model)
     model = run.build_model()
     if base:
         files.load_model(run.trunk(model), base.model.state_dict())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import captioned, pictures
-from data.report import Report
+from data.report import Report, counted
 from data.splits import TRAIN
 from tinyfm import tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
@@ -22,13 +22,21 @@ from tinyfm.batches.latents import LatentConfig, LatentData
 from tinyfm.batches.pairs import GLYPHS, ImageConfig, PairConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import sheets
+from tinyfm.common.config import RunPath
 from tinyfm.ddpm import DiffusionConfig
 from tinyfm.evaluate import generated, judge
 from tinyfm.recipes.autoencoder import AutoencoderRun
 from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
 from tinyfm.recipes.clip import CLIPRun
 from tinyfm.recipes.ddpm import loss_by_level
-from tinyfm.recipes.pictures import save_sheet, save_step_sheet, spread_rows, warn_if_cut
+from tinyfm.recipes.pictures import (
+    save_sheet,
+    save_step_sheet,
+    spread_rows,
+    warn_if_cut,
+    warn_if_unseen,
+    write_words,
+)
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint
 from tinyfm.training.optim import OptimConfig
@@ -41,14 +49,12 @@ class TextToImageRun(Run):
 
     model: TextToImageConfig = field(default_factory=TextToImageConfig)
     data: LatentConfig = field(default_factory=LatentConfig)
-    autoencoder: str = ""  # run that supplies the autoencoder; default: train one first
-    clip: str = ""  # run that supplies the text tower and tokenizer; default: train one first
+    autoencoder: RunPath = ""  # run that supplies the autoencoder (default: train one first)
+    # run that supplies the text tower and the tokenizer (default: train one first)
+    clip: RunPath = ""
 
     family: ClassVar[str] = "text2image"
-    PARTS: ClassVar[dict[str, str]] = {
-        "autoencoder": "text2image-autoencoder",
-        "clip": "text2image-clip",
-    }
+    PARTS: ClassVar[tuple[str, ...]] = ("autoencoder", "clip")
     SAMPLE_OPTIONS = frozenset({
         "prompt", "seed", "sampler", "steps", "guidance", "init_image", "strength", "mask",
         "upscale",
@@ -77,6 +83,11 @@ class TextToImageRun(Run):
         model.tokenizer = data.tokenizer
         if self.data.cache_latents:
             data.encode_all(model, self.data)
+
+    def write_files(self, folder: Path, data: LatentData) -> None:
+        super().write_files(folder, data)
+        if not self.init_from:  # the words of the base's captions are not known
+            write_words(folder, data)
 
     def score(self, model: TextToImage, data: LatentData) -> Scores:
         return loss_by_level(self, model, data)
@@ -141,7 +152,8 @@ class TextToImageRun(Run):
         if 2 <= rows < self.train.batch_size:
             advice = f"use --train.batch-size <= {rows}, or add pairs"
             raise ValueError(
-                f"{rows} training pictures, {self.train.batch_size} in a batch: {advice}"
+                f"{counted(rows, 'training pictures')}, {self.train.batch_size} in a batch: "
+                f"{advice}"
             )
 
     def take_parts(self, model: TextToImage, autoencoder: OpenRun, clip: OpenRun) -> None:
@@ -163,6 +175,8 @@ class TextToImageRun(Run):
             raise ValueError("--strength needs --init-image")
         opened.model.tokenizer = opened.tokenizer
         warn_if_cut(opened.tokenizer, [options.prompt], self.model.clip.context_length)
+        if not options.adapter:  # an adapter may know further words
+            warn_if_unseen(opened, [options.prompt])
         prompts = [options.prompt] * (options.n or 8)
         sheet = sheets.prompted(
             opened.model,
@@ -265,6 +279,7 @@ RUNS = (TextToImageRun,)
 # The parts, smaller than the presets for all glyphs.
 AUTOENCODER = AutoencoderConfig(beta_warmup_steps=50)
 CLIP = CLIPConfig(context_length=24, rivals="all", memory=2048, memory_after=360)
+SMALL_CLIP = CLIPConfig(context_length=24)
 # Changes to the autoencoder's run for letters in colour. Pictures differ most in their paper, and
 # AdamW learns little else; Muon, which evens out the directions, learns the ink as well.
 COLOR = {
@@ -308,6 +323,32 @@ PRESETS = {
             data=PairConfig(path="letters", neighbours=16),
             optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
             train=TrainConfig(steps=600, batch_size=256, eval_every=300),
+        ),
+    ),
+    "text2image-small": Preset(
+        "the same in a few minutes, less well: letters can be read, accents not always",
+        TextToImageRun(
+            model=TextToImageConfig(DENOISER, AUTOENCODER, SMALL_CLIP),
+            optim=OptimConfig(lr=2e-3, warmup_steps=20, ema_half_life=40, decay_fraction=0.5),
+            train=TrainConfig(steps=600, batch_size=64, eval_every=200),
+        ),
+    ),
+    "text2image-small-autoencoder": Preset(
+        "the first part of text2image-small",
+        AutoencoderRun(
+            model=AUTOENCODER,
+            data=ImageConfig(path="letters"),
+            optim=OptimConfig(lr=2e-3, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=100, batch_size=32, eval_every=50),
+        ),
+    ),
+    "text2image-small-clip": Preset(
+        "the second part of text2image-small",
+        CLIPRun(
+            model=SMALL_CLIP,
+            data=PairConfig(path="letters"),
+            optim=OptimConfig(lr=0.006, muon_lr=0.01, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=150, batch_size=128, eval_every=75),
         ),
     ),
 }

@@ -120,7 +120,7 @@ class Logbook:
             if damaged:
                 with (run / DAMAGED).open("ab") as file:
                     file.writelines(damaged)
-                self.say(f"{len(damaged)} damaged lines of {self.path} were moved to {DAMAGED}")
+                self.say(f"damaged lines of {self.path} moved to {DAMAGED}: {len(damaged)}")
             # Written under another name and then renamed: a kill here loses no row.
             kept = temporary_name(self.path)
             kept.write_text("".join(map(to_line, self.rows)), encoding="utf-8")

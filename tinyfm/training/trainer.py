@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from tinyfm.common import device as machine
 from tinyfm.common import files
-from tinyfm.common.config import may_change
+from tinyfm.common.config import Name, may_change
 from tinyfm.common.schema import LARGEST
 from tinyfm.common.seeds import mix, row_generators
 from tinyfm.training import checkpoint, distributed, parallel
@@ -57,6 +57,8 @@ from tinyfm.training.optim import (
     set_lr,
 )
 from tinyfm.training.parallel import Parallel
+
+MOST_ROWS = 1 << 20  # of a batch: no published model was trained with more
 
 
 # A field made by `may_change` may have another value when the run is resumed.
@@ -73,7 +75,7 @@ class TrainConfig:
     eval_every: int = may_change(250)
     log_every: int = may_change(10)  # steps between lines in metrics.jsonl
     keep: int = may_change(2)  # number of latest checkpoints to keep, in addition to the best one
-    device: str = may_change("auto")  # device to train on: cpu, cuda, mps, or auto
+    device: Name = may_change("auto")  # device to train on: cpu, cuda, mps, or auto
     # number format of the matrix products; auto = bfloat16 where the hardware supports it
     dtype: Literal["auto", "float32", "bfloat16"] = may_change("auto")
     compile: bool = may_change(False)  # use torch.compile; continue without it if that fails
@@ -96,6 +98,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_every", "seed", "shard_size", "spike_sigmas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        if self.batch_size > MOST_ROWS:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at most {MOST_ROWS}")
         for name, value in vars(self).items():
             if isinstance(value, int) and value > LARGEST:
                 raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
@@ -161,9 +165,9 @@ class Guard:
         say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, no weight was changed")
         if self.skipped == self.patience:
             finite = math.isfinite(loss) and math.isfinite(norm)
-            problem = "spikes" if finite else "not finite"
+            problem = "spikes" if finite else "no finite loss or gradient"
             raise FloatingPointError(
-                f"{self.skipped} steps in a row were {problem}, up to step {step}; {advice}"
+                f"steps in a row with {problem}: {self.skipped}, up to step {step}; {advice}"
             )
 
 
