@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import subprocess
 import sys
 
 import pytest
@@ -94,3 +95,29 @@ def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
     assert first == "| test_bpb | 3.5 | 1.7 | 1.5 | 1.6 | 1.5 to 1.7 (9 documents) |"
     assert second == "| distance |  | 2 | 2 | 2 |  |"
     assert third == "| test_loss |  | 3 | 3 | 3 |  |"
+
+
+@pytest.mark.long
+def test_the_gpu_script_runs_on_a_cpu():
+    """Tiny models: every part gives a row, and none fails."""
+    words = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    parts = {row[1].strip() for row in rows}
+    assert parts == {
+        "parity", "default", "mfu", "generation", "pictures", "sharded", "memory"
+    }  # fmt: skip
+    errors = [float(row[3]) for row in rows if "error" in row[2]]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
+
+
+def test_a_part_of_the_gpu_script_that_fails_is_a_row(monkeypatch):
+    gpu = importlib.import_module("benchmarks.gpu")
+    ((what, why, _),) = gpu.run_part("parity", gpu.Settings("nonsense", tiny=True))
+    assert what == "FAILED"
+    assert "nonsense" in why
+    monkeypatch.setitem(gpu.SECONDS, "parity", 0.01)
+    found = gpu.run_part("parity", gpu.Settings("cpu", tiny=False))
+    assert found == [("FAILED", "not done in 0.01 s", "")]
