@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm.calc import trace
-from tinyfm.gpt import GPT, Attention, GPTConfig, attention_mask, rope_frequencies, rotate
+from tinyfm.gpt import GPT, MLP, Attention, GPTConfig, attention_mask, rope_frequencies, rotate
 from tinyfm.recipes import registry
 
 GPT2 = {
@@ -144,7 +144,25 @@ def test_grouped_heads_are_shared_heads():
     torch.testing.assert_close(grouped(tokens), full(tokens))
 
 
+def test_silu_is_on_the_gate():
+    """SiLU(ln 3) = 3/4 ln 3; times up, 2; times down, 10."""
+    mlp = MLP(GPTConfig(n_head=1, d_model=2, d_ff=1))
+    x = torch.tensor([1.0, 0.0])
+    with torch.no_grad():
+        mlp.gate.weight.fill_(math.log(3))
+        mlp.up.weight.fill_(2)
+        mlp.down.weight.fill_(10)
+    torch.testing.assert_close(mlp(x), torch.full((2,), 15 * math.log(3)))
+
+
 # ---- positions ----------------------------------------------------------------------------------
+
+
+def test_rotation_by_hand():
+    """The pair (1, 3) stays; (2, 4) makes a quarter turn, from channel i towards i + K/2."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    turned = rotate(x, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    assert turned.flatten().tolist() == [1, -4, 3, 2]
 
 
 def test_rotary_scores_depend_on_the_distance_only():

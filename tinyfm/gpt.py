@@ -123,17 +123,12 @@ class GPTConfig:
 # ---- positions ----------------------------------------------------------------------------------
 
 
-def rope_frequencies(config: GPTConfig) -> Tensor:
-    """Angular frequency of each pair of channels, (K/2,) in radians per position.
+def slow_long_waves(frequency: Tensor, config: GPTConfig) -> Tensor:
+    """Angular frequencies (K/2,) for a context that is rope_factor times longer, as in Llama 3.1.
 
-    Pair i has theta^(-2i/K) (Su et al. 2021, eq. 15). With rope_factor > 1 the context is extended
-    as in Llama 3.1: waves that are long compared to the original context are slowed by the factor,
-    short ones are kept, and those between are blended.
+    Waves that are long compared to the original context are slowed by the factor, short ones are
+    kept, and those between are blended.
     """
-    exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
-    frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_factor == 1.0:
-        return frequency
     low = config.rope_low_freq_factor
     high = config.rope_high_freq_factor
     turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
@@ -141,8 +136,21 @@ def rope_frequencies(config: GPTConfig) -> Tensor:
     return keep * frequency + (1 - keep) * frequency / config.rope_factor
 
 
+def rope_frequencies(config: GPTConfig) -> Tensor:
+    """Angular frequency of each pair of channels, float32 (K/2,) in radians per position.
+
+    Pair i = 0 ... K/2 - 1 has theta^(-2i/K) (Su et al. 2021, eq. 15), with theta = rope_theta. A
+    rope_factor other than 1 extends the context by `slow_long_waves`.
+    """
+    exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_factor == 1.0:
+        return frequency
+    return slow_long_waves(frequency, config)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs (i, i + K/2) of x (B, N, T, K).
+    """Rotate the channel pairs (i, i + K/2) of x (B, N, T, K): channel i towards channel i + K/2.
 
     cos, sin: of the angles, (.., T, K/2) each. When the angles of queries and keys are those of
     their positions, q . k depends on the two positions only through their distance.
@@ -198,6 +206,8 @@ class Attention(nn.Module):
         """Normalised states (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K).
 
         angles: cos and sin of the rotary angles, (.., T, K/2) each, or None with learned positions.
+        Head n has the channels n K ... (n + 1) K - 1 of its layer. Queries and keys are normalised
+        per head, then rotated; values are neither.
         """
         q = rearrange(self.q(x), "B T (N K) -> B N T K", K=self.d_head)
         k = rearrange(self.k(x), "B T (G K) -> B G T K", K=self.d_head)
@@ -220,8 +230,9 @@ class Attention(nn.Module):
             weights = (q @ k.mT / sqrt(K)).masked_fill(~mask, -inf).softmax(-1)    # (B, N, T, S)
             return weights @ v
 
-        A mask of None means causal attention for several queries, and no mask for a single one: the
-        latest token may attend to all keys of the cache.
+        Otherwise query head n reads key/value head n // (N / G). A mask of None means causal
+        attention for several queries, and no mask for a single one: the latest token may attend to
+        all keys of the cache. Dropout, in training only, sets a share of the weights to zero.
         """
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(
@@ -250,6 +261,11 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.F, config.d_model, bias=config.bias)
 
     def forward(self, x):
+        """Apply down to the inner values. What these are depends on the kind:
+
+        swiglu: SiLU of the gate, times up. gelu: GELU of up, by the tanh formula. relu2: ReLU of
+        up, squared.
+        """
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.kind == "gelu":
@@ -276,7 +292,11 @@ class Block(nn.Module):
         return self.attention.project(self.norm1(x), angles)
 
     def after_attention(self, x, y):
-        """Stream x (B, T, D), output y (B, N, T, K) of attention -> the next stream (B, T, D)."""
+        """Stream x (B, T, D), output y (B, N, T, K) of attention -> the next stream (B, T, D).
+
+        Two updates are added, each after dropout: the heads of y side by side, through the layer
+        `out`; then the MLP of the normalised stream, which contains the first update already.
+        """
         y = rearrange(y, "B N T K -> B T (N K)")
         x = x + self.dropout(self.attention.out(y))
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -441,9 +461,11 @@ class GPT(nn.Module):
     def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of -ln p(next token), in nats, over batch["tokens"] (B, T + 1).
 
-        Targets where batch["mask"] (B, T) is False do not count. metrics["weight"] is the number of
-        targets that count; a caller needs it to average over unequal batches. The generators are
-        not used: nothing in the loss is random but dropout.
+        The first T tokens are the input, the last T the targets. Targets where batch["mask"] (B, T)
+        is False do not count; if none counts, the loss is 0. metrics["weight"] is the number of
+        targets that count; a caller needs it to average over unequal batches. The logits are
+        float32 in the loss, whatever the dtype of the model. The generators are not used: nothing
+        in the loss is random but dropout.
         """
         tokens = batch["tokens"]
         states = self.hidden(tokens[:, :-1])  # (B, T, D)
