@@ -70,7 +70,11 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def shuffle(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Rows, int64 in [0, size), of `samples`, int64: each epoch takes all rows in a new order."""
+    """Rows, int64 in [0, size), of `samples`, int64: each epoch takes all rows in a new order.
+
+    Sample i has place i % size in epoch i // size. Its row is the image of that place under
+    `permute`, with ROUNDS keys (uint64) that np.random.SeedSequence((seed, epoch)) generates.
+    """
     rows = np.empty_like(samples)
     for epoch in np.unique(samples // size):
         here = samples // size == epoch

@@ -41,7 +41,9 @@ def orthogonalise(M: Tensor, steps: int = 5) -> Tensor:
 
     Newton-Schulz needs products only. Each step maps every singular value s to a s + b s^3 + c s^5,
     by X <- a X + (b A + c A A) X with A = X X'. From any s in [0.002, 1] five steps lead to a value
-    between 0.68 and 1.21.
+    between 0.68 and 1.21. So X starts as the matrix divided by its Frobenius norm (at least 1e-7),
+    which is no less than its largest singular value. Of a matrix with more rows than columns the
+    transpose is taken, where A is smaller.
     """
     a, b, c = NEWTON_SCHULZ
     X = M.bfloat16()

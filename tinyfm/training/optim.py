@@ -73,7 +73,8 @@ def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[Tensor]:
     """The matrices between hidden states, and with `kernels` the convolution kernels too.
 
     `model.outer` names the modules that the model wants to leave to AdamW, such as its embeddings
-    and its head. Parameters below such a name, at any depth, are left out.
+    and its head. Parameters below such a name, at any depth, are left out. A matrix has two
+    dimensions, a kernel four.
     """
     ndims = (2, 4) if kernels else (2,)
     outer = set(model.outer)
@@ -116,10 +117,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate at a step of 0 .. steps - 1, as a share of the peak.
 
-    Both schedules rise linearly over warmup_steps. "cosine" (Loshchilov & Hutter 2017) then falls
-    along half a cosine. "wsd" (warmup-stable-decay, Hu et al. 2024) stays at the peak, and falls
-    over the last decay_fraction of the run, or from the end of the warmup on if that is later. The
-    fall is linear (Hägele et al. 2024); that of Hu et al. is exponential.
+    Both schedules rise linearly over warmup_steps, from 1 / warmup_steps in the first step to 1 in
+    the last of them. Then they fall from 1 to final_lr, which they reach at `steps`. "cosine"
+    (Loshchilov & Hutter 2017) falls along half a cosine. "wsd" (warmup-stable-decay, Hu et al.
+    2024) stays at the peak, and falls over the last decay_fraction of the run, or from the end of
+    the warmup on if that is later. The fall is linear (Hägele et al. 2024); that of Hu et al. is
+    exponential.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -158,8 +161,9 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 def scale_and_clip(model: nn.Module, scale: Tensor | float, clip: float) -> Tensor:
     """Multiply all gradients by `scale`, then shrink them to the norm `clip` if they are larger.
 
-    Returns the norm after scaling and before clipping. clip = 0 turns clipping off. Both factors
-    are applied in one pass over the gradients, and nothing is read back from the device.
+    The norm is that of all gradients together, as one vector; parameters without a gradient do not
+    count. Returns the norm after scaling and before clipping. clip = 0 turns clipping off. Both
+    factors are applied in one pass over the gradients, and nothing is read back from the device.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = total_norm(grads) * scale
@@ -192,6 +196,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
+        """Move each average towards its parameter, after the optimizer's step of number `step`."""
         decay = min(0.5 ** (1 / self.half_life), (1 + step) / (10 + step))
         averages = [local(a) for a in self.average.values()]
         params = [local(p) for _, p in trainable(model)]

@@ -178,7 +178,8 @@ def weighted(loss: Tensor, metrics: dict[str, Any], rows: int) -> tuple[Tensor, 
     """(loss * weight, weight) of a micro-batch.
 
     Means of parts do not add up to the mean of the whole, but weighted sums and weights do. The
-    weight is metrics["weight"], for example a count of tokens, or else the number of rows.
+    weight is metrics["weight"], for example a count of tokens, or else the number of rows. It is a
+    float32 tensor on the device of the loss.
     """
     weight = torch.as_tensor(metrics.get("weight", rows), device=loss.device, dtype=torch.float32)
     return loss * weight, weight
@@ -290,9 +291,13 @@ class Trainer:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def backward(self, step: int) -> Tensor:
-        """Add up the gradients of loss * weight over this rank's rows.
+        """Add up the gradients of loss * weight over this rank's rows, micro-batch by micro-batch.
 
-        Returns a tensor of two: the sums of loss * weight and of weight over the same rows.
+        For each: `load` its rows of the data's batch of this step; inside `autocast`, `call` the
+        model's loss with one random generator per row; weigh it; `backward`. Both passes lie inside
+        `call.exchanging`, which has to know the last micro-batch.
+
+        Returns a tensor of two, without a graph: the sums of loss * weight and of weight.
         """
         sums = torch.zeros(2, device=self.device)
         micro_batches = self.micro_batches()
