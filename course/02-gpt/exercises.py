@@ -59,6 +59,6 @@ EXERCISES = (
         GPT,
         3,
         "F.cross_entropy wants (B T, V) and (B T); it skips targets of -100. Sum first, and divide "
-        "by the number of targets that count.",
+        "by the number of targets that count. ChunkedLoss only saves memory: leave it out.",
     ),
 )
