@@ -116,24 +116,25 @@ def run_jobs(jobs: list[Job], seconds: float = SECONDS) -> Iterator[Result]:
     """
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("the checks need a package: pip install pytest")
+    child = None
     with copied_tree() as tree:
-        child = None
-        for job in jobs:
-            child = child or Child(tree)
-            try:
-                outcomes = child.ask(job, seconds)
-            except (TimeoutError, ChildProcessError) as error:
+        try:
+            for job in jobs:
+                child = child or Child(tree)
+                try:
+                    yield summarise(child.ask(job, seconds))
+                    continue
+                except TimeoutError:
+                    reason = f"it did not end within {seconds:.0f} seconds"
+                except ChildProcessError:
+                    reason = "the process ended: too much memory, or an exit"
                 child.close()
                 child = None
                 restore(tree, job)
-                if isinstance(error, TimeoutError):
-                    yield Result("differs", (f"it did not end within {seconds:.0f} seconds",))
-                else:
-                    yield Result("differs", ("the process ended: too much memory, or an exit",))
-                continue
-            yield summarise(outcomes)
-        if child:
-            child.close()
+                yield Result("differs", (reason,))
+        finally:
+            if child:
+                child.close()
 
 
 def restore(tree: Path, job: Job) -> None:
