@@ -3,7 +3,7 @@
 from course.lessons import Exercise
 
 TITLE = "Adaptation: heads, LoRA, soft prompts, distillation, chat"
-NEEDS = ()
+NEEDS = (2,)
 
 EXERCISES = (
     Exercise(

@@ -29,6 +29,7 @@ UNITS = {
     "base_code": "bits per byte",
     **{f"{method}_{kind}": "bits per byte" for method in METHODS for kind in ("prose", "code")},
     **{f"{method}_trained": "parameters" for method in METHODS},
+    "lora_share": "% of the gain of all weights",
     "half_gain": "% of the LoRA's gain",
     "half_loss": "% of the LoRA's loss",
     "merged_difference": "logit",
@@ -127,6 +128,8 @@ def measure(seed: int, variant: str) -> dict:
         result[f"{method}_code"] = bits_per_byte(model, code_test)
         if method == "lora":
             result |= in_part(model, prose_test, code_test)
+    gain = result["base_code"] - result["lora_code"]
+    result["lora_share"] = 100 * gain / (result["base_code"] - result["full_code"])
     return result
 
 
@@ -170,6 +173,7 @@ def draw(figure, results) -> None:
             color="C1",
             alpha=0.6,
             linewidth=1.5,
+            marker=".",
             label=f"LoRA with weights {WEIGHTS[0]:g} to {WEIGHTS[-1]:g}" if first else None,
         )
         points = [("base", "the base", "C6", "s")]

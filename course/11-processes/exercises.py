@@ -3,7 +3,7 @@
 from course.lessons import Exercise
 
 TITLE = "Many processes: DDP, FSDP2, shards, faults, checkpoints"
-NEEDS = ()
+NEEDS = (2,)
 DISTRIBUTED = "tinyfm/training/distributed.py"
 MUON = "tinyfm/training/muon.py"
 
@@ -53,7 +53,7 @@ EXERCISES = (
         "orthogonalise_shards",
         MUON,
         3,
-        "Rank r gets counts[r] matrices. Each rank sends its own rows of them, and receives "
+        "Rank r gets deal(n, size)[r] matrices. Each rank sends its own rows of them, and receives "
         "everyone's rows of its matrices; `exchange` needs to know how many numbers that is. "
         "Put the rows together along dim 1, orthogonalise, split along dim 1, and send back.",
     ),
