@@ -190,8 +190,9 @@ class KVCache:
 def visible_from(n: int, context_length: int) -> int:
     """Index of the first token that the model sees of a text of n tokens.
 
-    The context slides forward in steps of half its length. Each step changes the position of every
-    token, so the cache must be computed again; long steps make that rare.
+    0 while the text fits into the context. Then the context slides forward in steps of half its
+    length (rounded down, at least 1), only as far as needed. Each step changes the position of
+    every token, so the cache must be computed again; long steps make that rare.
     """
     step = max(1, context_length // 2)
     return max(0, math.ceil((n - context_length) / step)) * step
