@@ -17,7 +17,11 @@ tests of whether a model has understood the words:
                            MIN_NAMES training characters have: training has seen "e", and has seen
                            "with circumflex", but not "e with circumflex".
 
-Bold italic of the two other families is for validation.
+Bold italic of the two other families is for validation. So the first test has two fonts, and says
+nothing about families that training has not seen. matplotlib has no such family to hold out: its
+other fonts are symbols, and Computer Modern, with 62 letters and digits (which the judge of
+drawings reads, tinyfm/evaluate/judge.py). To hold out one of the four would take three fonts of
+twelve from training. Other fonts of a system are not on every machine.
 
 No picture may be in two splits, and no test picture may be a copy of a training picture. So a
 drawing is dropped if it equals an earlier one in every pixel, whatever its name (a Latin A usually
