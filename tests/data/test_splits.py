@@ -29,6 +29,12 @@ def test_a_split_depends_on_the_name_alone_and_has_its_share():
     assert all(b != TRAIN for a, b in zip(found, more) if a != TRAIN)
 
 
+def test_a_name_is_in_the_same_split_on_every_machine():
+    """Python's own hash of a text would differ from process to process."""
+    named = {"pathlib:Path": "val", "b": "val", "json.decoder:JSONDecoder": "test", "os": TRAIN}
+    assert {name: splits.split_of(name, 0.5) for name in named} == named
+
+
 # ---- overlap -------------------------------------------------------------------------------------
 
 
