@@ -3,7 +3,7 @@
 from course.lessons import Exercise
 
 TITLE = "Examining honestly"
-NEEDS = ()
+NEEDS = (2,)
 
 METRICS = "tinyfm/evaluate/metrics.py"
 SPLITS = "data/splits.py"
