@@ -3,7 +3,7 @@
 from course.lessons import Exercise
 
 TITLE = "Attention and the GPT"
-NEEDS = ()
+NEEDS = (1,)
 GPT = "tinyfm/gpt.py"
 
 EXERCISES = (
