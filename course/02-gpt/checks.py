@@ -32,14 +32,17 @@ def same(got, expected, what: str, tolerance: float = 1e-5) -> None:
     expected = torch.as_tensor(expected).float()
     message = f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
     assert got.shape == expected.shape, message
-    message = f"{what}: expected {rounded(expected)}, got {rounded(got)}"
+    message = f"{what}: expected {shown(expected)}, got {shown(got)}"
     assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance), message
 
 
-def rounded(x: torch.Tensor) -> list | float:
-    """Numbers to print: all of a small tensor, the first of a large one."""
-    numbers = [round(value, 4) for value in x.flatten()[:12].tolist()]
-    return numbers[0] if x.ndim == 0 else numbers
+def shown(x: torch.Tensor) -> str:
+    """All numbers of a small tensor, row by row; the first numbers of a large one."""
+    if x.ndim == 0:
+        return f"{x.item():.5g}"
+    if x.numel() > 20:
+        x = x.flatten()[:12]
+    return "[" + ", ".join(shown(part) for part in x) + "]"
 
 
 def waves(*shape: int, shift: float = 0.0) -> torch.Tensor:

@@ -26,14 +26,17 @@ def same(got, expected, what: str, tolerance: float = 1e-5) -> None:
     expected = torch.as_tensor(expected).float()
     message = f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
     assert got.shape == expected.shape, message
-    message = f"{what}: expected {rounded(expected)}, got {rounded(got)}"
+    message = f"{what}: expected {shown(expected)}, got {shown(got)}"
     assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance), message
 
 
-def rounded(x: torch.Tensor) -> list | float:
-    """Numbers to print: all of a small tensor, the first of a large one."""
-    numbers = [round(value, 4) for value in x.flatten()[:12].tolist()]
-    return numbers[0] if x.ndim == 0 else numbers
+def shown(x: torch.Tensor) -> str:
+    """All numbers of a small tensor, row by row; the first numbers of a large one."""
+    if x.ndim == 0:
+        return f"{x.item():.5g}"
+    if x.numel() > 20:
+        x = x.flatten()[:12]
+    return "[" + ", ".join(shown(part) for part in x) + "]"
 
 
 def waves(*shape: int, shift: float = 0.0) -> torch.Tensor:
@@ -406,7 +409,7 @@ def test_directions_stay_and_sizes_become_equal(shape):
     got = orthogonalise(M[None])[0].float()
     assert got.shape == M.shape, f"expected the shape {shape}, got {tuple(got.shape)}"
     along = (U.T @ got @ Vh.T).diagonal()
-    message = f"lengths along the singular directions must be about 1, got {rounded(along)}"
+    message = f"lengths along the singular directions must be about 1, got {shown(along)}"
     assert along.min() > 0.6 and along.max() < 1.3, message
     rest = (got - (U * along) @ Vh).abs().max()
     assert rest < 0.1, f"the result has other directions than the matrix, by {rest:.2f}"
