@@ -125,7 +125,7 @@ def break_code(options: argparse.Namespace) -> str | int:
     return (
         f"{folder} is a copy of the code with one fault in it. The symptom:\n\n  {symptom}\n\n"
         f"Find it there by experiments, not by a diff. Then name the file and the function:\n"
-        f"python -m course break {lesson.number} --guess tinyfm/gpt.py:rotate"
+        f"python -m course break {lesson.number} --guess FILE:FUNCTION"
     )
 
 

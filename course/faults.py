@@ -62,7 +62,7 @@ def answer_guess(lesson: Lesson, folder: Path, guess: str) -> tuple[bool, str]:
         raise ValueError(f"no fault is planted: python -m course break {lesson.number}")
     guess = guess.replace("\\", "/")
     if digest(folder, guess) != read(path).strip():
-        form = "" if ":" in guess else "; name a file and a function: tinyfm/gpt.py:rotate"
+        form = "" if ":" in guess else "; name a file and a function: tinyfm/generate.py:complete"
         return False, f"no, the fault is not in {guess}{form}"
     found = [fault for fault in lesson.teacher.FAULTS if place(fault) == guess]
     source = read(folder / found[0].module)
