@@ -114,7 +114,7 @@ def draw(figure, results: list[dict]) -> None:
             curve = result[f"{name}_curve"]
             loss.plot(steps, curve, dashes, color=f"C{i}", label=label, linewidth=1.2)
     loss.set_ylabel("validation loss\n[nats per byte]")
-    loss.set_ylim(1.6, 2.7)
+    loss.set_ylim(1.6, 3.0)
     loss.legend(loc="upper right")
     rows = "one line a seed" if len(results) > 1 else "one seed"
     loss.set_title(f"Two optimizers, two schedules, one average ({rows})", loc="left")
