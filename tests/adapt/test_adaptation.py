@@ -21,7 +21,7 @@ from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import likelihood
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
-from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes import pictures, registry, run_dir
 
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
 REVIEWS = "text,label,tone\n" + "".join(
@@ -170,6 +170,15 @@ def test_pictures_are_classified(tmp_path, capsys):
     capsys.readouterr()
     assert call(sample, out, "--image", tmp_path / "pictures" / "dark" / "0.png") == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("dark")
+    assert "no confusion" in refusal(capsys, evaluate, out, "--picture", tmp_path / "x.png")
+    with pytest.MonkeyPatch.context() as patch:  # a model that confuses everything
+        patch.setattr(pictures, "predictions", lambda *_: {"label": (np.eye(2), np.array([1, 0]))})
+        assert call(evaluate, out, "--picture", tmp_path / "x.png") == 0
+    assert Image.open(tmp_path / "x.png").info["Software"] == "tinyfm"
+    mine = tmp_path / "mine.png"
+    mine.write_text("precious", encoding="utf-8")
+    assert "tinyfm did not draw it" in refusal(capsys, evaluate, out, "--picture", mine)
+    assert mine.read_text(encoding="utf-8") == "precious"
 
 
 def test_a_base_learns_to_chat(tiny_run, tmp_path, capsys, monkeypatch):
@@ -383,3 +392,8 @@ def test_a_run_that_starts_from_another_has_half_the_learning_rate():
     optim = registry.get_preset("gpt", init_from="runs/gpt").run.optim
     assert (optim.lr, optim.muon_lr) == (usual.lr / 2, usual.muon_lr / 2)
     assert registry.get_preset("gpt", adapt="lora", init_from="runs/gpt").run.optim.lr == 0.005
+
+
+def test_an_absurd_number_of_seeds_is_refused():
+    message = compare.main(["compare", "nowhere", "--seeds", str(10**12)])
+    assert "--seeds 1000000000000: use 1 to 1000" in message

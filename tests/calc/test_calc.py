@@ -851,6 +851,9 @@ def test_the_unit_of_the_data(preset, task, unit):
         ("gpt2 --bogus", "unrecognized arguments: --bogus"),
         ("gpt2-124m --context 5", "--context is for published systems"),
         ("", "name a system, a preset or a run directory"),
+        ("sweep --seeds 1000000000000", "--seeds 1000000000000: use at most 1000"),
+        ("sweep --at-once 1000000000000", "--at-once 1000000000000: use at most 1000"),
+        ("cluster gpt2 --gpus 1000000000000", "1000000000000 GPUs .*at most 1048576"),
     ],
 )
 def test_refused_questions(words, message, capsys):

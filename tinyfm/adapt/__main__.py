@@ -54,6 +54,7 @@ from tinyfm.recipes.classify import score_untrained
 from tinyfm.training.trainer import Trainer
 
 METHODS = ("head", "bias", "lora 1", "lora 4", "full", "from scratch")
+MOST_SEEDS = 1000  # each trains all methods
 SHOTS = 4  # labelled examples in the prompt of "few-shot", if they fit
 SCORING = "test-1"  # a new name measures all results again
 
@@ -367,6 +368,8 @@ def compare(options: Options) -> None:
             f"{len(options.steps)} --steps for {len(options.labels)} --labels: give one number of "
             "steps for each number of labels"
         )
+    if not 1 <= options.seeds <= MOST_SEEDS:
+        raise ValueError(f"--seeds {options.seeds}: use 1 to {MOST_SEEDS}")
     opened = run_dir.open_base(options.run)
     for method in options.methods:  # an unknown method is an error before anything is trained
         run_of(options, opened, method, options.labels[0], 0)

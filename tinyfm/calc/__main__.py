@@ -486,6 +486,9 @@ def answer_fit(argv: list[str]) -> str:
     return fit_and_draw(folders, options.held_out, picture)
 
 
+MOST_RUNS = 1000  # of each size
+
+
 def answer_sweep(argv: list[str]) -> str:
     """Measure a scaling law.
 
@@ -504,6 +507,10 @@ def answer_sweep(argv: list[str]) -> str:
     add("--out", default="runs/sweep", help="folder for the runs (default runs/sweep)")
     add("options", nargs="*", metavar="OPTIONS", help="options of train.py for all runs, after --")
     options = parser.parse_args(argv)
+    for name in ("seeds", "at_once"):
+        value = getattr(options, name)
+        if value > MOST_RUNS:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: use at most {MOST_RUNS}")
 
     from tinyfm.calc import sweep
     from tinyfm.recipes import registry
