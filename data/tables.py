@@ -473,8 +473,10 @@ def holds_documents(path: Path, field: str = "text") -> bool | None:
         return field in columns_of(path, kind) or None
     if kind == ".json":
         first = next(rows(path, field), None)
+        if first is None:
+            return True  # an empty array
         try:
-            return first is not None and bool(parse(first, field))
+            return bool(parse(first, field))
         except ValueError as error:
             return True if reading.TOO_LONG in str(error) else None
     return False

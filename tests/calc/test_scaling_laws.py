@@ -449,6 +449,8 @@ def test_a_run_that_fails_stops_the_others(fake_train):
     with pytest.raises(ValueError, match=r"wrong failed: error: no such option --fail; see logs"):
         sweep.train_all([long, wrong], 2)
     assert Path("long", "stopped").exists()
+    wrong.log.write_text("╭─ Error ─╮\n│ Unrecognized: x │\n╰─────────╯\n", encoding="utf-8")
+    assert wrong.last_words() == "Error Unrecognized: x"
 
 
 def test_the_presets_of_the_sweep():

@@ -310,6 +310,12 @@ def test_an_array_is_read_a_part_at_a_time(tmp_path, monkeypatch):
             rows_of(write(tmp_path / "t.json", broken))
 
 
+def test_an_empty_array_is_no_text(tmp_path):
+    path = write(tmp_path / "t.json", "[ ]\n")
+    with pytest.raises(ValueError, match=r"no text in .*t\.json': 0 found"):
+        list(files.documents(str(path)))
+
+
 def test_tables_for_pretraining_have_a_text_column_or_a_note(tmp_path):
     write(tmp_path / "a.csv", 'id,text\n1,"one, 1"\n2,two\n')
     write(tmp_path / "b.json", '[{"text": "three"}, {"text": 4}]')

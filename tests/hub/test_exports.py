@@ -351,6 +351,14 @@ def test_somebody_elses_model_is_not_overwritten(run, part, name, export, tmp_pa
     export(run, "--overwrite")
 
 
+@pytest.mark.parametrize("run", ["gpt", "autoencoder", "ddpm", "clip"])
+def test_a_file_is_no_folder_for_a_model(run, export, tmp_path):
+    (tmp_path / run).write_text("theirs", encoding="utf-8")
+    for words in ((), ("--overwrite",)):
+        with pytest.raises(SystemExit, match=f"{run} is a file; name a folder"):
+            export(run, *words)
+
+
 def test_the_settings_to_train_with_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"--model\.stem patch"):
         CLIP(CLIPConfig()).save_pretrained(tmp_path)

@@ -297,6 +297,12 @@ class Job:
     def log(self) -> Path:
         return self.folder.parent / "logs" / f"{self.folder.name}.log"
 
+    def last_words(self) -> str:
+        """The end of the log in one line, without the frames that messages stand in."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = [line.strip("╭╮╰╯│─ ") for line in lines]
+        return " ".join(filter(None, texts))[-200:]
+
 
 def train_all(jobs: Sequence[Job], at_once: int) -> None:
     """Train the runs in this order, `at_once` at a time, and print a line for each that ends.
@@ -319,9 +325,8 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
                 if process.poll() is None:
                     continue
                 del running[job]
-                said = job.log.read_text(encoding="utf-8").strip().splitlines()
                 if process.returncode:
-                    raise ValueError(f"{job.folder} failed: {' '.join(said[-1:])}; see {job.log}")
+                    raise ValueError(f"{job.folder} failed: {job.last_words()}; see {job.log}")
                 done = len(jobs) - len(waiting) - len(running)
                 minutes = (time.perf_counter() - started) / 60
                 print(f"[{done} of {len(jobs)}, {minutes:.1f} min] {job.folder}", flush=True)

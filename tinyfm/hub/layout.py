@@ -226,7 +226,9 @@ TOKENIZER_FILES = (
 
 
 def check_overwrite(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if a folder holds a model's files already, unless overwrite."""
+    """Raise ValueError if a folder is a file or, unless overwrite, holds a model's files."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder to write the model into")
     if overwrite:
         return
     found = sorted(path.name for pattern in OWNED for path in folder.glob(pattern))
