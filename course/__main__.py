@@ -49,7 +49,7 @@ def list_lessons(options: argparse.Namespace) -> str:
         needs = ", ".join(map(str, lesson.needs)) or "nothing"
         page = (lesson.folder / "lesson.md").relative_to(ROOT).as_posix()
         points = sum(exercise.points for exercise in lesson.exercises)
-        count = f"{len(lesson.exercises)} exercises, {points} points; " if points else ""
+        count = f"exercises: {len(lesson.exercises)}, points: {points}; " if points else ""
         lines.append(f"    {count}needs {needs}; read {page}")
     lines.append("python -m course start N begins lesson N; python -m course --help has the rest")
     return "\n".join(lines)
@@ -65,7 +65,7 @@ def progress(options: argparse.Namespace, lesson: Lesson) -> str:
 
 def start(options: argparse.Namespace) -> str:
     lesson = find_lesson(options.lesson)
-    page = lesson.folder / "lesson.md"
+    page = (lesson.folder / "lesson.md").relative_to(ROOT)
     if handout.is_handout():
         return f"read {page}, and write in {', '.join(lesson.modules)}"
     folder = work_folder(options, lesson)
