@@ -37,13 +37,13 @@ FILTERS = {
     "min-p 0.1": {"min_p": 0.1},
 }
 CONFIG = GPTConfig(256, context_length=96, n_layer=2, n_head=3, d_model=96)
-ROWS = 16  # of a batch
-STEPS = 500
+ROWS = 8  # of a batch
+STEPS = 600
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 PROMPTS = 24
 PROMPT_BYTES = 16
 NEW = 80  # tokens to generate
-LENGTHS = (25, 50, 100, 200, 400)  # new tokens, for the times
+LENGTHS = (20, 50, 100, 200)  # new tokens, for the times
 
 
 def split(seed: int) -> tuple[bytes, list[bytes]]:
