@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -148,6 +149,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def one_line_lists(text: str) -> str:
+    """JSON with each list of numbers on one line: a curve has hundreds."""
+    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda match: " ".join(match[0].split()), text)
+
+
 def record(lesson: Lesson, seeds: Sequence[int]) -> None:
     """Measure the recorded variant with each seed, and write expected.json and the figure."""
     experiment = load(lesson)
@@ -159,7 +165,7 @@ def record(lesson: Lesson, seeds: Sequence[int]) -> None:
     seconds = round((time.monotonic() - start) / len(seeds))
     about = {**machine(), "seconds a seed": seconds, "seeds": list(seeds)}
     text = json.dumps({"recorded": about, "results": results}, indent=1)
-    write(expected_path(lesson), text + "\n")
+    write(expected_path(lesson), one_line_lists(text) + "\n")
     draw(experiment, results, lesson.folder / "figure")
 
 

@@ -130,6 +130,7 @@ class Upsample(nn.Conv2d):
         super().__init__(width, width, 3, padding=1)
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, C, 2 H, 2 W)"""
         # A pixel of the repeated image contributes to the result by the flipped 3 x 3 kernel. A
         # pixel of x is four of these, so its kernel is the sum of four copies: one in place, one
         # shifted by a row, one by a column, and one by both.
@@ -246,14 +247,26 @@ class Decoder(nn.Module):
 def reparameterise(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """A draw from N(mean, var), with gradients for both (Kingma & Welling 2014, section 2.4).
 
-    eps: standard normal noise of the same shape.
+    All three have one shape, and so has the result. eps: standard normal noise.
     """
     return mean + torch.exp(logvar / 2) * eps
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, var) || N(0, 1)) in nats, element by element (appendix B there)."""
+    """KL(N(mean, var) || N(0, 1)) in nats, element by element (appendix B there).
+
+    mean, logvar = ln var, and the result have one shape.
+    """
     return (mean.square() + logvar.exp() - 1 - logvar) / 2
+
+
+def count_active(means: Tensor) -> Tensor:
+    """The number of active latents, int64: those whose mean varies from picture to picture.
+
+    means (B, Z, h, w): the means of the latents of B pictures. A latent, one of Z h w, is active if
+    the variance of its mean over the B pictures (divided by B) is above ACTIVE.
+    """
+    return (means.var(dim=0, correction=0) > ACTIVE).sum()
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -280,7 +293,10 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [-1, 1] -> mean and ln var of the latents, (B, Z, h, w) each.
 
-        A plain autoencoder's variance is almost 0. Raises ValueError as check_images does.
+        The encoder gives 2 Z channels: the means, then ln var, which is clamped to LOGVAR_RANGE.
+        A plain autoencoder's encoder gives Z means, and ln var is the lower limit everywhere: the
+        variance is almost 0. Images are converted to the dtype of the weights. Raises ValueError
+        as check_images does.
         """
         check_images(images.shape, self.config.in_channels, self.config.factor)
         moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype))
@@ -305,7 +321,9 @@ class Autoencoder(nn.Module):
     def measure_latents(self, batches: Iterable[Tensor]) -> None:
         """Set latent_mean and latent_scale from pictures, given in batches (B, C, H, W).
 
-        Raises ValueError if there are none.
+        They become the mean of all latents z, a single number, and 1 / their standard deviation. A
+        latent is a draw from N(mean, var), so its square is mean^2 + var on average. Sums are in
+        float64. Batches may have different sizes. Raises ValueError if there are none.
         """
         count = 0
         total = 0.0
@@ -325,9 +343,14 @@ class Autoencoder(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction + beta KL of batch["images"] (B, C, H, W), the mean over pictures.
 
-        Row i draws its noise from generators[i], a CPU generator. beta warms up with batch["step"],
-        the training step; without it, as in evaluation, beta has its full value. metrics: both
-        terms, and the number of active latents, whose means vary with the picture.
+        Both terms are sums over a picture: of |x - decode(z)|^2 / 2 over pixels, of the KL over
+        latents. Row i draws its noise eps, in the shape (Z, h, w), from generators[i], a CPU
+        generator. A plain autoencoder draws none: z is the mean, and the KL is 0. beta rises from 0
+        to its full value in beta_warmup_steps, in proportion to batch["step"], the training step, a
+        tensor; without a step, as in evaluation, it has its full value.
+
+        metrics, without gradients: "reconstruction" and "kl", the two terms, and "active", the
+        number of active latents in this batch.
         """
         config = self.config
         images = batch["images"]
@@ -342,7 +365,7 @@ class Autoencoder(nn.Module):
         beta = config.beta
         if "step" in batch and config.beta_warmup_steps:
             beta = beta * (batch["step"] / config.beta_warmup_steps).clamp(max=1)
-        active = (mean.detach().var(dim=0, correction=0) > ACTIVE).sum()
+        active = count_active(mean.detach())
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach(), "active": active}
         return reconstruction + beta * kl, metrics
 

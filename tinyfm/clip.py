@@ -227,6 +227,7 @@ class TextTower(nn.Module):
         return self.norm(self.blocks[-1](x, at))
 
     def forward(self, tokens):
+        """Tokens (B, T) -> the states at the end tokens, (B, D)."""
         if self.end_token == -1:
             end_id = tokens[:, -1:]  # (B, 1)
         elif self.end_token == -2:
@@ -283,8 +284,8 @@ def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
     """For each column, the ln of the number of negatives as which it counts, (n,).
 
     ids (n,) are those of the columns, -1 where a column is empty: its result is -inf. n_pairs is M,
-    the number of pairs in the data. If M does not exceed the number of columns, each column counts
-    once, and the result is 0.
+    the number of pairs in the data. Each of the k columns that are not empty counts as
+    (M - 1) / (k - 1). If M does not exceed k, each counts once, and the result is 0.
     """
     known = ids >= 0
     count = ((n_pairs - 1) / (known.sum() - 1)).clamp(min=1)
@@ -295,7 +296,11 @@ def log_weights(ids: Tensor, n_pairs: int) -> Tensor:
 
 
 def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE: the sum over rows of z (R, n) of the mean of -ln softmax at the row's positives."""
+    """InfoNCE: the sum over rows of z (R, n) of the mean of -ln softmax at the row's positives.
+
+    positive: bool (R, n), with at least one True in each row. z may hold -inf, but at no positive.
+    The softmax is over all columns of a row. Logits may be large: exp(z) is not to overflow.
+    """
     at_positives = z.masked_fill(~positive, 0).sum(1) / positive.sum(1)  # (R,)
     return (z.logsumexp(1) - at_positives).sum()
 
@@ -303,7 +308,8 @@ def softmax_loss(z: Tensor, positive: Tensor) -> Tensor:
 def sigmoid_loss(z: Tensor, positive: Tensor) -> Tensor:
     """SigLIP (algorithm 1 there): the sum over all pairs of -ln of the probability of its label.
 
-    A pair is positive with probability sigmoid(z), negative with sigmoid(-z).
+    A pair is positive with probability sigmoid(z), negative with sigmoid(-z). z (R, n) are logits,
+    which may be large; positive, bool (R, n), are the labels.
     """
     return -F.logsigmoid(torch.where(positive, z, -z)).sum()
 

@@ -148,7 +148,9 @@ def scaled_linear_betas(S: int, start: float, end: float) -> Tensor:
 def cosine_betas(S: int) -> Tensor:
     """The same with alpha_bar falling as cos^2 (Nichol & Dhariwal 2021, eq. 17).
 
-    So alpha_bar falls slowly at both ends.
+    alpha_bar after the share p = 0, 1 / S .. 1 of the steps is cos^2((p + 0.008) / 1.008 pi / 2),
+    which falls slowly at both ends. A step's beta is 1 - alpha_bar after it / alpha_bar before it,
+    and at most 0.999.
     """
     progress = torch.arange(S + 1, dtype=torch.float64) / S
     alpha_bar = torch.cos((progress + 0.008) / 1.008 * math.pi / 2).square()
@@ -197,7 +199,11 @@ def target(prediction: str, x0: Tensor, eps: Tensor, alpha, sigma) -> Tensor:
 
 
 def separate(prediction: str, y: Tensor, x_t: Tensor, alpha, sigma) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) from x_t = alpha x_0 + sigma eps and y = a x_0 + b eps, by Cramer's rule."""
+    """(x_0, eps) from x_t = alpha x_0 + sigma eps and y = a x_0 + b eps, by Cramer's rule.
+
+    a and b are those of `mixture`. y and x_t have one shape, and so have x_0 and eps; alpha and
+    sigma are numbers or (B, 1, 1, 1).
+    """
     a, b = mixture(prediction, alpha, sigma)
     determinant = alpha * b - sigma * a  # for the four predictions: alpha, -sigma, 1, 1
     return (b * x_t - sigma * y) / determinant, (alpha * y - a * x_t) / determinant
@@ -207,6 +213,9 @@ def min_snr_weight(prediction: str, snr: Tensor, gamma: float) -> Tensor:
     """Weight of |y - target|^2 that makes it min(SNR, gamma) |error of x_0|^2 (Hang et al. 2023).
 
     SNR = alpha^2 / sigma^2. Without the cap gamma, nearly clean images would outweigh all others.
+    prediction is "x0", "eps" or "v", and says what y is; snr and the result are (B,). In y = x0 the
+    two errors are equal; in y = eps, |error of eps|^2 is SNR |error of x_0|^2, in y = v SNR + 1
+    times it.
     """
     error_of_x0 = {"x0": 1.0, "eps": 1 / snr, "v": 1 / (snr + 1)}[prediction]
     return snr.clamp(max=gamma) * error_of_x0
@@ -257,7 +266,13 @@ def timesteps(S: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
 def ddim(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, eta: float = 0.0) -> States:
     """Mix x_0 and eps again, with part of eps replaced by new noise (Song et al. 2021, eq. 12, 16).
 
-    eta = 0 draws nothing, so the same starting noise always gives the same image. eta = 1 is DDPM.
+    From each stop of the path to the next, x becomes
+
+        alpha_next x_0 + sqrt(sigma_next^2 - fresh^2) eps + fresh noise()
+        fresh = eta sigma_next / sigma sqrt(sigma^2 - (alpha / alpha_next sigma_next)^2)
+
+    where rounding must not make the argument of a root negative. Yields x after each step. eta = 0
+    draws nothing, so the same starting noise always gives the same image. eta = 1 is DDPM.
     """
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in pairwise(path):
         x0, eps = denoise(x, t, alpha, sigma)
@@ -272,9 +287,10 @@ def ddim(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, eta: float 
 def ddpm(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise, variance="small") -> States:
     """Ancestral sampling: draw from the Gaussian q(x_next | x_t, x_0) (Ho et al. 2020, eq. 7).
 
-    `added` is the variance that the forward process adds from the next level to this one. The noise
-    drawn here has all of it if variance is "large", the upper bound, and the exact share of it if
-    "small". The last step draws none.
+    From the next level to this one, the forward process keeps alpha / alpha_next of x and adds the
+    variance `added` = sigma^2 - (alpha / alpha_next sigma_next)^2. The noise drawn here has all of
+    it if variance is "large", the upper bound, and the exact share of it, (sigma_next / sigma)^2,
+    if "small". The last step, to sigma_next = 0, calls no noise(). Yields x after each step.
     """
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in pairwise(path):
         x0, _ = denoise(x, t, alpha, sigma)
@@ -324,7 +340,8 @@ def heun(denoise: Denoise, x: Tensor, path: NoisePath, noise: Noise) -> States:
     """Heun's rule: step with the mean of the velocities here and at the end of Euler's step.
 
     It is of second order, with two calls of the network per step. The last step calls it once: it
-    ends at sigma = 0, where the velocity (x - x_0) / sigma cannot be computed. Draws nothing.
+    ends at sigma = 0, where the velocity (x - x_0) / sigma cannot be computed. Yields x after each
+    step. Draws nothing.
     """
     for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in pairwise(path):
         x0, _ = denoise(x, t, alpha, sigma)

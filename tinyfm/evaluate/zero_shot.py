@@ -151,7 +151,11 @@ def number_labels(labels: Sequence[str]) -> tuple[list[str], Tensor]:
 
 @full_precision
 def class_logits(x: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
-    """Images x (B, E), classes (n, M, E) -> (B, M), whose softmax is P(class | image)."""
+    """Images x (B, E), classes (n, M, E) -> (B, M), whose softmax is P(class | image).
+
+    Each of the n M captions has the logit scale x . y; a class's is the ln of the sum of exp over
+    its n captions. Logits reach 100, so exp is not to overflow.
+    """
     return torch.stack([scale * x @ captions.T for captions in classes]).logsumexp(0)
 
 
@@ -197,7 +201,8 @@ def recall(x: Tensor, y: Tensor, owner: Tensor, ks: Sequence[int]) -> Scores:
 def nearest_neighbours(x: Tensor, train_x: Tensor, train_y: Tensor, k: int = 1) -> Tensor:
     """The most common class among the k nearest of train_x, int64 (B,).
 
-    Of equally common classes, that of the nearest wins.
+    x (B, D) and train_x (N, D) are unit vectors, and near is a large cosine; train_y (N,) are the
+    classes. Of equally common classes, that of the nearest wins. ROWS rows of x at a time.
     """
     found = []
     for part in x.split(ROWS):
@@ -215,7 +220,8 @@ def linear_probe(x: Tensor, train_x: Tensor, train_y: Tensor, ridge: float = 1e-
 
         W = (X'X + ridge n I)^-1 X'Y,    X = (train_x, 1), of n rows
 
-    X'Y is summed class by class, because Y is too large where there are many classes.
+    x (B, D), train_x (n, D); train_y (n,) are classes from 0. The class of a row is where (x, 1) W
+    is largest. X'Y is summed class by class, because Y is too large where there are many classes.
     """
 
     def with_one(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
-from tinyfm.autoencoder import ACTIVE, Autoencoder, AutoencoderConfig
+from tinyfm.autoencoder import Autoencoder, AutoencoderConfig, count_active
 from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
 from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
@@ -52,7 +52,7 @@ class AutoencoderRun(ImageRun):
         model.measure_latents(batch["images"].to(device) for batch in train)
         terms = mean_metrics(self, model, data)
         means = [model.encode(b["images"].to(device))[0].float() for b in data.val_batches(rows)]
-        active = (torch.cat(means).var(dim=0, correction=0) > ACTIVE).sum()
+        active = count_active(torch.cat(means))
         return {
             "val_reconstruction": terms["reconstruction"],
             "val_kl": terms["kl"],
