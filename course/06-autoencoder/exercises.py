@@ -1,7 +1,7 @@
 from course.lessons import Exercise
 
 TITLE = "Autoencoder and VAE"
-NEEDS = ()
+NEEDS = (3,)
 MODULE = "tinyfm/autoencoder.py"
 EXERCISES = (
     Exercise(
