@@ -176,6 +176,73 @@ def test_a_bootstrap_is_that_of_whole_documents_and_does_not_change():
     assert equal == pytest.approx((1.6, 1.6))
 
 
+@pytest.mark.parametrize("files, per", [(1, 4), (4, 10), (10, 10)])
+def test_an_interval_of_macro_f1_catches_its_mean(files, per):
+    """Six classes of `files` files each; how well a file is read varies by a Beta distribution."""
+    M = 6
+    recall = np.linspace(0.4, 0.9, M)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(M), files * per)
+    place = np.arange(len(labels)) // per
+    wrong = (labels + 1 + labels % 3) % M  # what a class is taken for
+    values = []
+    caught = []
+    for i in range(300):
+        chance = rng.beta(8 * recall[labels[::per]], 8 * (1 - recall[labels[::per]]))
+        guesses = np.where(rng.random(len(labels)) < chance[place], labels, wrong)
+        values.append(metrics.macro_f1(metrics.confusion_matrix(guesses, labels, M)))
+        if i < 100:
+            caught.append(metrics.measured_f1(guesses, labels, M, "texts", place, "files"))
+            assert caught[-1] == values[-1]
+    inside = [found.low <= np.mean(values) <= found.high for found in caught]
+    assert np.mean(inside) >= 0.9
+    width = np.mean([found.high - found.low for found in caught])
+    assert width < 7 * np.std(values)  # 4 standard deviations, and Student's t for 6 files
+
+
+@pytest.mark.parametrize("off", [0, 0.1])
+@pytest.mark.parametrize("alike", [1, 10])
+def test_an_interval_of_a_calibration_error_catches_its_mean(off, alike):
+    rng = np.random.default_rng(0)
+    n = 400
+    place = np.arange(n) // alike
+    values = []
+    caught = []
+    for i in range(300):
+        confidence = 0.5 + 0.5 * rng.beta(2, 1.2, n)
+        chance = confidence - off + rng.normal(0, 0.1, n)[place] * (alike > 1)
+        labels = (rng.random(n) >= chance).astype(int)
+        p = np.stack([confidence, 1 - confidence], axis=1)
+        values.append(metrics.calibration_error(p, labels))
+        if i < 100:
+            caught.append(metrics.measured_calibration(p, labels, "texts", place, "files"))
+            assert caught[-1] == values[-1]
+    inside = [found.low <= np.mean(values) <= found.high for found in caught]
+    assert np.mean(inside) >= 0.9
+    assert np.mean([found.high - found.low for found in caught]) < 6 * np.std(values)
+    if alike == 1:
+        usual = metrics.error_if_calibrated(p)
+        assert (abs(usual - np.mean(values)) < 0.005) == (off == 0)
+
+
+def test_all_measures_of_classes_count_the_same_examples():
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 8
+    p = rng.dirichlet(np.ones(8), 120) + np.eye(8)[labels] * (rng.random((120, 1)) < 0.6)
+    scores = metrics.classification(p / p.sum(1, keepdims=True), labels, "texts", labels, "files")
+    for name in ("accuracy", "accuracy_top_5", "macro_f1", "calibration_error"):
+        own = scores[name]
+        assert own.low < own < own.high and own.about == "120 texts in 8 files", name
+    few = metrics.classification(p[:3] / p[:3].sum(1, keepdims=True), labels[:3])
+    assert math.isnan(few["macro_f1"].low)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    x = np.random.default_rng(0).normal(size=40)
+    without = np.array([np.delete(x, i).mean() for i in range(40)])
+    assert metrics.jackknife_error(without) == pytest.approx(x.std(ddof=1) / math.sqrt(40))
+
+
 def test_a_measure_prints_its_interval():
     right = np.arange(100) < 80
     one = metrics.proportion(right, "texts")

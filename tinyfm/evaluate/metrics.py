@@ -22,9 +22,19 @@ of other examples of the same kind, not of other seeds of the training.
     share of examples in clusters, such as passages of one file, which are alike: the same, with
         fewer examples, n / deff, and Student's t instead of z (Korn & Graubard 1998)
     ratio of two sums over documents, such as bits / bytes: a bootstrap over documents (Efron 1979)
+    macro-F1 and calibration error: the value +- t standard errors, of a bootstrap over clusters
 
 deff, the design effect (Kish 1965), is the variance of p between clusters over that of independent
 examples. The common p +- z sqrt(p (1 - p) / n) is too narrow for a p near 0 or 1.
+
+A calibration error is biased: each bin adds the size of its noise, so that even a calibrated
+classifier has an error, and a larger one with fewer examples. Macro-F1 is biased a little. The
+quantiles of a bootstrap double such a bias: of simulated macro-F1s they held 51 to 91%. The
+interval used here is that of the mean over other samples of as many examples, bias included. In
+simulations it held 94 to 97% of macro-F1s, and of calibration errors 92 to 99%. It does not hold
+the error that infinitely many examples would show: of a calibrated classifier never, of one that is
+off by 0.05, with 450 examples, in 77%. So beside a calibration error stands the one that a
+calibrated classifier would have with the same probabilities (`error_if_calibrated`).
 
 All shares are from 0 to 1, all arrays are numpy arrays. Left out: areas under curves, regression,
 tests of a difference.
@@ -42,6 +52,7 @@ import numpy as np
 from data.report import counted
 
 DRAWS = 2000  # samples of a bootstrap
+ERROR_DRAWS = 200  # samples of a bootstrap that gives a standard error
 DRAWN_AT_ONCE = 1 << 20  # units of these samples in memory
 MIN_UNITS = 10  # units, such as documents, that a bootstrap needs
 
@@ -65,19 +76,29 @@ def check(scores: np.ndarray, labels: np.ndarray) -> None:
         )
 
 
-def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """Share of the examples whose label is among the k highest of scores (n, M).
+def among_highest(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Whether each label is among the k highest of scores (n, M): bool (n,).
 
     Among equal scores, the first class counts as the highest.
     """
     check(scores, labels)
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # (n, k)
-    return float((highest == labels[:, None]).any(1).mean())
+    return (highest == labels[:, None]).any(1)
 
 
-def confusion_matrix(guesses: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (classes, classes): entry [i, j] counts the examples of class i taken for class j."""
-    counts = np.bincount(labels * classes + guesses, minlength=classes**2)
+def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """Share of the examples whose label is among the k highest of scores (n, M)."""
+    return float(among_highest(scores, labels, k).mean())
+
+
+def confusion_matrix(
+    guesses: np.ndarray, labels: np.ndarray, classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """(classes, classes): entry [i, j] counts the examples of class i taken for class j.
+
+    weights: (n,), how often each example counts; once by default.
+    """
+    counts = np.bincount(labels * classes + guesses, weights, minlength=classes**2)
     return counts.reshape(classes, classes)
 
 
@@ -104,31 +125,48 @@ def macro_f1(confusion: np.ndarray) -> float:
     return float(per_class(confusion)["f1"][occurs].mean())
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+def calibration_error(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    bins: int = 15,
+    weights: np.ndarray | None = None,
+) -> float:
     """Expected calibration error (Guo et al. 2017, eq. 3).
 
     The examples are put into bins (a, b] of equal width by the probability of their guess. The
-    error is |accuracy - mean probability| of a bin, averaged over all examples.
+    error is |accuracy - mean probability| of a bin, averaged over all examples. weights: (n,), how
+    often each example counts; once by default.
     """
     check(probabilities, labels)
+    weights = np.ones(len(labels)) if weights is None else weights
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, weights=right - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
+    gap = np.bincount(place, weights=(right - confidence) * weights, minlength=bins)
+    return float(np.abs(gap).sum() / weights.sum())
 
 
-def classification(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
-    """All measures of probabilities (n, M) and labels (n,); top-5 accuracy with 6 classes or
-    more."""
-    guesses = probabilities.argmax(1)
-    classes = probabilities.shape[1]
-    scores = {"accuracy": accuracy(probabilities, labels)}
-    if classes > 5:
-        scores["accuracy_top_5"] = accuracy(probabilities, labels, k=5)
-    scores["macro_f1"] = macro_f1(confusion_matrix(guesses, labels, classes))
-    scores["calibration_error"] = calibration_error(probabilities, labels)
-    return scores
+def guess_alone(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities (n, M) as those of two classes, (n, 2): the guess, which is class 0, and 0.
+
+    The calibration error reads no others, so many samples of it are computed on these.
+    """
+    confidence = probabilities.max(1)
+    return np.stack([confidence, np.zeros_like(confidence)], axis=1)
+
+
+def error_if_calibrated(probabilities: np.ndarray, bins: int = 15) -> float:
+    """The calibration error that a calibrated classifier with these probabilities (n, M) has.
+
+    Its guesses are right by chance, with their probability. The mean of ERROR_DRAWS such draws.
+    """
+    guess = guess_alone(probabilities)
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(ERROR_DRAWS):
+        wrong = rng.random(len(guess)) >= guess[:, 0]
+        errors.append(calibration_error(guess, wrong.astype(int), bins))
+    return float(np.mean(errors))
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -266,6 +304,15 @@ def bootstrap(
     return float(ratio - highest * error), float(ratio - lowest * error)
 
 
+def jackknife_error(without: np.ndarray) -> float:
+    """Standard error of a measure from its values without each of m groups of the sample, (m,).
+
+    The groups are random and of one size (Efron & Tibshirani 1993, section 11.5).
+    """
+    m = len(without)
+    return math.sqrt((m - 1) * float(np.var(without)))
+
+
 # ---- measures with intervals --------------------------------------------------------------------
 
 
@@ -302,6 +349,45 @@ class Measured(float):
 NO_INTERVAL = (math.nan, math.nan)
 
 
+def counted_together(
+    n: int, unit: str, clusters: Sequence[Any], cluster: str
+) -> tuple[str, np.ndarray]:
+    """("575 texts in 78 files", the cluster's number of each example, int64 (n,)).
+
+    Without clusters each example is its own.
+    """
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(place.max(initial=-1)) + 1
+    if not count or count == n:
+        return counted(n, unit), np.arange(n)
+    return f"{counted(n, unit)} in {counted(count, cluster)}", place
+
+
+def resampled(
+    measure: Callable[[np.ndarray], float],
+    n: int,
+    unit: str = "examples",
+    clusters: Sequence[Any] = (),
+    cluster: str = "",
+) -> Measured:
+    """A measure between 0 and 1 of n examples, +- t standard errors: see the top.
+
+    measure: of weights (n,), how often each example counts. The standard error is the deviation
+    over ERROR_DRAWS draws of all clusters with replacement.
+    """
+    about, place = counted_together(n, unit, clusters, cluster)
+    count = int(place.max()) + 1
+    value = measure(np.ones(n))
+    if count < 2 or n < MIN_UNITS:
+        return Measured(value, NO_INTERVAL, n, about)
+    rng = np.random.default_rng(0)
+    equal = np.full(count, 1 / count)
+    draws = [measure(rng.multinomial(count, equal)[place]) for _ in range(ERROR_DRAWS)]
+    half = student_t(0.95, count - 1) * float(np.std(draws))
+    interval = (max(0.0, value - half), min(1.0, value + half))
+    return Measured(value, interval, n, about)
+
+
 def proportion(
     right: np.ndarray, unit: str = "examples", clusters: Sequence[Any] = (), cluster: str = ""
 ) -> Measured:
@@ -313,11 +399,10 @@ def proportion(
     right = np.asarray(right, dtype=bool)
     n = len(right)
     value = float(right.mean())
-    count = len(set(clusters))
-    if not count or count == n:
-        return Measured(value, wilson(int(right.sum()), n), n, counted(n, unit))
-    about = f"{counted(n, unit)} in {counted(count, cluster)}"
-    interval = NO_INTERVAL if count == 1 else clustered_wilson(right, clusters)
+    about, place = counted_together(n, unit, clusters, cluster)
+    interval = NO_INTERVAL
+    if n == 1 or place.any():  # more than one cluster, or a single example
+        interval = clustered_wilson(right, place)
     return Measured(value, interval, n, about)
 
 
@@ -327,3 +412,53 @@ def ratio_of_sums(parts: np.ndarray, wholes: np.ndarray, unit: str) -> Measured:
     value = float(np.sum(parts) / np.sum(wholes))
     interval = NO_INTERVAL if n < MIN_UNITS else bootstrap(parts, wholes)
     return Measured(value, interval, n, counted(n, unit))
+
+
+def measured_f1(
+    guesses: np.ndarray, labels: np.ndarray, classes: int, *counted_in: Any
+) -> Measured:
+    """Macro-F1 of guesses (n,), with its interval; counted_in: unit, clusters, cluster."""
+
+    def measure(weights: np.ndarray) -> float:
+        return macro_f1(confusion_matrix(guesses, labels, classes, weights))
+
+    return resampled(measure, len(labels), *counted_in)
+
+
+def measured_calibration(
+    probabilities: np.ndarray, labels: np.ndarray, *counted_in: Any
+) -> Measured:
+    """`calibration_error` with its interval; counted_in: unit, clusters, cluster."""
+
+    check(probabilities, labels)
+    guess = guess_alone(probabilities)
+    wrong = (probabilities.argmax(1) != labels).astype(int)
+
+    def measure(weights: np.ndarray) -> float:
+        return calibration_error(guess, wrong, weights=weights)
+
+    return resampled(measure, len(labels), *counted_in)
+
+
+def classification(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    unit: str = "examples",
+    clusters: Sequence[Any] = (),
+    cluster: str = "",
+) -> Scores:
+    """All measures of probabilities (n, M) and labels (n,), with intervals.
+
+    There is a top-5 accuracy with 6 classes or more. unit, clusters, cluster: as in `proportion`.
+    """
+    check(probabilities, labels)
+    counted_in = (unit, clusters, cluster)
+    guesses = probabilities.argmax(1)
+    classes = probabilities.shape[1]
+    scores = {"accuracy": proportion(guesses == labels, *counted_in)}
+    if classes > 5:
+        scores["accuracy_top_5"] = proportion(among_highest(probabilities, labels, 5), *counted_in)
+    scores["macro_f1"] = measured_f1(guesses, labels, classes, *counted_in)
+    scores["calibration_error"] = measured_calibration(probabilities, labels, *counted_in)
+    scores["calibration_error_if_calibrated"] = error_if_calibrated(probabilities)
+    return scores

@@ -38,6 +38,7 @@ class ClassifyRun(Run):
     FACTS = (*Run.FACTS, "classes")
     trunk_run: ClassVar[type[Run]]  # the family's run type for pretraining
     reader: ClassVar[Reader]  # how to read features from its model
+    LOSS_ROWS = 0  # small batches of neighbours would be from one file
     SHOWN: ClassVar[int] = 32  # examples in a sheet of guesses
 
     def __post_init__(self):
@@ -106,14 +107,12 @@ def score_batches(
 ) -> Scores:
     """metrics.classification of each question, with its name appended if there are several.
 
-    The interval of an accuracy is over the clusters, see metrics.proportion.
+    The intervals are over the clusters, see metrics.proportion.
     """
     found = predictions(model, batches)
     scores = {}
     for question, (probabilities, labels) in found.items():
-        own = metrics.classification(probabilities, labels)
-        right = probabilities.argmax(1) == labels
-        own["accuracy"] = metrics.proportion(right, unit, clusters, cluster)
+        own = metrics.classification(probabilities, labels, unit, clusters, cluster)
         suffix = f" {question}" if len(found) > 1 else ""
         scores |= {name + suffix: value for name, value in own.items()}
     return scores
@@ -126,12 +125,10 @@ def score_untrained(opened: OpenRun, data: TaskData, shots: int = 0) -> Scores:
     """
     guesses, truth, fitted = opened.run.classify_untrained(opened, data, shots)
     classes = len(next(iter(data.classes.values())))
-    confusion = metrics.confusion_matrix(guesses, truth, classes)
+    counted_in = (data.unit, data.clusters[TEST], data.cluster)
     scores = {
-        "accuracy": metrics.proportion(
-            guesses == truth, data.unit, data.clusters[TEST], data.cluster
-        ),
-        "macro_f1": metrics.macro_f1(confusion),
+        "accuracy": metrics.proportion(guesses == truth, *counted_in),
+        "macro_f1": metrics.measured_f1(guesses, truth, classes, *counted_in),
     }
     if shots:
         scores[f"examples that fitted, of {shots}"] = float(np.mean(fitted))
