@@ -1,6 +1,7 @@
 """The judge: its training, its cache, and the measures of generated pictures."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import nn
 from data import glyphs
 from data.pictures import Record
 from tinyfm.common.files import CheckpointError
-from tinyfm.evaluate import generated
+from tinyfm.evaluate import generated, metrics
 from tinyfm.evaluate import judge as judging
 from tinyfm.evaluate.generated import color_accuracy as colors
 from tinyfm.evaluate.judge import CHARACTERS, STYLES, Judge, JudgeConfig
@@ -301,6 +302,40 @@ def test_frechet_distance_of_a_cloud_to_itself_is_0():
     assert generated.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
     assert generated.frechet_distance(x, x + 2) == pytest.approx(4 * 64)
     assert generated.frechet_distance(x[:, :1], x[:, :1].flip(0)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.4])
+def test_an_interval_of_a_distance_catches_its_mean(apart):
+    """The mean over other pairs of clouds of as many rows, which is far from that of many rows."""
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.2, 1, 16)
+
+    def cloud(rows: int, shift: float = 0) -> torch.Tensor:
+        return shift + spread * torch.randn(rows, 16, generator=draw)
+
+    pairs = [(cloud(60), cloud(60, apart)) for _ in range(400)]
+    mean = np.mean([generated.frechet_distance(*pair) for pair in pairs])
+    found = [generated.measured_distance(*pair) for pair in pairs[:120]]
+    assert np.mean([own.low <= mean <= own.high for own in found]) >= 0.9
+    assert np.mean([own.high - own.low for own in found]) < 8 * np.std(found)
+    assert mean > 1.15 * generated.frechet_distance(cloud(20_000), cloud(20_000, apart))
+    assert str(found[0]).endswith("; 60 pictures each, biased by their number)")
+    assert math.isnan(generated.measured_distance(cloud(39), cloud(39)).low)
+
+
+def test_the_weakest_style_has_an_interval_for_the_lowest_of_all(monkeypatch):
+    right = {"sans": 9, "serif": 7, "mono": 10}
+
+    def follow(network, images, names, styles, candidates):
+        share = metrics.proportion(np.arange(len(styles)) < right[styles[0]], "images")
+        return {"character": share}
+
+    monkeypatch.setattr(judging, "prompt_following", follow)
+    styles = [style for style in right for _ in range(10)]
+    found = generated.weakest(None, torch.zeros(30, 1), ["a"] * 30, styles)
+    assert (found, found.n) == (0.7, 10)
+    assert (found.low, found.high) == metrics.wilson(7, 10, 1 - 0.05 / 3)
+    assert found.about == "10 images, the lowest of 3 styles"
 
 
 def test_copies_are_found():

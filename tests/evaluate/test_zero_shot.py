@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,16 @@ def test_probes():
     weights = torch.linalg.lstsq(padded, torch.cat((targets, torch.zeros(9, 3)))).solution
     expected = (torch.cat((x, torch.ones(30, 1)), 1).double() @ weights).argmax(1)
     assert torch.equal(zero_shot.linear_probe(x, train_x, train_y), expected)
+
+
+def test_probes_count_the_glyphs_of_a_character_together():
+    train = SimpleNamespace(labels=list("abcd") * 3)
+    test = SimpleNamespace(labels=list("abcd") * 5)
+    splits = {"train": train, "val": train, glyphs.HELD_OUT_FONTS: test}
+    data = SimpleNamespace(splits=splits, train=train, test=test)
+    x = {"train": torch.randn(12, 6), glyphs.HELD_OUT_FONTS: torch.randn(20, 6)}
+    for score in zero_shot.by_features(data, x).values():
+        assert score.about == "20 images in 4 characters"
 
 
 def test_templates_are_found_in_the_captions():

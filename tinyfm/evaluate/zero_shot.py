@@ -302,10 +302,13 @@ def by_features(data: PairData, x: dict[str, Tensor]) -> Scores:
     rows = [i for i in order.tolist() if data.test.labels[i] in place][:PROBED_IMAGES]
     device = x[test].device
     truth = torch.tensor([place[data.test.labels[i]] for i in rows], device=device)
+    alike, word = clusters_of(test, data.test)
+    alike = [alike[i] for i in rows] if alike else []
     scores = {}
     for name, probe in (("nearest neighbour", nearest_neighbours), ("linear", linear_probe)):
         guesses = probe(x[test][rows], x[train], labels.to(device))
-        scores[f"{name} on features, {counted(len(names), 'classes')}"] = share(guesses == truth)
+        right = share(guesses == truth, "images", alike, word)
+        scores[f"{name} on features, {counted(len(names), 'classes')}"] = right
     return scores
 
 
