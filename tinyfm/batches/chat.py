@@ -359,10 +359,15 @@ def answer_bytes(row: Row, tokenizer: Tokenizer) -> int:
 class ChatSplit:
     """The rows of one split, and the sizes of what the assistant says in them."""
 
-    def __init__(self, rows: list[Row], tokenizer: Tokenizer):
-        self.rows = rows
-        self.predicted = int(sum(row.trained.sum() for row in rows))  # tokens
-        self.bytes = np.array([answer_bytes(row, tokenizer) for row in rows], dtype=np.int64)
+    def __init__(self, conversations: list[list[Row]], tokenizer: Tokenizer):
+        """conversations: the rows of each; those without a row do not count."""
+        kept = [rows for rows in conversations if rows]
+        self.rows = [row for rows in kept for row in rows]
+        tokens = [int(sum(row.trained.sum() for row in rows)) for rows in kept]
+        self.predicted = sum(tokens)
+        # Of each conversation: the number of its first predicted token, and the bytes of answers.
+        self.starts = np.cumsum([0, *tokens])[:-1]
+        self.bytes = np.array([sum(answer_bytes(row, tokenizer) for row in rows) for rows in kept])
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """From the mean loss over the predicted tokens. Ending a turn is cost without bytes."""
@@ -393,7 +398,7 @@ class ChatData:
         removed, shares = leave_out_overlap(conversations)
         self.splits = {}
         for name, part in conversations.items():
-            rows = [row for one in part for row in make_rows(tokenizer, one, context_length, cuts)]
+            rows = [make_rows(tokenizer, one, context_length, cuts) for one in part]
             self.splits[name] = ChatSplit(rows, tokenizer)
         self.train = self.splits[TRAIN].rows
         self.val = self.splits["val"].rows

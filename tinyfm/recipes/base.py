@@ -66,6 +66,9 @@ class Run:
     # Options of sample.py that apply to this family, and of evaluate (--text, --choices, --task).
     SAMPLE_OPTIONS: ClassVar[frozenset[str]] = frozenset()
     QUESTIONS: ClassVar[tuple[str, ...]] = ()
+    # Rows of the batches over which a loss has its interval; 0 = as in training, for a loss that
+    # compares the rows of a batch.
+    LOSS_ROWS: ClassVar[int] = 8
     # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
     UNTRAINED: ClassVar[tuple[str, ...]] = ()
 
@@ -125,9 +128,9 @@ class Run:
     def losses(self, model: nn.Module, data: Any) -> Scores:
         """Loss on validation and test as training measures it, and data.metrics of validation.
 
-        The intervals are over batches. Data without split_batches have no test split.
+        The intervals are over batches of LOSS_ROWS. Data without split_batches have no test split.
         """
-        rows = self.train.batch_size
+        rows = min(self.LOSS_ROWS, self.train.batch_size) or self.train.batch_size
         batches = {VAL: data.val_batches(rows)}
         if hasattr(data, "split_batches"):
             batches = {split: data.split_batches(split, rows) for split in HELD_OUT}
@@ -208,7 +211,6 @@ def batch_losses(
     split: str,
     seed: int,
     rows: int,
-    unit: str = "batches",
 ) -> Scores:
     """{"SPLIT_loss": mean of model.loss over the batches of `rows` rows}; {} without a batch."""
     device = next(model.parameters()).device
@@ -222,7 +224,7 @@ def batch_losses(
         losses.append(float(loss) * weights[-1])
     if not weights:
         return {}
-    return {f"{split}_loss": metrics.ratio_of_sums(losses, weights, unit)}
+    return {f"{split}_loss": metrics.ratio_of_sums(losses, weights, "batches")}
 
 
 def print_shares(shares: dict[str, float]) -> None:

@@ -53,6 +53,7 @@ class CLIPRun(Run):
     family: ClassVar[str] = "clip"
     SAMPLE_OPTIONS = frozenset({"prompt", "image", "labels"})
     QUESTIONS = ("task",)
+    LOSS_ROWS = 0
     UNTRAINED = ("zero-shot",)
     QUICK: ClassVar[int] = 1000  # images that are enough to follow the training
 

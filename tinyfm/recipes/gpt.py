@@ -34,7 +34,6 @@ from tinyfm.recipes.base import (
     Preset,
     Run,
     Scores,
-    batch_losses,
     print_shares,
     write_texts_file,
 )
@@ -59,6 +58,7 @@ class GPTRun(Run):
     distil: DistilConfig = field(default_factory=DistilConfig)
 
     family: ClassVar[str] = "gpt"
+    UNIT: ClassVar[str] = "documents"  # what the held-out texts are cut into, for intervals
     FACTS = (*Run.FACTS, "teacher", "distil")
     SAMPLE_OPTIONS = SAMPLING_OPTIONS | {"prompt", "stop", "compile", "shots", "examples"}
     QUESTIONS = ("text", "choices", "task")
@@ -86,16 +86,18 @@ class GPTRun(Run):
         return self.with_prompt(data)
 
     def losses(self, model: GPT, data: TextData) -> Scores:
-        """Nats per token and bits per byte of both held-out texts; intervals over documents."""
+        """Nats per token and bits per byte of both held-out texts; intervals over their UNIT."""
         scores = {}
         for name in HELD_OUT:
             split = data.split(name)
+            if not len(split.starts):
+                continue
             nats = likelihood.score_targets(model, data.split_batches(name, self.train.batch_size))
             by_document = np.add.reduceat(nats, split.starts)
             tokens = np.diff([*split.starts, split.predicted])
-            scores[f"{name}_loss"] = ratio_of_sums(by_document, tokens, "documents")
+            scores[f"{name}_loss"] = ratio_of_sums(by_document, tokens, self.UNIT)
             bits = by_document / math.log(2)
-            scores[f"{name}_bpb"] = ratio_of_sums(bits, split.bytes, "documents")
+            scores[f"{name}_bpb"] = ratio_of_sums(bits, split.bytes, self.UNIT)
         return scores
 
     def learn_from(self, model: GPT, data: TextData, teacher: OpenRun) -> None:
@@ -227,6 +229,7 @@ class ChatRun(GPTRun):
     task: str = "chat"
 
     family: ClassVar[str] = "chat"
+    UNIT: ClassVar[str] = "conversations"
     base_family: ClassVar[str] = "gpt"
     SAMPLE_OPTIONS = SAMPLING_OPTIONS | {"prompt", "chat"}
 
@@ -237,18 +240,6 @@ class ChatRun(GPTRun):
         length = self.model.context_length - len(self.prompt_ids)
         own = tokenizer.load(self.data.tokenizer)
         return self.with_prompt(ChatData(self.data, own, length, train.batch_size, train.seed))
-
-    def losses(self, model: GPT, data: ChatData) -> Scores:
-        """Nats per token and bits per byte of the answers, with intervals over conversations."""
-        scores = {}
-        for name in HELD_OUT:
-            found = batch_losses(
-                model, data.split_batches(name, 1), name, self.train.seed, 1, "conversations"
-            )
-            for loss in found.values():
-                scores[f"{name}_loss"] = loss
-                scores[f"{name}_bpb"] = loss.through(data.split(name).bits_per_byte)
-        return scores
 
     def show(self, model: GPT, data: ChatData, folder: Path, step: int) -> str:
         """Answer the first questions of held-out conversations; return one with its answer."""
