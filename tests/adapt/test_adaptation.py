@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tinyfm.batches import text as data
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
-from tinyfm.evaluate import likelihood
+from tinyfm.evaluate import likelihood, overlap
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import pictures, registry, run_dir
@@ -270,9 +271,10 @@ def test_methods_are_compared_and_results_are_kept(tiny_run, reviews, tmp_path, 
     assert 0 == n["zero-shot"] < n["head"] < n["lora 1"] < n["from scratch"]
     assert n["head"] < n["head, gains"]
     assert (out / "compare.png").stat().st_size > 10_000
-    table = capsys.readouterr().out.splitlines()[-18:]
+    table = capsys.readouterr().out.splitlines()[-19:]
     assert any("on test, 3 texts" in line for line in table)
-    assert f"on average {rows[1]['shots']:.1f} of 4 examples fitted" in table[-2]
+    assert f"on average {rows[1]['shots']:.1f} of 4 examples fitted" in table[-3]
+    assert re.match(r"base: 0.0% of the words of test are in 13-word runs", table[-2])
     assert compare.main(arguments) == 0  # nothing is measured again
     assert capsys.readouterr().out.splitlines() == table
     assert len(lines_of(out / "results.jsonl")) == len(rows)
@@ -293,6 +295,24 @@ def test_damaged_results_are_measured_again(tmp_path, capsys):
     assert f"{len(lines)} lines of {path} cannot be read" in capsys.readouterr().err
     assert path.read_bytes().endswith(b'["he\n')  # the next row gets a line to itself
     assert compare.read_results(tmp_path / "none") == []
+
+
+def test_what_the_base_has_read_of_test_is_said(tiny_run, monkeypatch):
+    opened = run_dir.open_run(str(tiny_run))
+    words = opened.run.open_data().split("train").tokens[1:400]
+    ids = words.tolist()
+    task = SimpleNamespace(tokenizer=opened.tokenizer)
+
+    def texts(source, split):
+        if source is task:
+            return [opened.tokenizer.decode(ids)] if split == "test" else []
+        return [opened.tokenizer.decode(ids[:200])]
+
+    monkeypatch.setattr(overlap, "read_texts", texts)
+    share = float(re.search(r"base: (\d+\.\d)%", compare.read_by_base(opened, task))[1])
+    assert 25 < share < 75
+    monkeypatch.setattr(run_dir, "is_data_of", lambda opened, base: False)
+    assert "changed" in compare.read_by_base(opened, task)
 
 
 def test_a_row_has_the_interval_of_its_median_seed():

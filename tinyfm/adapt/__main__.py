@@ -15,7 +15,8 @@ Each is trained with the settings of `train.py --task classify --adapt ...`. All
 same examples: all of test, by which nothing is chosen. A first table shows the costs: the number of
 trained parameters, the peak memory of a training step (calc/trace.py), the size of the saved
 weights, and the CPU time. A second one shows the accuracy: the median of the seeds, its interval of
-95% over the test examples (evaluate/metrics.py), and the range of the seeds. Results are kept in
+95% over the test examples (evaluate/metrics.py), and the range of the seeds. Of texts, the last
+line says how much of test the base has read (evaluate/overlap.py). Results are kept in
 OUT/results.jsonl and are measured again only if the recipe or the examples have changed.
 """
 
@@ -47,6 +48,7 @@ from tinyfm.common.config import FolderPath, GivenRun, Names, Numbers
 from tinyfm.common.console import run_command
 from tinyfm.common.figures import new_figure
 from tinyfm.common.options import parse
+from tinyfm.evaluate import overlap
 from tinyfm.evaluate.metrics import Measured
 from tinyfm.recipes import registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
@@ -361,6 +363,20 @@ def draw(rows: list[Row], labels: tuple[int, ...], title: str, path: Path) -> No
 # ---- the command --------------------------------------------------------------------------------
 
 
+def read_by_base(opened: OpenRun, data: TaskData) -> str:
+    """A line on how much of the test texts the base has read, without labels."""
+    unknown = "base: what it has read of test was not measured, as its text"
+    try:
+        base = opened.run.open_data()
+    except (ValueError, OSError) as error:
+        return f"{unknown} cannot be read: {error}"
+    if not run_dir.is_data_of(opened, base):
+        return f"{unknown} has changed"
+    _, test = overlap.measure(data, {"task": data, "base": base})
+    share = test.runs["base"]
+    return f"base: {share:.1%} of the words of test are in 13-word runs that its training text has"
+
+
 def compare(options: Options) -> None:
     """Measure all cases, print the table, and draw the figure."""
     if len(options.steps) != len(options.labels):
@@ -379,6 +395,9 @@ def compare(options: Options) -> None:
     print(costs_table(rows))
     print()
     print(accuracy_table(rows, options.labels))
+    data = run_of(options, opened, "head", options.labels[0], 0).open_data()
+    if data.tokenizer:
+        print(read_by_base(opened, data))
     task = rows[0]["what"][3]
     draw(rows, options.labels, f"{task}, from {options.run}", out / "compare.png")
     print(out / "compare.png")
