@@ -97,7 +97,10 @@ Given = dict[str, Tensor]  # tensors given to `generate`: latents, init_images, 
 
 
 def with_correction(denoise: Denoise, correct: Correct) -> Denoise:
-    """denoise with the estimate correct(x_0) instead of x_0, and the eps that follows from it."""
+    """denoise with the estimate correct(x_0) instead of x_0, and the eps that follows from it.
+
+    eps is the one for which x = alpha x_0 + sigma eps holds with the new x_0.
+    """
 
     def corrected(x: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
         x0, _ = denoise(x, t, alpha, sigma)
@@ -357,33 +360,45 @@ class TextToImage(nn.Module):
         z is the latent of the given image, if there is one.
         """
         if "upscale" in given:
-            small = given["upscale"]
+            return self.enlarge(given["upscale"])
+        if "mask" in given:
+            return self.keep_known(given["init_images"], given["mask"], z)
+        return nn.Identity(), nn.Identity()
 
-            def correct_x0(x0: Tensor) -> Tensor:
-                drawn = self.decode(x0)
-                matched = self.encode_images(match_means(drawn, small))
-                # The difference of two encodings: the error of encoding cancels.
-                return x0 + matched - self.encode_images(drawn)
+    def keep_known(self, images: Tensor, mask: Tensor, z: Tensor) -> tuple[Correct, Correct]:
+        """Two functions that keep what the mask does not let change: of estimates, and of images.
 
-            def correct_images(drawn: Tensor) -> Tensor:
-                return match_means(drawn, small)
+        images: (B or 1, C, H, W), and z (B or 1, Z, h, w) is their latent. mask: (B or 1, 1, H, W),
+        above 0.5 where a pixel is to be drawn again. A position of the latent is drawn again if any
+        of its pixels is.
+        """
+        unknown = mask > 0.5
+        factor = self.config.autoencoder.factor
+        unknown_z = F.max_pool2d(unknown.float(), factor) > 0  # (B or 1, 1, h, w)
 
-        elif "mask" in given:
-            images = given["init_images"]
-            unknown = given["mask"] > 0.5  # (B or 1, 1, H, W)
-            # A position of the latent is unknown if any of its pixels is.
-            factor = self.config.autoencoder.factor
-            unknown_z = F.max_pool2d(unknown.float(), factor) > 0  # (B or 1, 1, h, w)
+        def correct_x0(x0: Tensor) -> Tensor:
+            return torch.where(unknown_z, x0, z)
 
-            def correct_x0(x0: Tensor) -> Tensor:
-                return torch.where(unknown_z, x0, z)
+        def correct_images(drawn: Tensor) -> Tensor:
+            return torch.where(unknown, drawn, images)
 
-            def correct_images(drawn: Tensor) -> Tensor:
-                return torch.where(unknown, drawn, images)
+        return correct_x0, correct_images
 
-        else:
-            correct_x0 = nn.Identity()
-            correct_images = nn.Identity()
+    def enlarge(self, small: Tensor) -> tuple[Correct, Correct]:
+        """Two functions that give an image the block means of a small one: of estimates, of images.
+
+        small: (B or 1, C, h, w). Of an estimate x_0 only the difference of two encodings, with and
+        without the right means, is added: so the error that encoding makes cancels.
+        """
+
+        def correct_x0(x0: Tensor) -> Tensor:
+            drawn = self.decode(x0)
+            matched = match_means(drawn, small)
+            return x0 + self.encode_images(matched) - self.encode_images(drawn)
+
+        def correct_images(drawn: Tensor) -> Tensor:
+            return match_means(drawn, small)
+
         return correct_x0, correct_images
 
     @torch.no_grad()
