@@ -81,8 +81,8 @@ FAULTS = (
         "prepend",
         "F.pad(mask, (n, 0))",
         "F.pad(mask, (n, 0), value=True)",
-        "With a soft prompt of 8 rows, and before any training, the loss of a small GPT is larger "
-        "than 1e36.",
+        "With a soft prompt of 8 rows, and before any training, the loss of a small GPT is "
+        "infinite.",
         "The ids of the prompt count as targets. The head gives them the lowest logit that there "
         "is, so -ln p is enormous.",
     ),
