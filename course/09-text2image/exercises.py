@@ -3,7 +3,7 @@
 from course.lessons import Exercise
 
 TITLE = "Text to image, and editing"
-NEEDS = ()
+NEEDS = (6, 7, 8)
 MODULE = "tinyfm/text2image.py"
 
 EXERCISES = (
