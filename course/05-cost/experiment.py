@@ -145,11 +145,13 @@ def draw(figure, results) -> None:
         label = "held out" if first else None
         left.plot(flops[-1:], losses[-1:], "s", color="C1", ms=7, label=label)
         right.plot(result["ratios"], result["divided"], "o-", color="C2", lw=1, ms=5)
-    for width, ratio, loss in zip(DIVIDED, results[0]["ratios"], results[0]["divided"]):
-        where = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 9}
-        right.annotate(f"width {width}", (ratio, loss), **where)
+    lowest = np.min([result["divided"] for result in results], axis=0)
+    for width, ratio, loss in zip(DIVIDED, results[0]["ratios"], lowest):
+        where = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "fontsize": 10}
+        right.annotate(f"{width}", (ratio, loss), **where)
     left.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats a byte)")
-    left.set(xscale="log", title="Each model its own budget")
+    left.set(xscale="log", title="A law, and a test of it")
     right.set(xlabel="training bytes for each parameter", ylabel="validation loss (nats a byte)")
-    right.set(xscale="log", title="The same budget for all")
+    right.set(xscale="log", title="One budget; numbers are widths")
+    right.margins(y=0.12)
     left.legend()
