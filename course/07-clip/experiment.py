@@ -33,7 +33,7 @@ LABELS = {  # in the figure
     "caption_found": "whole caption among 248",
 }
 VARIANTS = ("64", "16", "32", "128")  # rows of a batch; all see the same number of pictures
-PAIRS = 96_000  # pictures seen in training, with repetition
+PAIRS = 64_000  # pictures seen in training, with repetition
 PEAK = 2e-3  # learning rate at 64 rows
 WIDTH = 64
 

@@ -179,7 +179,7 @@ def draw(figure, results):
     )
     left.set_xticks(CALLS, CALLS)
     left.minorticks_off()
-    left.legend(loc="lower left", fontsize=10)
+    left.legend(loc="upper right", fontsize=10)
 
     names = ("1st order,\n15 calls", "2nd order,\n15 calls", "many calls", "memory")
     rows = len(names)
