@@ -25,7 +25,7 @@ UNITS = {
 LABELS = {  # in the figure
     "own_style": 'right style: "serif bold italic {}"',
     "no_style": 'no style: "{}"',
-    "one_style": 'one style for all: "mono regular upright {}"',
+    "one_style": 'one style: "mono regular upright {}"',
     "sum_of_styles": "12 styles, probabilities added",
     "mean_of_styles": "12 styles, mean vector",
     "neighbour_on_pixels": "no text: nearest pixels",
@@ -166,8 +166,8 @@ def draw(figure, results):
         colour = "C1" if name.startswith("neighbour") else "C2" if name == "caption_found" else "C0"
         axes.barh(i, middle, color=colour, alpha=0.5)
         axes.plot(values, [i] * len(values), "o", color="#000000", markersize=4)
-        axes.text(middle - 1, i, f"{middle:.0f}", ha="right", va="center")
+        axes.text(2, i, f"{middle:.0f}", va="center")
     axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlim=(0, 100), xlabel="found, of 248 pictures in unseen fonts (%); a dot is a seed")
+    axes.set(xlim=(0, 100), xlabel="found in unseen fonts (%); a dot is a seed")
