@@ -21,7 +21,7 @@ from data import docs, download, files, shakespeare, splits, stdlib
 from data.report import Report
 from tinyfm import tokenizer
 from tinyfm.batches import shards
-from tinyfm.batches.order import permute
+from tinyfm.batches.order import permute, shuffle
 from tinyfm.batches.text import TextConfig, TextData, count_windows, window_starts
 
 VOCAB = 300  # more than the 256 bytes and the end-of-text token
@@ -84,6 +84,20 @@ def test_permutation_is_uniform():
     chi_square = ((counts - expected) ** 2 / expected).sum()
     freedom = (size - 1) ** 2
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_shuffle_gives_each_epoch_and_seed_an_order():
+    epochs = shuffle(np.arange(300), 100, seed=3).reshape(3, 100)
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs.tolist())
+    orders = {tuple(epoch) for epoch in epochs.tolist()}
+    orders.add(tuple(shuffle(np.arange(100), 100, seed=4).tolist()))
+    assert len(orders) == 4
+
+
+def test_shuffle_computes_any_sample_alone():
+    whole = shuffle(np.arange(21), 7, seed=3)
+    for part in ([0], [12], [5, 6, 7, 8], [20, 2, 13]):
+        assert shuffle(np.array(part), 7, seed=3).tolist() == whole[part].tolist()
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,15 @@ def test_muon_trains_all_matrices_of_the_picture_models():
     }
 
 
+def test_a_name_of_outer_is_a_whole_part_of_a_path():
+    model = nn.ModuleDict({"ahead": nn.Linear(2, 3), "inner": nn.ModuleDict({})})
+    model["inner"]["head"] = nn.Linear(2, 4)
+    model.outer = ("head",)
+    found = groups_of(model, OptimConfig())
+    assert found["ahead.weight"][0] == "Muon"
+    assert found["inner.head.weight"][0] == "AdamW"
+
+
 def test_frozen_parameters_are_in_no_group():
     model = GPT(GPTConfig(64, 16, 1, 2, d_model=32))
     model.requires_grad_(False)
