@@ -257,6 +257,7 @@ def draw(figure, results) -> None:
     left.set_ylabel("share")
     right.set_xlabel("strength of the edit (share of the steps)")
     right.set_ylabel("share of images")
-    for axes in (left, right):
-        axes.set_ylim(0, 1.6)
-        axes.legend(loc="upper center", fontsize=10)
+    left.set_ylim(0, 1.5)
+    left.legend(loc="lower right", fontsize=10)
+    right.set_ylim(0, 1.3)
+    right.legend(loc="upper right", fontsize=10)
