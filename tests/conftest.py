@@ -26,6 +26,11 @@ SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --mod
 --train.eval-every 2 --train.log-every 1 --train.micro-batch-size 0 --data.val-fraction 0.1"""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "try all wrong answers of the course, not one an exercise"
+    parser.addoption("--all-wrong-answers", action="store_true", help=about)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 

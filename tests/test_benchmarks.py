@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import subprocess
 import sys
 
 import pytest
@@ -99,17 +98,14 @@ def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
 
 @pytest.mark.long
 def test_the_gpu_script_runs_on_a_cpu():
-    """Tiny models: every part gives a row, and none fails."""
-    words = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    parts = {row[1].strip() for row in rows}
-    assert parts == {
-        "parity", "default", "mfu", "generation", "pictures", "sharded", "memory"
-    }  # fmt: skip
-    errors = [float(row[3]) for row in rows if "error" in row[2]]
-    assert len(errors) == 4
+    """Tiny models: every part gives rows."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    settings = gpu.Settings("cpu", tiny=True)
+    rows = [row for part in gpu.PARTS.values() for row in part(settings)]
+    assert {*gpu.SECONDS} == {*gpu.PARTS}
+    assert sum(gpu.SECONDS.values()) <= 600
+    errors = [float(value) for what, value, _ in rows if "error" in what or "difference" in what]
+    assert len(errors) == 5
     assert max(errors) < 1e-5
 
 

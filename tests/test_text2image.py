@@ -423,7 +423,7 @@ def test_saves_that_are_refused(ours, tmp_path):
         ),
         ("text_encoder/config.json", {"intermediate_size": 5}, r"fc1.* not \(5, 24\)"),
         ("text_encoder/config.json", {"eos_token_id": [1]}, r"eos_token_id is \[1\]; .*one id"),
-        ("text_encoder/config.json", {"num_hidden_layers": 3}, "16 tensors .* missing"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, "16 in all: .* missing"),
         (
             "tokenizer/tokenizer_config.json",
             {"pad_token": "!"},

@@ -654,7 +654,8 @@ def train(
     if kind == "bytes" and vocab_size != least:
         raise ValueError(f"vocab_size {vocab_size}: {kind} needs exactly {least} ids")
     if not least <= vocab_size <= MOST_IDS:
-        raise ValueError(f"vocab_size {vocab_size}: {kind} has {least} to {MOST_IDS} ids")
+        limits = f"at least {least} ids and at most {MOST_IDS}"
+        raise ValueError(f"vocab_size {vocab_size}: {kind} needs {limits}")
     if kind == "bytes":
         return ByteTokenizer()
     if isinstance(documents, str):

@@ -379,6 +379,6 @@ def test_confidence_that_is_too_low_does_not_make_up_for_one_that_is_too_high():
 
 
 def test_the_document_with_most_overlap_is_removed():
-    counts = np.array([[0, 100], [90, 100], [0, 100], [1, 100]])
+    counts = np.array([[0, 100], [90, 100], [0, 100], [2, 100]])
     found = splits.overlapping(counts, limit=0.005)
     assert found == [1, 3], f"documents {found} are removed; expected 1 and 3"
