@@ -27,7 +27,7 @@ SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --mod
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    about = "try all wrong answers of the course, not one an exercise"
+    about = "try all wrong answers of the course, not a few"
     parser.addoption("--all-wrong-answers", action="store_true", help=about)
 
 
