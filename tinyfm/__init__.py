@@ -1,8 +1,8 @@
 """Foundation models in one small repository; README.md is the tour.
 
 By default, OpenMP's threads spin for a while when they wait for each other. Where another program
-needs a core, a spinning thread keeps the one that it waits for from running, and training is
-several times slower (benchmarks/busy.py). So they are told to sleep instead, which they must be
+needs a core, a spinning thread keeps the one that it waits for from running, and training takes
+half as long again (benchmarks/busy.py). So they are told to sleep instead, which they must be
 before torch loads. A setting of your own is kept.
 """
 
