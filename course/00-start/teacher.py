@@ -25,7 +25,7 @@ FAULTS = (
 QUESTIONS = [
     (
         "What does a virtual environment protect, and from what?",
-        "Each project has packages and versions of its own. Installing for one project changes "
+        "Each project has its own packages and versions. Installing for one project changes "
         "neither another project nor the system's Python.",
     ),
     (

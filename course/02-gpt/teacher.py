@@ -56,7 +56,7 @@ WRONG = {
         Wrong("k = rotate(k, *angles)", "pass", "keys have positions too"),
         Wrong("q = self.q_norm(q)", "pass", "queries are normalised"),
         Wrong("k = self.k_norm(k)", "k = self.q_norm(k)", "keys have a norm with its own gains"),
-        Wrong("self.v(x)", "self.k(x)", "values have a layer of their own"),
+        Wrong("self.v(x)", "self.k(x)", "values have their own layer"),
     ),
     "MLP.forward": (
         Wrong(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from course.compare import agree, shown, waves
 from course.lessons import checks
 from tinyfm.batches.order import shuffle
 from tinyfm.common.seeds import row_generators
@@ -16,34 +17,6 @@ from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.muon import NEWTON_SCHULZ, Muon, orthogonalise
 from tinyfm.training.optim import EMA, OptimConfig, hidden_matrices, lr_factor, scale_and_clip
 from tinyfm.training.trainer import TrainConfig, Trainer, weighted
-
-# ---- aids ---------------------------------------------------------------------------------------
-
-
-def same(got, expected, what: str, tolerance: float = 1e-5) -> None:
-    """Fail with both values if they differ."""
-    got = torch.as_tensor(got).detach().float()
-    expected = torch.as_tensor(expected).float()
-    message = f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    assert got.shape == expected.shape, message
-    message = f"{what}: expected {shown(expected)}, got {shown(got)}"
-    assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance), message
-
-
-def shown(x: torch.Tensor) -> str:
-    """All numbers of a small tensor, row by row; the first numbers of a large one."""
-    if x.ndim == 0:
-        return f"{x.item():.5g}"
-    if x.numel() > 20:
-        x = x.flatten()[:12]
-    return "[" + ", ".join(shown(part) for part in x) + "]"
-
-
-def waves(*shape: int, shift: float = 0.0) -> torch.Tensor:
-    """Numbers without a pattern that are the same on every machine."""
-    squares = torch.arange(math.prod(shape), dtype=torch.float64).square()
-    return torch.sin(1.7 * squares + shift).float().view(shape)
-
 
 # ---- shuffle ------------------------------------------------------------------------------------
 
@@ -95,22 +68,22 @@ ORDER = [6, 7, 2, 0, 5, 4, 1, 3, 1, 2, 5, 4, 7, 3, 0, 6]
 @checks("weighted")
 def test_a_loss_is_multiplied_by_its_number_of_targets():
     product, weight = weighted(torch.tensor(2.0), {"weight": torch.tensor(10)}, rows=4)
-    same(product, 20, "mean loss 2, 10 targets in 4 rows")
-    same(weight, 10, "the weight")
+    agree(product, 20, "mean loss 2, 10 targets in 4 rows")
+    agree(weight, 10, "the weight")
 
 
 @checks("weighted")
 def test_without_a_weight_the_rows_count():
     product, weight = weighted(torch.tensor(2.0), {}, rows=4)
-    same(product, 8, "mean loss 2, 4 rows")
-    same(weight, 4, "the weight")
+    agree(product, 8, "mean loss 2, 4 rows")
+    agree(weight, 4, "the weight")
 
 
 @checks("weighted")
 def test_weighted_parts_give_the_mean_of_the_whole():
     a, n = weighted(torch.tensor(2.0), {"weight": 10}, rows=4)
     b, m = weighted(torch.tensor(3.0), {"weight": 30}, rows=4)
-    same((a + b) / (n + m), 2.75, "loss 2 on 10 targets and loss 3 on 30, together")
+    agree((a + b) / (n + m), 2.75, "loss 2 on 10 targets and loss 3 on 30, together")
 
 
 @checks("weighted")
@@ -125,7 +98,7 @@ def test_the_weight_is_a_float32_tensor():
 def test_the_gradient_is_multiplied_too():
     loss = torch.tensor(2.0, requires_grad=True)
     weighted(loss, {"weight": 10}, rows=4)[0].backward()
-    same(loss.grad, 10, "gradient of loss * weight by the loss, weight 10")
+    agree(loss.grad, 10, "gradient of loss * weight by the loss, weight 10")
 
 
 # ---- Trainer.backward ---------------------------------------------------------------------------
@@ -180,8 +153,8 @@ def trainer_of(size: int, data=None, model=None, **optim) -> Trainer:
 def test_gradients_and_sums_add_up_however_the_batch_is_cut(size):
     trainer = trainer_of(size)
     sums = trainer.backward(0)
-    same(sums, [20, 4], f"x = 1 2 3 4, w = 2, {size} rows at once: sums of loss * weight, weight")
-    same(trainer.model.w.grad, 10, f"gradient with {size} rows at once: 1 + 2 + 3 + 4")
+    agree(sums, [20, 4], f"x = 1 2 3 4, w = 2, {size} rows at once: sums of loss * weight, weight")
+    agree(trainer.model.w.grad, 10, f"gradient with {size} rows at once: 1 + 2 + 3 + 4")
 
 
 @checks("Trainer.backward")
@@ -189,8 +162,8 @@ def test_gradients_and_sums_add_up_however_the_batch_is_cut(size):
 def test_rows_of_unequal_weight_count_by_their_weight(size):
     trainer = trainer_of(size, Numbers(weights=(1.0, 5.0, 2.0, 0.5)))
     sums = trainer.backward(0)
-    same(sums, [38, 8.5], "weights 1 5 2 0.5, w = 2: 2 (1 + 10 + 6 + 2), and 8.5")
-    same(trainer.model.w.grad, 19, f"gradient with {size} rows at once: 1 + 10 + 6 + 2")
+    agree(sums, [38, 8.5], "weights 1 5 2 0.5, w = 2: 2 (1 + 10 + 6 + 2), and 8.5")
+    agree(trainer.model.w.grad, 19, f"gradient with {size} rows at once: 1 + 10 + 6 + 2")
 
 
 @checks("Trainer.backward")
@@ -207,7 +180,7 @@ def test_a_row_draws_the_same_numbers_however_the_batch_is_cut():
     for size in (4, 2):
         trainer = trainer_of(size)
         trainer.backward(3)
-        same(trainer.model.drawn, expected, f"first random number of each row, {size} at once")
+        agree(trainer.model.drawn, expected, f"first random number of each row, {size} at once")
 
 
 @checks("Trainer.backward")
@@ -241,27 +214,27 @@ def factors(steps: int, at: list[int], **options) -> list[float]:
 @checks("lr_factor")
 def test_the_warmup_begins_above_zero_and_ends_at_the_peak():
     got = factors(100, [0, 1, 8, 9], warmup_steps=10)
-    same(got, [0.1, 0.2, 0.9, 1.0], "steps 0, 1, 8, 9 of a warmup of 10")
+    agree(got, [0.1, 0.2, 0.9, 1.0], "steps 0, 1, 8, 9 of a warmup of 10")
 
 
 @checks("lr_factor")
 def test_wsd_stays_and_falls_in_a_line():
     got = factors(100, [10, 60, 70, 80, 99], warmup_steps=10, decay_fraction=0.4)
     expected = [1, 1, 0.75, 0.5, 0.025]
-    same(got, expected, "steps 10, 60, 70, 80, 99 of 100, falling over the last 40")
+    agree(got, expected, "steps 10, 60, 70, 80, 99 of 100, falling over the last 40")
 
 
 @checks("lr_factor")
 def test_the_fall_does_not_begin_before_the_warmup_ends():
     got = factors(100, [19, 20, 60, 80], warmup_steps=20, decay_fraction=1.0)
-    same(got, [1, 1, 0.5, 0.25], "steps 19, 20, 60, 80 of 100, warmup 20, decay_fraction 1")
+    agree(got, [1, 1, 0.5, 0.25], "steps 19, 20, 60, 80 of 100, warmup 20, decay_fraction 1")
 
 
 @checks("lr_factor")
 def test_cosine_is_half_a_wave():
     """A quarter, a half and three quarters of the way: (1 + cos(45, 90, 135 degrees)) / 2."""
     got = factors(120, [20, 45, 70, 95], warmup_steps=20, schedule="cosine")
-    same(got, [1, 0.853553, 0.5, 0.146447], "steps 20, 45, 70, 95 of 120, warmup 20")
+    agree(got, [1, 0.853553, 0.5, 0.146447], "steps 20, 45, 70, 95 of 120, warmup 20")
 
 
 @checks("lr_factor")
@@ -270,19 +243,19 @@ def test_the_end_is_the_final_rate(schedule):
     got = factors(100, [0, 99, 100], warmup_steps=2, schedule=schedule, final_lr=0.2)
     message = f"{schedule}, final_lr 0.2: step 99 of 100 must be near 0.2, got {got[1]:.3f}"
     assert 0.2 < got[1] < 0.23, message
-    same([got[0], got[2]], [0.5, 0.2], f"{schedule}, final_lr 0.2, warmup 2: steps 0 and 100")
+    agree([got[0], got[2]], [0.5, 0.2], f"{schedule}, final_lr 0.2, warmup 2: steps 0 and 100")
 
 
 @checks("lr_factor")
 def test_the_middle_of_the_fall_is_between_the_peak_and_the_final_rate():
     got = factors(100, [80], warmup_steps=10, decay_fraction=0.4, final_lr=0.2)
-    same(got, [0.6], "half of the fall from 1 to 0.2")
+    agree(got, [0.6], "half of the fall from 1 to 0.2")
 
 
 @checks("lr_factor")
 def test_no_fall_and_no_warmup_are_allowed():
     got = factors(10, [0, 5, 9], warmup_steps=0, decay_fraction=0.0)
-    same(got, [1, 1, 1], "no warmup, no fall")
+    agree(got, [1, 1, 1], "no warmup, no fall")
 
 
 # ---- scale_and_clip -----------------------------------------------------------------------------
@@ -310,23 +283,23 @@ def test_gradients_three_and_four_by_hand(scale, clip, norm, grads, why):
     model = with_gradients(3.0, 4.0)
     got = scale_and_clip(model, scale, clip)
     what = f"gradients 3 and 4, scale {scale:g}, clip {clip:g} ({why})"
-    same(got, norm, f"returned norm, {what}", 1e-4)
-    same([p.grad.item() for p in model], grads, f"new gradients, {what}", 1e-4)
+    agree(got, norm, f"returned norm, {what}", 1e-4)
+    agree([p.grad.item() for p in model], grads, f"new gradients, {what}", 1e-4)
 
 
 @checks("scale_and_clip")
 def test_a_parameter_without_a_gradient_is_left_out():
     model = with_gradients(3.0, 4.0, 7.0)
     model[2].grad = None
-    same(scale_and_clip(model, 1.0, 1.0), 5, "norm of the gradients 3, 4 and None")
+    agree(scale_and_clip(model, 1.0, 1.0), 5, "norm of the gradients 3, 4 and None")
     assert model[2].grad is None, f"expected None, got {model[2].grad}"
 
 
 @checks("scale_and_clip")
 def test_gradients_of_zero_stay_zero():
     model = with_gradients(0.0, 0.0)
-    same(scale_and_clip(model, 1.0, 1.0), 0, "norm of zeros")
-    same([p.grad.item() for p in model], [0, 0], "gradients of zero")
+    agree(scale_and_clip(model, 1.0, 1.0), 0, "norm of zeros")
+    agree([p.grad.item() for p in model], [0, 0], "gradients of zero")
 
 
 # ---- hidden_matrices ----------------------------------------------------------------------------
@@ -390,7 +363,7 @@ def iterate(s: float, steps: int) -> float:
 def test_one_step_on_a_diagonal_matrix():
     """diag(0.6, 0.8) has norm 1. 0.6 a + 0.216 b + 0.07776 c = 1.1933, and 0.9765 from 0.8."""
     got = orthogonalise(torch.diag(torch.tensor([0.6, 0.8]))[None], steps=1)[0]
-    same(got, [[1.1933, 0], [0, 0.9765]], "diag(0.6, 0.8) after one step", 0.02)
+    agree(got, [[1.1933, 0], [0, 0.9765]], "diag(0.6, 0.8) after one step", 0.02)
 
 
 @checks("orthogonalise")
@@ -398,7 +371,7 @@ def test_five_steps_on_a_diagonal_matrix():
     """diag(3, 1) is first divided by its norm, sqrt(10)."""
     got = orthogonalise(torch.diag(torch.tensor([3.0, 1.0]))[None])[0]
     expected = [iterate(3 / math.sqrt(10), 5), iterate(1 / math.sqrt(10), 5)]
-    same(got.diagonal(), expected, "diagonal of diag(3, 1) after five steps", 0.04)
+    agree(got.diagonal(), expected, "diagonal of diag(3, 1) after five steps", 0.04)
 
 
 @checks("orthogonalise")
@@ -420,13 +393,13 @@ def test_the_size_of_a_matrix_does_not_matter():
     """Each matrix of a stack is divided by its own norm."""
     M = waves(3, 5)
     small, large = orthogonalise(torch.stack((M, 1000 * M)))
-    same(large, small, "a matrix, and 1000 times the same matrix, in one stack", 0.03)
+    agree(large, small, "a matrix, and 1000 times the same matrix, in one stack", 0.03)
 
 
 @checks("orthogonalise")
 def test_a_matrix_of_zeros_stays_zero():
     got = orthogonalise(torch.zeros(1, 2, 3))
-    same(got, torch.zeros(1, 2, 3), "a stack of one matrix of zeros")
+    agree(got, torch.zeros(1, 2, 3), "a stack of one matrix of zeros")
 
 
 # ---- EMA.update ---------------------------------------------------------------------------------
@@ -439,22 +412,22 @@ def average_after(half_life: float, steps: list[int]) -> float:
     model[0].data.fill_(1.0)
     for step in steps:
         ema.update(model, step)
-    same(model[0].detach(), [1], "the weight itself, which no average changes")
+    agree(model[0].detach(), [1], "the weight itself, which no average changes")
     return ema.average["0"].item()
 
 
 @checks("EMA.update")
 def test_half_of_the_past_is_forgotten_in_a_half_life():
-    same(average_after(1.0, [1000]), 0.5, "half-life 1, one step")
-    same(average_after(2.0, [1000, 1001]), 0.5, "half-life 2, two steps")
-    same(average_after(20.0, list(range(1000, 1020))), 0.5, "half-life 20, twenty steps", 1e-4)
+    agree(average_after(1.0, [1000]), 0.5, "half-life 1, one step")
+    agree(average_after(2.0, [1000, 1001]), 0.5, "half-life 2, two steps")
+    agree(average_after(20.0, list(range(1000, 1020))), 0.5, "half-life 20, twenty steps", 1e-4)
 
 
 @checks("EMA.update")
 def test_the_first_steps_forget_faster():
     """decay is the smaller of 2^(-1/1000) and 1/10 in step 0, 2/11 in step 1."""
-    same(average_after(1000.0, [0]), 0.9, "half-life 1000, step 0")
-    same(average_after(1000.0, [0, 1]), 1 - 0.1 * 2 / 11, "half-life 1000, steps 0 and 1")
+    agree(average_after(1000.0, [0]), 0.9, "half-life 1000, step 0")
+    agree(average_after(1000.0, [0, 1]), 1 - 0.1 * 2 / 11, "half-life 1000, steps 0 and 1")
 
 
 # ---- the parts around the exercises -------------------------------------------------------------
@@ -463,9 +436,9 @@ def test_the_first_steps_forget_faster():
 def test_each_step_has_the_gradient_of_its_mean_loss():
     trainer = trainer_of(2)
     loss, norm = trainer.update(0)
-    same([loss, norm], [5, 2.5], "x = 1 2 3 4, w = 2: the mean loss, and the mean of x")
+    agree([loss, norm], [5, 2.5], "x = 1 2 3 4, w = 2: the mean loss, and the mean of x")
     _, norm = trainer.update(1)
-    same(norm, 25, "x = 10 20 30 40: the mean of x, and nothing of the step before")
+    agree(norm, 25, "x = 10 20 30 40: the mean of x, and nothing of the step before")
 
 
 def test_evaluating_is_done_in_evaluation_mode():
@@ -485,9 +458,9 @@ def test_after_two_swaps_weights_and_average_are_as_before():
     ema = EMA(model, half_life=10)
     model[0].data.fill_(1.0)
     ema.swap(model)
-    same([model[0].item(), ema.average["0"].item()], [0, 1], "weight and average, swapped")
+    agree([model[0].item(), ema.average["0"].item()], [0, 1], "weight and average, swapped")
     ema.swap(model)
-    same([model[0].item(), ema.average["0"].item()], [1, 0], "weight and average, swapped twice")
+    agree([model[0].item(), ema.average["0"].item()], [1, 0], "weight and average, swapped twice")
 
 
 def test_muon_decays_and_steps():
@@ -496,9 +469,9 @@ def test_muon_decays_and_steps():
     W = nn.Parameter(torch.ones(2, 2))
     W.grad = torch.zeros(2, 2)
     Muon([W], lr=0.1, weight_decay=0.5).step()
-    same(W, torch.full((2, 2), 0.95), "ones after a step without gradient, lr 0.1, decay 0.5")
+    agree(W, torch.full((2, 2), 0.95), "ones after a step without gradient, lr 0.1, decay 0.5")
     W = nn.Parameter(torch.zeros(8, 2))
     W.grad = torch.cat((torch.eye(2), torch.zeros(6, 2)))
     Muon([W], lr=0.1).step()
     expected = -0.1 * 2 * iterate(math.sqrt(0.5), 5)  # a matrix 4 times as tall steps twice as far
-    same(W[0, 0], expected, "first number of a tall matrix after one step, lr 0.1", 0.02)
+    agree(W[0, 0], expected, "first number of a tall matrix after one step, lr 0.1", 0.02)

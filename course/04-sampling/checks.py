@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from course.compare import agree
 from course.lessons import checks
 from tinyfm.generate import (
     KVCache,
@@ -33,13 +34,6 @@ def kept(logits: torch.Tensor) -> list[int]:
 
 def same(got, expected, what: str) -> None:
     assert got == expected, f"{what}: expected {expected}, got {got}"
-
-
-def close(got: torch.Tensor, expected, what: str) -> None:
-    expected = torch.as_tensor(expected, dtype=got.dtype)
-    assert got.shape == expected.shape, f"{what}: expected shape {expected.shape}, got {got.shape}"
-    worst = (got - expected).abs().max().item()
-    assert worst <= 1e-4, f"{what}: expected {expected.tolist()}, got {got.tolist()}"
 
 
 def unchanged(function, logits: torch.Tensor, *arguments) -> None:
@@ -78,7 +72,7 @@ def test_min_p_compares_with_the_likeliest_token():
 @checks("keep_min_p")
 def test_min_p_keeps_the_logits_of_the_other_tokens():
     got = keep_min_p(LOGITS, 0.25)
-    close(got[0, [1, 3, 4]], LOGITS[0, [1, 3, 4]], "the logits of the tokens that are kept")
+    agree(got[0, [1, 3, 4]], LOGITS[0, [1, 3, 4]], "the logits of the tokens that are kept")
     unchanged(keep_min_p, LOGITS, 0.25)
 
 
@@ -113,7 +107,7 @@ def test_the_likeliest_token_is_never_excluded():
 @checks("keep_nucleus")
 def test_the_nucleus_keeps_the_logits_of_its_tokens():
     got = keep_nucleus(LOGITS, 0.71)
-    close(got[0, [1, 3, 4]], LOGITS[0, [1, 3, 4]], "the logits of the tokens that are kept")
+    agree(got[0, [1, 3, 4]], LOGITS[0, [1, 3, 4]], "the logits of the tokens that are kept")
     unchanged(keep_nucleus, LOGITS, 0.71)
 
 
@@ -145,21 +139,21 @@ def test_the_nucleus_is_that_of_the_library():
 @checks("penalise_repeats")
 def test_a_penalty_lowers_logits_of_either_sign():
     logits = torch.tensor([[2.0, -1.0, 0.5]])
-    close(penalise_repeats(logits, [[0, 1]], 2.0), [[1.0, -2.0, 0.5]], "2, -1 and 0.5, penalty 2")
+    agree(penalise_repeats(logits, [[0, 1]], 2.0), [[1.0, -2.0, 0.5]], "2, -1 and 0.5, penalty 2")
 
 
 @checks("penalise_repeats")
 def test_a_token_counts_once_however_often_it_occurs():
     logits = torch.tensor([[2.0, -1.0, 0.5]])
     got = penalise_repeats(logits, [[0, 0, 0, 1, 1]], 2.0)
-    close(got, [[1.0, -2.0, 0.5]], "a text with token 0 three times")
+    agree(got, [[1.0, -2.0, 0.5]], "a text with token 0 three times")
 
 
 @checks("penalise_repeats")
 def test_each_row_is_penalised_for_its_own_text():
     logits = torch.tensor([[2.0, -1.0, 0.5], [2.0, -1.0, 0.5]])
     got = penalise_repeats(logits, [[0], [2]], 2.0)
-    close(got, [[1.0, -1.0, 0.5], [2.0, -1.0, 0.25]], "two rows with the texts 0 and 2")
+    agree(got, [[1.0, -1.0, 0.5], [2.0, -1.0, 0.25]], "two rows with the texts 0 and 2")
     unchanged(penalise_repeats, logits, [[0], [2]], 2.0)
 
 
@@ -167,7 +161,7 @@ def test_each_row_is_penalised_for_its_own_text():
 def test_the_penalty_is_that_of_the_library():
     # transformers 5.24.0, RepetitionPenaltyLogitsProcessor(1.3) with the text 3 1 3 5
     expected = [[1.5, -0.39, 0.8, 1.692308, -1.0, 0.076923, 1.1, -2.0]]
-    close(penalise_repeats(ROW, [[3, 1, 3, 5]], 1.3), expected, "a penalty of 1.3")
+    agree(penalise_repeats(ROW, [[3, 1, 3, 5]], 1.3), expected, "a penalty of 1.3")
 
 
 # ---- one draw -----------------------------------------------------------------------------------

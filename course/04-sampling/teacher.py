@@ -9,7 +9,7 @@ WRONG = {
             "share",
             "the share is one of the likeliest token's probability",
         ),
-        Wrong("p.amax(-1, keepdim=True)", "p.amax()", "each row has a likeliest token of its own"),
+        Wrong("p.amax(-1, keepdim=True)", "p.amax()", "the likeliest token differs from row to row"),
         Wrong("p < share", "p > share", "the unlikely tokens are excluded, not the likely ones"),
         Wrong("-math.inf", "0.0", "a logit of 0 is no probability of 0"),
     ),
@@ -172,7 +172,7 @@ QUESTIONS = [
         "2 x 32 x 8 x 128 x 2 bytes = 128 KiB a token, 1 GiB for the text. With 32 heads 4 GiB.",
     ),
     (
-        "Why does a row use a random generator of its own?",
+        "Why does each row have its own random generator?",
         "Its text then depends on its prompt and seed alone, not on how many other rows stand in "
         "the batch. Results can be repeated one by one.",
     ),

@@ -1,10 +1,12 @@
 """Checks of lesson 5. Figures with a source are published ones; the others are worked by hand."""
 
+from functools import partial
 from types import SimpleNamespace as Shape
 
 import numpy as np
 import pytest
 
+from course import compare
 from course.lessons import checks
 from tinyfm.calc import ledgers, memory, scaling_laws, systems
 from tinyfm.calc.ledgers import Layer, Stack
@@ -12,22 +14,7 @@ from tinyfm.calc.memory import Layout, Training
 from tinyfm.calc.scaling_laws import CHINCHILLA, REFIT, Parametric
 from tinyfm.common import gpus
 
-
-def shown(values: np.ndarray) -> str:
-    """A number, or the first few of several."""
-    some = ", ".join(f"{value:.10g}" for value in values.ravel()[:5])
-    if not values.ndim:
-        return some
-    return f"[{some}, ...]" if values.size > 5 else f"[{some}]"
-
-
-def agree(got, expected, what: str, rel: float = 1e-9) -> None:
-    """Fail with a sentence unless got is expected, number or array."""
-    got = np.asarray(got, dtype=float)
-    expected = np.asarray(expected, dtype=float)
-    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
-    close = np.allclose(got, expected, rtol=rel, atol=1e-9)
-    assert close, f"{what}: got {shown(got)}, expected {shown(expected)}"
+agree = partial(compare.agree, tolerance=1e-9)
 
 
 # ---- multiply-adds of a layer --------------------------------------------------------------------
@@ -319,7 +306,9 @@ def test_each_exponent_has_its_own_line():
     for i, alpha in enumerate(alphas):
         columns = np.stack([np.ones(6), np.exp(-alpha * x)], axis=1)
         (e, a), (rest,), *_ = np.linalg.lstsq(columns, losses, rcond=None)
-        agree([E[i], A[i], squares[i]], [e, a, rest], f"E, A, squares at alpha {alpha}", 1e-6)
+        agree(
+            [E[i], A[i], squares[i]], [e, a, rest], f"E, A, squares at alpha {alpha}", relative=1e-6
+        )
 
 
 # ---- what no exercise covers ---------------------------------------------------------------------

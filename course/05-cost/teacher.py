@@ -24,7 +24,7 @@ WRONG = {
     ),
     "cache_bytes": (
         Wrong("min(tokens, window)", "tokens", "a window forgets what lies before it"),
-        Wrong("stack.n * (", "(", "every block has keys and values of its own"),
+        Wrong("stack.n * (", "(", "every block keeps its own keys and values"),
         Wrong("+ stack.cross_cache", "+ tokens * stack.cross_cache", "it is for a row"),
         Wrong(" * rows * ", " * ", "every text of a batch has its own cache"),
     ),

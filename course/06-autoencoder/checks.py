@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from course.compare import agree
 from course.lessons import checks
 from tinyfm.autoencoder import (
     LOGVAR_RANGE,
@@ -20,23 +21,6 @@ from tinyfm.autoencoder import (
 
 # Pictures of 2 x 2 pixels, and latents of the same size: sums that can be worked out by hand.
 TINY = {"image_size": 2, "channels": (4,), "groups": 4, "latent_channels": 1, "attention": False}
-
-
-def close(got, expected, what: str, tolerance: float = 1e-5) -> None:
-    got = torch.as_tensor(got, dtype=torch.double)
-    expected = torch.as_tensor(expected, dtype=torch.double)
-    assert got.shape == expected.shape, (
-        f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    )
-    assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance), (
-        f"{what}: expected {shown(expected)}, got {shown(got)}"
-    )
-
-
-def shown(x: torch.Tensor) -> str:
-    numbers = [f"{number:.5g}" for number in x.flatten().tolist()[:6]]
-    more = ", ..." if x.numel() > 6 else ""
-    return f"[{', '.join(numbers)}{more}]" if x.ndim else numbers[0]
 
 
 class Fixed(Autoencoder):
@@ -68,15 +52,15 @@ def test_values_by_hand():
     mean = torch.tensor([1.0, -1.0, 0.0])
     logvar = torch.tensor([math.log(4), 0.0, math.log(0.25)])  # standard deviations 2, 1, 1/2
     z = reparameterise(mean, logvar, torch.tensor([0.5, 2.0, -1.0]))
-    close(z, [2.0, 1.0, -0.5], "mean + standard deviation times eps")
+    agree(z, [2.0, 1.0, -0.5], "mean + standard deviation times eps")
 
 
 @checks("reparameterise")
 def test_draws_have_the_mean_and_the_variance_asked_for():
     eps = torch.randn(200_000, generator=generators(1)[0])
     z = reparameterise(torch.full_like(eps, 3), torch.full_like(eps, math.log(0.25)), eps)
-    close(z.mean(), 3.0, "mean of 200,000 draws", 0.01)
-    close(z.var(), 0.25, "variance of 200,000 draws", 0.01)
+    agree(z.mean(), 3.0, "mean of 200,000 draws", 0.01)
+    agree(z.var(), 0.25, "variance of 200,000 draws", 0.01)
 
 
 @checks("reparameterise")
@@ -87,8 +71,8 @@ def test_the_gradient_reaches_mean_and_logvar():
     assert z.requires_grad, "z has no gradient: something was detached"
     z.sum().backward()
     assert logvar.grad is not None, "no gradient for logvar: the encoder would not learn it"
-    close(mean.grad, [1.0, 1.0], "dz / d mean")
-    close(logvar.grad, [0.5, 3.0], "dz / d logvar = standard deviation eps / 2")
+    agree(mean.grad, [1.0, 1.0], "dz / d mean")
+    agree(logvar.grad, [0.5, 3.0], "dz / d logvar = standard deviation eps / 2")
 
 
 # ---- kl_divergence ------------------------------------------------------------------------------
@@ -99,7 +83,7 @@ def test_kl_by_hand():
     mean = torch.tensor([[0.0, 2.0], [0.0, 1.0]])
     logvar = torch.tensor([[0.0, 0.0], [2.0, -2.0]])
     expected = [[0.0, 2.0], [(math.e**2 - 3) / 2, (math.e**-2 + 2) / 2]]
-    close(kl_divergence(mean, logvar), expected, "KL of each element")
+    agree(kl_divergence(mean, logvar), expected, "KL of each element")
 
 
 @checks("kl_divergence")
@@ -110,7 +94,7 @@ def test_it_is_the_integral_of_q_ln_q_over_p():
     log_p = -(x**2) / 2 - math.log(2 * math.pi) / 2
     integral = torch.trapezoid(log_q.exp() * (log_q - log_p), x)
     one = torch.ones((), dtype=torch.double)
-    close(kl_divergence(mean * one, math.log(var) * one), integral, "KL against its integral")
+    agree(kl_divergence(mean * one, math.log(var) * one), integral, "KL against its integral")
 
 
 @checks("kl_divergence")
@@ -131,20 +115,20 @@ def test_latents_that_vary_from_picture_to_picture_count():
     means = torch.zeros(4, 2, 1, 3)  # 6 latents
     means[:, 0, 0, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
     means[:, 1, 0, 1] = torch.tensor([5.0, 5.5, 5.0, 5.5])
-    close(count_active(means), 2, "active latents, of which two vary")
+    agree(count_active(means), 2, "active latents, of which two vary")
 
 
 @checks("count_active")
 def test_a_large_mean_that_never_varies_is_not_active():
     means = torch.arange(6.0).view(1, 2, 1, 3).expand(4, 2, 1, 3)
-    close(count_active(means), 0, "active latents, all constant over the pictures")
+    agree(count_active(means), 0, "active latents, all constant over the pictures")
 
 
 @checks("count_active")
 def test_the_variance_is_divided_by_the_number_of_pictures():
     means = torch.tensor([0.09, -0.09]).view(2, 1, 1, 1)  # variance 0.0081, or 0.0162 by n - 1
-    close(count_active(means), 0, "active latents at a variance of 0.0081, below 0.01")
-    close(count_active(means * 2), 1, "active latents at a variance of 0.0324, above 0.01")
+    agree(count_active(means), 0, "active latents at a variance of 0.0081, below 0.01")
+    agree(count_active(means * 2), 1, "active latents at a variance of 0.0324, above 0.01")
 
 
 # ---- Autoencoder.restore ------------------------------------------------------------------------
@@ -157,13 +141,13 @@ def scaled() -> Fixed:
 @checks("Autoencoder.restore")
 def test_restored_by_hand():
     z = scaled().restore(torch.tensor([0.0, 1.0, -2.0]))
-    close(z, [3.0, 5.0, -1.0], "restored with mean 3 and scale 1/2")
+    agree(z, [3.0, 5.0, -1.0], "restored with mean 3 and scale 1/2")
 
 
 @checks("Autoencoder.restore")
 def test_it_undoes_standardise():
     z = torch.randn(2, 1, 2, 2, generator=generators(1)[0])
-    close(scaled().restore(scaled().standardise(z)), z, "restore(standardise(z))")
+    agree(scaled().restore(scaled().standardise(z)), z, "restore(standardise(z))")
 
 
 # ---- Autoencoder.encode -------------------------------------------------------------------------
@@ -196,24 +180,24 @@ def encoded(answer, images=None, **fields):
 def test_the_first_channels_are_means_and_the_others_ln_var():
     answer = torch.arange(8.0).view(2, 4, 1, 1)  # 2 pictures, means in 2 channels, ln var in 2
     mean, logvar = encoded(answer, latent_channels=2)
-    close(mean, answer[:, :2], "means")
-    close(logvar, answer[:, 2:], "ln var")
+    agree(mean, answer[:, :2], "means")
+    agree(logvar, answer[:, 2:], "ln var")
 
 
 @checks("Autoencoder.encode")
 def test_ln_var_is_clamped_and_the_mean_is_not():
     answer = torch.tensor([[100.0, -100.0], [-100.0, 50.0]]).view(2, 2, 1, 1)
     mean, logvar = encoded(answer)
-    close(mean.flatten(), [100.0, -100.0], "means")
-    close(logvar.flatten(), LOGVAR_RANGE, "ln var, clamped to LOGVAR_RANGE")
+    agree(mean.flatten(), [100.0, -100.0], "means")
+    agree(logvar.flatten(), LOGVAR_RANGE, "ln var, clamped to LOGVAR_RANGE")
 
 
 @checks("Autoencoder.encode")
 def test_a_plain_autoencoder_has_all_channels_as_means_and_almost_no_variance():
     answer = torch.arange(4.0).view(1, 4, 1, 1)
     mean, logvar = encoded(answer, latent_channels=4, variational=False)
-    close(mean, answer, "means")
-    close(logvar, torch.full_like(answer, LOGVAR_RANGE[0]), "ln var of a plain autoencoder")
+    agree(mean, answer, "means")
+    agree(logvar, torch.full_like(answer, LOGVAR_RANGE[0]), "ln var of a plain autoencoder")
 
 
 @checks("Autoencoder.encode")
@@ -241,27 +225,27 @@ def measured(*batches) -> tuple[float, float]:
 @checks("Autoencoder.measure_latents")
 def test_mean_and_scale_by_hand():
     mean, scale = measured([(1.0, 0.0), (3.0, 0.0)])
-    close(mean, 2.0, "latent_mean of N(1, 1) and N(3, 1)")
-    close(scale, 2**-0.5, "latent_scale: E z^2 = (1 + 9) / 2 + 1 = 6, so the variance is 6 - 4 = 2")
+    agree(mean, 2.0, "latent_mean of N(1, 1) and N(3, 1)")
+    agree(scale, 2**-0.5, "latent_scale: E z^2 = (1 + 9) / 2 + 1 = 6, so the variance is 6 - 4 = 2")
 
 
 @checks("Autoencoder.measure_latents")
 def test_pictures_count_alike_in_batches_of_any_size():
     rows = [(1.0, 0.0), (3.0, 0.0), (5.0, 0.5), (8.0, -1.0)]
-    close(measured(rows[:1], rows[1:]), measured(rows), "mean and scale from 1 + 3 and from 4")
+    agree(measured(rows[:1], rows[1:]), measured(rows), "mean and scale from 1 + 3 and from 4")
 
 
 @checks("Autoencoder.measure_latents")
 def test_every_latent_counts():
     model = Fixed(torch.tensor([0.0, 2.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
     model.measure_latents([torch.zeros(1, 1, 2, 2)])
-    close(float(model.latent_mean), 1.0, "latent_mean of one picture with latents 0 and 2")
+    agree(float(model.latent_mean), 1.0, "latent_mean of one picture with latents 0 and 2")
 
 
 @checks("Autoencoder.measure_latents")
 def test_a_mean_far_from_0_does_not_blur_the_scale():
     _, scale = measured([(10_000.0, 0.0), (10_000.0, 0.0)])
-    close(scale, 1.0, "latent_scale at mean 10,000, variance 1 (sums need float64)", 1e-3)
+    agree(scale, 1.0, "latent_scale at mean 10,000, variance 1 (sums need float64)", 1e-3)
 
 
 @checks("Autoencoder.measure_latents")
@@ -287,8 +271,8 @@ def test_the_reconstruction_is_half_the_squared_error_of_a_picture():
     model = nearly_certain(0.0, beta=0)
     loss, metrics = model.loss({"images": constant(0.5)}, generators(2))
     expected = 4 * 0.5**2 / 2  # 4 pixels
-    close(loss, expected, "loss: 4 pixels off by 0.5, summed over pixels, averaged over pictures")
-    close(metrics["reconstruction"], expected, 'metrics["reconstruction"]')
+    agree(loss, expected, "loss: 4 pixels off by 0.5, summed over pixels, averaged over pictures")
+    agree(metrics["reconstruction"], expected, 'metrics["reconstruction"]')
 
 
 @checks("Autoencoder.loss")
@@ -296,8 +280,8 @@ def test_the_kl_is_summed_over_latents_and_weighted_by_beta():
     model = Fixed(constant(1.0), constant(0.0), beta=0.25)
     images = constant(0.0)
     loss, metrics = model.loss({"images": images}, generators(2))
-    close(metrics["kl"], 2.0, 'metrics["kl"]: 4 latents of KL 1/2, not yet times beta')
-    close(loss - metrics["reconstruction"], 0.5, "beta KL, with beta 0.25, added to the loss")
+    agree(metrics["kl"], 2.0, 'metrics["kl"]: 4 latents of KL 1/2, not yet times beta')
+    agree(loss - metrics["reconstruction"], 0.5, "beta KL, with beta 0.25, added to the loss")
 
 
 @checks("Autoencoder.loss")
@@ -305,7 +289,7 @@ def test_each_row_draws_its_noise_from_its_generator():
     model = Fixed(constant(0.0), constant(0.0), beta=0)
     loss, _ = model.loss({"images": constant(0.0)}, generators(2))
     eps = torch.stack([torch.randn((1, 2, 2), generator=g) for g in generators(2)])
-    close(loss, eps.square().sum() / 4, "loss where the picture is 0 and z is the noise")
+    agree(loss, eps.square().sum() / 4, "loss where the picture is 0 and z is the noise")
 
 
 @checks("Autoencoder.loss")
@@ -313,8 +297,8 @@ def test_a_plain_autoencoder_draws_nothing_and_has_no_kl():
     model = Fixed(constant(1.0), constant(LOGVAR_RANGE[0]), variational=False, beta=1)
     rows = generators(2)
     loss, metrics = model.loss({"images": constant(0.0)}, rows)
-    close(loss, 2.0, "loss of a plain autoencoder: 4 pixels off by 1")
-    close(metrics["kl"], 0.0, 'metrics["kl"] of a plain autoencoder')
+    agree(loss, 2.0, "loss of a plain autoencoder: 4 pixels off by 1")
+    agree(metrics["kl"], 0.0, 'metrics["kl"] of a plain autoencoder')
     untouched = [torch.equal(a.get_state(), b.get_state()) for a, b in zip(rows, generators(2))]
     assert all(untouched), "a plain autoencoder must not use the generators"
 
@@ -325,14 +309,14 @@ def test_beta_rises_with_the_step_and_stops_at_its_full_value(step, beta):
     model = Fixed(constant(1.0), constant(0.0), beta=0.5, beta_warmup_steps=10)
     batch = {"images": constant(0.0), "step": torch.tensor(float(step))}
     loss, metrics = model.loss(batch, generators(2))
-    close(loss - metrics["reconstruction"], beta * 2, f"beta KL at step {step} of a warm-up of 10")
+    agree(loss - metrics["reconstruction"], beta * 2, f"beta KL at step {step} of a warm-up of 10")
 
 
 @checks("Autoencoder.loss")
 def test_without_a_step_beta_has_its_full_value():
     model = Fixed(constant(1.0), constant(0.0), beta=0.5, beta_warmup_steps=10)
     loss, metrics = model.loss({"images": constant(0.0)}, generators(2))
-    close(loss - metrics["reconstruction"], 1.0, "beta KL without a step: beta 0.5, KL 2")
+    agree(loss - metrics["reconstruction"], 1.0, "beta KL without a step: beta 0.5, KL 2")
 
 
 @checks("Autoencoder.loss")
@@ -351,7 +335,7 @@ def test_active_latents_of_the_batch_are_reported():
     mean = constant(0.0)
     mean[0, 0, 0, 0] = 1.0
     _, metrics = Fixed(mean, constant(0.0)).loss({"images": constant(0.0)}, generators(2))
-    close(metrics["active"], 1, 'metrics["active"]')
+    agree(metrics["active"], 1, 'metrics["active"]')
 
 
 # ---- what no exercise covers, but a debugging exercise breaks ------------------------------------
@@ -362,4 +346,4 @@ def test_upsampling_repeats_pixels_and_convolves():
     layer = Upsample(2)
     x = torch.randn(1, 2, 3, 5)
     repeated = F.interpolate(x, scale_factor=2, mode="nearest")
-    close(layer(x), F.conv2d(repeated, layer.weight, layer.bias, padding=1), "Upsample")
+    agree(layer(x), F.conv2d(repeated, layer.weight, layer.bias, padding=1), "Upsample")

@@ -14,7 +14,7 @@ EXERCISES = (
         "kl_divergence",
         MODULE,
         1,
-        "The page derives it. Each element has a KL of its own: sum nothing.",
+        "The page derives it. Return one KL for each element: sum nothing.",
     ),
     Exercise(
         "count_active",

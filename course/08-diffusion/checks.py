@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from course.compare import agree
 from course.lessons import checks
 from tinyfm.ddpm import (
     Diffusion,
@@ -31,23 +32,6 @@ from tinyfm.ddpm import (
 PREDICTIONS = ("eps", "x0", "v", "flow")
 STOPS = [(9.0, 0.6, 0.8), (4.0, 0.8, 0.6), (0.0, 1.0, 0.0)]  # (t, alpha, sigma), and the end
 MEAN, DEVIATION = 0.5, 0.3  # of the data whose denoiser is known
-
-
-def close(got, expected, what: str, tolerance: float = 1e-5) -> None:
-    got = torch.as_tensor(got, dtype=torch.double)
-    expected = torch.as_tensor(expected, dtype=torch.double)
-    assert got.shape == expected.shape, (
-        f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    )
-    assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance), (
-        f"{what}: expected {shown(expected)}, got {shown(got)}"
-    )
-
-
-def shown(x: torch.Tensor) -> str:
-    numbers = [f"{number:.5g}" for number in x.flatten().tolist()[:6]]
-    more = ", ..." if x.numel() > 6 else ""
-    return f"[{', '.join(numbers)}{more}]" if x.ndim else numbers[0]
 
 
 def one(value: float) -> torch.Tensor:
@@ -115,7 +99,7 @@ def error_of(sampler, path) -> float:
 
 @checks("q_sample")
 def test_a_noisy_pixel_by_hand():
-    close(q_sample(one(1.0), one(-0.5), 0.6, 0.8), one(0.2), "0.6 * 1 + 0.8 * (-0.5)")
+    agree(q_sample(one(1.0), one(-0.5), 0.6, 0.8), one(0.2), "0.6 * 1 + 0.8 * (-0.5)")
 
 
 @checks("q_sample")
@@ -124,14 +108,14 @@ def test_each_row_has_its_own_level():
     sigma = torch.tensor([0.0, 1.0, 0.8]).view(3, 1, 1, 1)
     x_t = q_sample(torch.full((3, 1, 2, 2), 2.0), torch.full((3, 1, 2, 2), 5.0), alpha, sigma)
     assert x_t.shape == (3, 1, 2, 2), f"expected the shape of the images, got {tuple(x_t.shape)}"
-    close(x_t[:, 0, 0, 0], [2.0, 5.0, 5.2], "no noise, noise alone, and a mixture")
+    agree(x_t[:, 0, 0, 0], [2.0, 5.0, 5.2], "no noise, noise alone, and a mixture")
 
 
 @checks("q_sample")
 def test_data_of_variance_1_keep_it():
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 100_000, generator=generator)
-    close(
+    agree(
         q_sample(x0, eps, 0.6, 0.8).var(), 1.0, "variance of x_t where alpha^2 + sigma^2 = 1", 0.02
     )
 
@@ -142,7 +126,7 @@ def test_data_of_variance_1_keep_it():
 @checks("cosine_betas")
 def test_betas_of_four_steps():
     # diffusers 0.36, DDPMScheduler(4, beta_schedule="squaredcos_cap_v2").betas, in float32
-    close(cosine_betas(4), [0.15298784, 0.41695809, 0.70785874, 0.999], "betas of 4 steps", 1e-6)
+    agree(cosine_betas(4), [0.15298784, 0.41695809, 0.70785874, 0.999], "betas of 4 steps", 1e-6)
 
 
 @checks("cosine_betas")
@@ -152,13 +136,13 @@ def test_the_signal_that_is_left_follows_cos_squared():
     assert betas.dtype == torch.float64, f"expected float64, got {betas.dtype}"
     first = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     expected = [math.cos((p + 0.008) / 1.008 * math.pi / 2) ** 2 / first for p in (0.25, 0.5, 0.75)]
-    close((1 - betas).cumprod(0)[[249, 499, 749]], expected, "alpha_bar after 250, 500, 750 steps")
+    agree((1 - betas).cumprod(0)[[249, 499, 749]], expected, "alpha_bar after 250, 500, 750 steps")
 
 
 @checks("cosine_betas")
 def test_no_beta_exceeds_its_limit():
     betas = cosine_betas(50)
-    close(betas.max(), 0.999, "largest beta (at 1, no signal would be left to divide by)")
+    agree(betas.max(), 0.999, "largest beta (at 1, no signal would be left to divide by)")
     assert betas.min() > 0, f"each step adds some noise; the smallest beta is {betas.min():.3g}"
 
 
@@ -169,7 +153,7 @@ def test_no_beta_exceeds_its_limit():
 def test_v_by_hand():
     # x_0 = 1, eps = -0.5: x_t = 0.6 - 0.4 = 0.2, v = 0.6 (-0.5) - 0.8 = -1.1
     x0, eps = separate("v", one(-1.1), one(0.2), 0.6, 0.8)
-    close((x0.item(), eps.item()), [1.0, -0.5], "(x_0, eps) from v = -1.1 and x_t = 0.2")
+    agree((x0.item(), eps.item()), [1.0, -0.5], "(x_0, eps) from v = -1.1 and x_t = 0.2")
 
 
 @checks("separate")
@@ -183,15 +167,15 @@ def test_it_undoes_q_sample_and_target(prediction, share):
     x0, eps = torch.randn(2, 1, 1, 2, 2, generator=generator, dtype=torch.double)
     y = target(prediction, x0, eps, alpha, sigma)
     found = separate(prediction, y, q_sample(x0, eps, alpha, sigma), alpha, sigma)
-    close(found[0], x0, f"x_0 from x_t and {prediction}")
-    close(found[1], eps, f"eps from x_t and {prediction}")
+    agree(found[0], x0, f"x_0 from x_t and {prediction}")
+    agree(found[1], eps, f"eps from x_t and {prediction}")
 
 
 @checks("separate")
 def test_the_estimates_mix_to_x_t_even_if_the_network_is_wrong():
     for prediction in PREDICTIONS:
         x0, eps = separate(prediction, one(0.3), one(-0.7), 0.6, 0.8)
-        close(0.6 * x0 + 0.8 * eps, one(-0.7), f"alpha x_0 + sigma eps, from {prediction}")
+        agree(0.6 * x0 + 0.8 * eps, one(-0.7), f"alpha x_0 + sigma eps, from {prediction}")
 
 
 # ---- min_snr_weight -----------------------------------------------------------------------------
@@ -205,7 +189,7 @@ def test_the_estimates_mix_to_x_t_even_if_the_network_is_wrong():
 def test_weights_by_hand(prediction, expected):
     snr = torch.tensor([0.25, 4.0, 9.0], dtype=torch.double)
     what = f"weights of {prediction} at SNR 1/4, 4, 9, capped at 5"
-    close(min_snr_weight(prediction, snr, 5.0), expected, what)
+    agree(min_snr_weight(prediction, snr, 5.0), expected, what)
 
 
 @checks("min_snr_weight")
@@ -220,7 +204,7 @@ def test_the_weighted_error_of_y_is_the_capped_snr_times_the_error_of_x0(predict
         snr = one((alpha / sigma) ** 2)
         weight = min_snr_weight(prediction, snr, 5.0)
         what = f"weighted error of {prediction} at SNR {snr.item():.3g}"
-        close(weight * (y_wrong - y) ** 2, snr.clamp(max=5) * 0.01, what)
+        agree(weight * (y_wrong - y) ** 2, snr.clamp(max=5) * 0.01, what)
 
 
 # ---- ddim ---------------------------------------------------------------------------------------
@@ -231,7 +215,7 @@ def test_two_steps_by_hand():
     denoise = Given((0.5, -1.0), (0.4, 3.0))
     noise = Noise()
     states = steps_of(ddim, denoise, 0.7, STOPS, noise)
-    close(states, [0.8 * 0.5 + 0.6 * -1.0, 0.4], "x after each step: mixed again at the next level")
+    agree(states, [0.8 * 0.5 + 0.6 * -1.0, 0.4], "x after each step: mixed again at the next level")
     assert denoise.calls == STOPS[:2], (
         f"the network must be called at the stops {STOPS[:2]}, was called at {denoise.calls}"
     )
@@ -244,14 +228,14 @@ def test_eta_1_replaces_part_of_eps_by_new_noise():
     states = steps_of(ddim, Given((0.5, -1.0)), 0.7, STOPS, eta=1.0)
     fresh = 0.75 * math.sqrt(0.4375)
     expected = 0.4 + math.sqrt(0.36 - fresh**2) * -1.0 + fresh * 2.0
-    close(states[0], expected, "x after a step with eta 1, where the new noise is 2")
+    agree(states[0], expected, "x after a step with eta 1, where the new noise is 2")
 
 
 @checks("ddim")
 def test_the_last_step_draws_no_noise():
     noise = Noise()
     states = steps_of(ddim, Given((0.5, -1.0)), 0.7, STOPS, noise, eta=1.0)
-    close(states[-1], 0.5, "the end is the last estimate of x_0")
+    agree(states[-1], 0.5, "the end is the last estimate of x_0")
     assert noise.calls == 1, f"2 steps need noise once with eta 1, it was drawn {noise.calls} times"
 
 
@@ -260,7 +244,7 @@ def test_from_pure_noise_with_eta_1_all_noise_is_new():
     path = [(9.0, 0.0, 1.0), (5.0, 0.1, 0.99498743710662), (0.0, 1.0, 0.0)]
     states = steps_of(ddim, Given((0.5, -1.0)), 0.7, path, eta=1.0)
     expected = 0.1 * 0.5 + path[1][2] * 2
-    close(states[0], expected, "from pure noise with eta 1, all noise is new", 1e-4)
+    agree(states[0], expected, "from pure noise with eta 1, all noise is new", 1e-4)
 
 
 @checks("ddim")
@@ -283,7 +267,7 @@ def test_heun_by_hand():
     # Velocities -1 at the start and (1.5 - 3) / 0.5 = -3 on arrival at 1.5: their mean is -2, so
     # x = 1 + 0.5 * 2 = 2. Then x_0 = 4: velocity (2 - 4) / 0.5 = -4, and x = 2 + 0.5 * 4 = 4.
     denoise = Given((2.0, 0.0), (3.0, 0.0), (4.0, 0.0))
-    close(steps_of(heun, denoise, 1.0, LINE), [2.0, 4.0], "x after each step")
+    agree(steps_of(heun, denoise, 1.0, LINE), [2.0, 4.0], "x after each step")
 
 
 @checks("heun")
@@ -314,7 +298,7 @@ def test_a_step_by_hand(variance, share):
     states = steps_of(ddpm, Given((0.5, 0.0)), 1.0, STOPS, variance=variance)
     mean = (0.75 * 0.36 * 1.0 + 0.8 * 0.4375 * 0.5) / 0.64
     deviation = math.sqrt(0.4375) * share
-    close(states[0], mean + deviation * 2, f"x after a step with variance {variance}, noise 2")
+    agree(states[0], mean + deviation * 2, f"x after a step with variance {variance}, noise 2")
 
 
 @checks("ddpm")
@@ -322,7 +306,7 @@ def test_the_end_is_the_last_estimate_without_noise():
     for variance in ("small", "large"):
         noise = Noise()
         states = steps_of(ddpm, Given((0.5, 0.0)), 1.0, STOPS, noise, variance=variance)
-        close(states[-1], 0.5, f"the end with variance {variance}")
+        agree(states[-1], 0.5, f"the end with variance {variance}")
         assert noise.calls == 1, f"2 steps need noise once, it was drawn {noise.calls} times"
 
 
@@ -340,8 +324,8 @@ def test_a_step_draws_from_the_distribution_that_bayes_rule_gives():
     deviation = (weights * (x_s - mean) ** 2).sum().sqrt()
     still = next(iter(ddpm(Given((x0, 0.0)), one(x_t), STOPS, lambda: one(0.0)))).item()
     moved = next(iter(ddpm(Given((x0, 0.0)), one(x_t), STOPS, lambda: one(1.0)))).item()
-    close(still, mean, "mean of the step", 1e-4)
-    close(moved - still, deviation, "standard deviation of the step", 1e-4)
+    agree(still, mean, "mean of the step", 1e-4)
+    agree(moved - still, deviation, "standard deviation of the step", 1e-4)
 
 
 @checks("ddpm")
@@ -349,7 +333,7 @@ def test_it_is_ddim_with_eta_1():
     x0, eps = 0.5, (1.0 - 0.6 * 0.5) / 0.8  # estimates that mix to x_t = 1
     ours = steps_of(ddpm, Given((x0, eps)), 1.0, STOPS)
     theirs = steps_of(ddim, Given((x0, eps)), 1.0, STOPS, eta=1.0)
-    close(ours, theirs, "states of ddpm and of ddim with eta 1")
+    agree(ours, theirs, "states of ddpm and of ddim with eta 1")
 
 
 # ---- what no exercise covers, but a debugging exercise breaks ------------------------------------
@@ -358,7 +342,7 @@ def test_it_is_ddim_with_eta_1():
 def test_levels_keep_the_variance():
     config = DiffusionConfig(prediction="v")
     _, alpha, sigma = level(config, torch.tensor([0.1, 0.5, 0.9], dtype=torch.double))
-    close(alpha**2 + sigma**2, torch.ones(3), "alpha^2 + sigma^2")
+    agree(alpha**2 + sigma**2, torch.ones(3), "alpha^2 + sigma^2")
 
 
 def test_sampling_starts_at_the_noisiest_level():
@@ -394,4 +378,4 @@ def test_sampling_turns_dropout_off():
     first, second = (
         model.sample(1, 2, generators=[torch.Generator().manual_seed(0)]) for _ in range(2)
     )
-    close(first, second, "two samples from the same noise")
+    agree(first, second, "two samples from the same noise")

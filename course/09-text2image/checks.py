@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from course.compare import agree
 from course.lessons import checks
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIPConfig
@@ -26,19 +27,6 @@ CONFIG = TextToImageConfig(
     AutoencoderConfig(image_size=8, channels=(8, 16), latent_channels=2, groups=4, latent_mean=0.3),
     CLIPConfig(8, image_layer=1, vocab_size=257, context_length=6, text_layer=1, text_width=16),
 )  # fmt: skip
-
-
-def near(found, expected, what: str, tolerance: float = 1e-5) -> None:
-    found = torch.as_tensor(found)
-    expected = torch.as_tensor(expected, dtype=found.dtype)
-    assert found.shape == expected.shape, (
-        f"{what}: the shape should be {tuple(expected.shape)}, it is {tuple(found.shape)}"
-    )
-    assert torch.allclose(found, expected, atol=tolerance, rtol=tolerance), (
-        f"{what}: the largest difference from what is expected is "
-        f"{(found - expected).abs().max():.3g}; got {found.flatten()[:8].tolist()}, "
-        f"expected {expected.flatten()[:8].tolist()}"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +87,24 @@ def test_a_context_has_the_full_length(model):
 def test_end_tokens_fill_a_short_row(model):
     found = model.encode_text(torch.tensor([[5, END]]))
     filled = torch.tensor([[5, END, END, END, END, END]])
-    near(found, model.text_tower.states(filled), "the states of 5 and five end tokens")
+    agree(found, model.text_tower.states(filled), "the states of 5 and five end tokens")
 
 
 @checks("TextToImage.encode_text")
 def test_a_context_does_not_depend_on_its_batch(model):
     alone = model.encode_text(torch.tensor([[5, END]]))
     beside = model.encode_text(torch.tensor([[5, END, END, END], [5, 6, 7, END]]))
-    near(beside[:1], alone, "the context of a text beside a longer one")
+    agree(beside[:1], alone, "the context of a text beside a longer one")
 
 
 @checks("TextToImage.encode_text")
 def test_a_text_and_its_tokens_are_the_same(model):
-    near(model.encode_text("ab"), model.encode_text(model.tokenize("ab")), "the context of 'ab'")
+    agree(model.encode_text("ab"), model.encode_text(model.tokenize("ab")), "the context of 'ab'")
 
 
 @checks("TextToImage.null_context")
 def test_negative_prompts_come_first(model):
-    near(model.null_context("ab"), model.encode_text("ab"), "the context of a negative prompt")
+    agree(model.null_context("ab"), model.encode_text("ab"), "the context of a negative prompt")
 
 
 @checks("TextToImage.null_context")
@@ -134,7 +122,7 @@ def test_without_a_learned_one_it_is_the_empty_text(model):
     finally:
         object.__setattr__(CONFIG.diffusion, "learned_null", True)
     assert found is not None, "without a learned null context the empty text is needed, not None"
-    near(found, model.encode_text(""), "the context of an empty text")
+    agree(found, model.encode_text(""), "the context of an empty text")
 
 
 # ---- corrections --------------------------------------------------------------------------------
@@ -151,16 +139,16 @@ def test_the_noise_follows_from_the_corrected_estimate():
     x = torch.ones(1, 1, 1, 1)
     corrected = with_correction(guess, lambda x0: x0 + 0.5)
     x0, eps = corrected(x, 7, 0.8, 0.6)
-    near(x0.item(), 1.0, "x_0 = 0.5 + 0.5")
+    agree(x0.item(), 1.0, "x_0 = 0.5 + 0.5")
     # 1 = 0.8 * 1 + 0.6 eps.
-    near(eps.item(), 1 / 3, "the eps of x = 1, x_0 = 1, alpha = 0.8 and sigma = 0.6")
+    agree(eps.item(), 1 / 3, "the eps of x = 1, x_0 = 1, alpha = 0.8 and sigma = 0.6")
 
 
 @checks("with_correction")
 def test_x_is_what_the_two_make():
     x = images(2)
     x0, eps = with_correction(guess, lambda x0: 2 * x0 - 0.3)(x, 7, 0.3, 0.9)
-    near(0.3 * x0 + 0.9 * eps, x, "alpha x_0 + sigma eps")
+    agree(0.3 * x0 + 0.9 * eps, x, "alpha x_0 + sigma eps")
 
 
 @checks("with_correction")
@@ -168,7 +156,7 @@ def test_no_correction_changes_nothing():
     x = images(2)
     for found, expected in zip(with_correction(guess, lambda x0: x0)(x, 7, 0.6, 0.8),
                                guess(x, 7, 0.6, 0.8)):  # fmt: skip
-        near(found, expected, "x_0 and eps without a correction")
+        agree(found, expected, "x_0 and eps without a correction")
 
 
 @checks("with_correction")
@@ -188,10 +176,10 @@ def test_a_block_moves_to_the_mean_of_its_pixel():
     block = torch.tensor([[[[-1.0, 0.0], [0.0, 1.0]]]])
     # Mean 0, wanted 0.5: half of the way to white, so -1 -> 0, 0 -> 0.5, 1 -> 1.
     lighter = match_means(block, torch.tensor([[[[0.5]]]]))
-    near(lighter, [[[[0.0, 0.5], [0.5, 1.0]]]], "a block of mean 0 that should have mean 0.5")
+    agree(lighter, [[[[0.0, 0.5], [0.5, 1.0]]]], "a block of mean 0 that should have mean 0.5")
     # Wanted -0.5: half of the way to black.
     darker = match_means(block, torch.tensor([[[[-0.5]]]]))
-    near(darker, [[[[-1.0, -0.5], [-0.5, 0.0]]]], "a block of mean 0 that should have mean -0.5")
+    agree(darker, [[[[-1.0, -0.5], [-0.5, 0.0]]]], "a block of mean 0 that should have mean -0.5")
 
 
 @checks("match_means")
@@ -199,23 +187,23 @@ def test_all_blocks_get_their_means_and_no_pixel_leaves_the_range():
     drawn = images(3)
     small = torch.rand(3, 1, 2, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     found = match_means(drawn, small)
-    near(F.avg_pool2d(found, (4, 2)), small, "the means of blocks of 4 x 2")
+    agree(F.avg_pool2d(found, (4, 2)), small, "the means of blocks of 4 x 2")
     assert found.abs().max() <= 1 + 1e-6, f"pixels lie in [-1, 1], not {found.abs().max():.3f}"
 
 
 @checks("match_means")
 def test_blocks_that_fit_and_black_blocks_stay():
     drawn = images(1)
-    near(match_means(drawn, F.avg_pool2d(drawn, 4)), drawn, "an image whose means fit already")
+    agree(match_means(drawn, F.avg_pool2d(drawn, 4)), drawn, "an image whose means fit already")
     black = torch.full((1, 1, 4, 4), -1.0)
-    near(match_means(black, torch.full((1, 1, 2, 2), -1.0)), black, "black that should be black")
+    agree(match_means(black, torch.full((1, 1, 2, 2), -1.0)), black, "black that should be black")
 
 
 @checks("match_means")
 def test_one_small_image_serves_all():
     drawn = images(3)
     small = torch.zeros(1, 1, 2, 2)
-    near(F.avg_pool2d(match_means(drawn, small), 4), torch.zeros(3, 1, 2, 2), "the means of all")
+    agree(F.avg_pool2d(match_means(drawn, small), 4), torch.zeros(3, 1, 2, 2), "the means of all")
 
 
 def masks() -> torch.Tensor:
@@ -232,7 +220,7 @@ def test_known_pixels_stay_and_the_others_are_drawn(model):
     found = correct_images(drawn)
     expected = picture.clone()
     expected[..., 3, 5] = drawn[..., 3, 5]
-    near(found, expected, "the picture with one pixel from the drawing")
+    agree(found, expected, "the picture with one pixel from the drawing")
 
 
 @checks("TextToImage.keep_known")
@@ -243,23 +231,23 @@ def test_a_latent_position_is_known_if_all_its_pixels_are(model):
     # Pixel (3, 5) belongs to the position (1, 2) of a latent whose factor is 2.
     expected = z.clone()
     expected[..., 1, 2] = 1
-    near(found, expected, "z everywhere but at position (1, 2)")
+    agree(found, expected, "z everywhere but at position (1, 2)")
 
 
 @checks("TextToImage.keep_known")
 def test_a_mask_above_a_half_counts_as_one(model):
     z, x0 = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)
     correct_x0, correct_images = model.keep_known(images(1), 0.6 * torch.ones(1, 1, 8, 8), z)
-    near(correct_x0(x0), x0, "with a mask of 0.6 everything is drawn again")
+    agree(correct_x0(x0), x0, "with a mask of 0.6 everything is drawn again")
     drawn = images(1, seed=1)
-    near(correct_images(drawn), drawn, "with a mask of 0.6 every pixel is drawn again")
+    agree(correct_images(drawn), drawn, "with a mask of 0.6 every pixel is drawn again")
 
 
 @checks("TextToImage.enlarge")
 def test_an_enlarged_image_has_the_means_of_the_small_one(model):
     small = torch.zeros(1, 1, 4, 4)
     _, correct_images = model.enlarge(small)
-    near(F.avg_pool2d(correct_images(images(2)), 2), small.expand(2, -1, -1, -1), "block means")
+    agree(F.avg_pool2d(correct_images(images(2)), 2), small.expand(2, -1, -1, -1), "block means")
 
 
 @checks("TextToImage.enlarge")
@@ -269,7 +257,7 @@ def test_an_estimate_that_fits_stays_as_it_is(model):
     x0 = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     small = F.avg_pool2d(model.decode(x0), 2)
     correct_x0, _ = model.enlarge(small)
-    near(correct_x0(x0), x0, "an estimate whose means are right already", 1e-4)
+    agree(correct_x0(x0), x0, "an estimate whose means are right already", 1e-4)
 
 
 @checks("TextToImage.enlarge")
@@ -280,7 +268,7 @@ def test_an_estimate_moves_by_the_difference_of_two_encodings(model):
     drawn = model.decode(x0)
     wanted = x0 + model.encode_images(match_means(drawn, small)) - model.encode_images(drawn)
     correct_x0, _ = model.enlarge(small)
-    near(correct_x0(x0), wanted, "x_0 + E(matched) - E(drawn)", 1e-4)
+    agree(correct_x0(x0), wanted, "x_0 + E(matched) - E(drawn)", 1e-4)
 
 
 # ---- what holds them together -------------------------------------------------------------------
@@ -296,7 +284,7 @@ def draw(model, seeds=(0, 1), tokens=TOKENS, **options) -> torch.Tensor:
 
 def test_an_image_does_not_depend_on_its_batch(model):
     alone = draw(model, (1,), TOKENS[1:])
-    near(draw(model)[1:], alone, "the second image, drawn alone", 1e-4)
+    agree(draw(model)[1:], alone, "the second image, drawn alone", 1e-4)
 
 
 def test_inpainting_keeps_the_known_pixels_exactly(model):
@@ -322,7 +310,7 @@ def test_the_last_latent_holds_what_is_known(model, monkeypatch):
     z = model.encode_images(picture, [torch.Generator().manual_seed(0)])
     known = torch.ones(1, 2, 4, 4, dtype=torch.bool)
     known[..., 1, 2] = False
-    near(decoded[-1][known], z[known], "the known part of the latent that is decoded")
+    agree(decoded[-1][known], z[known], "the known part of the latent that is decoded")
 
 
 def test_every_step_corrects_its_estimate(model, monkeypatch):
@@ -348,13 +336,13 @@ def test_inpainting_begins_with_noise_alone(model):
     mask = torch.ones(1, 1, 8, 8)
     one = draw(model, init_images=images(1), mask=mask)
     two = draw(model, init_images=-images(1), mask=mask)
-    near(one, two, "the drawing under a mask over everything, from two pictures", 1e-4)
+    agree(one, two, "the drawing under a mask over everything, from two pictures", 1e-4)
 
 
 def test_an_upscaled_image_has_the_means_of_the_small_one(model):
     small = images(1)[..., :4, :4]
     found = draw(model, upscale=small, size=(8, 8))
-    near(F.avg_pool2d(found, 2), small.expand(2, -1, -1, -1), "block means after sampling", 1e-4)
+    agree(F.avg_pool2d(found, 2), small.expand(2, -1, -1, -1), "block means after sampling", 1e-4)
 
 
 def test_a_weak_edit_changes_less_than_a_strong_one(model):
@@ -377,9 +365,9 @@ def test_latents_are_standardised_and_restored(model):
     latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     drawn = model.decode(latents)
     expected = model.autoencoder.decode(latents / 1.0 + 0.3).clamp(-1, 1)
-    near(drawn, expected, "the image of a latent whose mean was 0.3 before", 1e-4)
+    agree(drawn, expected, "the image of a latent whose mean was 0.3 before", 1e-4)
     mean, _ = model.autoencoder.encode(images(1))
-    near(model.encode_images(images(1)), mean - 0.3, "the latent of an image", 1e-4)
+    agree(model.encode_images(images(1)), mean - 0.3, "the latent of an image", 1e-4)
 
 
 def test_frozen_parts_stay_in_evaluation_mode(model):

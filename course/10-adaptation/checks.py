@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from course.compare import agree
 from course.lessons import checks
 from tinyfm import adapt
 from tinyfm.adapt import AdapterConfig, chat, distill, lora, soft_prompt
@@ -19,17 +20,6 @@ from tinyfm.tokenizer import ByteTokenizer
 TINY = GPTConfig(31, context_length=16, n_layer=2, n_head=2, d_model=16, zero_init=False)
 TOKENS = torch.arange(20).view(2, 10)
 EOT = 256
-
-
-def near(found, expected, what: str, tolerance: float = 1e-4) -> None:
-    found = torch.as_tensor(found)
-    expected = torch.as_tensor(expected, dtype=found.dtype)
-    assert found.shape == expected.shape, (
-        f"{what}: the shape should be {tuple(expected.shape)}, it is {tuple(found.shape)}"
-    )
-    assert torch.allclose(found, expected, atol=tolerance, rtol=tolerance), (
-        f"{what}: expected {expected.tolist()}, got {found.tolist()}"
-    )
 
 
 def tiny(seed: int = 0, **fields) -> GPT:
@@ -66,7 +56,7 @@ def test_the_loss_is_a_mean_over_rows_and_questions():
     loss, _ = model.eval().loss(batch)
     # tone: -ln of 3/4, 1/4, 1/4; topic: ln 3 in each row.
     tone = (-math.log(3 / 4) - 2 * math.log(1 / 4)) / 3
-    near(loss, (tone + math.log(3)) / 2, "the mean of -ln p(label)")
+    agree(loss, (tone + math.log(3)) / 2, "the mean of -ln p(label)")
 
 
 @checks("Classifier.loss")
@@ -77,9 +67,9 @@ def test_labels_are_smoothed_in_training_alone():
     right = 0.95 * likely + 0.05 * unlikely
     wrong = 0.95 * unlikely + 0.05 * likely
     expected = ((right + 2 * wrong) / 3 + math.log(3)) / 2
-    near(model.train().loss(batch)[0], expected, "the loss in training mode, with smoothing")
+    agree(model.train().loss(batch)[0], expected, "the loss in training mode, with smoothing")
     plain = ((likely + 2 * unlikely) / 3 + math.log(3)) / 2
-    near(model.eval().loss(batch)[0], plain, "the loss in evaluation mode, without smoothing")
+    agree(model.eval().loss(batch)[0], plain, "the loss in evaluation mode, without smoothing")
 
 
 @checks("Classifier.loss")
@@ -89,7 +79,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_most_likely():
     names = ["accuracy tone", "accuracy topic"]
     assert list(metrics) == names, f"the metrics should be {names}, they are {list(metrics)}"
     # tone: 0 is most likely in rows 0 and 2, 1 in row 1; the labels are 0, 0, 1.
-    near(metrics["accuracy tone"], 1 / 3, "accuracy tone")
+    agree(metrics["accuracy tone"], 1 / 3, "accuracy tone")
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -109,10 +99,10 @@ def by_hand(rank: int = 1, alpha: float = 2.0, dropout: float = 0.0) -> tuple[nn
 def test_the_term_is_scale_times_B_A_x():
     _, term = by_hand()
     # A x = 3 - 1 = 2, B A x = (4, 2), and the scale is 2 / 1.
-    near(term(torch.tensor([[3.0, 1.0]])), [[8.0, 4.0]], "scale B A x of x = (3, 1)")
+    agree(term(torch.tensor([[3.0, 1.0]])), [[8.0, 4.0]], "scale B A x of x = (3, 1)")
     _, term = by_hand(rank=2, alpha=6.0)
     # Twice the same product, (8, 4), with the scale 6 / 2.
-    near(term(torch.tensor([[3.0, 1.0]])), [[24.0, 12.0]], "scale B A x, rank 2 and alpha 6")
+    agree(term(torch.tensor([[3.0, 1.0]])), [[24.0, 12.0]], "scale B A x, rank 2 and alpha 6")
 
 
 @checks("LoRA.forward")
@@ -123,7 +113,7 @@ def test_dropout_acts_on_the_input():
     found = {round(value, 3) for value in term.train()(x)[:, 0].tolist()}
     # Kept numbers double: A x is 0, 2 or -2, so the first output is 0, 8 or -8.
     assert found == {0.0, 8.0, -8.0}, f"with dropout on x it is 0, 8 or -8; it is {sorted(found)}"
-    near(term.eval()(x), torch.zeros(400, 2), "without dropout A x = 1 - 1 = 0")
+    agree(term.eval()(x), torch.zeros(400, 2), "without dropout A x = 1 - 1 = 0")
 
 
 @checks("LoRA.forward")
@@ -131,13 +121,13 @@ def test_an_adapted_model_starts_as_its_base():
     model = tiny().eval()
     before = model(TOKENS)
     adapt.apply(model, "lora", AdapterConfig(2))
-    near(model(TOKENS), before, "the logits before any training", 1e-6)
+    agree(model(TOKENS), before, "the logits before any training", 1e-6)
 
 
 @checks("LoRA.product")
 def test_the_product_of_a_matrix_is_scale_B_A():
     _, term = by_hand()
-    near(term.product(), [[4.0, -4.0], [2.0, -2.0]], "2 (2; 1) (1 -1)")
+    agree(term.product(), [[4.0, -4.0], [2.0, -2.0]], "2 (2; 1) (1 -1)")
 
 
 @checks("LoRA.product")
@@ -158,7 +148,7 @@ def test_a_merged_layer_gives_what_the_adapted_one_gives():
         )
         merged = copy.deepcopy(layer)
         merged.weight.data += product
-        near(merged(x), wanted, f"W + product, for a {kind}", 1e-3)
+        agree(merged(x), wanted, f"W + product, for a {kind}", 1e-3)
 
 
 @checks("LoRA.product")
@@ -184,7 +174,7 @@ def prompted() -> soft_prompt.PromptedEmbedding:
 @checks("PromptedEmbedding.forward")
 def test_new_ids_look_up_the_prompt_and_old_ids_the_table():
     found = prompted()(torch.tensor([[3, 4, 0], [2, 1, 2]]))
-    near(found[..., 0], [[30.0, 40.0, 0.0], [2.0, 1.0, 2.0]], "rows of ids 3 4 0 and 2 1 2")
+    agree(found[..., 0], [[30.0, 40.0, 0.0], [2.0, 1.0, 2.0]], "rows of ids 3 4 0 and 2 1 2")
     assert found.shape == (2, 3, 2), f"the shape should be (2, 3, 2), it is {tuple(found.shape)}"
 
 
@@ -192,8 +182,8 @@ def test_new_ids_look_up_the_prompt_and_old_ids_the_table():
 def test_gradients_reach_the_rows_that_were_read():
     table = prompted()
     table(torch.tensor([[4, 1]])).sum().backward()
-    near(table.prompt.grad[:, 0], [0.0, 1.0], "the gradient of the prompt, of which id 4 was read")
-    near(table.weight.grad[:, 0], [0.0, 1.0, 0.0], "the gradient of the table, with token 1 read")
+    agree(table.prompt.grad[:, 0], [0.0, 1.0], "the gradient of the prompt, of which id 4 was read")
+    agree(table.weight.grad[:, 0], [0.0, 1.0, 0.0], "the gradient of the table, with token 1 read")
 
 
 @checks("PromptedEmbedding.forward")
@@ -204,7 +194,7 @@ def test_a_prompt_made_of_words_acts_as_those_words():
     table.prompt.data = table.weight.detach()[[5, 9]]
     words = torch.tensor([[5, 9, 1, 2, 3]])
     ids = torch.tensor([[*soft_prompt.prompt_ids(model), 1, 2, 3]])
-    near(model(ids), model(words), "logits after the prompt, and after the words that it copies")
+    agree(model(ids), model(words), "logits after the prompt, and after the words that it copies")
 
 
 def test_prompt_ids_do_not_count_in_the_loss():
@@ -225,7 +215,7 @@ def test_the_divergence_of_two_tokens_by_hand():
     student = torch.zeros(2)
     # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2.
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    near(distill.divergence(student, teacher, 1.0), expected, "KL(p || q) at tau = 1")
+    agree(distill.divergence(student, teacher, 1.0), expected, "KL(p || q) at tau = 1")
 
 
 @checks("divergence")
@@ -233,7 +223,7 @@ def test_temperature_softens_both_and_its_square_makes_up_for_it():
     teacher = torch.tensor([[2 * math.log(3), 0.0]])
     student = torch.tensor([[0.0, 2 * math.log(3)]])
     # tau = 2 gives p = (3/4, 1/4) and q = (1/4, 3/4): KL = (3/4 - 1/4) ln 3, times 4.
-    near(distill.divergence(student, teacher, 2.0), [2 * math.log(3)], "tau^2 KL at tau = 2")
+    agree(distill.divergence(student, teacher, 2.0), [2 * math.log(3)], "tau^2 KL at tau = 2")
 
 
 @checks("divergence")
@@ -243,14 +233,14 @@ def test_the_gradient_is_tau_times_the_difference_of_the_two():
     student = torch.randn(3, 5, generator=generator).requires_grad_()
     distill.divergence(student, teacher, 3.0).sum().backward()
     expected = 3.0 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1))
-    near(student.grad, expected.detach(), "the gradient with respect to the student's logits")
+    agree(student.grad, expected.detach(), "the gradient with respect to the student's logits")
 
 
 @checks("divergence")
 def test_a_value_for_each_position_and_0_for_a_perfect_student():
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 4, 7, generator=generator)
-    near(distill.divergence(teacher + 5.0, teacher, 2.0), torch.zeros(2, 4), "the same softmax")
+    agree(distill.divergence(teacher + 5.0, teacher, 2.0), torch.zeros(2, 4), "the same softmax")
     found = distill.divergence(torch.randn(2, 4, 7, generator=generator), teacher, 2.0)
     assert (found > 0).all(), f"a divergence is positive; the smallest is {found.min():.3f}"
 
@@ -378,7 +368,7 @@ def test_both_matrices_of_a_lora_begin_to_learn():
         moved = layer.lora["default"].B.weight.grad.abs().max()
         assert moved > 0, f"the first gradient of B in {name} should not be 0"
     before = tiny()(TOKENS)
-    near(model(TOKENS), before, "an untrained LoRA must not change the logits", 1e-6)
+    agree(model(TOKENS), before, "an untrained LoRA must not change the logits", 1e-6)
 
 
 def test_a_weight_of_1_changes_nothing_and_0_gives_the_base():
@@ -389,9 +379,9 @@ def test_a_weight_of_1_changes_nothing_and_0_gives_the_base():
         nn.init.normal_(layer.lora["default"].B.weight, std=0.1)
     adapted = model(TOKENS)
     lora.set_weights(model, {"default": 1.0})
-    near(model(TOKENS), adapted, "logits with weight 1", 1e-6)
+    agree(model(TOKENS), adapted, "logits with weight 1", 1e-6)
     lora.set_weights(model, {})
-    near(model(TOKENS), base, "logits with weight 0", 1e-6)
+    agree(model(TOKENS), base, "logits with weight 0", 1e-6)
 
 
 def test_a_merged_model_gives_the_logits_of_the_adapted_one():
@@ -401,7 +391,7 @@ def test_a_merged_model_gives_the_logits_of_the_adapted_one():
         nn.init.normal_(layer.lora["default"].B.weight, std=0.1)
     adapted = model(TOKENS)
     adapt.merge(model)
-    near(model(TOKENS), adapted, "logits after merging", 1e-3)
+    agree(model(TOKENS), adapted, "logits after merging", 1e-3)
 
 
 def test_targets_that_do_not_count_are_left_out_of_the_distillation():
@@ -409,6 +399,6 @@ def test_targets_that_do_not_count_are_left_out_of_the_distillation():
     teacher = torch.tensor([[[9.0, 0, 0, 0], [0, 0, 0, 0]]])
     loss, metrics = distill.distillation_loss(logits, teacher, torch.tensor([[-100, 1]]), 1.0, 0.5)
     # Only the second position counts: 0.5 ln 4 + 0.5 * 0.
-    near(loss, 0.5 * math.log(4), "the loss over the one target that counts")
+    agree(loss, 0.5 * math.log(4), "the loss over the one target that counts")
     assert metrics["weight"] == 1, f"one target counts, not {metrics['weight']}"
-    near(loss, 0.5 * F.cross_entropy(logits[0, 1:], torch.tensor([1])), "half of the cross-entropy")
+    agree(loss, 0.5 * F.cross_entropy(logits[0, 1:], torch.tensor([1])), "half the cross-entropy")

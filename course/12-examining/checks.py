@@ -1,30 +1,17 @@
 """Checks of lesson 12. Figures with a source are published ones; the others are worked by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
+from course import compare
 from course.lessons import checks
 from data import dedupe, near, splits
 from tinyfm.evaluate import metrics
 
-
-def shown(values: np.ndarray) -> str:
-    """A number, or the first few of several."""
-    some = ", ".join(f"{value:.10g}" for value in values.ravel()[:5])
-    if not values.ndim:
-        return some
-    return f"[{some}, ...]" if values.size > 5 else f"[{some}]"
-
-
-def agree(got, expected, what: str, within: float = 1e-6) -> None:
-    """Fail with a sentence unless got is expected, number or array."""
-    got = np.asarray(got, dtype=float)
-    expected = np.asarray(expected, dtype=float)
-    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
-    close = np.allclose(got, expected, rtol=0, atol=within)
-    assert close, f"{what}: got {shown(got)}, expected {shown(expected)}"
+agree = partial(compare.agree, tolerance=1e-6, relative=0)
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -51,7 +38,7 @@ def test_a_name_is_in_the_same_split_on_every_machine(name, split):
 def test_half_of_what_is_held_out_is_validation_and_half_is_test():
     found = [splits.split_of(f"document {i}", 0.2) for i in range(4000)]
     shares = [found.count(split) / 4000 for split in ("train", "val", "test")]
-    agree(shares, [0.8, 0.1, 0.1], "shares of train, val and test", within=0.02)
+    agree(shares, [0.8, 0.1, 0.1], "shares of train, val and test", tolerance=0.02)
 
 
 @checks("split_of")
@@ -182,7 +169,7 @@ def test_later_windows_have_as_much_context_as_fits():
     ],
 )
 def test_published_intervals(successes, n, interval):
-    agree(metrics.wilson(successes, n), interval, f"interval of {successes} of {n}", 6e-5)
+    agree(metrics.wilson(successes, n), interval, f"interval of {successes} of {n}", tolerance=6e-5)
 
 
 @checks("wilson")
@@ -198,7 +185,9 @@ def test_a_higher_level_is_wider_and_more_examples_are_narrower():
         return high - low
 
     assert width(8, 10, 0.99) > width(8, 10, 0.9), "99% is no wider than 90%"
-    agree(width(800, 1000) / width(8000, 10000), math.sqrt(10), "ratio of the widths", 0.01)
+    agree(
+        width(800, 1000) / width(8000, 10000), math.sqrt(10), "ratio of the widths", tolerance=0.01
+    )
 
 
 @checks("wilson")
@@ -249,7 +238,7 @@ def test_a_long_text_is_read_to_its_end():
 def test_two_texts_agree_as_often_as_they_share_shingles():
     """196 of 396 shingles are shared: J = 0.495. The standard deviation is 0.047."""
     same = dedupe.minhash(words(0, 300)) == dedupe.minhash(words(0, 200) + " " + words(400, 500))
-    agree(same.mean(), 0.495, "share of equal numbers", within=0.15)
+    agree(same.mean(), 0.495, "share of equal numbers", tolerance=0.15)
 
 
 @checks("minhash")
@@ -307,7 +296,7 @@ PAIRS = np.repeat([True, True, True, True, False], 2)  # five files, alike insid
 def test_examples_that_are_alike_count_for_less():
     """Variance 5/4 (4 x 0.4^2 + 1.6^2) / 100 = 0.04, deff 0.04 / 0.016 = 2.5, t of 4: 2.7764."""
     got = metrics.clustered_wilson(PAIRS, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-    agree(got, (0.222554, 0.982423), "8 of 10 right, in five files of two alike", 1e-5)
+    agree(got, (0.222554, 0.982423), "8 of 10 right, in five files of two alike", tolerance=1e-5)
 
 
 @checks("clustered_wilson")
@@ -319,14 +308,18 @@ def test_one_example_a_cluster_is_the_plain_interval():
 @checks("clustered_wilson")
 def test_clusters_that_are_more_even_than_chance_gain_nothing():
     got = metrics.clustered_wilson(np.array([True, False] * 5), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-    agree(got, metrics.wilson(5, 10, z=2.776445), "five files with one of two right", 1e-5)
+    agree(
+        got, metrics.wilson(5, 10, z=2.776445), "five files with one of two right", tolerance=1e-5
+    )
 
 
 @checks("clustered_wilson")
 def test_when_all_are_right_the_number_of_clusters_still_counts():
     right = np.ones(10, dtype=bool)
     got = metrics.clustered_wilson(right, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-    agree(got, metrics.wilson(10, 10, z=2.776445), "ten right of ten, in five files", 1e-5)
+    agree(
+        got, metrics.wilson(10, 10, z=2.776445), "ten right of ten, in five files", tolerance=1e-5
+    )
 
 
 @checks("clustered_wilson")
