@@ -28,6 +28,7 @@ from course.lessons import COURSE, ROOT, Lesson, all_lessons, read, write
 BLOCK = re.compile(r"(<!-- (code|expected)((?: [^\n]*)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([-\d.,]+)(<!-- =(\w+)(?:\.(min|max))? (\S+) -->)")
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+SOURCE = re.compile(r"\]\(\.\./\.\./([\w/.]+\.py)\)")  # a link from a lesson's page to a module
 EXTRAS = "pip install -r course/requirements.txt"
 
 
@@ -196,6 +197,17 @@ def on_page_content(text, **_):
 '''
 
 
+def with_sources(text: str, docs: Path) -> str:
+    """A page whose links to the repository's code lead to copies of it in docs/source."""
+
+    def copy(match: re.Match) -> str:
+        name = f"source/{match[1]}.txt"  # browsers show .txt, and download .py
+        write(docs / name, read(ROOT / match[1]))
+        return f"](../{name})"
+
+    return SOURCE.sub(copy, text)
+
+
 def site(out: Path) -> None:
     """Build the site into out. It needs no network, neither to build nor to read."""
     for package in ("mkdocs", "material", "latex2mathml"):
@@ -213,7 +225,7 @@ def site(out: Path) -> None:
                 (docs / lesson.folder.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(figure, docs / lesson.folder.name)
         for name, path in pages:
-            write(docs / name, read(path))
+            write(docs / name, with_sources(read(path), docs))
         menu = ["nav:", "  - Start: index.md"]
         menu += [
             f'  - "{lesson.number}. {lesson.title}": {lesson.folder.name}/lesson.md'

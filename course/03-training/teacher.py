@@ -77,7 +77,7 @@ WRONG = {
         Wrong('outer.isdisjoint(name.split("."))', 'name.split(".")[0] not in outer', "any depth"),
     ),
     "orthogonalise": (
-        Wrong("X.norm(dim=(1, 2), keepdim=True)", "X.norm()", "each matrix is divided by its own norm"),
+        Wrong("X.norm(dim=(1, 2), keepdim=True)", "X.norm()", "each matrix has its own norm"),
         Wrong("beta=b, alpha=c", "beta=c, alpha=b", "b goes with A, c with A A"),
         Wrong("X.mT if tall else X", "X", "a tall matrix comes back tall"),
         Wrong("beta=a)", "beta=1.0)", "the first coefficient is a"),

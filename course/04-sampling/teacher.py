@@ -9,7 +9,7 @@ WRONG = {
             "share",
             "the share is one of the likeliest token's probability",
         ),
-        Wrong("p.amax(-1, keepdim=True)", "p.amax()", "the likeliest token differs from row to row"),
+        Wrong("p.amax(-1, keepdim=True)", "p.amax()", "each row has its own likeliest token"),
         Wrong("p < share", "p > share", "the unlikely tokens are excluded, not the likely ones"),
         Wrong("-math.inf", "0.0", "a logit of 0 is no probability of 0"),
     ),

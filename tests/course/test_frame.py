@@ -379,6 +379,8 @@ print(6 * 7)
 def test_the_site_needs_no_network(lesson, monkeypatch, tmp_path):
     """Its pages show formulas without a script, and load nothing from elsewhere."""
     write(lesson.folder / "lesson.md", "# 98. Words\n\nWith $x_1$:\n\n$$\\frac{1}{n}$$\n")
+    with (lesson.folder / "lesson.md").open("a", encoding="utf-8") as file:
+        file.write("\n[units](../../tinyfm/common/units.py)\n")
     write(lesson.folder / "figure.svg", "<svg/>")
     for name in ("README.md", "glossary.md"):
         write(lessons.COURSE / name, f"# {name}\n")
@@ -389,6 +391,8 @@ def test_the_site_needs_no_network(lesson, monkeypatch, tmp_path):
     assert (tmp_path / "site/98-words/figure.svg").exists()
     loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
     assert loaded == []
+    assert 'href="../source/tinyfm/common/units.py.txt"' in page
+    assert "def size(" in read(tmp_path / "site/source/tinyfm/common/units.py.txt")
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine/letter.txt", "Dear")
     assert "another folder" in course(monkeypatch, "site", tmp_path / "mine")
