@@ -20,7 +20,7 @@ LESSONS = {  # each with the lessons that it builds on
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
     "text2image": {"clip", "autoencoder", "ddpm", "unet", "tokenizer"},
 }  # fmt: skip
-ROOMS = {"adapt", "batches", "calc", "evaluate", "hub", "training"}
+ROOMS = {"adapt", "batches", "calc", "evaluate", "hub", "serve", "training"}
 # What starts a program may import anything. Nothing imports it.
 ENTRIES = {"train", "sample", "data.prepare", "tinyfm.evaluate.harness"}
 LIBRARIES = {"torch", "einops", "numpy"}
