@@ -17,6 +17,7 @@ Graph = dict[str, set[str]]  # module -> modules that it imports, ours and other
 
 LESSONS = {  # each with the lessons that it builds on
     "tokenizer": {"bpe"}, "bpe": set(), "gpt": {"generate"}, "generate": set(), "compiled": set(),
+    "batching": {"generate"},
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
     "text2image": {"clip", "autoencoder", "ddpm", "unet", "tokenizer"},
 }  # fmt: skip

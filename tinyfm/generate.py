@@ -145,6 +145,8 @@ class KVCache:
     the number of padding tokens in each row.
     """
 
+    one_by_one = False  # all rows attend at once
+
     def __init__(self, config, length: int, pad: Tensor):
         self.slots = min(length, config.context_length, config.window or length)
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -175,6 +177,10 @@ class KVCache:
         past_k[:, :, slot] = k[:, :, 0]
         past_v[:, :, slot] = v[:, :, 0]
         return past_k[:, :, :filled], past_v[:, :, :filled]
+
+    def attend(self, attend, layer: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+        """attend(q, keys, values, mask) over what `update` returns for k, v: (B, N, T, K)."""
+        return attend(q, *self.update(layer, k, v), mask)
 
     def key_positions(self, T: int) -> Tensor:
         """Position of each key that `update` returns for the next T positions, (T or up to S,)."""
@@ -211,6 +217,11 @@ def check_prompts(rows: list[list[int]], vocab_size: int) -> None:
                 raise ValueError(f"{problem}; use the tokenizer that the model was trained with")
 
 
+def row_generator(seed: int, index: int) -> torch.Generator:
+    """The random stream of text number `index`."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
 @torch.inference_mode()
 def stream(
     model,
@@ -231,9 +242,7 @@ def stream(
     device = model.head.weight.device
     rows = [list(prompt) for prompt in prompts]
     check_prompts(rows, model.config.vocab_size)
-    generators = []
-    for i in range(len(rows)):
-        generators.append(torch.Generator().manual_seed(sampling.seed * 1_000_003 + i))
+    generators = [row_generator(sampling.seed, i) for i in range(len(rows))]
     running = [True] * len(rows)
     cache = None
     starts: list[int] = []  # first token of each row that is in the cache

@@ -303,9 +303,11 @@ class Block(nn.Module):
 
     def forward(self, x, angles, mask, cache, layer):
         q, k, v = self.before_attention(x, angles)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        return self.after_attention(x, self.attention.attend(q, k, v, mask))
+        if cache is None:
+            y = self.attention.attend(q, k, v, mask)
+        else:
+            y = cache.attend(self.attention.attend, layer, q, k, v, mask)
+        return self.after_attention(x, y)
 
 
 # ---- the loss -----------------------------------------------------------------------------------
@@ -429,9 +431,11 @@ class GPT(nn.Module):
             raise ValueError(f"{problem}; shorten the text, or train a model with a longer context")
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
 
-        # A mask is built only where plain causal attention is not enough.
+        # A mask is built only where plain causal attention is not enough. Rows that attend one by
+        # one, each over a cache of its own (batching.py), see no padding.
         mask = None
-        if pad is not None or (T > 1 and 0 < config.window < T):
+        padded = pad is not None and not cache.one_by_one
+        if padded or (T > 1 and (start > 0 or 0 < config.window < T)):
             keys = positions if cache is None else cache.key_positions(T)
             mask = attention_mask(positions, keys, config.window, pad)
 

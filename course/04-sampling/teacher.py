@@ -128,9 +128,9 @@ FAULTS = (
     ),
     Fault(
         "tinyfm/generate.py",
-        "stream",
-        "sampling.seed * 1_000_003 + i",
-        "sampling.seed * 1_000_003",
+        "row_generator",
+        "seed * 1_000_003 + index",
+        "seed * 1_000_003",
         "python sample.py RUN --prompt The -n 4 prints one text four times, at any temperature.",
         "All rows have a generator with the same seed, so that equal prompts get equal draws.",
     ),
