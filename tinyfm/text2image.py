@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,17 @@ def check_given(config: TextToImageConfig, B: int, H: int, W: int, given: Given)
 # ---- the model ----------------------------------------------------------------------------------
 
 Prompts = str | Sequence[str] | Tensor  # a text, B texts, or their tokens (B, T)
+
+
+class Plan(NamedTuple):
+    """What a sampler needs to draw B images, and what to correct at the end."""
+
+    denoise: Denoise
+    x: Tensor  # the first state (B, Z, h, w)
+    path: NoisePath  # from there to the end
+    generators: Sequence[torch.Generator]  # one per image
+    correct_x0: Correct  # of the last state
+    correct_images: Correct  # of the images decoded from it
 
 
 class TextToImage(nn.Module):
@@ -402,7 +414,7 @@ class TextToImage(nn.Module):
         return correct_x0, correct_images
 
     @torch.no_grad()
-    def generate(
+    def plan(
         self,
         prompts: Prompts,
         latents: Tensor | None = None,
@@ -417,22 +429,8 @@ class TextToImage(nn.Module):
         mask: Tensor | None = None,
         upscale: Tensor | None = None,
         strength: float | None = None,
-    ) -> Tensor:
-        """Draw B prompts: images (B, C, H, W) in [-1, 1], float32.
-
-        latents: the starting noise (B, Z, h, w).
-        steps, guidance, sampler: see Diffusion.sample.
-        negative: prompts that guidance moves away from, one or B.
-        generators: B CPU generators. Row i draws only from generators[i]; by default torch's global
-            generator seeds them.
-        size: (H, W) of the images.
-        init_images: images (B, C, H, W) to start from.
-        mask: (B, 1, H, W), with 1 where init_images are to be drawn again; the rest is kept.
-        upscale: small images (B, C, h, w) to enlarge to `size`.
-        strength: share of the steps to take from a given image, in (0, 1]; 0.8, or 1 with a mask.
-
-        Tensors of one row serve all B. Raises ValueError for inputs that do not fit.
-        """
+    ) -> Plan:
+        """What a sampler needs to draw B prompts. The arguments are those of `generate`."""
         # Text.
         context = self.encode_text(prompts)
         path = self.diffusion.path(steps, sampler)
@@ -455,17 +453,48 @@ class TextToImage(nn.Module):
         H, W = output_size(self.config, size, given)
         check_given(self.config, B, H, W, given)
 
-        # Sampling.
+        # The start, and what is known of the end.
         denoise = self.diffusion.denoiser(context, guidance, null)
         x, path, z = self.first_state(given, H, W, path, strength, generators)
         correct_x0, correct_images = self.corrections(given, z)
         denoise = with_correction(denoise, correct_x0)
-        states = self.diffusion.sampler_states(sampler, denoise, x, path, generators)
-        with evaluation_mode(self):
-            x0 = correct_x0(last(states))
+        return Plan(denoise, x, path, generators, correct_x0, correct_images)
 
-            # Decoding.
-            return correct_images(self.decode(x0))
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        latents: Tensor | None = None,
+        steps: int = 50,
+        guidance: float = 7.5,
+        sampler: str = "ddim",
+        **options,
+    ) -> Tensor:
+        """Draw B prompts: images (B, C, H, W) in [-1, 1], float32.
+
+        latents: the starting noise (B, Z, h, w).
+        steps, guidance, sampler: see Diffusion.sample.
+
+        Options:
+
+        negative: prompts that guidance moves away from, one or B.
+        generators: B CPU generators. Row i draws only from generators[i]; by default torch's global
+            generator seeds them.
+        size: (H, W) of the images.
+        init_images: images (B, C, H, W) to start from.
+        mask: (B, 1, H, W), with 1 where init_images are to be drawn again; the rest is kept.
+        upscale: small images (B, C, h, w) to enlarge to `size`.
+        strength: share of the steps to take from a given image, in (0, 1]; 0.8, or 1 with a mask.
+
+        Tensors of one row serve all B. Raises ValueError for inputs that do not fit.
+        """
+        plan = self.plan(prompts, latents, steps, guidance, sampler, **options)
+        states = self.diffusion.sampler_states(
+            sampler, plan.denoise, plan.x, plan.path, plan.generators
+        )
+        with evaluation_mode(self):
+            x0 = plan.correct_x0(last(states))
+            return plan.correct_images(self.decode(x0))
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> TextToImage:
