@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,15 +201,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?"
 
 
-def get(name: str, context: int = 0) -> System:
-    """The system of that name. A context other than 0 changes the number of tokens in a row.
+def get(name: str, context: int = 0, layers: int = 0, heads: int = 0) -> System:
+    """The system of that name, in the sizes that are not 0 (`resize`).
 
-    Raises ValueError for an unknown name, with the nearest ones, and for a context that it cannot
-    take.
+    context: tokens in a row. Raises ValueError for an unknown name, with the nearest ones, and for
+    sizes that it cannot take.
     """
     if name not in rows():
         raise ValueError(f"there is no system {name!r}; {nearest(name, rows())}")
     row = rows()[name]
+    if layers or heads:
+        row = resize(row, layers, heads)
     if context:
         row = {**row, "context": str(check_context(name, context))}
     family = row["family"]
@@ -234,11 +237,39 @@ def get(name: str, context: int = 0) -> System:
     )
 
 
+def has_blocks_of_one_kind(name: str) -> bool:
+    """Whether a system is one stack of Transformer blocks, so that its sizes can be changed."""
+    ledger, _ = FAMILIES[rows()[name]["family"]]
+    return ledger is ledgers.transformer
+
+
+def resize(row: dict[str, str], layers: int, heads: int) -> dict[str, str]:
+    """The row of a model like this one, with other numbers of blocks and of query heads.
+
+    0 keeps a number. The width grows with the heads, and the MLP with the width. Raises ValueError
+    for sizes below 1, or a system that is no stack of Transformer blocks.
+    """
+    if not has_blocks_of_one_kind(row["name"]):
+        raise ValueError(f"{row['name']} has fixed sizes; leave out layers and heads")
+    if min(layers, heads) < 0:
+        raise ValueError(f"layers {layers} and heads {heads} must be at least 1, or 0 (published)")
+    changed = dict(row)
+    if layers:
+        changed["layers"] = str(layers)
+    if heads:
+        for name in ("d_model", "d_ff"):
+            if row[name]:
+                changed[name] = str(round(int(row[name]) * heads / int(row["heads"])))
+        if row["kv_heads"]:  # they must divide the query heads
+            changed["kv_heads"] = str(math.gcd(heads, int(row["kv_heads"])))
+        changed["heads"] = str(heads)
+    return changed
+
+
 def check_context(name: str, context: int) -> int:
     """The context. Raises ValueError if a row of this system cannot have so many tokens."""
     row = rows()[name]
-    ledger, _ = FAMILIES[row["family"]]
-    if ledger is not ledgers.transformer:
+    if not has_blocks_of_one_kind(name):
         raise ValueError(f"{name} has rows of a fixed size; leave out the context")
     most = int(row["positions"] or context)
     if not 1 <= context <= most:

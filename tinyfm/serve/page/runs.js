@@ -1,0 +1,146 @@
+// The runs tab: the curves of all runs side by side, followed while one trains; and one run's
+// samples as a film, its settings and its verdict.
+
+import { $, attempt, duration, el, fill, say, setSlider, showValues } from "./dom.js";
+import { get, getFile } from "./api.js";
+import { Film } from "./film.js";
+import { linePlot, lineSample } from "./plot.js";
+
+const EVERY = 2000; // milliseconds between two looks at runs that train
+const CHECKED = 6; // runs that are drawn at first
+
+let runs = []; // as the server describes them
+const rows = new Map(); // name of a run -> rows of its metrics.jsonl
+const drawn = new Set(); // names of the runs that are drawn
+
+const film = new Film($("samples-step"), $("samples-play"), showSample, 900);
+
+/** Read what is new of each drawn run. */
+async function readCurves() {
+  for (const name of drawn) {
+    const known = rows.get(name) ?? [];
+    const found = await get("/api/metrics", { run: name, after: known.at(-1)?.step ?? -1 });
+    rows.set(name, [...known, ...found.rows]);
+  }
+}
+
+/** The values that can be drawn: losses first, then the other scores. */
+function listCurves() {
+  const names = new Set([...rows.values()].flat().flatMap((row) => Object.keys(row)));
+  names.delete("step");
+  const first = ["loss", "val_loss"].filter((name) => names.has(name));
+  const both = first.length === 2 ? [["both", "loss, and val_loss"]] : [];
+  const others = [...names].filter((name) => !first.includes(name)).sort();
+  fill($("curve"), [...both, ...[...first, ...others].map((name) => [name])]);
+}
+
+function draw() {
+  const shown = $("curve").value;
+  const names = shown === "both" ? ["loss", "val_loss"] : [shown];
+  const lines = [];
+  runs.forEach((run, i) => {
+    if (!drawn.has(run.name)) return;
+    for (const name of names) {
+      const points = (rows.get(run.name) ?? []).filter((row) => name in row).map((row) => [row.step, row[name]]);
+      if (points.length) lines.push({ name: `${run.name}, ${name}`, points, style: i, faint: shown === "both" && name === "loss" });
+    }
+  });
+  const about = `${names.join(" and ")} by step: ${lines.map(({ name, points }) => `${name} ends at ${points.at(-1)[1].toPrecision(4)}`).join("; ")}`;
+  const yName = names.join(", thick: ");
+  $("curves").replaceChildren(linePlot(lines, { yName, log: $("log-scale").checked, about }));
+}
+
+function listRuns() {
+  const items = runs.map((run, i) => {
+    const check = el("input", { type: "checkbox", checked: drawn.has(run.name) });
+    check.addEventListener("change", async () => {
+      if (check.checked) drawn.add(run.name);
+      else drawn.delete(run.name);
+      await look();
+    });
+    const state = run.error ?? (run.training ? "training" : `step ${run.step.toLocaleString("en")}`);
+    return el("li", {}, el("label", {}, check, lineSample(i), ` ${run.name} `, el("span", { class: "hint" }, state)));
+  });
+  $("run-list").replaceChildren(...items);
+  fill($("run"), runs.filter((run) => !run.error).map((run) => [run.name]));
+}
+
+/** Read and draw everything again. */
+async function look() {
+  await attempt($("runs-status"), async () => {
+    await readCurves();
+    listCurves();
+    draw();
+    const training = runs.filter((run) => run.training).map((run) => run.name);
+    say($("runs-status"), training.length ? `Training now: ${training.join(", ")}` : "No run trains now.");
+  });
+}
+
+async function follow() {
+  if ($("runs").hidden || !$("live").checked) return;
+  const before = JSON.stringify(runs.map((run) => [run.name, run.step, run.training]));
+  runs = await get("/api/runs");
+  if (JSON.stringify(runs.map((run) => [run.name, run.step, run.training])) === before) return;
+  listRuns();
+  await look();
+}
+
+// ---- one run ------------------------------------------------------------------------------------
+
+function describe(run) {
+  const score = (value) => (value === null ? "none yet" : Number(value.toPrecision(4)));
+  const parts = [
+    `${run.preset}: step ${run.step.toLocaleString("en")} of ${run.steps.toLocaleString("en")}`,
+    `${run.score} ${score(run.first)} to ${score(run.last)}`,
+    `${duration(run.seconds)} of training`,
+  ];
+  return run.verdict ? `${parts[0]}, ${parts[2]}. ${run.verdict}` : parts.join(", ");
+}
+
+async function choose() {
+  const run = runs.find((one) => one.name === $("run").value);
+  if (!run) return;
+  $("verdict").textContent = describe(run);
+  const settings = Object.entries(run.config).map(([name, value]) =>
+    el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)),
+  );
+  $("config").replaceChildren(...settings);
+  film.clear();
+  $("samples").replaceChildren();
+  await attempt($("runs-status"), async () => {
+    const found = await get("/api/samples", { run: run.name });
+    for (const sample of found) film.add({ ...sample, run: run.name });
+    if (!found.length) $("samples").replaceChildren("This run has written no samples yet.");
+  });
+}
+
+async function showSample(moment) {
+  const { text, url } = (moment.content ??= await getFile("/api/sample", { run: moment.run, file: moment.file }));
+  if (film.moments[Number($("samples-step").value)] !== moment) return; // turned on meanwhile
+  const alt = `samples of ${moment.run} at step ${moment.step}`;
+  $("samples").replaceChildren(url ? el("img", { src: url, alt }) : el("pre", { tabindex: 0, "aria-label": alt }, text));
+}
+
+let started = false;
+
+/** Called whenever the tab is shown. */
+export async function open() {
+  if (started) return;
+  started = true;
+  await attempt($("runs-status"), async () => {
+    runs = await get("/api/runs");
+    for (const run of runs.filter((one) => !one.error).slice(0, CHECKED)) drawn.add(run.name);
+    listRuns();
+    await look();
+    await choose();
+    setInterval(follow, EVERY);
+  });
+}
+
+showValues(document.querySelector("#runs .film-bar"), {
+  sample: (value) => film.moments[value]?.step.toLocaleString("en") ?? "",
+});
+$("curve").addEventListener("change", draw);
+$("log-scale").addEventListener("change", draw);
+$("run").addEventListener("change", choose);
+setSlider($("samples-step"), 0);

@@ -1,0 +1,127 @@
+// Continues a text token by token, from the public API: POST /v1/completions, streamed, with the
+// log-probability of each token and of its alternatives. A token can be exchanged for one of them;
+// the text then branches there and is written on.
+
+import { $, attempt, el, percent, roving, visible } from "./dom.js";
+import { events } from "./api.js";
+
+const ALTERNATIVES = 10; // asked for with each token
+
+/** The class that tints a token by its probability; page.css also underlines it, for all eyes. */
+function tint(p) {
+  if (p > 0.5) return "p4";
+  if (p > 0.2) return "p3";
+  return p > 0.05 ? "p2" : "p1";
+}
+
+export class Writer {
+  constructor(pane) {
+    this.pane = pane;
+    this.tokens = []; // {text, logprob, top: {text: logprob}, chosen}
+    this.running = null;
+    roving(pane.find(".written .text"), "button");
+  }
+
+  stop() {
+    this.running?.abort();
+  }
+
+  /** Continue a prompt, after tokens that are kept. */
+  async write(prompt, settings, kept = []) {
+    this.stop();
+    const control = new AbortController();
+    this.running = control;
+    this.prompt = prompt;
+    this.settings = settings;
+    this.tokens = kept;
+    this.show();
+    const body = {
+      model: this.pane.model.id,
+      prompt: prompt + kept.map((token) => token.text).join(""),
+      max_tokens: settings.maxTokens,
+      temperature: settings.temperature,
+      top_k: settings.topK,
+      top_p: settings.topP,
+      min_p: settings.minP,
+      seed: settings.seed,
+      logprobs: ALTERNATIVES,
+      stream: true,
+    };
+    const started = performance.now();
+    let count = 0;
+    await attempt(this.pane.status, async () => {
+      for await (const event of events("/v1/completions", body, control.signal)) {
+        const found = event.choices[0]?.logprobs;
+        if (!found) continue;
+        found.tokens.forEach((text, i) => {
+          this.add({ text, logprob: found.token_logprobs[i], top: found.top_logprobs[i] });
+        });
+        count += found.tokens.length;
+        const seconds = (performance.now() - started) / 1000;
+        this.pane.find(".speed").textContent = `${count} tokens, ${(count / seconds).toFixed(0)} a second`;
+      }
+    });
+    if (this.running === control) this.running = null;
+  }
+
+  show() {
+    this.pane.find(".written").hidden = false;
+    this.pane.find(".branch").hidden = true;
+    this.pane.find(".speed").textContent = "";
+    const start = el("span", { class: "given" }, this.prompt);
+    this.pane.find(".written .text").replaceChildren(start, ...this.tokens.map((t, i) => this.token(t, i)));
+  }
+
+  add(token) {
+    this.tokens.push(token);
+    const text = this.pane.find(".written .text");
+    text.append(this.token(token, this.tokens.length - 1));
+    text.scrollTop = text.scrollHeight;
+  }
+
+  token(token, i) {
+    const p = Math.exp(token.logprob);
+    const label = token.text.trim() === "" ? JSON.stringify(token.text) : token.text;
+    return el(
+      "button",
+      {
+        class: `${tint(p)}${token.chosen ? " chosen" : ""}`,
+        tabindex: i ? -1 : 0,
+        title: percent(p),
+        "aria-label": `${label}, ${percent(p)}${token.chosen ? ", chosen by you" : ""}`,
+        onclick: () => this.open(i),
+      },
+      token.text,
+    );
+  }
+
+  /** Show what could have stood in the place of token i. */
+  open(i) {
+    const token = this.tokens[i];
+    const branch = this.pane.find(".branch");
+    const top = Object.entries(token.top ?? {}).sort((a, b) => b[1] - a[1]);
+    branch.hidden = false;
+    branch.querySelector("h3").textContent = `In place of “${visible(token.text)}”`;
+    const rows = top.map(([text, logprob]) => {
+      const p = Math.exp(logprob);
+      const same = text === token.text;
+      const button = el(
+        "button",
+        { "aria-current": same ? "true" : null, onclick: () => this.branch(i, text, logprob) },
+        el("span", { class: "name" }, visible(text)),
+        el("span", { class: "track" }, el("span", { class: "fill" })),
+        el("span", { class: "share" }, same ? `${percent(p)}, here` : percent(p)),
+      );
+      button.querySelector(".fill").style.width = `${100 * p}%`;
+      return el("li", {}, button);
+    });
+    branch.querySelector("ol").replaceChildren(...rows);
+    branch.querySelector("button")?.focus();
+  }
+
+  /** Write on from another token in place i. */
+  branch(i, text, logprob) {
+    const chosen = { text, logprob, top: this.tokens[i].top, chosen: true };
+    this.write(this.prompt, this.settings, [...this.tokens.slice(0, i), chosen]);
+  }
+}
