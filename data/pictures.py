@@ -16,11 +16,11 @@ import importlib
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -29,6 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PHONES = ("AVIF", "HEIF")  # formats of phones: Pillow may read the first, pillow-heif the second
+Source = str | Path | BinaryIO  # a picture file, or its open content
 MAX_PIXELS = 100_000_000
 COLORED = 32  # a pixel whose channels differ by more than this is not grey
 # The fonts that come with matplotlib. This finds them without importing matplotlib.
@@ -64,10 +65,10 @@ def suffixes() -> frozenset[str]:
     return frozenset({".heic", ".heif", ".avif"}.union(s for s in known if known[s] in Image.OPEN))
 
 
-def unreadable(path: str | Path) -> str:
+def unreadable(source: Source) -> str:
     """Why a file is of no format that can be read here."""
     reason = f"not an image in one of the formats {', '.join(readable())}"
-    if str(path).lower().endswith((".heic", ".heif")):
+    if str(source).lower().endswith((".heic", ".heif")):
         reason += "; pip install pillow-heif"
     return reason
 
@@ -95,28 +96,48 @@ def is_regular(path: Path) -> bool:
     return path.is_file() or path.is_dir() or not path.exists()
 
 
-def load(path: str | Path) -> tuple[Image.Image, int]:
+def load(source: Source, most_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
     """The first picture of a file, upright and flat, and the number of pictures in the file.
 
     An animation has several pictures (frames), and so may a document (pages). Raises ValueError
     with the reason if that fails.
     """
-    if isinstance(path, (str, Path)) and not is_regular(Path(path)):
+    return convert(source, flatten, most_pixels)
+
+
+def opacity(source: Source, most_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """How opaque the first picture of a file is, upright, in grey: black where nothing is.
+
+    None if the file says nothing about it. Raises ValueError as `load` does.
+    """
+
+    def alpha(image: Image.Image) -> Image.Image | None:
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+    return convert(source, alpha, most_pixels)[0]
+
+
+def convert(source: Source, change: Callable, most_pixels: int) -> tuple[Any, int]:
+    """change(first picture of a file, upright), and the number of pictures in the file.
+
+    Raises ValueError with the reason if that fails.
+    """
+    if isinstance(source, (str, Path)) and not is_regular(Path(source)):
         raise ValueError("a pipe, a socket or a device")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which do no harm
-            with open_image(path, formats=readable()) as image:
+            with open_image(source, formats=readable()) as image:
                 pixels = image.width * image.height
-                if pixels > MAX_PIXELS:
+                if pixels > most_pixels:
                     raise Image.DecompressionBombError
                 if pixels:
-                    return flatten(ImageOps.exif_transpose(image)), getattr(image, "n_frames", 1)
+                    return change(ImageOps.exif_transpose(image)), getattr(image, "n_frames", 1)
                 reason = "it has no pixels"
     except Image.DecompressionBombError:
-        reason = f"more than {MAX_PIXELS:,} pixels, make it smaller"
+        reason = f"more than {most_pixels:,} pixels, make it smaller"
     except UnidentifiedImageError:
-        reason = unreadable(path)
+        reason = unreadable(source)
     except Exception as error:  # decoders raise all kinds, and one bad file must not stop the rest
         reason = getattr(error, "strerror", None) or "truncated or damaged"
     raise ValueError(reason)

@@ -112,20 +112,31 @@ def trim_history(tokenizer: Tokenizer, messages: list[Message], room: int) -> li
     raise ValueError(f"the message takes {len(ids)} tokens, only {room} fit: say it in fewer words")
 
 
+def prepare_answer(
+    model, tokenizer: Tokenizer, messages: list[Message], sampling: generate.Sampling
+) -> tuple[list[int], generate.Sampling]:
+    """The ids after which the model writes its next answer, and the settings for it.
+
+    The answer and the conversation before it share the context. The answer may take
+    max_new_tokens, but at most half of the context. The conversation gets the rest (trim_history).
+    Raises ValueError if the last message does not fit.
+    """
+    context = model.config.context_length
+    answer = min(sampling.max_new_tokens, max(1, context // 2))
+    stops = (*sampling.stop_tokens, tokenizer.eot)
+    front = prompt_ids(model)  # a soft prompt stands before everything that the model reads
+    ids = front + trim_history(tokenizer, messages, context - answer - len(front))
+    return ids, replace(sampling, max_new_tokens=answer, stop_tokens=stops)
+
+
 def reply(
     model, tokenizer: Tokenizer, messages: list[Message], sampling: generate.Sampling | None = None
 ) -> Iterator[str]:
     """Yield the assistant's next answer in parts, as soon as each is certain.
 
-    The answer and the conversation before it share the context. The answer may take
-    max_new_tokens, but at most half of the context. The conversation gets the rest (trim_history).
+    See `prepare_answer`.
     """
-    s = sampling or generate.Sampling()
-    context = model.config.context_length
-    answer = min(s.max_new_tokens, max(1, context // 2))
-    s = replace(s, max_new_tokens=answer, stop_tokens=(*s.stop_tokens, tokenizer.eot))
-    front = prompt_ids(model)  # a soft prompt stands before everything that the model reads
-    ids = front + trim_history(tokenizer, messages, context - answer - len(front))
+    ids, s = prepare_answer(model, tokenizer, messages, sampling or generate.Sampling())
     text = generate.TextStream()
     started = False
     never = tokenizer.without_token(model.config.vocab_size)

@@ -62,6 +62,16 @@ def count_places(rows: int, grid: int) -> int:
     return min(grid, rows) ** 2
 
 
+def mean_state(gpt: nn.Module, batch: Batch) -> Tensor:
+    """A GPT's features: the mean of the last layer's states over the tokens of each text.
+
+    tokens (B, T); mask (B, T) is False for padding, which does not count -> (B, D).
+    """
+    states = gpt.hidden(batch["tokens"]).float()  # (B, T, D)
+    real = batch["mask"][..., None]
+    return (states * real).sum(1) / real.sum(1).clamp(min=1)
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 

@@ -20,9 +20,11 @@ unit vectors in float32.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,10 @@ from torch import Tensor
 
 from data.pictures import save_grid
 from data.report import counted
+from tinyfm import adapt
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
+from tinyfm.common import files, folders
 from tinyfm.evaluate.metrics import Measured, Scores, proportion
 from tinyfm.tokenizer import encode_captions
 
@@ -43,6 +47,7 @@ RETRIEVAL_IMAGES = 1000  # images, with their captions, among which retrieval se
 PROBED_IMAGES = 2000  # images that the probes classify
 TIE = 1e-6  # similarities closer than this are equal
 SHOWN = 24  # confusions in the picture
+TEMPLATES = "templates.json"  # file of a checkpoint: how training captions are made of names
 # Splits of data/glyphs.py, which loads font libraries.
 HELD_OUT_FONTS = "held-out fonts"
 HELD_OUT_CHARACTERS = "held-out characters"
@@ -69,6 +74,25 @@ def image_features(model: Any, images: np.ndarray) -> Tensor:
     before it are better (Chen et al. 2020, section 4.2).
     """
     return F.normalize(embed_images(model, images, model.image_tower).float(), dim=-1)
+
+
+def vectors_folder(model: Any, fingerprint: str, cache: str) -> Path:
+    """The folder that keeps a model's vectors of the images of some data."""
+    key = f"{adapt.base_hash(model)}{fingerprint}"
+    return Path(cache) / f"vectors-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def write_vectors(folder: Path, vectors: Tensor) -> None:
+    """Keep vectors (B, E), unless another process has kept them meanwhile."""
+    with folders.whole_or_absent(folder) as new:
+        if new:
+            files.save_tensors(new, "vectors", {"images": vectors.cpu()})
+
+
+def read_vectors(folder: Path, model: Any) -> Tensor:
+    """The vectors (B, E) that a folder keeps, on the model's device."""
+    vectors = files.load_tensors(folder, "vectors")["images"]
+    return vectors.to(model.logit_scale.device)
 
 
 @torch.no_grad()

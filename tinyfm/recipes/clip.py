@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -17,13 +16,12 @@ from tqdm import tqdm
 
 from data import pictures, reading
 from data.splits import TEST
-from tinyfm import adapt
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
-from tinyfm.common import files, folders
+from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
 from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, Scores, write_step_file
 from tinyfm.recipes.pictures import (
@@ -36,9 +34,6 @@ from tinyfm.recipes.pictures import (
 )
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
-
-TEMPLATES = "templates.json"  # file of a checkpoint: how training captions are made of names
-
 
 # ---- pretraining --------------------------------------------------------------------------------
 
@@ -68,7 +63,7 @@ class CLIPRun(Run):
     def write_files(self, folder: Path, data: PairData) -> None:
         super().write_files(folder, data)
         templates = json.dumps(zero_shot.find_templates(data.train))
-        (folder / TEMPLATES).write_text(templates, encoding="utf-8")
+        (folder / zero_shot.TEMPLATES).write_text(templates, encoding="utf-8")
         if not self.init_from:  # the words of the base's captions are not known
             write_words(folder, data)
 
@@ -159,7 +154,7 @@ class CLIPRun(Run):
             raise ValueError("--shots puts examples into a prompt, which CLIP does not read")
         model = opened.model
         names = next(iter(data.classes.values()))
-        templates = files.read_record(opened.folder / TEMPLATES, list[str])
+        templates = files.read_record(opened.folder / zero_shot.TEMPLATES, list[str])
         x = zero_shot.embed_images(model, data.inputs[TEST])
         classes = zero_shot.class_vectors(model, opened.tokenizer, names, templates)
         guesses = zero_shot.classify(x, classes, model.scale())
@@ -196,7 +191,7 @@ def name_image(opened: OpenRun, image_file: str, labels: str) -> None:
     x = zero_shot.embed_images(opened.model, image.transpose(2, 0, 1)[None])
     if len(names) < 2:
         raise ValueError(f"{names[0]!r} is the only label, and no file of labels; give two or more")
-    templates = files.read_record(opened.folder / TEMPLATES, list[str])
+    templates = files.read_record(opened.folder / zero_shot.TEMPLATES, list[str])
     captions = [template.replace("{}", name) for template in templates for name in names]
     warn_if_cut(opened.tokenizer, captions, config.context_length)
     classes = zero_shot.class_vectors(opened.model, opened.tokenizer, names, templates)
@@ -211,20 +206,18 @@ SHOWN = 500  # images between two moves of the progress bar
 
 def embed_all(opened: OpenRun, data: PairData) -> Tensor:
     """Vectors (B, E) of all images of the data, split after split: computed once, then kept."""
-    key = f"{adapt.base_hash(opened.model)}{data.fingerprint}"
-    name = f"vectors-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    with folders.whole_or_absent(Path(opened.run.data.cache) / name) as new:
-        if new:
-            images = [
-                split.images[i : i + SHOWN]
-                for split in data.splits.values()
-                for i in range(0, len(split.images), SHOWN)
-            ]
-            parts = tqdm(images, "embedding", unit=f" x {SHOWN} images", leave=False, disable=None)
-            vectors = [zero_shot.embed_images(opened.model, part).cpu() for part in parts]
-            files.save_tensors(new, "vectors", {"images": torch.cat(vectors)})
-    vectors = files.load_tensors(Path(opened.run.data.cache) / name, "vectors")["images"]
-    return vectors.to(opened.model.logit_scale.device)
+    cache = opened.run.data.cache
+    kept = zero_shot.vectors_folder(opened.model, data.fingerprint, cache)
+    if not kept.exists():
+        images = [
+            split.images[i : i + SHOWN]
+            for split in data.splits.values()
+            for i in range(0, len(split.images), SHOWN)
+        ]
+        parts = tqdm(images, "embedding", unit=f" x {SHOWN} images", leave=False, disable=None)
+        vectors = [zero_shot.embed_images(opened.model, part) for part in parts]
+        zero_shot.write_vectors(kept, torch.cat(vectors))
+    return zero_shot.read_vectors(kept, opened.model)
 
 
 def find_images(opened: OpenRun, prompt: str, n: int, out: str) -> None:

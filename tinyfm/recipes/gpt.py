@@ -18,7 +18,7 @@ from data.splits import HELD_OUT, TEST, TRAIN, VAL
 from tinyfm import compiled, generate, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil
-from tinyfm.adapt.heads import Batch, Classifier, Reader
+from tinyfm.adapt.heads import Classifier, Reader, mean_state
 from tinyfm.adapt.soft_prompt import PromptedData, prompt_ids
 from tinyfm.batches import labelled
 from tinyfm.batches.chat import ChatConfig, ChatData
@@ -258,16 +258,6 @@ class ChatRun(GPTRun):
         for part in chat.reply(opened.model, opened.tokenizer, messages, options.sampling):
             print(part, end="", flush=True)
         print()
-
-
-def mean_state(gpt: GPT, batch: Batch) -> Tensor:
-    """Mean of the last layer's states over the tokens of each text.
-
-    tokens (B, T); mask (B, T) is False for padding, which does not count -> (B, D).
-    """
-    states = gpt.hidden(batch["tokens"]).float()  # (B, T, D)
-    real = batch["mask"][..., None]
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,65 +1,136 @@
-"""The server's routes: the OpenAI API, and the page.
+"""The server's routes: the API that OpenAI's clients speak, and the page.
 
     app = create_app(runs, engine, Settings())
 
-A handler finds in request.app.state: `runs` {name: Served}, the `engine` (engine.py), and the
-`settings`.
+A handler finds in request.app.state: `runs` {name: Served}, the `engine` (engine.py), the
+`settings`, and the `indexes` of pictures. It raises BadRequest for what it does not serve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from tinyfm.serve.families import Served
+from tinyfm.serve import completions, images, vectors
+from tinyfm.serve.engine import Busy, Engine
+from tinyfm.serve.families import Served, find_run
+from tinyfm.serve.guard import Guard, Json, Settings, error_response
+from tinyfm.serve.requests import BadRequest
 
 PAGE = Path(__file__).parent / "page"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides."""
+# ---- which runs there are ------------------------------------------------------------------------
 
-    host: str = "127.0.0.1"
-    api_key: str = ""  # empty: none is needed
-    max_body: int = 10_000_000  # bytes of a request
+
+def describe(run: Served) -> dict[str, Any]:
+    return {
+        "id": run.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "tinyfm",
+        "family": run.family,
+        "abilities": sorted(run.abilities),
+    }
 
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models: the runs, with what each can do."""
-    data = [
-        {
-            "id": run.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "tinyfm",
-            "family": run.family,
-            "abilities": sorted(run.abilities),
-        }
-        for run in request.app.state.runs.values()
-    ]
-    return JSONResponse({"object": "list", "data": data})
+    runs = request.app.state.runs.values()
+    return Json({"object": "list", "data": [describe(run) for run in runs]})
 
 
-def create_app(runs: Sequence[Served], engine: Any, settings: Settings | None = None) -> Starlette:
-    """The server as an ASGI application."""
-    routes = [Route("/v1/models", list_models)]
+async def show_model(request: Request) -> Response:
+    """GET /v1/models/NAME"""
+    return Json(describe(find_run(request.app.state.runs, request.path_params["name"])))
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+async def answer_bad_request(request: Request, error: BadRequest) -> Response:
+    return error_response(error)
+
+
+async def answer_busy(request: Request, error: Busy) -> Response:
+    return error_response(BadRequest(f"the server is busy: {error}", status=503))
+
+
+async def answer_unknown(request: Request, error: HTTPException) -> Response:
+    """No such path, or not by this method."""
+    path = request.url.path[:200]
+    problem = f"there is no {request.method} {path}; GET /v1/models lists the runs"
+    return error_response(BadRequest(problem, status=error.status_code))
+
+
+async def answer_nobody(request: Request, error: ClientDisconnect) -> Response:
+    """The client has gone away: nobody reads this."""
+    return Response(status_code=499)
+
+
+async def answer_failure(request: Request, error: Exception) -> Response:
+    """A fault of the server. The reason goes to its log, not to the client."""
+    return error_response(BadRequest("the server failed; its log has the reason", status=500))
+
+
+HANDLERS = {
+    BadRequest: answer_bad_request,
+    Busy: answer_busy,
+    HTTPException: answer_unknown,
+    ClientDisconnect: answer_nobody,
+    Exception: answer_failure,
+}
+
+
+# ---- the application -----------------------------------------------------------------------------
+
+ROUTES = [
+    Route("/v1/models", list_models),
+    Route("/v1/models/{name:path}", show_model),
+    Route("/v1/completions", completions.complete, methods=["POST"]),
+    Route("/v1/chat/completions", completions.answer_chat, methods=["POST"]),
+    Route("/v1/embeddings", vectors.embed, methods=["POST"]),
+    Route("/v1/classify", vectors.classify, methods=["POST"]),
+    Route("/v1/search", vectors.search, methods=["POST"]),
+    Route("/v1/images/generations", images.generate, methods=["POST"]),
+    Route("/v1/images/edits", images.edit, methods=["POST"]),
+]
+
+
+def create_app(
+    runs: Sequence[Served],
+    engine: Engine,
+    settings: Settings | None = None,
+    pictures: str = "",
+) -> Starlette:
+    """The server as an ASGI application. The engine has the text models among the runs already.
+
+    pictures: a folder to search, instead of the data of each CLIP.
+    """
+    settings = settings or Settings()
+    routes = [*ROUTES]
     if find_spec("tinyfm.serve.page_api"):
         routes += import_module("tinyfm.serve.page_api").routes
     if PAGE.is_dir():
         routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
-    app = Starlette(routes=routes)
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, settings=settings)],
+        exception_handlers=HANDLERS,
+    )
     app.state.runs = {run.name: run for run in runs}
     app.state.engine = engine
-    app.state.settings = settings or Settings()
+    app.state.settings = settings
+    app.state.indexes = vectors.Indexes(engine, pictures)
     return app

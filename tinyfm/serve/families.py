@@ -10,8 +10,10 @@ from tinyfm.adapt.heads import Classifier
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIP
+from tinyfm.common.schema import shorten
 from tinyfm.ddpm import Diffusion
 from tinyfm.gpt import GPT
+from tinyfm.serve.requests import BadRequest
 from tinyfm.text2image import TextToImage
 
 
@@ -57,6 +59,40 @@ class Served:
         if isinstance(model, Autoencoder):
             return frozenset({"rebuild"})
         return frozenset()
+
+
+# What a run without an ability cannot do, and what to do instead.
+ADVICE = {
+    "complete": "continue texts: name a run of a GPT",
+    "chat": "chat: use /v1/completions to continue a text, or teach a run to answer first, "
+    "python train.py gpt --task chat --init-from RUN --out runs/chat",
+    "embed": "embed texts: name a GPT or a CLIP",
+    "classify": "classify: name a run of --task classify, or a CLIP with labels",
+    "search": "search pictures: name a CLIP that was trained with captions",
+    "draw": "draw what a text says: name a text2image run",
+}
+
+
+def find_run(runs: dict[str, Served], name: str, *abilities: str) -> Served:
+    """The run of that name, if it has one of the abilities; without a name, the first that has.
+
+    Raises BadRequest otherwise.
+    """
+    able = [run for run in runs.values() if run.abilities & {*abilities}]
+    named = ", ".join(runs)[:300]
+    if name and name not in runs:
+        raise BadRequest(
+            f"there is no run {shorten(name)!r} here; there are: {named}",
+            "model",
+            404,
+            "model_not_found",
+        )
+    if not name and not able:
+        raise BadRequest(f"none of the runs here, {named}, can {ADVICE[abilities[0]]}", "model")
+    run = runs[name] if name else able[0]
+    if run not in able:
+        raise BadRequest(f"the run {name} cannot {ADVICE[abilities[0]]}", "model")
+    return run
 
 
 def serve_run(opened: Any, path: str, taken: set[str]) -> Served:

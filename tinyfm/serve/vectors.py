@@ -1,0 +1,325 @@
+"""Vectors and what follows from them: /v1/embeddings, /v1/classify and /v1/search.
+
+A GPT embeds a text as the mean of its last layer's states, a CLIP by its text tower; both as unit
+vectors, so that their product is the cosine. Each text is embedded alone, so its vector does not
+depend on the others of the request. A search compares the vector of a text, or of a picture, with
+those of all pictures of the run's data, or of the folder that the server was given (`--pictures`).
+These are embedded at the first search and kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from starlette.requests import Request
+from starlette.responses import Response
+from torch import Tensor
+
+from data import captioned, pictures
+from data.report import Report
+from tinyfm.adapt.heads import Classifier, mean_state
+from tinyfm.clip import CLIP
+from tinyfm.common import files
+from tinyfm.evaluate import zero_shot
+from tinyfm.serve.engine import Engine, call
+from tinyfm.serve.families import Served, find_run
+from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
+from tinyfm.serve.requests import (
+    BadRequest,
+    ClassifyRequest,
+    EmbeddingRequest,
+    SearchRequest,
+    decode_base64,
+    read,
+    texts_or_ids,
+)
+from tinyfm.serve.uploads import read_picture, to_images, to_png
+from tinyfm.tokenizer import encode_captions
+
+AT_ONCE = 64  # pictures that are embedded between two tokens of the texts that others wait for
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+
+def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
+    """(unit vector, number of tokens) of a text. Raises BadRequest for one that is too long."""
+    model, tokenizer = run.model, run.tokenizer
+    ids = tokenizer.encode(text) if isinstance(text, str) else text
+    room = model.config.context_length - len(run.front)
+    if isinstance(model, CLIP):
+        room -= 1 + (tokenizer.bot is not None)
+    if not 1 <= len(ids) <= room:
+        raise BadRequest(
+            f"a text of {len(ids)} tokens; the run {run.name} takes 1 to {room}", "input"
+        )
+    last = tokenizer.vocab_size - 1
+    if not 0 <= min(ids) <= max(ids) <= last:
+        raise BadRequest(f"an id is not in the vocabulary of {run.name}, 0 to {last}", "input")
+    if isinstance(model, CLIP):
+        start = [] if tokenizer.bot is None else [tokenizer.bot]
+        row = torch.tensor([[*start, *ids, tokenizer.eot]], device=model.logit_scale.device)
+        vector = model.encode_text(row)[0]
+    else:
+        row = torch.tensor([[*run.front, *ids]], device=model.head.weight.device)
+        real = torch.ones_like(row, dtype=torch.bool)
+        real[:, : len(run.front)] = False  # a soft prompt is not the text
+        vector = mean_state(model, {"tokens": row, "mask": real})[0]
+    return F.normalize(vector.float(), dim=0).tolist(), len(ids)
+
+
+async def embed(request: Request) -> Response:
+    """POST /v1/embeddings"""
+    state = request.app.state
+    asked, warnings = read(EmbeddingRequest, await read_json(request))
+    run = find_run(state.runs, asked.model, "embed")
+    texts = texts_or_ids(asked.input, "input")
+
+    async def embed_all() -> list[tuple[list[float], int]]:
+        return [await call(state.engine, embed_text, run, text) for text in texts]
+
+    found = await unless_gone(request, embed_all())
+    width = len(found[0][0])
+    if asked.dimensions not in (None, width):
+        problem = f"dimensions is {asked.dimensions}; vectors of {run.name} have {width}"
+        raise BadRequest(problem, "dimensions")
+    data = []
+    for i, (vector, _) in enumerate(found):
+        value: Any = vector
+        if asked.encoding_format == "base64":
+            value = base64.b64encode(np.array(vector, dtype="<f4").tobytes()).decode("ascii")
+        data.append({"object": "embedding", "index": i, "embedding": value})
+    tokens = sum(n for _, n in found)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return answer({"object": "list", "data": data, "model": run.name, "usage": usage}, warnings)
+
+
+def answer(body: dict[str, Any], warnings: list[str]) -> Json:
+    return Json(body | {"warnings": warnings} if warnings else body)
+
+
+def warn_if_cut(run: Served, texts: list[str], warnings: list[str]) -> None:
+    """Warn about texts that are longer than the text tower can read."""
+    context = run.model.config.context_length
+    _, cut = encode_captions(run.tokenizer, texts, context)
+    if cut:
+        warnings.append(f"{cut} of {len(texts)} texts cut to {context} tokens, the model's most")
+
+
+# ---- classes -------------------------------------------------------------------------------------
+
+
+def choose_name(run: Served, image: np.ndarray, labels: list[str]) -> dict[str, list[float]]:
+    """{"label": probabilities of the labels} of a picture (C, H, W), by a CLIP."""
+    x = zero_shot.embed_images(run.model, image[None])
+    templates = files.read_record(run.opened.folder / zero_shot.TEMPLATES, list[str])
+    classes = zero_shot.class_vectors(run.model, run.tokenizer, labels, templates)
+    p = zero_shot.class_logits(x, classes, run.model.scale()).softmax(-1)
+    return {"label": p[0].tolist()}
+
+
+def predict(run: Served, batch: dict[str, Tensor]) -> dict[str, list[float]]:
+    """{question: probabilities of its classes} of a batch of one, by a classifier."""
+    device = next(run.model.parameters()).device
+    found = run.model.predict({name: tensor.to(device) for name, tensor in batch.items()})
+    return {question: p[0].tolist() for question, p in found.items()}
+
+
+def text_batch(run: Served, text: str, warnings: list[str]) -> dict[str, Tensor]:
+    """A text as a batch of one. Raises BadRequest for an empty one."""
+    ids = run.tokenizer.encode(text)
+    context = run.model.config.context_length
+    if not ids:
+        raise BadRequest("input is empty; give the text to classify", "input")
+    if len(ids) > context:
+        warnings.append(f"the text has {len(ids)} tokens: the model read the first {context}")
+    tokens = torch.tensor([ids[:context]])
+    return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
+
+
+def picture_size(model: Any) -> tuple[int, int]:
+    """(size, channels) of the pictures that a model reads."""
+    config = model.config
+    return config.image_size, getattr(config, "in_channels", 0) or config.channels
+
+
+async def read_pixels(run: Served, image: str, data: bytes | None) -> np.ndarray:
+    """The picture of a request as the model reads it, uint8 (H, W, C). Raises BadRequest."""
+    source = decode_base64(image, "image") if data is None else data
+    return await anyio.to_thread.run_sync(read_picture, source, *picture_size(run.model), "image")
+
+
+async def classify(request: Request) -> Response:
+    """POST /v1/classify"""
+    state = request.app.state
+    values, sent = await read_json_or_form(request, ClassifyRequest, ("image",))
+    asked, warnings = read(ClassifyRequest, values | dict.fromkeys(sent, "file"))
+    run = find_run(state.runs, asked.model, "classify")
+    reads = run.model.reader.inputs if isinstance(run.model, Classifier) else ("images",)
+    needed = "image" if "images" in reads else "input"
+    if not getattr(asked, needed):
+        raise BadRequest(f"the run {run.name} classifies by {needed}: send that", needed)
+    if isinstance(run.model, CLIP):
+        if asked.labels is None:
+            raise BadRequest("a CLIP chooses among names: give labels", "labels")
+        warn_if_cut(run, asked.labels, warnings)
+        pixels = await read_pixels(run, asked.image, sent.get("image"))
+        classes = {"label": asked.labels}
+        work = (choose_name, run, pixels.transpose(2, 0, 1), asked.labels)
+    else:
+        if asked.labels is not None:
+            warnings.append(f"labels were not read: the run {run.name} has its own classes")
+        classes = run.model.classes
+        if needed == "image":
+            pixels = await read_pixels(run, asked.image, sent.get("image"))
+            batch = {"images": to_images(pixels)}
+        else:
+            batch = await anyio.to_thread.run_sync(text_batch, run, asked.input, warnings)
+        work = (predict, run, batch)
+    found = await unless_gone(request, call(state.engine, *work))
+    answers = []
+    for question, p in found.items():
+        best = sorted(zip(p, classes[question]), reverse=True)
+        shown = [{"label": name, "probability": value} for value, name in best]
+        answers.append({"question": question, "classes": shown})
+    return answer({"object": "classification", "model": run.name, "answers": answers}, warnings)
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+@dataclass
+class PictureIndex:
+    """Pictures with their captions and vectors."""
+
+    images: list[np.ndarray]  # parts, uint8 (n, C, H, W) each
+    captions: list[str]
+    vectors: Tensor  # (N, E)
+
+    def image(self, i: int) -> np.ndarray:
+        """Picture i, uint8 (H, W, C)."""
+        for part in self.images:
+            if i < len(part):
+                return part[i].transpose(1, 2, 0)
+            i -= len(part)
+        raise IndexError(i)
+
+
+def parts_of(images: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The images AT_ONCE at a time."""
+    for own in images:
+        for i in range(0, len(own), AT_ONCE):
+            yield own[i : i + AT_ONCE]
+
+
+async def embed_pictures(engine: Engine, model: CLIP, images: list[np.ndarray]) -> Tensor:
+    """Vectors (N, E) on the model's device."""
+    parts = parts_of(images)
+    return torch.cat([await call(engine, zero_shot.embed_images, model, part) for part in parts])
+
+
+def read_folder(folder: str, size: int, channels: int) -> tuple[list[np.ndarray], list[str]]:
+    """(the pictures of a folder that can be read, their names). Raises ValueError without any."""
+    images = []
+    names = []
+    for pair in captioned.pairs(folder, Report(), ""):
+        try:
+            image, _ = pictures.decode(pair.path, size, channels)
+        except ValueError:
+            continue
+        images.append(image.transpose(2, 0, 1))
+        names.append(Path(pair.path).name)
+    if not images:
+        raise ValueError(f"--pictures {folder} has no picture that can be read")
+    return [np.stack(images)], names
+
+
+async def build_index(engine: Engine, run: Served, folder: str) -> PictureIndex:
+    """Embed the pictures of a folder, or those of the run's data, whose vectors are kept on disk.
+
+    Raises ValueError and OSError if the data cannot be opened.
+    """
+    if folder:
+        images, names = await anyio.to_thread.run_sync(
+            read_folder, folder, *picture_size(run.model)
+        )
+        return PictureIndex(images, names, await embed_pictures(engine, run.model, images))
+    data = await anyio.to_thread.run_sync(run.opened.run.open_data)
+    splits = list(data.splits.values())
+    images = [split.images for split in splits]
+    captions = [own[0] for split in splits for own in split.captions]
+    kept = await call(
+        engine, zero_shot.vectors_folder, run.model, data.fingerprint, run.opened.run.data.cache
+    )
+    if kept.exists():
+        vectors = await call(engine, zero_shot.read_vectors, kept, run.model)
+    else:
+        vectors = await embed_pictures(engine, run.model, images)
+        await anyio.to_thread.run_sync(zero_shot.write_vectors, kept, vectors)
+    return PictureIndex(images, captions, vectors)
+
+
+class Indexes:
+    """The index of each run, built at its first search."""
+
+    def __init__(self, engine: Engine, folder: str = ""):
+        self.engine = engine
+        self.folder = folder  # of pictures to search, instead of each run's data
+        self.tasks: dict[str, asyncio.Task[PictureIndex]] = {}
+
+    async def get(self, run: Served) -> PictureIndex:
+        """Wait for the index of a run. The work goes on if the client does not wait."""
+        task = self.tasks.get(run.name)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = asyncio.create_task(build_index(self.engine, run, self.folder))
+            self.tasks[run.name] = task
+        return await asyncio.shield(task)
+
+
+def find_nearest(index: PictureIndex, vector: Tensor, n: int) -> tuple[list[float], list[int]]:
+    """(cosines, numbers) of the n pictures that are nearest to a vector (E,)."""
+    scores, best = (index.vectors @ vector).topk(min(n, len(index.vectors)))
+    return scores.tolist(), best.tolist()
+
+
+async def search(request: Request) -> Response:
+    """POST /v1/search"""
+    state = request.app.state
+    values, sent = await read_json_or_form(request, SearchRequest, ("image",))
+    asked, warnings = read(SearchRequest, values | dict.fromkeys(sent, "file"))
+    run = find_run(state.runs, asked.model, "search")
+    embed_query: tuple[Callable, ...]
+    if asked.image:
+        pixels = await read_pixels(run, asked.image, sent.get("image"))
+        embed_query = (zero_shot.embed_images, run.model, pixels.transpose(2, 0, 1)[None])
+    else:
+        warn_if_cut(run, [asked.query], warnings)
+        embed_query = (zero_shot.embed_texts, run.model, run.tokenizer, [asked.query])
+
+    async def find_them() -> tuple[PictureIndex, list[float], list[int]]:
+        index = await state.indexes.get(run)
+        vector = (await call(state.engine, *embed_query))[0]
+        return index, *await call(state.engine, find_nearest, index, vector, asked.n)
+
+    try:
+        index, scores, best = await unless_gone(request, find_them())
+    except (ValueError, OSError) as error:
+        raise BadRequest(f"the pictures of {run.name} cannot be searched: {error}") from error
+    data = [
+        {
+            "index": i,
+            "score": score,
+            "caption": index.captions[i],
+            "image": f"data:image/png;base64,{to_png(index.image(i))}",
+        }
+        for score, i in zip(scores, best)
+    ]
+    return answer({"object": "list", "model": run.name, "data": data}, warnings)
