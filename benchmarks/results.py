@@ -67,7 +67,7 @@ def main() -> None:
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     times = ", ".join(f"{minutes(run):.0f}" for run in given.runs)
-    head = f"{timing.describe_machine()}; commit {commit}; training took {times} minutes"
+    head = f"{timing.describe_machine()}; trained at commit {commit} in {times} minutes"
     text = f"{head}\n\n{table(given.runs, found)}\n"
     print(text)
     if given.record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -26,9 +27,12 @@ def processor() -> str:
 
 
 def describe_machine() -> str:
-    """The date, the processor, the number of threads and the version of torch, in one line."""
+    """The date, processor, number of threads, version of torch, and commit, in one line."""
     threads = torch.get_num_threads()
-    return f"{date.today()}, {processor()}, {threads} threads, torch {torch.__version__}"
+    about = f"{date.today()}, {processor()}, {threads} threads, torch {torch.__version__}"
+    asked = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return f"{about}, commit {found.stdout.strip()}" if found.returncode == 0 else about
 
 
 def record(mark: str, text: str, page: Path = PAGE) -> None:

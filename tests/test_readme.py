@@ -222,3 +222,44 @@ def test_the_page_of_a_room_lists_its_files(page):
     for path in page.parent.glob("*.py"):
         if path.name != "__init__.py":
             assert f"]({path.name})" in text, path.name
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
+
+
+def result_rows() -> dict[str, tuple[str, str]]:
+    """{preset: (result, time)} of README's table of results."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    return {name: (result, time) for name, result, time in rows}
+
+
+def recorded(name: str) -> list[float]:
+    """All numbers that the page of recorded results has of a preset; of shares, percents too."""
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    block = re.search(rf"<!-- results {name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    numbers = [float(n.replace(",", "")) for n in re.findall(NUMBER, block[1] if block else "")]
+    return numbers + [100 * n for n in numbers if n <= 1]
+
+
+def unrecorded(text: str, numbers: list[float]) -> list[str]:
+    """The numbers of a text that are not one of these numbers, rounded as the text has it."""
+    missing = []
+    for written in re.findall(rf"(?<!below ){NUMBER}", text):
+        digits = len(written.partition(".")[2])
+        value = float(written.replace(",", ""))
+        if all(abs(value - n) > 0.5001 * 10**-digits for n in numbers):
+            missing.append(written)
+    return missing
+
+
+def test_the_figures_of_the_readme_are_recorded():
+    rows = result_rows()
+    assert {"gpt", "clip", "ddpm", "text2image"} <= rows.keys()
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for name, (result, time) in rows.items():
+        assert unrecorded(result, recorded(name)) == [], name
+        assert time in page, name
+    assert unrecorded("names 83% of 3,854", recorded("clip")) == ["83"]
