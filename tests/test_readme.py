@@ -66,6 +66,8 @@ def small(words: list[str]) -> list[str]:
     """
     if "compare" in words:
         return ["--methods", "head", "--labels", "30", "--steps", "2", "--seeds", "1"]
+    if {"runs/ddpm", "runs/text2image"} & {*words} and "tinyfm.evaluate" in words:
+        return ["--judge-steps", "2", "--samples", "20", "--guidance", "1"]
     if "train.py" not in words or {"--dry-run", "--help"} & {*words}:
         return []
     after = words[words.index("train.py") + 1 :] or ["gpt"]

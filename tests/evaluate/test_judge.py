@@ -360,7 +360,6 @@ def test_samples_of_a_model_without_prompts(monkeypatch):
     torch.manual_seed(0)
     judge = Judge(TINY, CHARACTERS)
     monkeypatch.setattr(judging, "load_or_train", lambda cache, config: (judge, {}))
-    monkeypatch.setattr(generated, "COUNT", 24)
     images, _, _ = judging.stack(drawn("abcdefgh"))  # the first 64 are the training split
     floats = images.float() / 127.5 - 1
 
@@ -368,10 +367,10 @@ def test_samples_of_a_model_without_prompts(monkeypatch):
         assert split == "held out"
         return [{"images": floats[64 : 64 + count]}]
 
-    def measure(samples, image_size=32):
+    def measure(samples, image_size=32, count=24):
         config = SimpleNamespace(in_channels=1, image_size=image_size)
         model = SimpleNamespace(config=config, sample=lambda n, *_, generators: samples[:n])
-        return generated.measure_samples(model, data, "cache", TINY)
+        return generated.measure_samples(model, data, "cache", TINY, count)
 
     train = SimpleNamespace(images=images[:64].numpy())
     data = SimpleNamespace(
@@ -391,6 +390,9 @@ def test_samples_of_a_model_without_prompts(monkeypatch):
     assert worst[distance] > copied[distance] > best[distance]
     assert worst[among] == copied[among] == best[among]
     assert measure(floats, image_size=16) == {}
+    few = len(floats[64:]) // 2
+    with pytest.raises(ValueError, match=f"use at most {few}"):
+        measure(floats, count=few + 1)
 
 
 # ---- colours -------------------------------------------------------------------------------------

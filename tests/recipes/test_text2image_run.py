@@ -487,36 +487,3 @@ def test_right_colours_are_all_recognised(drawings):
     scores = generated.measure(Copier(), drawings, config, 2.0, judge.JudgeConfig())
     for name in generated.PROMPT_SETS:
         assert scores[f"{name}: both"] == 1
-
-
-# ---- from an empty cache ------------------------------------------------------------------------
-
-OF_LETTERS = """--data.path letters --train.steps 2 --train.batch-size 8 --train.eval-every 0
---train.dtype float32 --train.device cpu"""
-LETTERS = {  # family -> sizes of a run on letters
-    "autoencoder": "--model.channels 8 8 --model.groups 4 --model.latent-channels 2",
-    "clip": """--model.patch-size 8 --model.image-width 16 --model.text-width 16
-    --model.image-layer 1 --model.text-layer 1 --model.embed-dim 16 --model.context-length 24
-    --data.tokenizer bytes --model.vocab-size 257""",
-    "ddpm": "--model.channels 8 8 --model.groups 4 --model.attend False False --model.patch-size 4",
-    "text2image": """--model.diffusion.channels 8 8 --model.diffusion.groups 4
-    --model.diffusion.attend False False --autoencoder runs/autoencoder --clip runs/clip""",
-}
-
-
-def test_the_judge_is_trained_where_there_is_none(tmp_path, monkeypatch, capsys):
-    """README's `python -m tinyfm.evaluate RUN` with an empty cache, and nothing replaced."""
-    monkeypatch.chdir(tmp_path)
-    for family, sizes in LETTERS.items():
-        words = [*OF_LETTERS.split(), *sizes.split(), "--out", f"runs/{family}"]
-        if family != "clip":
-            words += ["--data.val-images", 8]
-        assert call(train, family, *words) == 0
-    for family, trained in (("ddpm", True), ("text2image", False)):
-        capsys.readouterr()
-        assert call(evaluate, f"runs/{family}", "--judge-steps", 2, "--guidance", 1) == 0
-        printed = capsys.readouterr()
-        assert ("training the judge of drawings" in printed.err) == trained
-        assert re.search(r"copies of training pictures .* reached [01]", printed.out)
-        assert "Frechet distance" in printed.out
-        assert "test_loss" in printed.out

@@ -65,6 +65,8 @@ class Options:
     # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
     # it is trained quickly and reads badly
     judge_steps: int = 0
+    # diffusion on letters: pictures to draw for each question, 0 = as many as usual
+    samples: int = 0
     # picture to draw; CLIP or classifier: what it confuses; text-to-image: unseen characters
     picture: PicturePath = ""
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
@@ -297,6 +299,8 @@ def main() -> int | str:
         if sys.argv[1:2] == ["overlap"]:
             return show_overlap(sys.argv[2:])
         options = parse(Options, __doc__, "python -m tinyfm.evaluate")
+        if options.samples < 0 or options.samples == 1:
+            raise ValueError(f"--samples is {options.samples}; use 0 (as many as usual), 2 or more")
         opened = run_dir.open_run(options.run, options.raw)
         if options.picture and not opened.run.can_draw():
             raise ValueError(

@@ -268,8 +268,12 @@ def measure(
     config: LatentConfig,
     guidance: float,
     judged_by: JudgeConfig,
+    samples: int = 0,
 ) -> dict[str, float]:
-    """{measure: value} of a text-to-image model: shares, and Frechet distances to real drawings."""
+    """{measure: value} of a text-to-image model: shares, and Frechet distances to real drawings.
+
+    samples: prompts of each set to draw, at random; 0 = all.
+    """
     network, ceilings = judge.load_or_train(config.cache, judged_by)
     scores = {}
     for question, own in ceilings.items():
@@ -283,7 +287,9 @@ def measure(
         some = train_images[fixed_order(len(train_images))[:CONTROLS]]
         share_found = copies(rebuild(model, some, noisy=True), known)
         scores["control, decoded training pictures: copies of training pictures"] = share_found
-    for what, prompts in prompts_of(data).items():
+    for what, all_prompts in prompts_of(data).items():
+        chosen = fixed_order(len(all_prompts))[:samples] if samples else range(len(all_prompts))
+        prompts = [all_prompts[i] for i in chosen]
         styles = [style for style, _ in prompts]
         names = [name for _, name in prompts]
         captions, inks, papers = captions_of(prompts, config.color)
@@ -320,9 +326,9 @@ def measure(
 
 
 def measure_samples(
-    model: Diffusion, data: ImageData, cache: str, judged_by: JudgeConfig
+    model: Diffusion, data: ImageData, cache: str, judged_by: JudgeConfig, count: int = COUNT
 ) -> dict[str, float]:
-    """{measure: value} of COUNT samples of a diffusion model without prompts.
+    """{measure: value} of `count` samples of a diffusion model without prompts.
 
     The distance between real pictures is the best that a model can reach. The control of copies
     are training pictures with noise that is hardly visible. Pictures of a size or colours that the
@@ -331,9 +337,13 @@ def measure_samples(
     if (model.config.in_channels, model.config.image_size) != (1, glyphs.SIZE):
         return {}
     network, _ = judge.load_or_train(cache, judged_by)
-    samples = sheets.samples(model, COUNT, SAMPLER, STEPS, seed=0).images
-    batches = data.fixed_batches(data.split("test"), 2 * COUNT, ROWS)
-    held_out, other = torch.cat([batch["images"] for batch in batches]).split(COUNT)
+    batches = data.fixed_batches(data.split("test"), 2 * count, ROWS)
+    real_images = torch.cat([batch["images"] for batch in batches])
+    if len(real_images) < 2 * count:
+        most = len(real_images) // 2
+        raise ValueError(f"{count} samples need as many test pictures twice; use at most {most}")
+    held_out, other = real_images.split(count)
+    samples = sheets.samples(model, count, SAMPLER, STEPS, seed=0).images
 
     real = judge.embed(network, held_out)
     other_real = judge.embed(network, other)

@@ -78,7 +78,8 @@ class DDPMRun(ImageRun):
         if self.data.path not in GLYPHS:
             return {}
         judged_by = judge.config_of(options.judge_steps)
-        return generated.measure_samples(model, data, self.data.cache, judged_by)
+        count = options.samples or generated.COUNT
+        return generated.measure_samples(model, data, self.data.cache, judged_by, count)
 
 
 # ---- classification -----------------------------------------------------------------------------

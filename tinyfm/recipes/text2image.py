@@ -202,7 +202,9 @@ class TextToImageRun(Run):
         if self.data.path not in GLYPHS:
             return {}
         judged_by = judge.config_of(options.judge_steps)
-        scores = generated.measure(model, data, self.data, options.guidance, judged_by)
+        scores = generated.measure(
+            model, data, self.data, options.guidance, judged_by, options.samples
+        )
         if options.picture and model is opened.model:
             generated.draw_held_out(model, data, self.data.color, options.guidance, options.picture)
         return scores
