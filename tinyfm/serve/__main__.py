@@ -38,6 +38,7 @@ from tinyfm.recipes import run_dir
 
 try:
     import uvicorn
+    from starlette.applications import Starlette
 
     from tinyfm.serve.app import create_app
     from tinyfm.serve.engine import Engine
@@ -211,14 +212,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(options: Options) -> None:
-    """Serve until a signal ends it."""
-    settings = choose_settings(options)
-    listening = listen(options.host, options.port)
-    served = open_runs(options)
-    engine = start_engine(served, options)
-    app = create_app(served, engine, settings, options.pictures)
-    config = uvicorn.Config(
+def make_config(app: Starlette, grace: float) -> uvicorn.Config:
+    """How uvicorn serves the app. grace: seconds that running requests have at the end."""
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    return uvicorn.Config(
         app,
         http=PatientProtocol,
         ws="none",
@@ -228,9 +225,17 @@ def serve(options: Options) -> None:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=int(options.grace) + 5,
+        timeout_graceful_shutdown=int(grace) + 5,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+def serve(options: Options) -> None:
+    """Serve until a signal ends it."""
+    settings = choose_settings(options)
+    listening = listen(options.host, options.port)
+    served = open_runs(options)
+    engine = start_engine(served, options)
+    app = create_app(served, engine, settings, options.pictures)
     url = url_of(listening)
     for run in served:
         can = ", ".join(sorted(run.abilities)) or "nothing that this server offers"
@@ -239,7 +244,7 @@ def serve(options: Options) -> None:
     startup.loaded()
     if options.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    Server(config, engine, options.grace).run(sockets=[listening])
+    Server(make_config(app, options.grace), engine, options.grace).run(sockets=[listening])
 
 
 def main() -> int | str:

@@ -76,9 +76,11 @@ ADVICE = {
 def find_run(runs: dict[str, Served], name: str, *abilities: str) -> Served:
     """The run of that name, if it has one of the abilities; without a name, the first that has.
 
+    Without abilities, any run will do.
+
     Raises BadRequest otherwise.
     """
-    able = [run for run in runs.values() if run.abilities & {*abilities}]
+    able = [run for run in runs.values() if not abilities or run.abilities & {*abilities}]
     named = ", ".join(runs)[:300]
     if name and name not in runs:
         raise BadRequest(

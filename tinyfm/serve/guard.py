@@ -132,7 +132,8 @@ class Guard:
             answer = self.answer_options(scope, origin)
             if answer is None:
                 self.check_key(scope)
-                await self.app(scope, receive, send_safely)
+                check_kind(scope)
+                await self.app(scope, LimitedBody(receive, self.settings), send_safely)
                 return
         except BadRequest as error:
             answer = error_response(error)
@@ -237,45 +238,68 @@ def cors_headers(origin: str) -> Headers:
 
 # ---- bodies --------------------------------------------------------------------------------------
 
+FORMS = ("/v1/images/edits", "/v1/classify", "/v1/search")  # routes to which files are sent
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The body of a request. Raises BadRequest if it is too large (413) or too slow (408)."""
-    size = 0
-    chunks = []
-    try:
-        with anyio.fail_after(settings.body_seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                # What is too much is read on for a while, so that the client gets to the answer.
-                if size <= settings.max_body:
-                    chunks.append(chunk)
-                elif size > 5 * settings.max_body:
-                    break
-    except TimeoutError as error:
-        raise BadRequest("the body of the request did not arrive in time", status=408) from error
-    if size > settings.max_body:
-        limit = f"{settings.max_body:,} bytes"
-        raise BadRequest(f"the body is larger than {limit}, this server's limit", status=413)
-    return b"".join(chunks)
+
+def check_kind(scope: Any) -> None:
+    """Raise BadRequest unless a body says that it is JSON, or a form where there may be one.
+
+    A page of another site cannot send JSON without asking first (OPTIONS); text it can.
+    """
+    if scope["method"] != "POST":
+        return
+    kind = "".join(values_of(scope, b"content-type"))
+    name = kind.partition(";")[0].strip().lower()
+    is_form = name == "multipart/form-data" and scope["path"] in FORMS
+    if name != "application/json" and not is_form:
+        raise BadRequest(
+            f"the Content-Type is {kind[:100]!r}; send JSON, with Content-Type: application/json",
+            status=415,
+        )
+
+
+class LimitedBody:
+    """An ASGI `receive` that raises BadRequest for a body that is too large, or too slow."""
+
+    def __init__(self, receive: Callable[[], Awaitable[Any]], settings: Settings):
+        self.receive = receive
+        self.settings = settings
+        self.size = 0
+        self.complete = False
+        self.deadline = 0.0
+
+    async def __call__(self) -> Any:
+        if self.complete:  # then what comes is the end of the connection
+            return await self.receive()
+        message = await self.receive_in_time()
+        # What is too much is read on for a while, so that the client gets to the answer.
+        limit = self.settings.max_body
+        while limit < self.size < 5 * limit and not self.complete:
+            await self.receive_in_time()
+        if self.size > limit:
+            problem = f"the body is larger than {limit:,} bytes, this server's limit"
+            raise BadRequest(problem, status=413)
+        return message
+
+    async def receive_in_time(self) -> Any:
+        now = anyio.current_time()
+        self.deadline = self.deadline or now + self.settings.body_seconds
+        try:
+            with anyio.fail_after(self.deadline - now):
+                message = await self.receive()
+        except TimeoutError as error:
+            raise BadRequest("the body did not arrive in time", status=408) from error
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        return message
 
 
 LARGE = 100_000  # bytes: a larger body is parsed in another thread, so that others need not wait
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The fields of a JSON body. Raises BadRequest.
-
-    Its Content-Type must say that it is JSON: a page of another site cannot send that without
-    being asked first (OPTIONS).
-    """
-    settings = request.app.state.settings
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise BadRequest(
-            f"the Content-Type is {kind[:100]!r}; send JSON, with Content-Type: application/json",
-            status=415,
-        )
-    body = await read_body(request, settings)
+    """The fields of a JSON body. Raises BadRequest."""
+    body = await request.body()
     if len(body) > LARGE:
         return await anyio.to_thread.run_sync(parse, body)
     return parse(body)
@@ -292,8 +316,7 @@ async def read_json_or_form(
     content_type = request.headers.get("content-type", "")
     if not content_type.lower().startswith("multipart/form-data"):
         return await read_json(request), {}
-    body = await read_body(request, request.app.state.settings)
-    form = await anyio.to_thread.run_sync(parse_form, body, content_type)
+    form = await anyio.to_thread.run_sync(parse_form, await request.body(), content_type)
     found = {name: form.pop(name) for name in files if form.get(name)}
     try:
         texts = {name: content.decode("utf-8") for name, content in form.items()}
