@@ -28,7 +28,7 @@ from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint
 from tinyfm.training.distributed import World, on_first_rank
-from tinyfm.training.log import METRICS, summary_score
+from tinyfm.training.log import METRICS, read_metrics, summary_score
 
 # ---- the record of a run ------------------------------------------------------------------------
 
@@ -291,6 +291,23 @@ def verdict(preset: Preset, run: Run, baseline: dict, scores: dict) -> str:
             "training diverged; try a lower --optim.lr"
         )
     return line
+
+
+def read_verdict(folder: Path) -> str:
+    """The verdict on a run by the files in its folder; "" if it was not evaluated yet.
+
+    Raises ValueError if config.json is none of a run.
+    """
+    name, run = read_settings(folder / "config.json")
+    evaluations = [row for row in read_metrics(folder / METRICS) if "val_loss" in row]
+    if not evaluations:
+        return ""
+    try:
+        preset = registry.get_preset(name, run.task, run.adapt, run.init_from)
+    except ValueError:  # of another version, or from outside
+        preset = Preset("", run)
+    untrained = next((row for row in evaluations if not row["step"]), {})
+    return verdict(preset, run, untrained, evaluations[-1])
 
 
 # ---- opening a trained run ----------------------------------------------------------------------

@@ -7,7 +7,6 @@ the client is a ValueError, and becomes an answer with status 400 that says what
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import io
@@ -15,6 +14,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from data import pictures
 from tinyfm.autoencoder import Autoencoder
 from tinyfm.common import schema
 from tinyfm.serve import costs, drawing, run_views, text_views
+from tinyfm.serve import engine as engines
+from tinyfm.serve.engine import Arrivals
 from tinyfm.serve.families import Served
 from tinyfm.text2image import TextToImage
 
@@ -116,11 +118,6 @@ def find_run(request: Request, name: str, *abilities: str) -> Served:
     return runs[name]
 
 
-async def in_engine(request: Request, function: Callable, *arguments: Any) -> Any:
-    """The result of a function of the models, called in the engine's thread."""
-    return await asyncio.wrap_future(request.app.state.engine.call(function, *arguments))
-
-
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -178,13 +175,13 @@ async def next_token(request: Request, given: Text) -> dict[str, Any]:
     The page applies temperature and filters to them itself.
     """
     run = find_run(request, given.model, "complete")
-    return await in_engine(request, read_next, run, given.text)
+    return await engines.call(request.app.state.engine, read_next, run, given.text)
 
 
 async def attention(request: Request, given: Attended) -> dict[str, Any]:
     """The attention weights of one head: row t has those of token t to tokens 0 ... t."""
     run = find_run(request, given.model, "complete")
-    return await in_engine(request, read_attention, run, given)
+    return await engines.call(request.app.state.engine, read_attention, run, given)
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -243,44 +240,22 @@ def draw_events(run: Served, asked: Drawing) -> Iterator[dict[str, Any]]:
 
 
 async def draw(request: Request, given: Drawing) -> Response:
-    """Draw a picture; each step is an event, and a mistake is an event with "error"."""
+    """Draw a picture; each step is an event."""
     run = find_run(request, given.model, "draw", "sample")
-    events = items(request.app.state.engine, functools.partial(draw_events, run, given))
-    return StreamingResponse(as_events(events), media_type="text/event-stream")
+    arrivals = engines.items(request.app.state.engine, partial(draw_events, run, given))
+    first = await anext(arrivals)  # a mistake is answered before the stream starts
+    return StreamingResponse(as_events(first, arrivals), media_type="text/event-stream")
 
 
-async def items(engine: Any, function: Callable[[], Iterator]) -> AsyncIterator[Any]:
-    """What a generator function yields in the engine's thread. Ends it when nobody listens."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue = asyncio.Queue()
-
-    def put(item: Any) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, ("item", item))
-
-    def end(error: str = "") -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, ("end", error))
-
-    handle = engine.iterate(function, put, end)
+async def as_events(first: Any, arrivals: Arrivals) -> AsyncIterator[str]:
+    """Server-sent events. When nobody listens any more, the drawing ends."""
     try:
-        while True:
-            kind, item = await queue.get()
-            if kind == "end":
-                if item:
-                    raise ValueError(item)
-                return
-            yield item
-    finally:
-        handle.cancel()
-
-
-async def as_events(found: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """Server-sent events of values."""
-    try:
-        async for item in found:
+        yield f"data: {json.dumps(first)}\n\n"
+        async for item in arrivals:
             yield f"data: {json.dumps(item)}\n\n"
-    except ValueError as error:
-        yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
-    yield "data: [DONE]\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        arrivals.cancel()
 
 
 def walk_between(run: Served, asked: Walk) -> dict[str, list[str]]:
@@ -295,7 +270,7 @@ async def walk(request: Request, given: Walk) -> dict[str, list[str]]:
     run = find_run(request, given.model, "draw", "rebuild")
     if not isinstance(run.model, (TextToImage, Autoencoder)):
         raise ValueError(f"{given.model} has no autoencoder, so no latents to walk through")
-    return await in_engine(request, walk_between, run, given)
+    return await engines.call(request.app.state.engine, walk_between, run, given)
 
 
 # ---- runs ---------------------------------------------------------------------------------------

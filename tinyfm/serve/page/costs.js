@@ -13,6 +13,13 @@ const form = $("job").elements;
 const units = () => Number((10 ** Number(form.units.value)).toPrecision(2));
 const whole = (name, base) => base ** Number(form[name].value);
 const bytes = (n) => short(n, "B");
+const WORDS = [[1e12, "trillion"], [1e9, "billion"], [1e6, "million"]];
+
+/** 8.03e9 -> "8.03 billion" */
+function inWords(n) {
+  const [scale, word] = WORDS.find(([least]) => n >= least) ?? [1, ""];
+  return `${Number((n / scale).toPrecision(3)).toLocaleString("en")} ${word}`.trimEnd();
+}
 
 function chosen() {
   return systems.find((system) => system.name === form.system.value);
@@ -57,12 +64,12 @@ async function calculate() {
   await attempt($("costs-status"), async () => {
     const found = await post("/api/costs", asked);
     const facts = [
-      ["Parameters", short(found.parameters)],
+      ["Parameters", inWords(found.parameters)],
       ["Memory", `${bytes(found.total)} of ${bytes(found.gpu_memory)}: ${found.total > found.gpu_memory ? "does not fit" : "fits"}`],
-      ["Time", duration(found.days * 86400) + (found.days > 2 ? `, ${found.days.toFixed(1)} days` : "")],
-      ["Price", found.cost_usd ? `$${short(found.cost_usd)}, at prices of ${found.priced}` : "not known for this GPU"],
-      ["Computing", short(found.flops, "FLOP")],
-      ["GPU-hours", short(found.gpu_hours)],
+      ["Time", duration(found.days * 86_400)],
+      ["Price", found.cost_usd ? `$${inWords(found.cost_usd)}, at prices of ${found.priced}` : "not known for this GPU"],
+      ["Computing", `${found.flops.toExponential(2)} FLOP`],
+      ["GPU-hours", Math.round(found.gpu_hours).toLocaleString("en")],
       ["Energy, at most", found.energy_kwh ? short(1000 * found.energy_kwh, "Wh") : "not known"],
       ["To serve one row", bytes(found.serving.weights + found.serving.cache)],
     ];
@@ -84,7 +91,7 @@ function showMemory(found) {
 function showParts(parts) {
   const total = Object.values(parts).reduce((a, b) => a + b, 0);
   $("parts").replaceChildren(
-    ...Object.entries(parts).map(([name, n]) => bar(name, n / total, `${short(n)}, ${percent(n / total)}`)),
+    ...Object.entries(parts).map(([name, n]) => bar(name, n / total, `${inWords(n)}, ${percent(n / total)}`)),
   );
 }
 
@@ -112,7 +119,7 @@ export async function open() {
   started = true;
   await attempt($("costs-status"), async () => {
     ({ systems, gpus } = await get("/api/systems"));
-    fill(form.system, systems.map((system) => [system.name, `${system.name}, ${short(system.parameters)}`]));
+    fill(form.system, systems.map((system) => [system.name, `${system.name}, ${inWords(system.parameters)}`]));
     fill(form.gpu, gpus.map((gpu) => [gpu.name]));
     form.system.value = "llama3-8b";
     form.gpu.value = "h100";
@@ -124,7 +131,7 @@ export async function open() {
 
 showValues($("job"), {
   context: (value) => `${(2 ** value).toLocaleString("en")} tokens`,
-  units: () => `${short(units())} ${chosen() ? `${chosen().unit}s` : ""}`,
+  units: () => `${inWords(units())} ${chosen() ? `${chosen().unit}s` : ""}`,
   gpus: (value) => (2 ** value).toLocaleString("en"),
   rows: (value) => (2 ** value).toLocaleString("en"),
   mfu: (value) => `${Math.round(100 * value)}%`,

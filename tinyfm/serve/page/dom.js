@@ -122,9 +122,11 @@ export function short(n, unit = "") {
   return `${Number(n.toPrecision(4))} ${unit}`.trimEnd();
 }
 
-/** Seconds in words: "2 min 5 s". */
+/** Seconds in words, in the largest unit that gives more than 2 of it: "20 min". */
 export function duration(seconds) {
-  if (seconds < 60) return `${seconds.toFixed(0)} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${(seconds % 60).toFixed(0)} s`;
-  return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+  const units = [[31_557_600, "years"], [86_400, "days"], [3600, "h"], [60, "min"]];
+  for (const [scale, name] of units) {
+    if (seconds > 2 * scale) return `${Number((seconds / scale).toPrecision(3))} ${name}`;
+  }
+  return `${Number(seconds.toPrecision(3))} s`;
 }

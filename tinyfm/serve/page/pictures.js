@@ -19,7 +19,6 @@ const mask = new Mask($("mask"), $("edit").elements.brush);
 const film = new Film($("film-step"), $("film-play"), ({ state, estimate, step, steps }) => {
   const images = { "film-state": state, "film-estimate": estimate };
   for (const [id, url] of Object.entries(images)) {
-    $(id).hidden = false;
     $(id).src = url;
     $(id).alt = `${id === "film-state" ? "state" : "estimate"} after step ${step} of ${steps}`;
   }
@@ -59,6 +58,7 @@ async function draw() {
   running = control;
   $("draw-stop").disabled = false;
   film.clear();
+  $("films").hidden = $("film-controls").hidden = false;
   let last = null;
   await attempt($("draw-status"), async () => {
     for await (const moment of events("/api/draw", body, control.signal)) {

@@ -4,6 +4,7 @@
 
 const NS = "http://www.w3.org/2000/svg";
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 4", "12 4"];
+const MOST_DOTS = 12; // of a line whose points are marked
 export const COLOURS = 6; // --line0 ... in page.css
 
 function svg(tag, attributes = {}, text = "") {
@@ -46,7 +47,7 @@ export function logTicks(low, high) {
  * reader says of the plot.
  */
 export function linePlot(lines, { yName, log = false, about, width = 720, height = 380 }) {
-  const left = 62, right = 12, top = 24, bottom = 40;
+  const left = 62, right = 26, top = 24, bottom = 40;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about });
   const points = lines.flatMap((line) => line.points).filter(([, y]) => !log || y > 0);
   if (!points.length) {
@@ -82,7 +83,7 @@ export function linePlot(lines, { yName, log = false, about, width = 720, height
     stroke(line, style);
     line.append(svg("title", {}, name));
     root.append(line);
-    if (drawn.length <= 30) {
+    if (drawn.length <= MOST_DOTS) {
       for (const [a, b] of drawn) {
         const dot = svg("circle", { cx: x(a), cy: y(b), r: 3.5 });
         dot.style.fill = colour;

@@ -7,7 +7,6 @@ import { Film } from "./film.js";
 import { linePlot, lineSample } from "./plot.js";
 
 const EVERY = 2000; // milliseconds between two looks at runs that train
-const CHECKED = 6; // runs that are drawn at first
 
 let runs = []; // as the server describes them
 const rows = new Map(); // name of a run -> rows of its metrics.jsonl
@@ -129,7 +128,8 @@ export async function open() {
   started = true;
   await attempt($("runs-status"), async () => {
     runs = await get("/api/runs");
-    for (const run of runs.filter((one) => !one.error).slice(0, CHECKED)) drawn.add(run.name);
+    // Losses of one family can be compared; those of others are a click away.
+    for (const run of runs) if (run.family === runs[0].family) drawn.add(run.name);
     listRuns();
     await look();
     await choose();

@@ -14,10 +14,15 @@ function tint(p) {
   return p > 0.05 ? "p2" : "p1";
 }
 
+/** Whether a token is only a part of a character: the API then names its bytes. */
+function isPart(name) {
+  return name.startsWith("bytes:\\x");
+}
+
 export class Writer {
   constructor(pane) {
     this.pane = pane;
-    this.tokens = []; // {text, logprob, top: {text: logprob}, chosen}
+    this.tokens = []; // {name, text, logprob, top: {name: logprob}, chosen}
     this.running = null;
     roving(pane.find(".written .text"), "button");
   }
@@ -53,8 +58,9 @@ export class Writer {
       for await (const event of events("/v1/completions", body, control.signal)) {
         const found = event.choices[0]?.logprobs;
         if (!found) continue;
-        found.tokens.forEach((text, i) => {
-          this.add({ text, logprob: found.token_logprobs[i], top: found.top_logprobs[i] });
+        found.tokens.forEach((name, i) => {
+          const text = i ? "" : event.choices[0].text; // what became certain with the token
+          this.add({ name, text, logprob: found.token_logprobs[i], top: found.top_logprobs[i] });
         });
         count += found.tokens.length;
         const seconds = (performance.now() - started) / 1000;
@@ -69,20 +75,22 @@ export class Writer {
     this.pane.find(".branch").hidden = true;
     this.pane.find(".speed").textContent = "";
     const start = el("span", { class: "given" }, this.prompt);
-    this.pane.find(".written .text").replaceChildren(start, ...this.tokens.map((t, i) => this.token(t, i)));
+    this.pane.find(".written .text").replaceChildren(start, ...this.tokens.flatMap((token, i) => this.parts(token, i)));
   }
 
   add(token) {
     this.tokens.push(token);
     const text = this.pane.find(".written .text");
-    text.append(this.token(token, this.tokens.length - 1));
+    text.append(...this.parts(token, this.tokens.length - 1));
     text.scrollTop = text.scrollHeight;
   }
 
-  token(token, i) {
+  /** A token as a button, and the line ends that are in it. */
+  parts(token, i) {
     const p = Math.exp(token.logprob);
-    const label = token.text.trim() === "" ? JSON.stringify(token.text) : token.text;
-    return el(
+    const text = isPart(token.name) ? token.text || "‹›" : token.name;
+    const label = text.trim() === "" ? JSON.stringify(text) : text;
+    const button = el(
       "button",
       {
         class: `${tint(p)}${token.chosen ? " chosen" : ""}`,
@@ -91,8 +99,10 @@ export class Writer {
         "aria-label": `${label}, ${percent(p)}${token.chosen ? ", chosen by you" : ""}`,
         onclick: () => this.open(i),
       },
-      token.text,
+      text.replace(/\n/g, "↵"),
     );
+    const ends = text.split("\n").slice(1).map(() => el("br"));
+    return [button, ...ends];
   }
 
   /** Show what could have stood in the place of token i. */
@@ -101,14 +111,18 @@ export class Writer {
     const branch = this.pane.find(".branch");
     const top = Object.entries(token.top ?? {}).sort((a, b) => b[1] - a[1]);
     branch.hidden = false;
-    branch.querySelector("h3").textContent = `In place of “${visible(token.text)}”`;
-    const rows = top.map(([text, logprob]) => {
+    branch.querySelector("h3").textContent = `In place of “${visible(token.name)}”`;
+    const rows = top.map(([name, logprob]) => {
       const p = Math.exp(logprob);
-      const same = text === token.text;
+      const same = name === token.name;
       const button = el(
         "button",
-        { "aria-current": same ? "true" : null, onclick: () => this.branch(i, text, logprob) },
-        el("span", { class: "name" }, visible(text)),
+        {
+          "aria-current": same ? "true" : null,
+          disabled: isPart(name),
+          onclick: () => this.branch(i, name, logprob),
+        },
+        el("span", { class: "name" }, visible(name)),
         el("span", { class: "track" }, el("span", { class: "fill" })),
         el("span", { class: "share" }, same ? `${percent(p)}, here` : percent(p)),
       );
@@ -120,8 +134,8 @@ export class Writer {
   }
 
   /** Write on from another token in place i. */
-  branch(i, text, logprob) {
-    const chosen = { text, logprob, top: this.tokens[i].top, chosen: true };
+  branch(i, name, logprob) {
+    const chosen = { name, text: name, logprob, top: this.tokens[i].top, chosen: true };
     this.write(this.prompt, this.settings, [...this.tokens.slice(0, i), chosen]);
   }
 }
