@@ -67,6 +67,7 @@ class Options:
     allow_origin: Texts = ()  # pages of others that may send requests, such as http://localhost:3000
     adapter: RunPaths = ()  # runs that adapted one of these: use their changes
     pictures: FolderPath = ""  # pictures for a CLIP to search (default: those of its own data)
+    runs_folder: FolderPath = "runs"  # where the page finds runs to compare, trained or training
     compile: bool = False  # write faster on a CPU, after seconds to start
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
@@ -235,7 +236,9 @@ def serve(options: Options) -> None:
     listening = listen(options.host, options.port)
     served = open_runs(options)
     engine = start_engine(served, options)
-    app = create_app(served, engine, settings, options.pictures)
+    app = create_app(
+        served, engine, settings, options.pictures, options.runs_folder, run_dir.read_verdict
+    )
     url = url_of(listening)
     for run in served:
         can = ", ".join(sorted(run.abilities)) or "nothing that this server offers"

@@ -8,7 +8,7 @@ A handler finds in request.app.state: `runs` {name: Served}, the `engine` (engin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,10 +113,13 @@ def create_app(
     engine: Engine,
     settings: Settings | None = None,
     pictures: str = "",
+    runs_folder: str = "runs",
+    verdict: Callable[[Path], str] = lambda folder: "",
 ) -> Starlette:
     """The server as an ASGI application. The engine has the text models among the runs already.
 
-    pictures: a folder to search, instead of the data of each CLIP.
+    pictures: a folder to search, instead of the data of each CLIP. runs_folder: where the page
+    finds runs to compare. verdict: what the page says of the run in a folder.
     """
     settings = settings or Settings()
     routes = [*ROUTES]
@@ -132,5 +135,7 @@ def create_app(
     app.state.runs = {run.name: run for run in runs}
     app.state.engine = engine
     app.state.settings = settings
+    app.state.runs_folder = runs_folder
+    app.state.verdict = verdict
     app.state.indexes = vectors.Indexes(engine, pictures)
     return app

@@ -58,11 +58,11 @@ def list_systems() -> dict[str, Any]:
                 **sizes,
             }
         )
-    cards = [{"name": g.name, "memory": 1e9 * g.memory, "dtypes": list(g.peaks)} for g in GPUS]
+    cards = []
+    for gpu in gpus.GPUS.values():
+        dtypes = [dtype for dtype in gpu.peaks if dtype in memory.KEPT]
+        cards.append({"name": gpu.name, "memory": 1e9 * gpu.memory, "dtypes": dtypes})
     return {"systems": found, "gpus": cards}
-
-
-GPUS = tuple(gpus.GPUS.values())
 
 
 def calculate(job: Job) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[i
     A hook catches what reaches the block, so the block's own code makes queries and keys of it.
     Row t of the weights sums to 1. Raises ValueError for a layer or a head that does not exist.
     """
-    for name, value, count in (("layer", layer, len(model.blocks)), ("head", head, heads(model))):
+    config = model.config
+    for name, value, count in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
         if not 0 <= value < count:
             raise ValueError(f"{name} is {value}; this model has 0 to {count - 1}")
     ids = visible(model, ids)[-MOST_ATTENDED:]
@@ -100,7 +101,3 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[i
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool).tril()[None, None]
     return ids, scores.masked_fill(~mask[0, 0], -math.inf).softmax(-1).cpu()
-
-
-def heads(model: GPT) -> int:
-    return model.config.n_head

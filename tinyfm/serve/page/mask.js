@@ -15,9 +15,9 @@ export class Mask {
     this.at = { x: canvas.width / 2, y: canvas.height / 2 }; // of the brush, for the keys
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
-      this.stroke(event);
+      this.stroke(event, false);
     });
-    canvas.addEventListener("pointermove", (event) => event.buttons && this.stroke(event));
+    canvas.addEventListener("pointermove", (event) => event.buttons && this.stroke(event, true));
     canvas.addEventListener("keydown", (event) => this.key(event));
     canvas.addEventListener("focus", () => this.show());
     canvas.addEventListener("blur", () => this.show());
@@ -46,22 +46,26 @@ export class Mask {
     this.show();
   }
 
-  dot(x, y) {
+  /** Paint a line from the last place of the brush, or a dot. */
+  draw(x, y, line) {
     const context = this.paint.getContext("2d");
-    context.fillStyle = "white";
+    context.strokeStyle = "white";
+    context.lineCap = "round";
+    context.lineWidth = Number(this.brush.value);
     context.beginPath();
-    context.arc(x, y, Number(this.brush.value) / 2, 0, 2 * Math.PI);
-    context.fill();
+    context.moveTo(line ? this.at.x : x, line ? this.at.y : y);
+    context.lineTo(x, y);
+    context.stroke();
     this.at = { x, y };
     this.painted = true;
     this.show();
     this.canvas.dispatchEvent(new Event("painted"));
   }
 
-  stroke(event) {
+  stroke(event, line) {
     const box = this.canvas.getBoundingClientRect();
     const scale = this.canvas.width / box.width;
-    this.dot((event.clientX - box.left) * scale, (event.clientY - box.top) * scale);
+    this.draw((event.clientX - box.left) * scale, (event.clientY - box.top) * scale, line);
   }
 
   key(event) {
@@ -75,7 +79,7 @@ export class Mask {
       this.at = { x: within(this.at.x + step * move[0]), y: within(this.at.y + step * move[1]) };
       this.show();
     } else {
-      this.dot(this.at.x, this.at.y);
+      this.draw(this.at.x, this.at.y, false);
     }
   }
 

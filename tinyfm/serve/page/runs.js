@@ -11,8 +11,15 @@ const EVERY = 2000; // milliseconds between two looks at runs that train
 let runs = []; // as the server describes them
 const rows = new Map(); // name of a run -> rows of its metrics.jsonl
 const drawn = new Set(); // names of the runs that are drawn
+const styles = new Map(); // name of a run -> number of its line's colour and dashes
 
 const film = new Film($("samples-step"), $("samples-play"), showSample, 900);
+
+/** The number of a run's line: in the order in which runs were drawn first. */
+function style(name) {
+  if (!styles.has(name)) styles.set(name, styles.size);
+  return styles.get(name);
+}
 
 /** Read what is new of each drawn run. */
 async function readCurves() {
@@ -37,28 +44,28 @@ function draw() {
   const shown = $("curve").value;
   const names = shown === "both" ? ["loss", "val_loss"] : [shown];
   const lines = [];
-  runs.forEach((run, i) => {
-    if (!drawn.has(run.name)) return;
+  for (const run of runs.filter((one) => drawn.has(one.name))) {
     for (const name of names) {
       const points = (rows.get(run.name) ?? []).filter((row) => name in row).map((row) => [row.step, row[name]]);
-      if (points.length) lines.push({ name: `${run.name}, ${name}`, points, style: i, faint: shown === "both" && name === "loss" });
+      if (points.length) lines.push({ name: `${run.name}, ${name}`, points, style: style(run.name), faint: shown === "both" && name === "loss" });
     }
-  });
+  }
   const about = `${names.join(" and ")} by step: ${lines.map(({ name, points }) => `${name} ends at ${points.at(-1)[1].toPrecision(4)}`).join("; ")}`;
   const yName = names.join(", thick: ");
   $("curves").replaceChildren(linePlot(lines, { yName, log: $("log-scale").checked, about }));
 }
 
 function listRuns() {
-  const items = runs.map((run, i) => {
+  const items = runs.map((run) => {
     const check = el("input", { type: "checkbox", checked: drawn.has(run.name) });
     check.addEventListener("change", async () => {
       if (check.checked) drawn.add(run.name);
       else drawn.delete(run.name);
+      listRuns();
       await look();
     });
     const state = run.error ?? (run.training ? "training" : `step ${run.step.toLocaleString("en")}`);
-    return el("li", {}, el("label", {}, check, lineSample(i), ` ${run.name} `, el("span", { class: "hint" }, state)));
+    return el("li", {}, el("label", {}, check, drawn.has(run.name) ? lineSample(style(run.name)) : "", run.name, el("span", { class: "hint" }, state)));
   });
   $("run-list").replaceChildren(...items);
   fill($("run"), runs.filter((run) => !run.error).map((run) => [run.name]));

@@ -7,10 +7,6 @@ import { takeFiles } from "./mask.js";
 
 let picture = ""; // to name, as a data URL
 
-function dataUrl(found) {
-  return `data:image/png;base64,${found.b64_json}`;
-}
-
 async function find(query, about) {
   const body = { model: $("search-model").value, n: Number($("search-n").value), ...query };
   await attempt($("search-status"), async () => {
@@ -22,7 +18,7 @@ async function find(query, about) {
 }
 
 function result(found) {
-  const url = dataUrl(found);
+  const url = found.image;
   const about = `pictures like “${found.caption}”`;
   return el(
     "li",
@@ -49,8 +45,8 @@ async function name() {
   await attempt($("name-status"), async () => {
     if (!picture) throw new Error("choose a picture first");
     const body = { model: $("search-model").value, image: picture, labels };
-    const { data } = await post("/v1/classify", body);
-    const rows = data.map(({ label, probability }) => {
+    const { answers } = await post("/v1/classify", body);
+    const rows = answers[0].classes.map(({ label, probability }) => {
       const row = el(
         "li",
         {},
