@@ -589,8 +589,8 @@ def test_following_the_errors_leads_to_the_smallest_vocabulary(kind):
 
 
 def test_other_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"'wordpiece'; .*sentencepiece"):
-        T.train("wordpiece", [TEXT], 500)
+    with pytest.raises(ValueError, match=r"'wordlevel'; .*sentencepiece"):
+        T.train("wordlevel", [TEXT], 500)
     with pytest.raises(ValueError, match="single string"):
         T.train("bpe", TEXT, 500)
     with pytest.raises(ValueError, match="documents are empty"):

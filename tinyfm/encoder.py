@@ -504,7 +504,8 @@ class Encoder(nn.Module):
 
     def forward(self, tokens, mask=None, segments=None) -> Tensor:
         """Logits (B, T, V) of the token at each place; the arguments are those of `hidden`."""
-        return self.head(self.reader()(self.embed(tokens, segments), mask))
+        states = self.reader()(self.embed(tokens, segments), mask)
+        return self.head(states)
 
     def detect(self, tokens, mask=None, segments=None) -> Tensor:
         """ELECTRA: logits (B, T) of "this token was replaced"."""
@@ -512,19 +513,19 @@ class Encoder(nn.Module):
 
     # ---- loss ----
 
-    def predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(places (P,) in the flat batch, logits (P, V) there).
+    def target_states(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(places of the targets in the flat batch (P,), the states from which they are predicted).
 
-        Logits are computed at these places only. The head has 15% as many weights as BERT-base's
-        blocks, and its logits are V numbers a token: at all places they would cost a quarter of a
-        step, and most of its memory.
+        Only these states (P, D) go through the head. It has a fifth of the weights of BERT-base,
+        and its logits are V numbers a token: at all places it would cost a fifth of a step, and
+        most of the memory.
         """
         places = batch.get("places")
         if places is None:
             places = (batch["targets"].flatten() != -100).nonzero()[:, 0]
         x = self.embed(batch["tokens"], batch.get("segments"))
-        states = self.reader()(x, batch.get("mask")).flatten(0, 1)
-        return places, self.head(states[places]).float()
+        states = self.reader()(x, batch.get("mask"))
+        return places, states.flatten(0, 1)[places]
 
     def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the objective, in nats.
@@ -538,10 +539,10 @@ class Encoder(nn.Module):
         """
         if self.config.objective == "electra":
             return self.electra_loss(batch, generators)
-        places, logits = self.predictions(batch)
+        places, states = self.target_states(batch)
         targets = batch["targets"].flatten()[places]
-        weight = torch.tensor(len(places), device=logits.device)
-        total = F.cross_entropy(logits, targets, reduction="sum")
+        weight = torch.tensor(len(places), device=targets.device)
+        total = F.cross_entropy(self.head(states).float(), targets, reduction="sum")
         return total / weight.clamp(min=1), {"weight": weight}
 
     def electra_loss(self, batch, generators) -> tuple[Tensor, dict[str, Tensor]]:
@@ -557,7 +558,8 @@ class Encoder(nn.Module):
         length = real.sum(1)  # (B,)
 
         # The generator.
-        places, logits = self.predictions(batch)
+        places, states = self.target_states(batch)
+        logits = self.head(states).float()  # (P, V)
         hidden_tokens = targets.flatten()[places]
         nats = F.cross_entropy(logits, hidden_tokens, reduction="none")  # (P,)
         count = (targets != -100).sum(1).clamp(min=1)  # (B,)

@@ -1,4 +1,4 @@
-"""Tokenizers turn text into integers and back: three kinds behind one interface.
+"""Tokenizers turn text into integers and back: four kinds behind one interface.
 
 1. Bytes. UTF-8 writes any text with 256 symbols: nothing is unknown, but the rows of ids are long.
 2. Byte-level BPE (Radford et al. 2019, GPT-2). The most frequent pair of neighbouring tokens
@@ -9,13 +9,15 @@
    pieces come from BPE or from a unigram model (Kudo 2018), whose encoding is the most probable way
    to cut the text into pieces s_1 ... s_n:  argmax sum_i log p(s_i).
 
-In all three a token stands for fixed bytes, so that decoding is a table look-up. For all but CLIP's
-decode(encode(text)) == text.
+4. WordPiece (Schuster and Nakajima 2012), for encoders such as BERT. The text is cut at spaces and
+   punctuation, and a word into the longest pieces that fit; those inside a word are written ##ing.
 
-Published tokenizers of kinds 2 and 3 are read too, and those with WordPiece, such as BERT's
-(hub/tokenizers.py); their ids are those of the library that they were published for. Some of them
-change the text: they put a space in front, compose its letters, or write it in lower case. decode
-then gives the changed text.
+In all four a token stands for fixed bytes, so that decoding is a table look-up. For all but
+WordPiece and CLIP's decode(encode(text)) == text.
+
+Published tokenizers of kinds 2, 3 and 4 are read too (hub/tokenizers.py); their ids are those of
+the library that they were published for. Some of them change the text: they put a space in front,
+compose its letters, or write it in lower case. decode then gives the changed text.
 
 Left out: subword sampling, and a tokenizer.model that normalises the text, as T5's does; its
 tokenizer.json is read.
@@ -52,9 +54,13 @@ from tinyfm.hub.tokenizers import (
     BYTE_TOKENS,
     CLIP_CONTEXT_LENGTH,
     CLIP_PATTERN,
+    CLS_NAMES,
     END_NAMES,
     END_OF_WORD,
     EOT,
+    INSIDE,
+    MASK_NAMES,
+    PAD_NAMES,
     START,
     Vocabulary,
     added_tokens_files,
@@ -74,6 +80,7 @@ from tinyfm.hub.tokenizers import (
     sentencepiece_spec,
     token_content,
     vocab_and_merges_files,
+    word_piece_spec,
     write_files,
 )
 
@@ -92,8 +99,10 @@ def replace_surrogates(text: str) -> str:
 class Tokenizer:
     """The interface: ids are 0 ... vocab_size - 1, and the special token `eot` ends a text.
 
-    `bot` starts a text; it is None for all but CLIP's. A subclass gives the bytes of each id and
-    the tokens that are found in a text as a whole, to this constructor, and defines four methods:
+    `bot` starts a text; it is None for all but CLIP's. Those of encoders also have the ids `cls`,
+    which starts a row, `pad`, which fills it up, and `mask`, which hides a token; else these are
+    None. A subclass gives the bytes of each id and the tokens that are found in a text as a whole,
+    to this constructor, and defines four methods:
 
         _encode(text, first)   the ids of a text without such tokens; first: it starts the text
         _files()        name -> content of the files that `save` writes, which determine the ids
@@ -121,10 +130,17 @@ class Tokenizer:
         self.specials = {token.content: token.id for token in added if token.special}
         self.eot = self.specials[self._end]
         self.bot = None
+        self.mask = self._first_special(MASK_NAMES)
+        self.cls = None if self.mask is None else self._first_special(CLS_NAMES)
+        self.pad = None if self.mask is None else self._first_special(PAD_NAMES)
         self._table = list(table)
         for token in added:
             self._table[token.id] = token.content.encode("utf-8")
         self._added = AddedTokens(token for token in added if not token.normalized)
+
+    def _first_special(self, names: Sequence[str]) -> int | None:
+        """The id of the first special token with one of these names."""
+        return next((self.specials[name] for name in names if name in self.specials), None)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text. A lone surrogate is encoded as U+FFFD.
@@ -272,6 +288,10 @@ class PublishedTokenizer(Tokenizer):
 
     def without_template(self) -> Tokenizer:
         return type(self)(self._tokenizer_json | {"post_processor": None}, self._given_end)
+
+    def words(self, text: str) -> list[str]:
+        """The chunks of a text, normalised, that are cut into tokens one by one."""
+        return split_all(self._splitters, self._normalize(text), True)
 
     def _encode_chunk(self, chunk: str) -> list[int]:
         if self._writes_bytes:
@@ -633,8 +653,49 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, model_type: str) 
     return SentencePieceTokenizer(model.getvalue())
 
 
-# Kind -> its smallest vocabulary: the bytes, the end of a text and, of SentencePiece, unknown.
+def symbols_of(word: str) -> list[str]:
+    """The characters of a word as WordPiece writes them: c ##a ##t."""
+    return [word[0], *(INSIDE + char for char in word[1:])]
+
+
+def train_word_piece(texts: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Train WordPiece: special tokens, then characters, then merges, the most frequent first.
+
+    The merges are BPE's (bpe.py), on characters. Only the names of the new tokens are kept: to
+    encode, the longest token that fits is taken. Schuster and Nakajima (2012) merge the pair that
+    raises the likelihood of the text most, of the highest n(ab) / (n(a) n(b)); the library
+    `tokenizers` takes the most frequent, as here.
+    """
+    empty = PublishedTokenizer(word_piece_spec([], lowercase))
+    words = Counter(chain.from_iterable(map(empty.words, texts)))
+
+    # The alphabet: the most frequent characters. A word with another one stays unknown.
+    room = vocab_size - empty.vocab_size
+    counts = Counter()
+    for word, count in words.items():
+        counts.update(dict.fromkeys(word, count))
+    known = {char for char, _ in counts.most_common(max(1, min(1000, room // 4)))}
+    words = {word: count for word, count in words.items() if known.issuperset(word)}
+    alphabet = [*dict.fromkeys(chain.from_iterable(map(symbols_of, words)))]
+
+    # bpe.py numbers new tokens from 256 on, and WALL is -1. So characters are -2, -3, ...
+    numbers = {symbol: -2 - i for i, symbol in enumerate(alphabet)}
+    chunks = {tuple(map(numbers.get, symbols_of(word))): count for word, count in words.items()}
+    names = {number: symbol for symbol, number in numbers.items()}
+    # Two merges may spell the same token, ab + ##c and a + ##bc, so a few more are learned.
+    for rank, (a, b) in enumerate(bpe.learn_merges(chunks, room + room // 8)):
+        names[256 + rank] = names[a] + names[b].removeprefix(INSIDE)
+    tokens = [*dict.fromkeys(names.values())]
+    if len(tokens) < room:
+        most = empty.vocab_size + len(tokens)
+        raise ValueError(f"vocab_size {vocab_size} does not suit the text: use at most {most}")
+    return PublishedTokenizer(word_piece_spec(tokens[:room], lowercase))
+
+
+# Kind -> its smallest vocabulary: the bytes, the end of a text and, of SentencePiece, unknown; of
+# WordPiece, five special tokens and a few characters.
 SMALLEST = {"sentencepiece": 258, "sentencepiece-unigram": 258, "bpe": 257, "bytes": 257}
+SMALLEST |= {"wordpiece": 64, "wordpiece-cased": 64}
 
 
 MOST_IDS = 1 << 24  # many more than any published vocabulary has
@@ -645,8 +706,9 @@ def train(
 ) -> Tokenizer:
     """Learn a tokenizer with vocab_size ids from a sample of the documents; always the same one.
 
-    kind: "sentencepiece" (its BPE), "sentencepiece-unigram", "bpe" or "bytes". Raises ValueError
-    when the vocabulary is too small for bytes and special tokens, or larger than the text allows.
+    kind: "sentencepiece" (its BPE), "sentencepiece-unigram", "bpe", "bytes", "wordpiece", which
+    writes the text in lower case and without accents, or "wordpiece-cased". Raises ValueError when
+    the vocabulary is too small for bytes and special tokens, or larger than the text allows.
     """
     if kind not in SMALLEST:
         raise ValueError(f"no tokenizer is called {kind!r}; choose one of {', '.join(SMALLEST)}")
@@ -665,13 +727,17 @@ def train(
         raise ValueError("there is no text to learn a tokenizer from: the documents are empty")
     if kind == "bpe":
         return BPETokenizer(learned_spec(bpe.train(texts, vocab_size)))
+    if kind in ("wordpiece", "wordpiece-cased"):
+        return train_word_piece(texts, vocab_size, lowercase=kind == "wordpiece")
     model_type = "unigram" if kind == "sentencepiece-unigram" else "bpe"
     return train_sentencepiece(texts, vocab_size, model_type)
 
 
 # ---- load ----------------------------------------------------------------------------------------
 
-FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "bytes.json")
+FILES = (
+    "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "bytes.json"
+)  # fmt: skip
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 

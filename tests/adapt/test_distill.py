@@ -9,7 +9,15 @@ import torch.nn.functional as F
 
 from tinyfm import adapt
 from tinyfm import tokenizer as tokenizers
-from tinyfm.adapt.distill import check_tokenizers, distil, distillation_loss, divergence
+from tinyfm.adapt.distill import (
+    check_tokenizers,
+    cosine_distance,
+    distil,
+    distillation_loss,
+    divergence,
+    take_layers,
+)
+from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer
@@ -192,3 +200,89 @@ def test_tokenizers_are_compared_by_what_their_ids_mean(tmp_path):
         check_tokenizers(first, second)
     with pytest.raises(ValueError, match="has 257 tokens, the student's 262"):
         distil(small(), small(1), tokenizers=(first, tokenizers.ByteTokenizer()))
+
+
+# ---- encoders ------------------------------------------------------------------------------------
+
+
+def small_encoder(seed: int = 0, **options) -> Encoder:
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 2, "n_head": 2, "d_model": 16, "zero_init": False}
+    return Encoder(EncoderConfig(V, T, **{**sizes, **options}))
+
+
+def masked_batch() -> dict[str, torch.Tensor]:
+    tokens = random_batch()["tokens"][:, :T]
+    chosen = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    mask = torch.arange(T) < torch.tensor([[T], [5], [9]])
+    return {"tokens": tokens, "mask": mask, "targets": tokens.where(chosen & mask, -100)}
+
+
+def test_cosine_distance_by_hand():
+    student = torch.tensor([[1.0, 0.0], [1.0, 1.0], [5.0, 5.0]])
+    teacher = torch.tensor([[0.0, 3.0], [2.0, 0.0], [-1.0, -1.0]])
+    expected = (1 + (1 - 0.5**0.5)) / 2  # right angle, 45 degrees; the last does not count
+    found = cosine_distance(student, teacher, torch.tensor([1, 2, -100]))
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_an_encoder_learns_from_its_teacher_s_masked_words_and_states():
+    """DistilBERT's three losses, at the places that are predicted."""
+    student = small_encoder()
+    teacher = small_encoder(1, n_layer=4)
+    batch = masked_batch()
+    chosen = batch["targets"] != -100
+    plain, metrics = student.loss(batch)
+    with torch.no_grad():
+        logits, judged = (m(batch["tokens"], batch["mask"])[chosen] for m in (student, teacher))
+        states, theirs = (
+            m.hidden(batch["tokens"], batch["mask"])[chosen] for m in (student, teacher)
+        )
+    kl = divergence(logits, judged, 2.0).mean()
+    cosine = (1 - F.cosine_similarity(states, theirs)).mean()
+    distil(student, teacher, temperature=2.0, share=5 / 7, cosine=1 / 7)
+    loss, taught = student.loss(batch)
+    torch.testing.assert_close(loss, 2 / 7 * plain + 5 / 7 * kl + cosine / 7)
+    assert taught["weight"] == metrics["weight"] == chosen.sum()
+    assert torch.equal(student.eval().loss(batch)[0], plain)
+
+
+def test_a_student_starts_from_layers_of_its_teacher():
+    teacher = small_encoder(1, n_layer=12)
+    student = small_encoder(n_layer=6)
+    assert take_layers(student, teacher) == [0, 2, 4, 7, 9, 11]
+    for own, layer in zip(student.tower.blocks, [0, 2, 4, 7, 9, 11]):
+        assert torch.equal(own.mlp.up.weight, teacher.tower.blocks[layer].mlp.up.weight)
+    table = student.embeddings.token_embedding.weight
+    assert torch.equal(table, teacher.embeddings.token_embedding.weight)
+    assert student.head.decoder.weight is table
+    same = small_encoder(n_layer=12)
+    take_layers(same, teacher)
+    assert torch.equal(same(masked_batch()["tokens"]), teacher(masked_batch()["tokens"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 32}, r"is \(23, 32\), the teacher's .* is \(23, 16\)"),
+        ({"n_layer": 3}, "at most its 2 layers"),
+        ({"segments": 2}, "segment_embedding.* is None"),
+    ],
+)
+def test_layers_that_cannot_be_taken(options, message):
+    student = small_encoder(**options)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=message):
+        take_layers(student, small_encoder(1))
+    assert all(torch.equal(before[name], p) for name, p in student.state_dict().items())
+
+
+def test_encoders_and_gpts_do_not_teach_each_other():
+    with pytest.raises(ValueError, match=r"a GPT and the teacher a Encoder: use one kind"):
+        distil(small(), small_encoder())
+    with pytest.raises(ValueError, match=r"student's objective is electra.*objective mlm"):
+        distil(small_encoder(objective="electra"), small_encoder())
+    with pytest.raises(ValueError, match=r"16 and 32 numbers have no angle.*--distil.cosine 0"):
+        distil(small_encoder(), small_encoder(d_model=32), cosine=0.1)
+    with pytest.raises(ValueError, match=r"cosine is -1"):
+        distil(small_encoder(), small_encoder(), cosine=-1)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfm.hub import clip, gpt, layout
+from tinyfm.hub import clip, encoder, gpt, layout
 
 CODE = "modeling_tinyfm.py"
 GRID = 4  # rows and columns of places in the features of a picture, at most: recipes/clip.py
@@ -39,6 +39,22 @@ def text_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return raw, tensors
 
 
+def encoder_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors of an Encoder without its head, as AutoModel names them."""
+    config = replace(encoder.resolve(model.config), objective="mlm")
+    model_type = encoder.choose_architecture(config)
+    raw = encoder.write_config(config, model_type)
+    del raw["architectures"]
+    _, tensors = encoder.their_tensors(model, model_type)
+    prefix = encoder.ARCHITECTURES[model_type].prefix + "."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return raw, tensors
+
+
 def image_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of the image tower of a CLIP, as AutoModel names them."""
     clip.check_expressible(model.config)
@@ -51,6 +67,13 @@ def image_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if name.startswith(prefix)
     }
     return raw, tensors
+
+
+def padding_id(tokenizer) -> int | None:
+    """The id that fills up rows: the token that ends a text, or an encoder's own."""
+    if tokenizer is None:
+        return None
+    return tokenizer.eot if tokenizer.pad is None else tokenizer.pad
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool = False) -> str:
@@ -71,6 +94,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     if kind == "GPT":
         raw, tensors = text_body(model.body)
         title, auto = "TinyfmTextClassifier", "AutoModelForSequenceClassification"
+    elif kind == "Encoder":
+        raw, tensors = encoder_body(model.body)
+        title, auto = "TinyfmTextClassifier", "AutoModelForSequenceClassification"
     elif kind == "CLIP":
         raw, tensors = image_body(model.body)
         title, auto = "TinyfmImageClassifier", "AutoModelForImageClassification"
@@ -78,8 +104,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
         tokenizer = None
     else:
         raise ValueError(
-            f"transformers has no body like this {kind}; it has those of a GPT, and of a CLIP "
-            "that was trained with --model.stem patch"
+            f"transformers has no body like this {kind}; it has those of a GPT, of an "
+            "Encoder, and of a CLIP that was trained with --model.stem patch"
         )
     tensors = {f"body.{name}": tensor for name, tensor in tensors.items()}
     tensors |= {f"head.{name}": p for name, p in model.heads[0].named_parameters()}
@@ -96,7 +122,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
         "grid": GRID,
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "pad_token_id": tokenizer.eot if tokenizer else None,
+        "pad_token_id": padding_id(tokenizer),
     }
     texts = {CODE: Path(__file__).with_name(CODE).read_text(encoding="utf-8")}
     length = getattr(model.config, "context_length", 0) if tokenizer else 0

@@ -38,7 +38,10 @@ class TinyfmClassifier(PreTrainedModel):
 
     def __init__(self, config: TinyfmClassifierConfig):
         super().__init__(config)
-        self.body = AutoModel.from_config(AutoConfig.for_model(**config.body))
+        body = AutoConfig.for_model(**config.body)
+        # BERT and RoBERTa would add a layer that is not read here.
+        options = {"add_pooling_layer": False} if body.model_type in ("bert", "roberta") else {}
+        self.body = AutoModel.from_config(body, **options)
         self.head = nn.Linear(config.features, config.num_labels)
         self.post_init()
 
@@ -55,6 +58,8 @@ class TinyfmTextClassifier(TinyfmClassifier):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         T = self.body.config.max_position_embeddings
+        if self.body.config.model_type == "roberta":  # positions up to that of padding are unused
+            T -= self.body.config.pad_token_id + 1
         mask = attention_mask[:, :T]
         output = self.body(input_ids=input_ids[:, :T], attention_mask=mask)
         states = output.last_hidden_state.float() * mask[..., None]  # (B, T, D)

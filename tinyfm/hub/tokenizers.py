@@ -3,6 +3,7 @@
     tokenizer.json          Hugging Face's format. Its "model" holds the vocabulary and the merges.
                             "added_tokens", "normalizer" and "pre_tokenizer" say what happens to a
                             text before the merges are applied: see text_steps.py
+    vocab.txt               BERT's WordPiece as it was first published: a token a line
     vocab.json, merges.txt  GPT-2, RoBERTa, Qwen2 and CLIP as they were first published; converted
                             to a tokenizer.json here, so that there is one reader for all
     added_tokens.json       further tokens and their ids, beside these two or a tokenizer.model
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
 START = "<|startoftext|>"  # stands before a text; CLIP's only
 EOT = "<|endoftext|>"  # stands between documents
 END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in published vocabularies
+MASK_NAMES = ("[MASK]", "<mask>")  # hides a token from an encoder
+CLS_NAMES = ("[CLS]", "<s>")  # stands before a text that an encoder reads
+PAD_NAMES = ("[PAD]", "<pad>")  # fills up such a text's row
+INSIDE = "##"  # before a token of WordPiece inside a word
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_WORD = "</w>"  # CLIP's only: marks a token that ends a word
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how SentencePiece writes a byte
 HIGHEST_ID = (1 << 22) - 1  # of a token; the largest published vocabularies have 2**18
@@ -325,6 +331,66 @@ def learned_spec(merges: Sequence[Pair]) -> dict:
     return bpe_spec(vocab, pairs, {EOT: len(tokens)})
 
 
+def word_piece_spec(
+    tokens: Sequence[str],
+    lowercase: bool,
+    strip_accents: bool | None = None,
+    cut_chinese: bool = True,
+    specials: dict[str, int] | None = None,
+) -> dict:
+    """The tokenizer.json of WordPiece, split and cleaned as BERT's.
+
+    tokens: in the order of their ids, after BERT_SPECIALS; or with specials, which says the ids of
+    those among the tokens, all of them. strip_accents: None = if the text is put in lower case.
+    """
+    if specials is None:
+        tokens = [*BERT_SPECIALS, *tokens]
+        specials = {name: i for i, name in enumerate(BERT_SPECIALS)}
+    model = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": INSIDE,
+        "max_input_chars_per_word": 100,
+        "vocab": {token: i for i, token in enumerate(tokens)},
+    }
+    return make_spec(
+        model,
+        specials,
+        normalizer={
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": cut_chinese,
+            "strip_accents": strip_accents,
+            "lowercase": lowercase,
+        },
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        post_processor=surround(specials, "[CLS]", "[SEP]"),
+        decoder={"type": "WordPiece", "prefix": INSIDE, "cleanup": False},
+    )
+
+
+def surround(ids: dict[str, int], start: str, end: str) -> dict | None:
+    """The post_processor that puts two special tokens around a text; a second text is segment 1."""
+    if not {start, end} <= ids.keys():
+        return None
+    row = []
+    for kind, name, segment in (
+        ("SpecialToken", start, 0),
+        ("Sequence", "A", 0),
+        ("SpecialToken", end, 0),
+        ("Sequence", "B", 1),
+        ("SpecialToken", end, 1),
+    ):
+        row.append({kind: {"id": name, "type_id": segment}})
+    described = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, end)}
+    return {
+        "type": "TemplateProcessing",
+        "single": row[:3],
+        "pair": row,
+        "special_tokens": described,
+    }
+
+
 def ranked_merges(scores: dict[str, float]) -> list[list[str]]:
     """The merges of SentencePiece's BPE, the best score first: any two pieces may make a third."""
     merges = []
@@ -465,10 +531,47 @@ def gpt2_spec(vocab: dict[str, int], merges_txt: str, companions: Companions) ->
         )
     elif companions.prefix_space:
         spec["pre_tokenizer"] = BYTE_LEVEL | {"add_prefix_space": True}
+    if companions.kind == "Roberta":
+        names = {"cls": "<s>", "sep": "</s>"}
+        ends = {kind: [name, specials.get(name)] for kind, name in names.items()}
+        space = {"add_prefix_space": companions.prefix_space, "trim_offsets": True}
+        spec["post_processor"] = {"type": "RobertaProcessing"} | ends | space
     described = {token.content: token for token in companions.added}
     entries = [token for token in spec["added_tokens"] if token["content"] not in described]
     entries += [token._asdict() for token in described.values()]
     spec["added_tokens"] = sorted(entries, key=lambda token: token["id"])
+    return spec
+
+
+# ---- BERT's vocab.txt ----------------------------------------------------------------------------
+
+LIKE_BERT = ("Bert", "DistilBert", "Electra", "PreTrained")
+
+
+def vocab_txt_spec(vocab_txt: str, companions: Companions, config: dict) -> dict:
+    """The tokenizer.json of a vocab.txt, as BERT was first published: a token a line.
+
+    config: tokenizer_config.json, which says whether the text is put in lower case. Raises
+    ValueError for another class of transformers, and for a vocabulary without [UNK].
+    """
+    if companions.kind and companions.kind not in LIKE_BERT:
+        raise ValueError(
+            f"tokenizer_class is {companions.kind}Tokenizer, whose way to split a text is not in "
+            "vocab.txt: add its tokenizer.json"
+        )
+    lines = vocab_txt.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    ids = {token: i for i, token in enumerate(lines)}  # the last of equal lines counts, as there
+    names = [*BERT_SPECIALS, *companions.specials]
+    spec = word_piece_spec(
+        lines,
+        lowercase=config.get("do_lower_case", True) is True,
+        strip_accents=schema.check(config.get("strip_accents"), bool | None, "strip_accents"),
+        cut_chinese=config.get("tokenize_chinese_chars", True) is True,
+        specials={name: ids[name] for name in names if name in ids},
+    )
+    described = {token.content: token for token in companions.added}
+    entries = [token for token in spec["added_tokens"] if token["content"] not in described]
+    spec["added_tokens"] = entries + [token._asdict() for token in described.values()]
     return spec
 
 
@@ -588,8 +691,8 @@ def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def published_spec(files: dict[str, bytes], companions: Companions) -> dict | None:
-    """The spec that files, name -> content, hold in tokenizer.json, or in vocab.json and
-    merges.txt. None if they hold neither."""
+    """The spec that files, name -> content, hold in tokenizer.json, in vocab.json and merges.txt,
+    or in vocab.txt. None if they hold none of these."""
     if "tokenizer.json" in files:
         return read_object(files, "tokenizer.json")
     if "vocab.json" in files and "merges.txt" in files:
@@ -598,6 +701,9 @@ def published_spec(files: dict[str, bytes], companions: Companions) -> dict | No
         if "a" + END_OF_WORD in vocab:
             return clip_spec(vocab, merges_txt)
         return gpt2_spec(vocab, merges_txt, companions)
+    if "vocab.txt" in files:
+        config = read_object(files, "tokenizer_config.json")
+        return vocab_txt_spec(files["vocab.txt"].decode("utf-8"), companions, config)
     return None
 
 
@@ -617,18 +723,32 @@ def hugging_face_files(spec: dict, end: str) -> dict[str, bytes]:
     return {"tokenizer.json": to_json(spec), "tokenizer_config.json": to_json(config)}
 
 
+def encoder_tokens(spec: dict, end: str) -> dict[str, str]:
+    """Names of the special tokens of an encoder's tokenizer, for its config; {} without a mask."""
+    specials = [token["content"] for token in spec["added_tokens"]]
+    kinds = {"mask_token": MASK_NAMES, "cls_token": CLS_NAMES, "pad_token": PAD_NAMES}
+    names = {"sep_token": end}
+    for kind, usual in kinds.items():
+        for name in usual:
+            if name in specials:
+                names[kind] = name
+    return names if "mask_token" in names else {}
+
+
 def export_files(
     spec: dict, end: str, captions: int = 0, texts: int = 0, chat_template: str = ""
 ) -> dict[str, bytes]:
-    """The same files for the rows that a model was trained on; the end token also pads.
+    """The same files for the rows that a model was trained on.
 
-    captions: context length of a text tower, whose rows are a text, the end token, and padding.
-    texts: context length of a classifier, whose rows are a text and padding. Without either,
-    padding comes first, as for a model that continues its rows. chat_template: how transformers
-    writes a conversation, in Jinja.
+    The end token also pads, unless the tokenizer is an encoder's. captions: context length of a
+    text tower, whose rows are a text, the end token, and padding. texts: context length of a
+    classifier or an encoder, whose rows are a text and padding. Without either, padding comes
+    first, as for a model that continues its rows. chat_template: how transformers writes a
+    conversation, in Jinja.
     """
     config = json.loads(hugging_face_files(spec, end)["tokenizer_config.json"])
     config |= {"pad_token": end, "padding_side": "right" if captions or texts else "left"}
+    config |= encoder_tokens(spec, end)
     config["model_input_names"] = ["input_ids", "attention_mask"]
     if captions or texts:
         config["model_max_length"] = captions or texts

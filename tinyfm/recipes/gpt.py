@@ -17,7 +17,7 @@ from data.report import Report
 from data.splits import HELD_OUT, TEST, TRAIN, VAL
 from tinyfm import compiled, generate, tokenizer
 from tinyfm.adapt import chat
-from tinyfm.adapt.distill import DistilConfig, distil
+from tinyfm.adapt.distill import DistilConfig, distil, take_layers
 from tinyfm.adapt.heads import Classifier, Reader, mean_state
 from tinyfm.adapt.soft_prompt import PromptedData, prompt_ids
 from tinyfm.batches import labelled
@@ -103,7 +103,10 @@ class GPTRun(Run):
     def learn_from(self, model: GPT, data: TextData, teacher: OpenRun) -> None:
         """Make the teacher's predictions part of the model's training loss."""
         both = (data.tokenizer, teacher.tokenizer)
-        distil(model, teacher.model, self.distil.temperature, self.distil.share, both)
+        c = self.distil
+        distil(model, teacher.model, c.temperature, c.share, both, c.cosine)
+        if c.take_layers:
+            take_layers(model, teacher.model)
 
     def show(self, model: GPT, data: TextData, folder: Path, step: int) -> str:
         """Write two texts, from nothing; return one."""

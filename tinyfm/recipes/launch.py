@@ -146,7 +146,8 @@ def from_teacher(run: Run, usual: Run, teacher: OpenRun, changes: dict[str, Any]
     """The teacher's tokenizer, unless the run has one already: both must read alike."""
     if teacher.run.base_family != run.base_family:
         raise ValueError(
-            f"--teacher {run.teacher} is a run of family {teacher.run.base_family}, no GPT"
+            f"--teacher {run.teacher} is a run of family {teacher.run.base_family}; use one of "
+            f"family {run.base_family}"
         )
     data = changes.get("data", run.data)
     if data.tokenizer != usual.data.tokenizer:
