@@ -527,6 +527,11 @@ class Encoder(nn.Module):
         states = self.reader()(x, batch.get("mask"))
         return places, states.flatten(0, 1)[places]
 
+    def predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(places of the targets in the flat batch (P,), logits (P, V) there, float32)."""
+        places, states = self.target_states(batch)
+        return places, self.head(states).float()
+
     def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the objective, in nats.
 
@@ -539,10 +544,10 @@ class Encoder(nn.Module):
         """
         if self.config.objective == "electra":
             return self.electra_loss(batch, generators)
-        places, states = self.target_states(batch)
+        places, logits = self.predictions(batch)
         targets = batch["targets"].flatten()[places]
-        weight = torch.tensor(len(places), device=targets.device)
-        total = F.cross_entropy(self.head(states).float(), targets, reduction="sum")
+        weight = torch.tensor(len(places), device=logits.device)
+        total = F.cross_entropy(logits, targets, reduction="sum")
         return total / weight.clamp(min=1), {"weight": weight}
 
     def electra_loss(self, batch, generators) -> tuple[Tensor, dict[str, Tensor]]:
@@ -558,8 +563,7 @@ class Encoder(nn.Module):
         length = real.sum(1)  # (B,)
 
         # The generator.
-        places, states = self.target_states(batch)
-        logits = self.head(states).float()  # (P, V)
+        places, logits = self.predictions(batch)
         hidden_tokens = targets.flatten()[places]
         nats = F.cross_entropy(logits, hidden_tokens, reduction="none")  # (P,)
         count = (targets != -100).sum(1).clamp(min=1)  # (B,)
