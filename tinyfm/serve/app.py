@@ -71,7 +71,9 @@ async def answer_unknown(request: Request, error: HTTPException) -> Response:
     """No such path, or not by this method."""
     path = request.url.path[:200]
     problem = f"there is no {request.method} {path}; GET /v1/models lists the runs"
-    return error_response(BadRequest(problem, status=error.status_code))
+    answer = error_response(BadRequest(problem, status=error.status_code))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def answer_nobody(request: Request, error: ClientDisconnect) -> Response:

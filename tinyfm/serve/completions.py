@@ -25,7 +25,7 @@ from starlette.responses import Response, StreamingResponse
 
 from tinyfm.adapt import chat
 from tinyfm.generate import visible_from
-from tinyfm.serve.engine import MOST_UNREAD, Busy, Done, Engine, Event, TextRequest, Token
+from tinyfm.serve.engine import Busy, Done, Engine, Event, TextRequest, Token
 from tinyfm.serve.families import Served, find_run
 from tinyfm.serve.guard import Json, read_json, to_json, unless_gone
 from tinyfm.serve.requests import (
@@ -37,6 +37,7 @@ from tinyfm.serve.requests import (
     read,
 )
 
+MOST_UNREAD = 4000  # tokens that are kept for a client that does not read its stream
 LOWEST_LOGPROB = -9999.0  # stands for ln 0, which JSON cannot write
 
 # ---- the rows of a request -----------------------------------------------------------------------
@@ -81,7 +82,8 @@ class Rows:
             if event.error:
                 raise BadRequest(event.error, status=500)
             if event.reason == "cancelled":
-                raise BadRequest("the text was ended: the server is closing", status=503)
+                reason = "the server is closing, or the stream was read too slowly"
+                raise BadRequest(f"the text was ended: {reason}", status=503)
         return i, event
 
 

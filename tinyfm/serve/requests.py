@@ -29,8 +29,9 @@ MOST_ROWS = 128  # texts of one request
 MOST_TOP = 20  # alternatives with each token
 MOST_STOPS = 16
 STOP_CHARACTERS = 1000  # of one stop string
-MOST_CHARACTERS = 1_000_000  # of all texts of a request together
-MOST_INPUTS = 2048  # texts to embed, or labels
+MOST_CHARACTERS = 200_000  # of all texts of a request together; or token ids
+MOST_INPUTS = 2048  # prompts, or texts to embed
+MOST_LABELS = 256
 MOST_PICTURES = 16  # to draw
 MOST_STEPS = 1000
 MOST_FOUND = 100  # pictures that a search returns
@@ -342,7 +343,7 @@ class ClassifyRequest:
         if self.labels is None:
             return
         n = len(self.labels)
-        check(2 <= n <= MOST_INPUTS, "labels", f"of {n} names", f"2 to {MOST_INPUTS}")
+        check(2 <= n <= MOST_LABELS, "labels", f"of {n} names", f"2 to {MOST_LABELS}")
         check(len({*self.labels}) == n, "labels", self.labels, "different names")
         check(
             all(name.strip() for name in self.labels), "labels", self.labels, "without empty ones"

@@ -117,13 +117,24 @@ def warn_if_cut(run: Served, texts: list[str], warnings: list[str]) -> None:
 # ---- classes -------------------------------------------------------------------------------------
 
 
-def choose_name(run: Served, image: np.ndarray, labels: list[str]) -> dict[str, list[float]]:
-    """{"label": probabilities of the labels} of a picture (C, H, W), by a CLIP."""
-    x = zero_shot.embed_images(run.model, image[None])
-    templates = files.read_record(run.opened.folder / zero_shot.TEMPLATES, list[str])
-    classes = zero_shot.class_vectors(run.model, run.tokenizer, labels, templates)
-    p = zero_shot.class_logits(x, classes, run.model.scale()).softmax(-1)
-    return {"label": p[0].tolist()}
+async def choose_name(
+    engine: Engine, run: Served, image: np.ndarray, labels: list[str]
+) -> dict[str, list[float]]:
+    """{"label": probabilities of the labels} of a picture (C, H, W), by a CLIP.
+
+    The labels are embedded template by template, so that others need not wait for all.
+    """
+    model, tokenizer = run.model, run.tokenizer
+    x = await call(engine, zero_shot.embed_images, model, image[None])
+    parts = []
+    for template in files.read_record(run.opened.folder / zero_shot.TEMPLATES, list[str]):
+        own = await call(engine, zero_shot.class_vectors, model, tokenizer, labels, [template])
+        parts.append(own)
+
+    def share() -> list[float]:
+        return zero_shot.class_logits(x, torch.cat(parts), model.scale()).softmax(-1)[0].tolist()
+
+    return {"label": await call(engine, share)}
 
 
 def predict(run: Served, batch: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -173,7 +184,7 @@ async def classify(request: Request) -> Response:
         warn_if_cut(run, asked.labels, warnings)
         pixels = await read_pixels(run, asked.image, sent.get("image"))
         classes = {"label": asked.labels}
-        work = (choose_name, run, pixels.transpose(2, 0, 1), asked.labels)
+        work = choose_name(state.engine, run, pixels.transpose(2, 0, 1), asked.labels)
     else:
         if asked.labels is not None:
             warnings.append(f"labels were not read: the run {run.name} has its own classes")
@@ -183,8 +194,8 @@ async def classify(request: Request) -> Response:
             batch = {"images": to_images(pixels)}
         else:
             batch = await anyio.to_thread.run_sync(text_batch, run, asked.input, warnings)
-        work = (predict, run, batch)
-    found = await unless_gone(request, call(state.engine, *work))
+        work = call(state.engine, predict, run, batch)
+    found = await unless_gone(request, work)
     answers = []
     for question, p in found.items():
         best = sorted(zip(p, classes[question]), reverse=True)
