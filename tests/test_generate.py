@@ -23,6 +23,7 @@ from tinyfm.generate import (
     visible_from,
 )
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes.gpt import STYLES
 from tinyfm.tokenizer import ByteTokenizer
 
 VARIANTS = {
@@ -32,6 +33,13 @@ VARIANTS = {
     "window": {"window": 5, "n_kv_head": 1},
     "learned window": {"position": "learned", "window": 3},
     "tied": {"tied": True, "d_head": 6, "qk_norm": False},
+    "gpt1": STYLES["gpt1"],
+    "bloom": STYLES["bloom"] | {"n_head": 6, "d_head": 4},
+    "alibi window": {"position": "alibi", "window": 5, "n_kv_head": 2},
+    "granite": STYLES["granite"],
+    "falcon-7b": STYLES["falcon"] | {"n_kv_head": 1},
+    "falcon-40b": STYLES["falcon-40b"] | {"n_kv_head": 2},
+    "palm": STYLES["palm"] | {"n_kv_head": 1},
 }
 V, CONTEXT = 41, 16
 PROMPTS = [[3], [7, 1, 4, 1, 5, 9, 2], [2, 7, 1]]

@@ -10,8 +10,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm.calc import trace
-from tinyfm.gpt import GPT, MLP, Attention, GPTConfig, attention_mask, rope_frequencies, rotate
+from tinyfm.gpt import (
+    GPT,
+    MLP,
+    Attention,
+    GPTConfig,
+    alibi_scores,
+    alibi_slopes,
+    attention_mask,
+    rope_frequencies,
+    rotate,
+)
 from tinyfm.recipes import registry
+from tinyfm.recipes.gpt import STYLES
 
 GPT2 = {
     "position": "learned",
@@ -23,7 +34,13 @@ GPT2 = {
 }
 VARIANTS = {
     "ours": {},
+    "gpt1": STYLES["gpt1"],
     "gpt2": GPT2,
+    "bloom": STYLES["bloom"] | {"n_head": 6, "d_head": 4},
+    "granite": STYLES["granite"] | {"attention_scale": 0.5},
+    "falcon-7b": STYLES["falcon"] | {"n_kv_head": 1},
+    "falcon-40b": STYLES["falcon-40b"] | {"n_kv_head": 2},
+    "command-r": STYLES["command-r"],
     "llama2": {"qk_norm": False},
     "llama3": {"qk_norm": False, "n_kv_head": 2, "rope_factor": 8.0, "rope_original_context": 8},
     "mistral": {"qk_norm": False, "n_kv_head": 1, "window": 5},
@@ -176,6 +193,43 @@ def test_rotary_scores_depend_on_the_distance_only():
     assert scores[:, 0].unique().numel() == T
 
 
+@torch.no_grad()
+def test_pairs_of_neighbours_are_halves_in_another_order():
+    neighbours = loud(small(rope_pairs="neighbours", qk_norm=False, n_kv_head=2))
+    halves = loud(small(qk_norm=False, n_kv_head=2), seed=1)
+    state = neighbours.state_dict()
+    for name in state:
+        if ".q.weight" in name or ".k.weight" in name:
+            heads = state[name].unflatten(0, (-1, 8))
+            state[name] = torch.cat((heads[:, ::2], heads[:, 1::2]), 1).flatten(0, 1)
+    halves.load_state_dict(state)
+    tokens = random_tokens(2, T)
+    torch.testing.assert_close(neighbours(tokens), halves(tokens))
+
+
+def test_alibi_by_hand():
+    """Slopes are 2^-k; for 6 heads those of 4, then two of 8. Scores fall with the distance."""
+    assert alibi_slopes(8).log2().tolist() == [-1, -2, -3, -4, -5, -6, -7, -8]
+    assert alibi_slopes(6).log2().tolist() == [-2, -4, -6, -8, -1, -3]
+    positions = torch.arange(3)
+    mask = attention_mask(positions, positions, 0, torch.tensor([1]))
+    added = alibi_scores(positions, positions, mask, torch.tensor([0.5, 0.25]))
+    no = -math.inf
+    first = [[0, no, no], [no, 0, no], [no, -0.5, 0]]
+    second = [[0, no, no], [no, 0, no], [no, -0.25, 0]]
+    assert added.tolist() == [[first, second]]
+
+
+@torch.no_grad()
+def test_alibi_reads_texts_longer_than_those_of_training():
+    """No weight depends on the context length, and a token's output not on how far it stands."""
+    config = small(**STYLES["bloom"] | {"window": 5, "n_layer": 1})
+    model = GPT(replace(config, context_length=4 * T)).double()
+    model.load_state_dict(loud(config).state_dict())
+    tokens = random_tokens(1, 4 * T)
+    torch.testing.assert_close(model(tokens)[:, -1], model(tokens[:, -5:])[:, -1])
+
+
 def test_context_extension_slows_long_waves_only():
     plain = GPTConfig(d_head=64, rope_theta=500_000.0)
     longer = replace(plain, rope_factor=8.0, rope_original_context=8192)
@@ -201,7 +255,7 @@ def test_every_parameter_learns(config):
     model.loss({"tokens": random_tokens(4, T + 1)})[0].backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        if name.endswith("k.bias") and config.position == "learned" and not config.qk_norm:
+        if name.endswith("k.bias") and config.position != "rope" and not config.qk_norm:
             continue  # it adds q . b to all scores of a row, which does not change the softmax
         assert p.grad.abs().max() > 1e-6, name
 
@@ -305,6 +359,11 @@ MISTAKES = [
     ({"mlp": "gelo"}, "mlp is 'gelo'; use one of"),
     ({"norm": "batch"}, "norm is 'batch'; use one of"),
     ({"position": None}, "position is None; use one of"),
+    ({"block": "sandwich"}, "block is 'sandwich'; use one of"),
+    ({"norm_bias": True}, "norm_bias is True, .*rmsnorm .*; use layernorm"),
+    ({"logit_scale": 0.0}, "logit_scale is 0.0; it must be above 0"),
+    ({"residual_scale": math.nan}, "residual_scale is nan"),
+    ({"attention_scale": -1.0}, "attention_scale is -1.0; .*or 0 for"),
 ]
 
 

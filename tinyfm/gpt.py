@@ -15,20 +15,32 @@ updates each to the stream h (T, D); a last norm and a linear head turn it into 
     h = h + MLP(norm(h))           each token on its own
     logits = head(norm(h))
 
-One config expresses several published models:
+One config expresses many published models:
 
-    GPT-2          Radford et al. 2019: learned positions, LayerNorm, GELU, biases, tied head
+    GPT-1          Radford et al. 2018: learned positions, GELU, biases, tied head, LayerNorm behind
+                   each sublayer
+    GPT-2          Radford et al. 2019: the same with LayerNorm before each sublayer and at the end
+    BLOOM          Le Scao et al. 2022: GPT-2 with ALiBi and a norm after the embedding
     Llama 2 and 3  Touvron et al. 2023, Dubey et al. 2024: rotary positions, RMSNorm, SwiGLU,
                    grouped key/value heads
     Mistral        Jiang et al. 2023: the same with a sliding window
     Qwen3          Yang et al. 2025: the same with normalised queries and keys
+    Granite        IBM 2024: Llama with four multipliers
+    Falcon         Almazrouei et al. 2023: attention and MLP in parallel, LayerNorm, exact GELU
+    PaLM           Chowdhery et al. 2022: attention and MLP in parallel, one key/value head, SwiGLU,
+                   no biases
+    Command R      Cohere 2024: the same with other rotary pairs and scaled logits
+
+GPT-3 (Brown et al. 2020) is GPT-2 in larger sizes, but for the banded sparse attention in every
+second layer, whose code was not published.
 
 The default config has the architecture of Qwen3, so its checkpoints can be exported as Qwen3
 models. Only the initialisation differs: the projections that write to the stream start at zero.
 
 Letters: B batch, T tokens, D model width, N query heads, G key/value heads, K head width,
 F feed-forward width, V vocabulary, L layers, S keys that a query can attend to.
-Left out: mixture of experts, position interpolation other than Llama 3's. generate.py samples text.
+Left out: mixture of experts, position interpolation other than Llama 3's, rotary positions on part
+of a head (GPT-J). generate.py samples text.
 """
 
 from __future__ import annotations
@@ -53,11 +65,18 @@ class GPTConfig:
     d_model: int = 256  # width of the residual stream
     d_head: int = 0  # width of a head; 0 = d_model / n_head
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model, or 8/3 d_model for swiglu
-    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before each sublayer
+    mlp: Literal["swiglu", "gelu", "exact-gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
+    # Place of the norms, and whether attention and MLP read one state: the three classes of blocks.
+    block: Literal["pre-norm", "post-norm", "parallel", "parallel-two-norms"] = "pre-norm"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation of the sublayers' inputs
     norm_eps: float = 1e-6  # small number added to the variance in each norm
+    norm_bias: bool = False  # biases in each LayerNorm, even where the linear layers have none
+    embed_norm: bool = False  # a norm of the embeddings too
     qk_norm: bool = True  # RMSNorm on the queries and keys of each head
-    position: Literal["rope", "learned"] = "rope"  # rotary positions, or a learned vector for each
+    # Rotary positions, a learned vector for each position, or scores that fall with the distance.
+    position: Literal["rope", "learned", "alibi"] = "rope"
+    # Channels that rotary positions turn together: i and i + d_head/2, or 2i and 2i + 1.
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_factor: float = 1.0  # slowdown of long rotary waves, for a longer context; 1 = none
     # Waves longer than rope_original_context / rope_low_freq_factor are slowed by rope_factor.
@@ -68,6 +87,10 @@ class GPTConfig:
     window: int = 0  # number of latest tokens that a token attends to; 0 = all
     bias: bool = False  # biases in the linear layers
     tied: bool = False  # one matrix for the token embedding and the output head
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    attention_scale: float = 0.0  # factor of the attention scores; 0 = 1 / sqrt(d_head)
+    residual_scale: float = 1.0  # factor of each update that is added to the residual stream
+    logit_scale: float = 1.0  # factor of the logits
     dropout: float = 0.0  # share of activations set to zero in training
     zero_init: bool = True  # output projections start at zero, so each block starts as the identity
 
@@ -85,6 +108,14 @@ class GPTConfig:
             raise ValueError(f"{problem}; use a divisor of {N}")
         if self.position == "rope" and self.K % 2:
             raise ValueError(f"the head width {self.K} is odd; rotary positions need an even one")
+        if self.norm_bias and self.norm != "layernorm":
+            raise ValueError(f"norm_bias is True, but a {self.norm} has no bias; use layernorm")
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0; 1 is off")
+        if not 0 <= self.attention_scale < math.inf:
+            problem = f"attention_scale is {self.attention_scale}"
+            raise ValueError(f"{problem}; it must be above 0, or 0 for 1 / sqrt(d_head)")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         for name, kind in get_type_hints(GPTConfig).items():
@@ -174,12 +205,32 @@ def attention_mask(query: Tensor, key: Tensor, window: int, pad: Tensor | None) 
     return ((allowed & real) | (distance == 0))[:, None]  # (B, 1, T, S)
 
 
+def alibi_slopes(n_head: int) -> Tensor:
+    """How fast the scores of each head fall with the distance, float32 (N,), per position.
+
+    For N a power of 2 these are 2^(-8i/N) for i = 1 ... N (Press et al. 2022). Other N take the
+    slopes of the next smaller power of 2, then those between them: the first, third, ... of twice
+    as many heads.
+    """
+    n = 1 << (n_head.bit_length() - 1)  # largest power of 2 that is at most N
+    steps = [*range(1, n + 1)]
+    steps += [i + 0.5 for i in range(n_head - n)]
+    return torch.tensor([2 ** (-8 * step / n) for step in steps])
+
+
+def alibi_scores(query: Tensor, key: Tensor, mask: Tensor, slopes: Tensor) -> Tensor:
+    """What ALiBi adds to the attention scores, (1 or B, N, T, S): -slope x distance (Press et al.
+    2022), and -inf where the mask (1 or B, 1, T, S) is False. query (T,), key (S,): positions."""
+    distance = query[:, None] - key[None, :]  # (T, S)
+    return torch.where(mask, -slopes[:, None, None] * distance, -math.inf)
+
+
 # ---- layers -------------------------------------------------------------------------------------
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "layernorm":
-        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias or config.norm_bias)
     return nn.RMSNorm(width, eps=config.norm_eps)
 
 
@@ -195,6 +246,8 @@ class Attention(nn.Module):
         self.d_head = K
         self.grouped = G != N
         self.dropout = config.dropout
+        self.scale = config.attention_scale or None  # None is 1 / sqrt(K)
+        self.neighbours = config.rope_pairs == "neighbours"
         self.q = nn.Linear(config.d_model, N * K, bias=config.bias)
         self.k = nn.Linear(config.d_model, G * K, bias=config.bias)
         self.v = nn.Linear(config.d_model, G * K, bias=config.bias)
@@ -205,7 +258,7 @@ class Attention(nn.Module):
     def project(self, x, angles):
         """Normalised states (B, T, D) -> queries (B, N, T, K), keys and values (B, G, T, K).
 
-        angles: cos and sin of the rotary angles, (.., T, K/2) each, or None with learned positions.
+        angles: cos and sin of the rotary angles, (.., T, K/2) each, or None without rotary ones.
         Head n has the channels n K ... (n + 1) K - 1 of its layer. Queries and keys are normalised
         per head, then rotated; values are neither.
         """
@@ -218,6 +271,10 @@ class Attention(nn.Module):
         q = self.q_norm(q)
         k = self.k_norm(k)
         if angles is not None:
+            if self.neighbours:
+                # Move pair (2i, 2i + 1) to (i, i + K/2): q . k is a sum, in any order.
+                q = rearrange(q, "B N T (pair two) -> B N T (two pair)", two=2)
+                k = rearrange(k, "B G T (pair two) -> B G T (two pair)", two=2)
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         return q.to(v.dtype), k.to(v.dtype), v  # autocast normalises and rotates in float32
@@ -232,8 +289,12 @@ class Attention(nn.Module):
 
         Otherwise query head n reads key/value head n // (N / G). A mask of None means causal
         attention for several queries, and no mask for a single one: the latest token may attend to
-        all keys of the cache. Dropout, in training only, sets a share of the weights to zero.
+        all keys of the cache. A mask of numbers (ALiBi's) is added to the scores. A config may set
+        another factor, `scale`, than 1 / sqrt(K). Dropout, in training only, sets a share of the
+        weights to zero.
         """
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(
                 q,
@@ -242,6 +303,7 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 is_causal=mask is None and q.size(2) > 1,
                 dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
                 enable_gqa=self.grouped,
             )
 
@@ -263,18 +325,24 @@ class MLP(nn.Module):
     def forward(self, x):
         """Apply down to the inner values. What these are depends on the kind:
 
-        swiglu: SiLU of the gate, times up. gelu: GELU of up, by the tanh formula. relu2: ReLU of
-        up, squared.
+        swiglu: SiLU of the gate, times up. gelu: GELU of up, by the tanh formula of GPT-1 and
+        GPT-2. exact-gelu: GELU by the normal distribution. relu2: ReLU of up, squared.
         """
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.kind == "gelu":
             return self.down(F.gelu(self.up(x), approximate="tanh"))
+        if self.kind == "exact-gelu":
+            return self.down(F.gelu(self.up(x)))  # Hendrycks and Gimpel 2016
         return self.down(F.relu(self.up(x)).square())  # So et al. 2021
 
 
 class Block(nn.Module):
-    """One layer of the Transformer: attention, then an MLP, each added to the stream."""
+    """One layer of the Transformer: attention, then an MLP, each added to the stream (pre-norm).
+
+    x = x + Attention(norm1(x))
+    x = x + MLP(norm2(x))
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -283,6 +351,12 @@ class Block(nn.Module):
         self.norm2 = make_norm(config, config.d_model)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.residual_scale = config.residual_scale
+
+    def update(self, y):
+        """What a sublayer's output y adds to the stream: after dropout, times residual_scale."""
+        y = self.dropout(y)
+        return y if self.residual_scale == 1 else self.residual_scale * y
 
     # The parts before and after attention depend on nothing but their inputs, so compiled.py can
     # compile them; the cache stands between them.
@@ -294,12 +368,12 @@ class Block(nn.Module):
     def after_attention(self, x, y):
         """Stream x (B, T, D), output y (B, N, T, K) of attention -> the next stream (B, T, D).
 
-        Two updates are added, each after dropout: the heads of y side by side, through the layer
-        `out`; then the MLP of the normalised stream, which contains the first update already.
+        Two updates are added, each by way of `update`: the heads of y side by side, through the
+        layer `out`; then the MLP of the normalised stream, which contains the first one already.
         """
         y = rearrange(y, "B N T K -> B T (N K)")
-        x = x + self.dropout(self.attention.out(y))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.update(self.attention.out(y))
+        return x + self.update(self.mlp(self.norm2(x)))
 
     def forward(self, x, angles, mask, cache, layer):
         q, k, v = self.before_attention(x, angles)
@@ -308,6 +382,48 @@ class Block(nn.Module):
         else:
             y = cache.attend(self.attention.attend, layer, q, k, v, mask)
         return self.after_attention(x, y)
+
+
+class PostNormBlock(Block):
+    """The stream itself is normalised, behind each sum (Vaswani et al. 2017, GPT-1).
+
+    x = norm1(x + Attention(x))
+    x = norm2(x + MLP(x))
+    """
+
+    def before_attention(self, x, angles):
+        return self.attention.project(x, angles)
+
+    def after_attention(self, x, y):
+        y = rearrange(y, "B N T K -> B T (N K)")
+        x = self.norm1(x + self.update(self.attention.out(y)))
+        return self.norm2(x + self.update(self.mlp(x)))
+
+
+class ParallelBlock(Block):
+    """Attention and MLP read the same stream, so that they can be computed at the same time.
+
+    x = x + Attention(norm1(x)) + MLP(norm1(x))    parallel: GPT-J, PaLM, Falcon-7B, Command R
+    x = x + Attention(norm1(x)) + MLP(norm2(x))    parallel-two-norms: Falcon-40B
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        if config.block == "parallel":
+            self.norm2 = None
+
+    def after_attention(self, x, y):
+        y = rearrange(y, "B N T K -> B T (N K)")
+        norm = self.norm1 if self.norm2 is None else self.norm2
+        return x + self.update(self.attention.out(y)) + self.update(self.mlp(norm(x)))
+
+
+BLOCKS = {
+    "pre-norm": Block,
+    "post-norm": PostNormBlock,
+    "parallel": ParallelBlock,
+    "parallel-two-norms": ParallelBlock,
+}
 
 
 # ---- the loss -----------------------------------------------------------------------------------
@@ -379,17 +495,19 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(V, D)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, D)
+        self.embed_norm = make_norm(config, D) if config.embed_norm else nn.Identity()
         self.reset_buffers()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config, D)
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
+        # The stream that leaves a post-norm block is normalised already.
+        self.norm = nn.Identity() if config.block == "post-norm" else make_norm(config, D)
         self.head = nn.Linear(D, V, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
         self.reset_parameters()
 
     def reset_buffers(self):
-        """Compute the tables of rotary angles.
+        """Compute the tables of rotary angles, or the slopes of ALiBi.
 
         They are not saved. A model that was built on the "meta" device must call this again once
         its weights have memory.
@@ -399,6 +517,8 @@ class GPT(nn.Module):
             angles = positions[:, None] * rope_frequencies(self.config)  # (context_length, K/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
+        if self.config.position == "alibi":
+            self.register_buffer("slopes", alibi_slopes(self.config.n_head), persistent=False)
 
     def reset_parameters(self):
         """Draw the weights as GPT-2 does: normal with standard deviation 0.02, biases 0, norms 1.
@@ -420,6 +540,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache=None) -> Tensor:
         """Tokens (B, T) -> normalised states (B, T, D), from which the head computes the logits.
 
+        The states are multiplied by logit_scale: the head is linear, so that scales the logits.
         With a KVCache (generate.py), the tokens continue those whose keys and values it holds.
         Raises ValueError if there are more than context_length tokens, cached ones included.
         """
@@ -435,29 +556,36 @@ class GPT(nn.Module):
         # one, each over a cache of its own (batching.py), see no padding.
         mask = None
         padded = pad is not None and not cache.one_by_one
-        if padded or (T > 1 and (start > 0 or 0 < config.window < T)):
+        alibi = config.position == "alibi"
+        if alibi or padded or (T > 1 and (start > 0 or 0 < config.window < T)):
             keys = positions if cache is None else cache.key_positions(T)
             mask = attention_mask(positions, keys, config.window, pad)
+            if alibi:
+                mask = alibi_scores(positions, keys, mask, self.slopes)
 
-        # Positions count from the first token of each row that is not padding.
+        # Positions count from the first token of each row that is not padding. (Distances, on which
+        # ALiBi depends, stay the same.)
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # (B, T)
         x = self.token_embedding(tokens)  # (B, T, D)
+        if config.embedding_scale != 1:
+            x = config.embedding_scale * x
+        angles = None
         if config.position == "learned":
             x = x + self.position_embedding(positions)
-            angles = None
-        else:
+        elif config.position == "rope":
             cos = self.cos[positions].unsqueeze(-3)  # (1, T, K/2), or (B, 1, T, K/2) with padding
             sin = self.sin[positions].unsqueeze(-3)
             angles = (cos, sin)
 
         # The blocks.
-        x = self.dropout(x)
+        x = self.dropout(self.embed_norm(x))
         for layer, block in enumerate(self.blocks):
             x = block(x, angles, mask, cache, layer)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        x = self.norm(x)
+        return x if config.logit_scale == 1 else config.logit_scale * x
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.hidden(tokens))  # (B, T, V)
@@ -511,7 +639,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
-        """Read a GPT-2, Llama, Mistral or Qwen3 folder in the Hugging Face layout (hub/gpt.py)."""
+        """Read a folder in the Hugging Face layout, of a class that hub/gpt.py lists."""
         from tinyfm.hub import gpt
 
         return gpt.load(cls, GPTConfig, folder, dtype)

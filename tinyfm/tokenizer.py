@@ -62,6 +62,7 @@ from tinyfm.hub.tokenizers import (
     MASK_NAMES,
     PAD_NAMES,
     START,
+    UNKNOWN,
     Vocabulary,
     added_tokens_files,
     check_ids,
@@ -318,6 +319,8 @@ class PublishedTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)
+        if getattr(self._vocabulary.model, "end_of_word", ""):
+            text = text.removesuffix(" ")
         return text.removeprefix(" ") if self._vocabulary.drop_space else text
 
     def _files(self) -> dict[str, bytes]:
@@ -342,7 +345,9 @@ class BPETokenizer(PublishedTokenizer):
         ids = []
         known, merges = self._vocabulary.ids, self._merges
         after_unknown = False
-        for char in chunk:
+        chars = list(chunk)
+        chars[-1] += merges.end_of_word  # a chunk is never empty
+        for char in chars:
             if char in known:
                 found = [known[char]]
             else:
@@ -764,6 +769,8 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     if spec is not None:
         if marks_word_ends(spec):
             return ClipTokenizer(spec, end)
+        if model_of(spec).get("end_of_word_suffix"):
+            end = end or UNKNOWN  # GPT-1 has no token that ends a text
         kind = BPETokenizer if kind_of(model_of(spec)) == "BPE" else PublishedTokenizer
         return kind(spec, end)
     if "bytes.json" in files:

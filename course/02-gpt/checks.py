@@ -141,6 +141,25 @@ def test_only_allowed_keys_have_a_weight():
 
 
 @checks("Attention.attend")
+def test_a_mask_of_numbers_is_added_to_the_scores():
+    layer = attention(n_head=1, n_kv_head=1, d_head=1)
+    v = one_head([[8.0], [4.0]])
+    mask = one_head([[0.0, -math.inf], [math.log(3), 0.0]])
+    y = layer.attend(torch.zeros_like(v), torch.zeros_like(v), v, mask)
+    agree(y[0, 0, :, 0], [8, 7], "values 8, 4; position 1 adds ln 3 and 0, so 3/4 of 8 + 1/4 of 4")
+
+
+@checks("Attention.attend")
+def test_the_factor_of_the_scores_is_that_of_the_config():
+    layer = attention(n_head=1, n_kv_head=1, d_head=4, attention_scale=1.0)
+    q = one_head([[1.0, 0, 0, 0]])
+    k = one_head([[math.log(3), 0, 0, 0], [0, 1, 0, 0]])
+    v = one_head([[8.0, 0, 0, 0], [4, 0, 0, 0]])
+    y = layer.attend(q, k, v, torch.ones(1, 1, 1, 2, dtype=torch.bool))
+    agree(y[0, 0, 0, 0], 7, "attention_scale 1, so q . k is ln 3 and 0: 3/4 of 8 + 1/4 of 4")
+
+
+@checks("Attention.attend")
 def test_neighbouring_query_heads_share_a_key_value_head():
     layer = attention(n_head=4, n_kv_head=2, d_head=1)
     v = torch.tensor([10.0, 20.0]).view(1, 2, 1, 1)
@@ -343,6 +362,13 @@ def test_gelu_is_the_tanh_formula():
     """0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))), as in GPT-2; the exact one is 1.95450."""
     y = scalar_mlp("gelu", up=2.0)(torch.ones(1, 1, 1))
     agree(y.flatten()[0], 1.954598, "GELU of 2", 1e-5)
+
+
+@checks("MLP.forward")
+def test_the_exact_gelu_is_not():
+    """z times the share of a normal distribution below z: 2 * 0.977250."""
+    y = scalar_mlp("exact-gelu", up=2.0)(torch.ones(1, 1, 1))
+    agree(y.flatten()[0], 1.954500, "exact GELU of 2", 1e-5)
 
 
 @checks("MLP.forward")

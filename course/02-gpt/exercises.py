@@ -19,7 +19,8 @@ EXERCISES = (
         GPT,
         3,
         "Write the formula of the docstring, then what it leaves out: the mask of None, the groups "
-        "(repeat_interleave), dropout on the weights. Or let F.scaled_dot_product_attention do it.",
+        "(repeat_interleave), dropout on the weights, a mask of numbers. Or let "
+        "F.scaled_dot_product_attention do it.",
     ),
     Exercise(
         "rope_frequencies",
@@ -45,7 +46,7 @@ EXERCISES = (
         "MLP.forward",
         GPT,
         1,
-        "Three kinds, three returns. F.silu, F.gelu and F.relu are given.",
+        "Four kinds, four returns. F.silu, F.gelu and F.relu are given.",
     ),
     Exercise(
         "Block.after_attention",

@@ -20,6 +20,7 @@ WRONG = {
         Wrong("mask is None and q.size(2) > 1", "False", "without a mask attention is causal"),
         Wrong(" and q.size(2) > 1", "", "the latest token sees the whole cache"),
         Wrong("self.dropout if self.training else 0.0", "self.dropout", "no dropout in evaluation"),
+        Wrong("scale=self.scale", "scale=None", "a config may set another factor of the scores"),
         Wrong(
             "k,\n        v,",
             "k.repeat(1, q.size(1) // k.size(1), 1, 1),\n"
@@ -67,12 +68,13 @@ WRONG = {
         Wrong("F.silu(self.gate(x)) * ", "F.silu(self.gate(x)) + ", "a gate multiplies"),
         Wrong("F.silu(", "F.gelu(", "SwiGLU has the SiLU; GEGLU would have the GELU"),
         Wrong(', approximate="tanh"', "", "GPT-2 has the tanh formula of GELU"),
+        Wrong("F.gelu(self.up(x)))", 'F.gelu(self.up(x), approximate="tanh"))', "exact is exact"),
         Wrong(".square()", "", "relu2 is the square"),
     ),
     "Block.after_attention": (
         Wrong('"B N T K -> B T (N K)"', '"B N T K -> B T (K N)"', "each head's channels together"),
-        Wrong("x = x + self.dropout(self.attention.out(y))", "x = self.attention.out(y)", "add"),
-        Wrong("return x + self.dropout", "return self.dropout", "the stream goes on unchanged"),
+        Wrong("x = x + self.update(self.attention.out(y))", "x = self.attention.out(y)", "add"),
+        Wrong("return x + self.update", "return self.update", "the stream goes on unchanged"),
         Wrong("self.mlp(self.norm2(x))", "self.mlp(x)", "the MLP reads the normalised stream"),
         Wrong("self.mlp(self.norm2(x))", "self.norm2(self.mlp(x))", "the norm comes first"),
         Wrong("self.norm2(x)", "self.norm1(x)", "the second norm has its own gains"),

@@ -16,6 +16,7 @@ from tinyfm.adapt.peft import join, load_adapter_folder, save_adapter
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes.gpt import STYLES
 
 transformers.logging.set_verbosity_error()
 pytestmark = [
@@ -35,7 +36,13 @@ MODELS = {
         bias=True,
         tied=True,
     ),
+    "falcon": GPTConfig(**SIZES | STYLES["falcon-40b"] | {"n_kv_head": 2}),
 }
+# Their names of the table of tokens, and of the first and last layer of the MLP.
+LAYERS = {
+    "gpt2": ("wte", "c_fc", "c_proj"),
+    "falcon": ("word_embeddings", "dense_h_to_4h", "dense_4h_to_h"),
+} | dict.fromkeys(("qwen3", "llama"), ("embed_tokens", "up_proj", "down_proj"))
 CLIP_CONFIG = CLIPConfig(
     image_size=16,
     channels=3,
@@ -130,12 +137,13 @@ def load_theirs(base, config, path, *name):
 @pytest.mark.parametrize("few", [True, False])
 def test_their_adapter_here_and_back(base, tmp_path, few):
     kind, _, folder = base
+    _, _, last = LAYERS[kind]
     if kind == "gpt2":
         names = ["c_attn"] if few else ["c_attn", "c_proj", "c_fc"]
-        last = "c_proj"
+    elif kind == "falcon":
+        names = ["query_key_value"] if few else ["query_key_value", "dense", last]
     else:
         names = ["q_proj", "v_proj"] if few else "all-linear"
-        last = "down_proj"
     config = peft.LoraConfig(
         r=4,
         lora_alpha=6,
@@ -157,7 +165,7 @@ def test_their_adapter_here_and_back(base, tmp_path, few):
 
 def test_a_rank_stabilised_adapter(base, tmp_path):
     kind, _, folder = base
-    names = ["c_proj", "c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    names = list(LAYERS[kind][1:])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, use_rslora=True,
         rank_pattern={names[0]: 2}, fan_in_fan_out=kind == "gpt2",
@@ -171,7 +179,7 @@ def test_a_rank_stabilised_adapter(base, tmp_path):
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 def test_a_token_table_must_be_that_of_the_base(base, tmp_path):
     kind, make, _ = base
-    names = ["wte", "c_fc"] if kind == "gpt2" else ["embed_tokens", "up_proj"]
+    names = list(LAYERS[kind][:2])
     config = peft.LoraConfig(
         r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out=kind == "gpt2"
     )
@@ -179,7 +187,7 @@ def test_a_token_table_must_be_that_of_the_base(base, tmp_path):
     path = tmp_path / "theirs" / "adapter_model.safetensors"
     tensors = load_file(path)
     tables = [name for name in tensors if name.endswith("base_layer.weight")]
-    assert len(tables) == (0 if kind == "gpt2" else 1)  # peft does not know that wte is a table
+    assert len(tables) == (0 if kind in ("gpt2", "falcon") else 1)  # peft knows common names only
     for table in tables:
         save_file(tensors | {table: tensors[table] + 1}, path)
         with pytest.raises(ValueError, match="trained on another base"):
@@ -215,10 +223,10 @@ def test_an_adapter_of_clip_both_ways(tmp_path):
 def test_parts_of_c_attn_with_different_a_become_blocks():
     A = torch.randn(2, 3, 5)
     B = torch.randn(2, 4, 3)
-    joined_A, joined_B = join({"q": (A[0], B[0]), "v": (A[1], B[1])})
+    joined_A, joined_B = join({"q": (A[0], B[0]), "v": (A[1], B[1])}, [4, 4, 4], 1)
     expected = torch.cat((B[0] @ A[0], torch.zeros(4, 5), B[1] @ A[1]))
     torch.testing.assert_close(joined_B @ joined_A, expected)
-    shared_A, shared_B = join({"q": (A[0], B[0]), "k": (A[0], B[1])})
+    shared_A, shared_B = join({"q": (A[0], B[0]), "k": (A[0], B[1])}, [4, 4, 4], 1)
     torch.testing.assert_close(shared_B[:4] @ shared_A, B[0] @ A[0])
     assert shared_A.shape == (3, 5) and not shared_B[8:].any()
 

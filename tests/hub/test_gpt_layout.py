@@ -15,6 +15,7 @@ from transformers.generation import logits_process
 from tinyfm import generate, tokenizer
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import gpt
+from tinyfm.recipes.gpt import STYLES
 
 transformers.logging.set_verbosity_error()
 SIZES = {
@@ -30,6 +31,26 @@ GPT2 = {
     "vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4,
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+GPT1 = GPT2 | {"n_embd": 32}
+BLOOM = {
+    "vocab_size": 97, "hidden_size": 48, "n_layer": 2, "n_head": 4,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+FALCON = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}  # fmt: skip
+COHERE = SIZES | {
+    "num_key_value_heads": 2, "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
+}  # fmt: skip
+# PaLM has no class; its block is Cohere's with one key/value head, which does not fill the width.
+PALM = COHERE | {"num_key_value_heads": 1, "head_dim": 8, "logit_scale": 1.0}
 QWEN3_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
 VARIANTS = {
     "gpt2": ("gpt2", GPT2),
@@ -44,6 +65,19 @@ VARIANTS = {
     "qwen3-wide-heads": ("qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 32}),
     "qwen3-tied": ("qwen3", SIZES | {"head_dim": 12, "tie_word_embeddings": True}),
     "qwen3-window": ("qwen3", SIZES | {"head_dim": 12} | QWEN3_WINDOW),
+    "gpt1": ("openai-gpt", GPT1),
+    "gpt3": ("gpt2", GPT2 | {"n_embd": 96, "n_head": 6, "n_positions": 128}),
+    "bloom": ("bloom", BLOOM),
+    "bloom-six-heads": ("bloom", BLOOM | {"n_head": 6, "tie_word_embeddings": False}),
+    "falcon-7b": ("falcon", FALCON),
+    "falcon-40b": ("falcon", FALCON_40B | {"ffn_hidden_size": 80}),
+    "falcon-11b": ("falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1, "bias": True}),
+    "palm": ("cohere", PALM),
+    "command-r": ("cohere", COHERE),
+    "granite": (
+        "granite",
+        SIZES | MULTIPLIERS | {"num_key_value_heads": 2, "mlp_bias": True, "attention_bias": True},
+    ),
 }
 
 
@@ -116,7 +150,13 @@ def theirs_complete(theirs, prompts, **settings):
     return theirs.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "llama3-rope", "mistral-window", "qwen3-wide-heads"])
+WITH_CACHE = [
+    "gpt2", "llama3-rope", "mistral-window", "qwen3-wide-heads", "gpt1", "bloom-six-heads",
+    "falcon-7b", "falcon-40b", "palm", "granite",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", WITH_CACHE)
 def test_greedy_tokens(variant, tmp_path):
     theirs = reference(*VARIANTS[variant])
     theirs.save_pretrained(tmp_path)
@@ -180,6 +220,43 @@ PUBLISHED = {
         "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None,
         "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
         "use_sliding_window": False, "vocab_size": 151936}),
+    "gpt1": (116_534_784, {
+        "model_type": "openai-gpt", "afn": "gelu", "n_ctx": 512, "n_embd": 768, "n_head": 12,
+        "n_layer": 12, "n_positions": 512, "layer_norm_epsilon": 1e-5, "vocab_size": 40478}),
+    "bloom-176b": (176_247_271_424, {
+        "model_type": "bloom", "apply_residual_connection_post_layernorm": False,
+        "layer_norm_epsilon": 1e-5, "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112,
+        "offset_alibi": 100, "pretraining_tp": 4, "seq_length": 2048, "vocab_size": 250880}),
+    "falcon-7b": (6_921_720_704, {
+        "model_type": "falcon", "alibi": False, "bias": False, "hidden_size": 4544,
+        "layer_norm_epsilon": 1e-5, "multi_query": True, "new_decoder_architecture": False,
+        "num_attention_heads": 71, "num_hidden_layers": 32, "num_kv_heads": 71,
+        "parallel_attn": True, "vocab_size": 65024}),
+    "falcon-40b": (41_303_293_952, {
+        "model_type": "falcon", "alibi": False, "bias": False, "hidden_size": 8192,
+        "layer_norm_epsilon": 1e-5, "multi_query": True, "new_decoder_architecture": True,
+        "num_attention_heads": 128, "num_hidden_layers": 60, "num_kv_heads": 8,
+        "parallel_attn": True, "vocab_size": 65024}),
+    # Chowdhery et al. 2022, Table 1, as a Cohere: the paper's 540.35B and a gain for each norm.
+    "palm-540b": (540_354_281_472 + 119 * 18432, {
+        "model_type": "cohere", "head_dim": 256, "hidden_size": 18432, "intermediate_size": 73728,
+        "logit_scale": 1.0, "max_position_embeddings": 2048, "num_attention_heads": 48,
+        "num_hidden_layers": 118, "num_key_value_heads": 1, "rope_theta": 10000.0,
+        "use_qk_norm": False, "vocab_size": 256000}),
+    "command-r": (34_980_831_232, {
+        "model_type": "cohere", "hidden_act": "silu", "hidden_size": 8192,
+        "intermediate_size": 22528, "layer_norm_eps": 1e-5, "logit_scale": 0.0625,
+        "max_position_embeddings": 8192, "num_attention_heads": 64, "num_hidden_layers": 40,
+        "num_key_value_heads": 64, "rope_theta": 8000000.0, "use_qk_norm": False,
+        "vocab_size": 256000}),
+    "granite-3.0-8b": (8_170_848_256, {
+        "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.0078125,
+        "embedding_multiplier": 12.0, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 12800, "logits_scaling": 16.0, "max_position_embeddings": 4096,
+        "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": True,
+        "vocab_size": 49152}),
 }  # fmt: skip
 
 
@@ -187,12 +264,12 @@ PUBLISHED = {
 def test_published_sizes(name, tmp_path):
     parameters, raw = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    _, config = gpt.read_config(GPTConfig, tmp_path)
+    architecture, config = gpt.read_config(GPTConfig, tmp_path)
     with torch.device("meta"):
         ours = GPT(config)
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert count_parameters(ours) == parameters == theirs.num_parameters()
-    _, tensors = gpt.their_tensors(ours, raw["model_type"])
+    _, tensors = gpt.their_tensors(ours, architecture)
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     if config.tied:
         del shapes["lm_head.weight"]
@@ -208,6 +285,10 @@ def test_published_settings_that_no_shape_shows(tmp_path):
     assert read("qwen3-0.6b").rope_theta == 1e6
     assert (read("llama-3.1-8b").rope_factor, read("llama-2-7b").rope_factor) == (8.0, 1.0)
     assert read("gpt2").dropout == 0.1
+    assert (read("gpt1").block, read("gpt1").mlp) == ("post-norm", "gelu")  # "gelu" is tanh there
+    assert read("falcon-7b").mlp == "exact-gelu"
+    assert (read("command-r").logit_scale, read("granite-3.0-8b").logit_scale) == (1 / 16, 1 / 16)
+    assert read("granite-3.0-8b").attention_scale == 1 / 128
 
 
 # ---- other forms of published folders ------------------------------------------------------------
@@ -278,7 +359,8 @@ def test_a_model_does_not_need_its_files_after_loading(llama):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"model_type": "bloom"}, "model_type is 'bloom'; supported: qwen3, llama"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; supported: qwen3, llama"),
+        ({"model_type": "cohere2"}, "'cohere2' .Cohere2ForCausalLM has a window .*; supported:"),
         ({"model_type": ...}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         ({"mlp_bias": True}, "mlp_bias is True; supported: False"),
@@ -310,6 +392,19 @@ def test_refused_config(llama, fields, message):
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("gpt2", {"architectures": ["GPT2ForSequenceClassification"]}, "architectures .*Sequence"),
+        ("gpt1", {"afn": "relu"}, "afn is 'relu'; supported: 'gelu'"),
+        ("gpt1", {"architectures": ["OpenAIGPTDoubleHeadsModel"]}, "Double.*OpenAIGPTLMHeadModel"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ("falcon-7b", {"alibi": True}, "alibi is True; supported: False"),
+        ("falcon-7b", {"multi_query": False}, "multi_query is False; supported: True"),
+        ("falcon-40b", {"parallel_attn": False}, "parallel_attn is False; supported: True"),
+        ("falcon-40b", {"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn is 3; supported"),
+        ("falcon-40b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("command-r", {"use_qk_norm": True}, "use_qk_norm is True; supported: False"),
+        ("command-r", {"rope_parameters": ...}, "rope_theta is None"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling is 0.0; supported: .*above 0"),
+        ("granite", {"residual_multiplier": -1.0}, "residual_scale is -1.0; it must be above 0"),
         ("mistral-window", {"layer_types": ["full_attention"] * 2}, "layer_types"),
         ("mistral-window", {"use_sliding_window": False}, "use_sliding_window is False"),
         ("qwen3-tied", {"attention_bias": True}, "attention_bias is True; supported: False"),
@@ -361,6 +456,9 @@ SMALL = GPTConfig(
         ({"qk_norm": False, "rope_factor": 4.0, "rope_original_context": 16}, "LlamaForCausalLM"),
         ({"qk_norm": False, "window": 4}, "MistralForCausalLM"),
         ({"qk_norm": False, "n_head": 5, "d_head": 6}, "MistralForCausalLM"),
+        (STYLES["granite"], "GraniteForCausalLM"),
+        (STYLES["palm"] | {"n_kv_head": 1, "d_head": 6}, "CohereForCausalLM"),
+        (STYLES["falcon"] | {"n_kv_head": 2}, "FalconForCausalLM"),
     ],
 )
 def test_export_of_our_own_configs(tmp_path, changes, architecture):
@@ -380,6 +478,10 @@ def test_export_of_our_own_configs(tmp_path, changes, architecture):
         ({"bias": True}, "Qwen3ForCausalLM.*bias False, not True"),
         (LIKE_GPT2, "GPT2LMHeadModel.*bias True, not False"),
         (LIKE_GPT2 | {"bias": True, "n_kv_head": 2}, "n_kv_head 4, not 2"),
+        (STYLES["bloom"] | {"d_ff": 100}, "BloomForCausalLM.*d_ff 128, not 100"),
+        (STYLES["falcon"] | {"position": "alibi"}, "FalconForCausalLM.*position 'rope', not"),
+        (STYLES["palm"] | {"bias": True}, "CohereForCausalLM.*bias False, not True"),
+        ({"qk_norm": False, "block": "parallel"}, "Llama.*block 'pre-norm', not 'parallel'"),
     ],
 )
 def test_refused_export(tmp_path, changes, message):

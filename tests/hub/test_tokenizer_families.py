@@ -81,6 +81,11 @@ FAMILIES = {
     "falcon": (
         Sequence([Punctuation("contiguous"), level(), Digits(), split("[0-9][0-9][0-9]")]), None, {}
     ),
+    "gpt1": (
+        BertPreTokenizer(), normalizers.BertNormalizer(),
+        {"unk_token": "<unk>", "end_of_word_suffix": "</w>"},
+    ),
+    "cohere": (Sequence([Digits(individual_digits=True), level()]), normalizers.NFC(), {}),
     "starcoder": (Sequence([Digits(individual_digits=True), level()]), None, {}),
     "phi-2": (level(), None, {}),
     "bloom": (
@@ -133,6 +138,8 @@ def build(family: str) -> Tokenizer:
         if family != "gemma":
             steps.append(decoders.Strip(" ", 1, 0))
         tokenizer.decoder = decoders.Sequence(steps)
+    elif family == "gpt1":
+        tokenizer.decoder = decoders.BPEDecoder("</w>")
     else:
         tokenizer.decoder = decoders.ByteLevel()
     alphabet = []
@@ -140,7 +147,7 @@ def build(family: str) -> Tokenizer:
         alphabet = ByteLevel.alphabet()
     trainer = BpeTrainer(
         vocab_size=900, special_tokens=specials, initial_alphabet=alphabet, show_progress=False,
-        max_token_length=12,
+        max_token_length=12, end_of_word_suffix=options.get("end_of_word_suffix", ""),
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
     spec = json.loads(tokenizer.to_str())
@@ -411,6 +418,26 @@ def test_added_tokens_of_the_slow_layout(family, config, tmp_path):
         assert ours.encode(text, specials=True) == ids
     assert ours.encode("<extra>") == [size]
     assert size + 1 not in ours.encode("<pad>")
+    ours.save(tmp_path / "again")
+    assert T.load(tmp_path / "again").fingerprint() == ours.fingerprint()
+
+
+def test_the_first_layout_of_gpt1(tmp_path):
+    """It drops spaces, has no bytes, and no token that ends a text: <unk> stands for that one."""
+    letters = "abcefht,"
+    tokens = ["<unk>", *letters, *(f"{c}</w>" for c in letters), "at</w>", "cat</w>", "ca"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    merges = "#version: 0.2\na t</w>\nc at</w>\nc a\n"
+    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
+    config = json.dumps({"tokenizer_class": "OpenAIGPTTokenizer"})
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ours = T.load(tmp_path)
+    for text in ["A cat, the  cab.", "Cát\ttach", "x cat\n", "", "🙂 <unk> c"]:
+        assert ours.encode(text) == reference.encode(text.replace("<unk>", "< unk >"))
+    assert ours.eot == 0
+    assert ours.decode(ours.encode("A  cat")) == "a cat"
     ours.save(tmp_path / "again")
     assert T.load(tmp_path / "again").fingerprint() == ours.fingerprint()
 

@@ -4,12 +4,14 @@ A folder holds adapter_config.json and adapter_model.safetensors. It fits the ba
 or hub/clip.py writes. Their lora_A and lora_B are A and B here, and the names of the layers are
 those of the base's tables. Three kinds of layers differ:
 
-1. GPT-2 joins q, k and v into one c_attn. One LoRA of theirs is three of ours with the same A, each
-   with its rows of B. Three of ours are one of theirs with three times the rank,
+1. GPT-1, GPT-2, BLOOM and Falcon join q, k and v into one layer. One LoRA of theirs is three of
+   ours with the same A, each with its rows of B. Three of ours are one of theirs with three times
+   the rank,
 
        A = [A_q; A_k; A_v],    B = [B_q 0 0; 0 B_k 0; 0 0 B_v],
 
-   and reading it back leaves out the zeros.
+   whose rows are in the order of the joint layer (hub/gpt.py); reading it back leaves out the
+   zeros.
 2. CLIP's patch embedding is a matrix here and a convolution there: the same numbers in another
    shape.
 3. The LoRA of a token table is stored as lora_embedding_A, transposed, and lora_embedding_B. peft
@@ -147,18 +149,16 @@ def target_modules(adapted: set[str], every: set[str]) -> list[str]:
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 TABLE = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight")
-PART = re.compile(r"(?<=\.c_attn)\.([qkv])$")  # in hub/gpt.py, the parts of GPT-2's c_attn
 
 
 def their_layers(model: nn.Module) -> dict[str, str]:
     """Return {our name: their name} of every layer that can have a LoRA.
 
-    The parts of c_attn are c_attn.q, c_attn.k and c_attn.v. Raises ValueError for a model that
-    transformers cannot express.
+    The parts of a joint layer, such as c_attn, are c_attn.q, c_attn.k and c_attn.v. Raises
+    ValueError for a model that transformers cannot express.
     """
     if isinstance(model, GPT):
-        model_type = gpt.choose_architecture(gpt.resolve(model.config))
-        names = gpt.ARCHITECTURES[model_type].names()
+        names = gpt.choose_architecture(gpt.resolve(model.config)).names()
     elif isinstance(model, CLIP) and model.config.stem == "patch":
         names = clip.NAMES
     else:
@@ -173,28 +173,40 @@ def their_layers(model: nn.Module) -> dict[str, str]:
 # ---- out ----------------------------------------------------------------------------------------
 
 
-def join(parts: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return (A, B) of c_attn from the (A, B) of some of its parts "q", "k" and "v", in order."""
+def joint_layout(model: GPT) -> tuple[list[int], int]:
+    """The rows of q, k and v, and the groups in a joint layer: arguments of gpt.join and split."""
+    config = gpt.resolve(model.config)
+    return gpt.part_rows(config), gpt.groups(gpt.choose_architecture(config), config)
+
+
+def join(
+    parts: dict[str, tuple[Tensor, Tensor]], rows: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return (A, B) of a joint layer from the (A, B) of some of its parts "q", "k" and "v", in
+    order."""
     A, B = next(iter(parts.values()))
     every_A = [part_A for part_A, _ in parts.values()]
     shared = all(torch.equal(A, other) for other in every_A)
     # A missing part has rows of zeros: a block without columns, where the blocks stand diagonally.
-    missing = torch.zeros_like(B) if shared else B.new_empty(len(B), 0)
-    every_B = [parts[part][1] if part in parts else missing for part in "qkv"]
-    if shared:
-        return A, torch.cat(every_B)
-    return torch.cat(every_A), torch.block_diag(*every_B)
+    columns = len(A) if shared else 0
+    every_B = []
+    for part, n in zip("qkv", rows):
+        every_B.append(parts[part][1] if part in parts else B.new_zeros(n, columns))
+    if not shared:
+        A = torch.cat(every_A)
+        every_B = torch.block_diag(*every_B).split(rows)
+    return A, gpt.join(*every_B, groups)
 
 
 def their_loras(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, LoRA]]:
     """Return {their name of a layer: (A, B, our LoRA)} for the LoRA of a name.
 
-    For c_attn, A and B are joined, and our LoRA is that of one of the three parts. Raises
+    For a joint layer, A and B are joined, and our LoRA is that of one of the three parts. Raises
     ValueError if there is none of that name.
     """
     names = their_layers(model)
     loras = {}
-    c_attn_parts = {}  # their name of c_attn -> {part: (A, B)}
+    joint = {}  # their name of a joint layer -> {part: (A, B)}
     for ours, layer in adapted_layers(model):
         if name not in layer.lora:
             continue
@@ -208,12 +220,14 @@ def their_loras(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, 
             config = model.config
             A = A.unflatten(1, (config.channels, config.patch_size, config.patch_size))
             B = B[..., None, None]
-        part = PART.search(theirs)
+        part = gpt.PART.search(theirs)
         if part:
-            theirs = PART.sub("", theirs)
-            parts = c_attn_parts.setdefault(theirs, {})
+            theirs = gpt.PART.sub("", theirs)
+            parts = joint.setdefault(theirs, {})
             parts[part[1]] = (A, B)
-            A, B = join(parts)  # those found so far; the last one completes it
+            A, B = join(
+                parts, *joint_layout(model)
+            )  # those found so far; the last one completes it
         loras[theirs] = (A, B, lora)
     if not loras:
         raise ValueError(f"the model has no LoRA named {name!r}; adapt or load one first")
@@ -239,7 +253,7 @@ def save_adapter(
         raise ValueError(f"{folder} holds an adapter already; choose another, or overwrite it")
 
     # The config: one rank and one alpha, and patterns for the layers that have others.
-    every = {PART.sub("", theirs) for theirs in their_layers(model).values()}
+    every = {gpt.PART.sub("", theirs) for theirs in their_layers(model).values()}
     ranks = {module: len(A) for module, (A, _, _) in loras.items()}
     alphas = {module: lora.scale * ranks[module] for module, (_, _, lora) in loras.items()}
     rank = min(ranks.values())
@@ -329,13 +343,13 @@ def find_loras(
     """`our_loras`, with the settings of the folder."""
     names = their_layers(model)
     weights = {
-        PART.sub("", theirs): model.get_submodule(ours).weight for ours, theirs in names.items()
+        gpt.PART.sub("", theirs): model.get_submodule(ours).weight for ours, theirs in names.items()
     }
     layers = read_factors(folder, weights)
     loras = {}
     for ours, theirs in names.items():
-        part = PART.search(theirs)
-        module = PART.sub("", theirs)
+        part = gpt.PART.search(theirs)
+        module = gpt.PART.sub("", theirs)
         if module not in layers:
             continue
         A = layers[module]["A"].flatten(1)
@@ -343,20 +357,23 @@ def find_loras(
         rank = ranks.value_of(module)
         scale = alphas.value_of(module) / (rank**0.5 if raw.get("use_rslora") else rank)
 
-        # Check the shapes: those of the layer, or of three such layers for c_attn.
+        # Check the shapes: those of the layer, or of its three parts.
         W = weights[module].flatten(1)
         if isinstance(model.get_submodule(ours), nn.Embedding):
             W = W.T
         d_out, d_in = W.shape
-        expected = ((rank, d_in), (3 * d_out if part else d_out, rank))
+        if part:
+            d_out = sum(gpt.part_rows(model.config))
+        expected = ((rank, d_in), (d_out, rank))
         shapes = (tuple(A.shape), tuple(B.shape))
         if shapes != expected:
             raise ValueError(f"{folder}: {module} has A, B of {shapes}, not {expected}")
 
-        # Take the rows of one part of c_attn, without the zeros of `join`.
+        # Take the rows of one part of a joint layer, without the zeros of `join`.
         if part:
             untrained = not B.any()
-            B = B.chunk(3)["qkv".index(part[1])]
+            parts = gpt.split(B, *joint_layout(model))
+            B = parts["qkv".index(part[1])]
             used = B.any(0) | untrained
             if not used.any():
                 continue

@@ -42,6 +42,8 @@ from tinyfm.common.gpus import GPU, Assumptions
 if TYPE_CHECKING:
     from torch import nn
 
+    from tinyfm.calc.systems import System
+    from tinyfm.gpt import GPTConfig
     from tinyfm.recipes.base import Run
     from tinyfm.training.optim import OptimConfig
 
@@ -107,6 +109,10 @@ def measure_run(name: str, run: Run) -> tuple[Network, Training]:
     return replace(network, trained=units), Training(rows, "fp32", run.optim.optimizer)
 
 
+# Families of systems that are GPTs, and their style in recipes/gpt.py.
+GPT_STYLES = {
+    "gpt": "gpt2", "bloom": "bloom", "llama": "llama", "falcon": "falcon", "palm": "palm",
+}  # fmt: skip
 # Names of GPTConfig's fields, and of the columns of systems.csv.
 GPT_SIZES = {
     "n_layer": "layers",
@@ -120,29 +126,48 @@ GPT_SIZES = {
 }
 
 
+def gpt_config(system: System) -> GPTConfig:
+    """The config of our GPT that is this published system, but for multipliers, which cost nothing.
+
+    Raises ValueError for a system that is no GPT, and for a mixture of experts.
+    """
+    from tinyfm.gpt import GPTConfig
+    from tinyfm.recipes.gpt import STYLES
+
+    c = system.shape
+    if system.family not in GPT_STYLES:
+        families = " or ".join(GPT_STYLES)
+        problem = f"{system.name} is of family {system.family}"
+        raise ValueError(f"{problem}; use a system of family {families}")
+    if c["experts"] > 1:
+        raise ValueError(f"{system.name} is a mixture of experts, which our GPT is not")
+    style = GPT_STYLES[system.family]
+    if style == "gpt2" and not c["final_norm"]:
+        style = "gpt1"
+    if style == "falcon" and c["norms"] == 2:
+        style = "falcon-40b"
+    sizes = {field: c[column] for field, column in GPT_SIZES.items()}
+    options = {"tied": c["head"] == "tied", "qk_norm": bool(c["qk_norm"]), "window": c["window"]}
+    return GPTConfig(**STYLES[style] | sizes | options)
+
+
 def find_trainable(name: str) -> tuple[nn.Module, OptimConfig, int]:
     """(model on the "meta" device, its optimizer, rows of a batch), for a job on a cluster.
 
-    The name is a preset, or a published system of the GPT or Llama family; such a system has no
-    batch, so its rows are 0. Raises ValueError for any other name.
+    The name is a preset, or a published system that is a GPT; such a system has no batch, so its
+    rows are 0. Raises ValueError for any other name.
     """
     import torch
 
-    from tinyfm.gpt import GPT, GPTConfig
-    from tinyfm.recipes import gpt, registry
+    from tinyfm.gpt import GPT
+    from tinyfm.recipes import registry
     from tinyfm.training.optim import OptimConfig
 
     if name not in systems.rows():
         run = registry.get_preset(name).run
         with torch.device("meta"):
             return run.build_model(), run.optim, run.train.batch_size
-    system = systems.get(name)
-    styles = {"gpt": gpt.GPT2, "llama": gpt.LLAMA}
-    if system.family not in styles:
-        families = " or ".join(styles)
-        raise ValueError(f"{name} is of family {system.family}; use a system of family {families}")
-    sizes = {field: system.shape[column] for field, column in GPT_SIZES.items()}
-    config = GPTConfig(**styles[system.family] | sizes)
+    config = gpt_config(systems.get(name))
     with torch.device("meta"):
         return GPT(config), OptimConfig("adamw"), 0
 
@@ -424,7 +449,7 @@ def answer_cluster(argv: list[str]) -> str:
     """Simulate training with FSDP2 on many GPUs: memory, communication and time of a step."""
     parser = Parser("python -m tinyfm.calc cluster", answer_cluster.__doc__)
     add = parser.add_argument
-    add("name", metavar="NAME", help="a preset, or a published system of the GPT or Llama family")
+    add("name", metavar="NAME", help="a preset, or a published system that is a GPT")
     add("--gpus", **N, default=64, help="number of GPUs (default 64)")
     add(
         "--shard-size",

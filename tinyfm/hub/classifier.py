@@ -29,13 +29,18 @@ TASKS |= {"TinyfmImageClassifier": "image-classification"}
 def text_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of a GPT without its head, as AutoModel names them."""
     config = gpt.resolve(model.config)
-    model_type = gpt.choose_architecture(config)
-    raw = gpt.write_config(config, model_type)
+    architecture = gpt.choose_architecture(config)
+    raw = gpt.write_config(config, architecture)
     del raw["architectures"]
-    _, tensors = gpt.their_tensors(model, model_type)
+    # modeling_tinyfm.py reads the context by this name. BLOOM has none of its own.
+    raw["max_position_embeddings"] = config.context_length
+    names, tensors = gpt.their_tensors(model, architecture)
     tensors.pop("lm_head.weight", None)
+    # Our states are multiplied by logit_scale, and those of the body are not.
+    for ours in ("norm.weight", "norm.bias"):
+        if ours in names:
+            tensors[names[ours]] = config.logit_scale * tensors[names[ours]]
     tensors = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
-    # GPT-2 calls its context n_positions; transformers reads either name.
     return raw, tensors
 
 

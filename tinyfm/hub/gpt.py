@@ -1,17 +1,16 @@
-"""GPT-2, Llama, Mistral and Qwen3 in the layout of transformers, to and from our GPT.
+"""GPTs in the layout of transformers, to and from our GPT: folders in, folders out.
 
-The tables are the content. NAME_TABLE: the names of the modules there. FIELD_TABLE: the names of
-the settings in their config.json. ARCHITECTURES: for each class of transformers, the settings it
-fixes and the values of its other switches that our GPT computes too. layout.py reads and writes the
-files.
+gpt_classes.py has the tables: the names of modules and settings of each class, and the values of
+its settings that our GPT computes. layout.py reads and writes the files.
 
-Left out: settings that matter in training only, except GPT-2's dropout, which works as ours does.
+Left out: settings that matter in training only, except the dropout of GPT-1 and GPT-2, which works
+as ours does.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,156 +19,11 @@ from torch import Tensor, nn
 
 from tinyfm.common.files import MALFORMED, read_json
 from tinyfm.hub import layout
+from tinyfm.hub.gpt_classes import ARCHITECTURES, NEAR, OTHER_HEADS, ROPE_FIELD_TABLE, Architecture
 from tinyfm.hub.layout import name_pairs, refuse, translate
 
-# ---- tables -------------------------------------------------------------------------------------
-
-# tinyfm                   GPT-2                          Llama, Mistral, Qwen3
-NAME_TABLE = """
-token_embedding            transformer.wte                model.embed_tokens
-position_embedding         transformer.wpe                -
-blocks.*.norm1             transformer.h.*.ln_1           model.layers.*.input_layernorm
-blocks.*.attention.q       transformer.h.*.attn.c_attn.q  model.layers.*.self_attn.q_proj
-blocks.*.attention.k       transformer.h.*.attn.c_attn.k  model.layers.*.self_attn.k_proj
-blocks.*.attention.v       transformer.h.*.attn.c_attn.v  model.layers.*.self_attn.v_proj
-blocks.*.attention.q_norm  -                              model.layers.*.self_attn.q_norm
-blocks.*.attention.k_norm  -                              model.layers.*.self_attn.k_norm
-blocks.*.attention.out     transformer.h.*.attn.c_proj    model.layers.*.self_attn.o_proj
-blocks.*.norm2             transformer.h.*.ln_2           model.layers.*.post_attention_layernorm
-blocks.*.mlp.gate          -                              model.layers.*.mlp.gate_proj
-blocks.*.mlp.up            transformer.h.*.mlp.c_fc       model.layers.*.mlp.up_proj
-blocks.*.mlp.down          transformer.h.*.mlp.c_proj     model.layers.*.mlp.down_proj
-norm                       transformer.ln_f               model.norm
-head                       lm_head                        lm_head
-"""
 # Some files also store buffers: the causal mask, the rotary frequencies. They are not weights.
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-
-# tinyfm        GPT-2                Llama, Mistral, Qwen3
-FIELD_TABLE = """
-vocab_size      vocab_size           vocab_size
-context_length  n_positions          max_position_embeddings
-n_layer         n_layer              num_hidden_layers
-n_head          n_head               num_attention_heads
-n_kv_head       -                    num_key_value_heads
-d_model         n_embd               hidden_size
-d_head          -                    head_dim
-d_ff            n_inner              intermediate_size
-norm_eps        layer_norm_epsilon   rms_norm_eps
-tied            tie_word_embeddings  tie_word_embeddings
-dropout         resid_pdrop          -
-dropout         embd_pdrop           -
-dropout         attn_pdrop           -
-"""
-# The rotary extension that Llama 3.1 introduced.
-ROPE_FIELD_TABLE = """
-rope_factor            factor
-rope_low_freq_factor   low_freq_factor
-rope_high_freq_factor  high_freq_factor
-rope_original_context  original_max_position_embeddings
-"""
-GPT2_COLUMN = 1
-LLAMA_COLUMN = 2
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One class of transformers: which of our models it computes, and how to write them."""
-
-    title: str  # name of the class
-    column: int  # its column in the tables
-    fixed: dict[str, Any]  # our fields -> the only value that the class computes
-    allowed: dict[str, tuple]  # their fields -> values that ours computes; the first is written
-    defaults: dict[str, Any]  # their fields -> value that transformers takes if the field is absent
-    biases: tuple[str, ...] = ()  # their fields that our `bias` sets
-
-    def names(self) -> dict[str, str]:
-        """Our modules -> theirs."""
-        return dict(name_pairs(NAME_TABLE, self.column))
-
-    def fields(self) -> list[tuple[str, str]]:
-        """(our name, their name) of each setting."""
-        biases = [("bias", theirs) for theirs in self.biases]
-        return name_pairs(FIELD_TABLE, self.column) + biases
-
-
-ROTARY = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}  # all classes but GPT-2
-SILU = {"hidden_act": ("silu", "swish"), "quantization_config": (None,)}
-LLAMA_DEFAULTS = {
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 10_000.0,
-}
-
-# By model_type. A model is saved as the first architecture that can express it.
-ARCHITECTURES = {
-    "qwen3": Architecture(
-        title="Qwen3ForCausalLM",
-        column=LLAMA_COLUMN,
-        fixed=ROTARY | {"qk_norm": True, "bias": False},
-        allowed=SILU | {"attention_bias": (False,)},
-        defaults=LLAMA_DEFAULTS
-        | {
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-        },
-    ),
-    "llama": Architecture(
-        title="LlamaForCausalLM",
-        column=LLAMA_COLUMN,
-        fixed=ROTARY | {"qk_norm": False, "window": 0},
-        allowed=SILU,
-        defaults=LLAMA_DEFAULTS
-        | {"num_key_value_heads": None, "attention_bias": False, "mlp_bias": False},
-        biases=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": Architecture(
-        title="MistralForCausalLM",
-        column=LLAMA_COLUMN,
-        fixed=ROTARY | {"qk_norm": False, "bias": False},
-        allowed=SILU
-        | {"layer_types": (None,), "use_sliding_window": (True,), "max_window_layers": (0,)},
-        defaults=LLAMA_DEFAULTS
-        | {
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-        },
-    ),
-    "gpt2": Architecture(
-        title="GPT2LMHeadModel",
-        column=GPT2_COLUMN,
-        fixed={
-            "position": "learned",
-            "norm": "layernorm",
-            "mlp": "gelu",
-            "qk_norm": False,
-            "bias": True,
-            "window": 0,
-        },
-        allowed={
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            "quantization_config": (None,),
-        },
-        defaults={
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "resid_pdrop": 0.1,
-            "embd_pdrop": 0.1,
-            "attn_pdrop": 0.1,
-        },
-    ),
-}
-
 
 # ---- config.json --------------------------------------------------------------------------------
 
@@ -216,69 +70,105 @@ def read_window(raw: dict, config_cls: type) -> int:
     return window
 
 
-def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
-    """Read config.json: its model_type and the GPTConfig.
+def find_architecture(raw: dict) -> Architecture:
+    """The class of a config.json and, of its layouts, the one that the settings fit.
+
+    Raises ValueError for a class that our GPT cannot express, and for a setting of one that it can.
+    """
+    model_type = raw.get("model_type")
+    found = [each for each in ARCHITECTURES if each.model_type == model_type]
+    if not found:
+        near = f" ({NEAR[model_type]})" if model_type in NEAR else ""
+        known = dict.fromkeys(each.model_type for each in ARCHITECTURES)
+        raise ValueError(f"model_type is {model_type!r}{near}; supported: {', '.join(known)}")
+    misfits = []  # of each layout: the fields with values that ours does not compute
+    for architecture in found:
+        given = architecture.defaults | raw
+        allowed = architecture.allowed.items()
+        misfits.append(
+            [name for name, values in allowed if given.get(name, values[0]) not in values]
+        )
+    wrong, nearest = min(zip(misfits, found), key=lambda pair: len(pair[0]))
+    for name in wrong:
+        value = (nearest.defaults | raw)[name]
+        refuse(name, value, " or ".join(map(repr, nearest.allowed[name])))
+    titles = raw.get("architectures") or []
+    for title in titles:
+        if title.endswith(OTHER_HEADS):
+            refuse(
+                "architectures", title, f"{nearest.title}, which has the head of a language model"
+            )
+    return nearest
+
+
+def read_config(config_cls: type, folder: Path) -> tuple[Architecture, Any]:
+    """Read config.json: its architecture and the GPTConfig.
 
     Raises ValueError for a setting that GPTConfig cannot express.
     """
     raw = read_json(folder / "config.json")
     try:
-        model_type = raw.get("model_type") if isinstance(raw, dict) else None
-        if model_type not in ARCHITECTURES:
-            refuse("model_type", model_type, ", ".join(ARCHITECTURES))
-        architecture = ARCHITECTURES[model_type]
-        for field, values in architecture.allowed.items():
-            if raw.get(field, values[0]) not in values:
-                refuse(field, raw[field], " or ".join(map(repr, values)))
+        if not isinstance(raw, dict):
+            refuse("config.json", raw, "an object")
+        architecture = find_architecture(raw)
+        for older, newer in architecture.aliases.items():
+            if older in raw:
+                raw.setdefault(newer, raw[older])
         raw = architecture.defaults | raw
         values = architecture.fixed | layout.read_fields(raw, architecture.fields(), config_cls)
         if values["position"] == "rope":
             values |= read_rope(raw, config_cls)
-        if "sliding_window" in architecture.defaults:
+        if architecture.has_window():
             values["window"] = read_window(raw, config_cls)
-        return model_type, config_cls(**values)
+        if architecture.model_type == "granite":  # it divides the logits
+            divisor = values["logit_scale"]
+            if not divisor > 0:
+                refuse("logits_scaling", divisor, "a number above 0")
+            values["logit_scale"] = 1 / divisor
+        return architecture, config_cls(**values)
     except MALFORMED as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def resolve(config: Any) -> Any:
-    """Return the GPTConfig with the sizes that a 0 stands for."""
-    return replace(config, n_kv_head=config.G, d_head=config.K, d_ff=config.F)
-
-
-def choose_architecture(config: Any) -> str:
-    """Return the first model_type that can express a resolved GPTConfig.
-
-    Raises ValueError if there is none, with the differences from the nearest one.
-    """
-    even_head = config.d_model // config.n_head
-    misfits = {}
-    for model_type, architecture in ARCHITECTURES.items():
-        needs = dict(architecture.fixed)
-        # In transformers, the heads of these two must divide the width ...
-        if model_type in ("llama", "gpt2"):
-            needs["d_model"] = even_head * config.n_head
-        # ... and GPT-2's heads must fill it.
-        if model_type == "gpt2":
-            needs |= {"n_kv_head": config.n_head, "d_head": even_head}
-        wrong = [
-            f"{name} {needed!r}, not {getattr(config, name)!r}"
-            for name, needed in needs.items()
-            if getattr(config, name) != needed
-        ]
-        if not wrong:
-            return model_type
-        misfits[architecture.title] = wrong
-    nearest = min(misfits, key=lambda title: len(misfits[title]))
-    raise ValueError(
-        f"transformers has no architecture for this model; the nearest, {nearest}, "
-        f"needs {'; '.join(misfits[nearest])}"
+    """Return the GPTConfig with the sizes that a 0 stands for, and one value where two mean the
+    same."""
+    return replace(
+        config,
+        n_kv_head=config.G,
+        d_head=config.K,
+        d_ff=config.F,
+        norm_bias=config.norm == "layernorm" and (config.bias or config.norm_bias),
+        rope_pairs=config.rope_pairs if config.position == "rope" else "halves",
+        attention_scale=0.0 if config.attention_scale == config.K**-0.5 else config.attention_scale,
     )
 
 
-def write_config(config: Any, model_type: str) -> dict[str, Any]:
+def choose_architecture(config: Any) -> Architecture:
+    """Return the first architecture that can express a resolved GPTConfig.
+
+    Raises ValueError if there is none, with the differences from the nearest one.
+    """
+    misfits = []
+    for architecture in ARCHITECTURES:
+        wrong = [
+            f"{name} {needed!r}, not {getattr(config, name)!r}"
+            for name, needed in architecture.needs(config.d_model, config.n_head).items()
+            if getattr(config, name) != needed
+        ]
+        if not wrong:
+            return architecture
+        misfits.append(wrong)
+    wrong, nearest = min(zip(misfits, ARCHITECTURES), key=lambda pair: len(pair[0]))
+    raise ValueError(
+        f"transformers has no architecture for this model; the nearest, {nearest.title}, "
+        f"needs {'; '.join(wrong)}"
+    )
+
+
+def write_config(config: Any, architecture: Architecture) -> dict[str, Any]:
     """Return config.json for a resolved GPTConfig, readable by transformers 4 and 5."""
-    architecture = ARCHITECTURES[model_type]
+    model_type = architecture.model_type
     raw = {"architectures": [architecture.title], "model_type": model_type}
     for ours, theirs in architecture.fields():
         raw[theirs] = getattr(config, ours)
@@ -296,62 +186,94 @@ def write_config(config: Any, model_type: str) -> dict[str, Any]:
         raw |= base
         raw["rope_scaling"] = scaling
         raw["rope_parameters"] = base | (scaling or {"rope_type": "default"})
-    if "sliding_window" in architecture.defaults:
+    if architecture.has_window():
         raw["sliding_window"] = config.window or None
     if model_type == "qwen3":  # the window covers the layers from max_window_layers on
         raw["use_sliding_window"] = bool(config.window)
         raw["max_window_layers"] = 0 if config.window else config.n_layer
+    if model_type == "granite":
+        raw["attention_multiplier"] = config.attention_scale or config.K**-0.5
+        raw["logits_scaling"] = 1 / config.logit_scale
     return raw
 
 
 # ---- tensors ------------------------------------------------------------------------------------
 
-CONV1D = re.compile(r"\.c_\w+\.weight$")  # GPT-2's matrices, stored as (in, out)
+CONV1D = re.compile(r"\.c_\w+\.weight$")  # matrices of GPT-1 and GPT-2, stored as (in, out)
+# In the tables, the parts of a layer that holds queries, keys and values in one matrix.
+PART = re.compile(r"(?<=c_attn|_value)\.([qkv])\b")
 
 
-def to_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to GPT-2's layout: q, k and v joined into one c_attn, and every matrix (in, out)
-    instead of nn.Linear's (out, in)."""
+def groups(architecture: Architecture, config: Any) -> int:
+    """The number of groups in a joint matrix: see join."""
+    return config.G if "query_key_value" in architecture.names()["blocks.*.attention.q"] else 1
+
+
+def join(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """The rows of q, k and v in one matrix, group by group: those of q, then of k, then of v.
+
+    GPT-2 has a single group. BLOOM and Falcon have one for each key/value head, so that a group
+    holds its query heads, its key and its value.
+    """
+    parts = [part.unflatten(0, (groups, -1)) for part in (q, k, v)]
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def part_rows(config: Any) -> list[int]:
+    """The rows of q, k and v."""
+    return [config.n_head * config.K, config.G * config.K, config.G * config.K]
+
+
+def split(joint: Tensor, rows: list[int], groups: int) -> list[Tensor]:
+    """The inverse of join: q, k and v. rows: how many each of them has."""
+    sizes = [n // groups for n in rows]
+    return [part.flatten(0, 1) for part in joint.unflatten(0, (groups, -1)).split(sizes, 1)]
+
+
+def to_theirs(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Convert named tensors to the layout of files: parts joined in n groups, Conv1D transposed."""
     stored = {}
     for name, tensor in tensors.items():
-        if ".c_attn.k." in name or ".c_attn.v." in name:
+        part = PART.search(name)
+        if part and part[1] != "q":
             continue  # joined with q
-        if ".c_attn.q." in name:
-            tensor = torch.cat([tensors[name.replace(".q.", f".{part}.")] for part in "qkv"])
-            name = name.replace(".c_attn.q.", ".c_attn.")
+        if part:
+            tensor = join(*(tensors[PART.sub(f".{each}", name)] for each in "qkv"), n)
+            name = PART.sub("", name)
         stored[name] = tensor.T if CONV1D.search(name) else tensor
     return stored
 
 
-def from_conv1d(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_conv1d."""
+def from_theirs(stored: dict[str, Tensor], names: list[str], rows: list[int], n: int) -> dict:
+    """The inverse of to_theirs: the tensors of these names. rows: those of q, k and v."""
     tensors = {}
-    for name, tensor in stored.items():
-        if CONV1D.search(name):
+    for name in names:
+        part = PART.search(name)
+        theirs = PART.sub("", name)
+        tensor = stored[theirs]
+        if CONV1D.search(theirs):
             tensor = tensor.T
-        if ".c_attn." in name:
-            for part, chunk in zip("qkv", tensor.chunk(3)):
-                tensors[name.replace(".c_attn.", f".c_attn.{part}.")] = chunk
-        else:
-            tensors[name] = tensor
+        if part:
+            tensor = split(tensor, rows, n)["qkv".index(part[1])]
+        tensors[name] = tensor
     return tensors
 
 
-def their_tensors(model: nn.Module, model_type: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def their_tensors(
+    model: nn.Module, architecture: Architecture
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return {our name: their name} and {their name: tensor, in their layout}.
 
-    A tied head is left out: the embedding is stored once. For GPT-2 the parts of c_attn have names
+    A tied head is left out: the embedding is stored once. The parts of a joint matrix have names
     (c_attn.q) in the first, and are joined in the second.
     """
     own = model.state_dict()
     if model.config.tied:
         del own["head.weight"]
-    table = ARCHITECTURES[model_type].names()
+    table = architecture.names()
     names = {name: translate(name, table) for name in own}
     theirs = {names[name]: tensor for name, tensor in own.items()}
-    if model_type == "gpt2":
-        theirs = to_conv1d(theirs)
-    return names, theirs
+    return names, to_theirs(theirs, groups(architecture, model.config))
 
 
 # ---- in and out ---------------------------------------------------------------------------------
@@ -364,13 +286,13 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     if the tensors do not fit it.
     """
     folder = Path(folder)
-    model_type, config = read_config(config_cls, folder)
+    architecture, config = read_config(config_cls, folder)
     tensors = layout.read_tensors(folder)
     model = layout.build_on_meta(cls, config, folder, len(tensors))
-    names, expected = their_tensors(model, model_type)
+    names, expected = their_tensors(model, architecture)
     stored = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
 
-    # GPT-2 was published without the head, and its names without the prefix "transformer.".
+    # GPT-2 and others were published without the head, and their names without "transformer.".
     embedding = names["token_embedding.weight"]
     prefix = embedding.split(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):
@@ -386,8 +308,8 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
             raise ValueError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
 
     layout.check_tensors(folder, stored, expected)
-    if model_type == "gpt2":
-        stored = from_conv1d(stored)
+    n = groups(architecture, config)
+    stored = from_theirs(stored, list(names.values()), part_rows(config), n)
     layout.assign_weights(model, {ours: stored[theirs] for ours, theirs in names.items()}, dtype)
     if config.tied:
         model.head.weight = model.token_embedding.weight
@@ -401,14 +323,14 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     model, or if the folder holds a model already, unless overwrite.
     """
     config = resolve(model.config)
-    model_type = choose_architecture(config)
+    architecture = choose_architecture(config)
     layout.check_tokenizer(tokenizer, config.vocab_size)
     # In training, a text starts after the end token of the one before: it is start and end at once.
     # It also pads: the attention mask tells padding from an end.
     end = tokenizer.eot if tokenizer else None
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     generation = ends | {"max_length": config.context_length}
-    raw = write_config(config, model_type) | ends
-    _, tensors = their_tensors(model, model_type)
+    raw = write_config(config, architecture) | ends
+    _, tensors = their_tensors(model, architecture)
     others = {"generation_config.json": generation} if tokenizer else {}
     layout.write_folder(Path(folder), raw, tensors, tokenizer, overwrite, others)

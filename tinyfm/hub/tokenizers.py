@@ -15,10 +15,11 @@ Vocabulary, or raise ValueError for what they do not support. The algorithms are
 tokenizer.py. SentencePiece's tokenizer.model is read by its own library; sentencepiece_spec
 converts it to a spec, to be written as a tokenizer.json.
 
-Two kinds of BPE are read. Byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek, Falcon, StarCoder, Phi)
-has the bytes for its alphabet. BPE on characters (Llama 2, Mistral, Gemma) writes a space as
-U+2581, and spells a character without a token in bytes, <0x00> ... <0xFF>. So are WordPiece (BERT)
-and Unigram (ALBERT, T5, XLM-R); their algorithms are in pieces.py.
+Two kinds of BPE are read. Byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek, Falcon, StarCoder, Phi,
+BLOOM, Command R) has the bytes for its alphabet. BPE on characters (Llama 2, Mistral, Gemma) writes
+a space as U+2581, and spells a character without a token in bytes, <0x00> ... <0xFF>; that of GPT-1
+drops spaces, marks the ends of words and has no such bytes. So are WordPiece (BERT) and Unigram
+(ALBERT, T5, XLM-R); their algorithms are in pieces.py.
 
 Left out: WordLevel, and the post_processor, which puts special tokens around a text.
 """
@@ -42,6 +43,7 @@ from tinyfm.hub.text_steps import (
     Normalizer,
     Splitter,
     check_start,
+    flatten,
     read_normalizers,
     read_splitters,
     write_bytes,
@@ -52,13 +54,14 @@ if TYPE_CHECKING:
 
 START = "<|startoftext|>"  # stands before a text; CLIP's only
 EOT = "<|endoftext|>"  # stands between documents
+UNKNOWN = "<unk>"  # GPT-1's only special token
 END_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in published vocabularies
 MASK_NAMES = ("[MASK]", "<mask>")  # hides a token from an encoder
 CLS_NAMES = ("[CLS]", "<s>")  # stands before a text that an encoder reads
 PAD_NAMES = ("[PAD]", "<pad>")  # fills up such a text's row
 INSIDE = "##"  # before a token of WordPiece inside a word
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-END_OF_WORD = "</w>"  # CLIP's only: marks a token that ends a word
+END_OF_WORD = "</w>"  # marks a token that ends a word, in the vocabularies of CLIP and GPT-1
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how SentencePiece writes a byte
 HIGHEST_ID = (1 << 22) - 1  # of a token; the largest published vocabularies have 2**18
 LONGEST_TOKEN = 200  # characters of a token of WordPiece and Unigram; published ones have 16
@@ -75,6 +78,7 @@ class Merges(NamedTuple):
     fuse_unknown: bool  # a row of such characters is one token
     byte_fallback: bool  # a character without a token is spelled in bytes, <0x00> ... <0xFF>
     ignore_merges: bool  # a chunk that is a token becomes that token, merges or not (Llama 3)
+    end_of_word: str  # written behind the last character of a chunk (GPT-1); "" = nothing
 
 
 class Vocabulary(NamedTuple):
@@ -197,15 +201,19 @@ def read_unknown(model: dict, vocab: dict[str, int]) -> int | None:
 
 def read_bpe(model: dict, ids: dict[str, int], unknown: int | None) -> Merges:
     """A model of the type BPE. Raises ValueError for an option that is not supported."""
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    for option in ("continuing_subword_prefix", "dropout"):
         if model.get(option):
-            raise ValueError(f"a BPE model with {option} is not supported, but for CLIP's suffix")
+            raise ValueError(f"a BPE model with {option} is not supported")
+    suffix = model.get("end_of_word_suffix") or ""
+    if suffix and model.get("byte_fallback"):
+        raise ValueError("a BPE model with end_of_word_suffix and byte_fallback is not supported")
     return Merges(
         rules=read_rules(model.get("merges"), ids),
         unknown=unknown,
         fuse_unknown=bool(model.get("fuse_unk")),
         byte_fallback=bool(model.get("byte_fallback")),
         ignore_merges=bool(model.get("ignore_merges")),
+        end_of_word=schema.check(suffix, str, "end_of_word_suffix"),
     )
 
 
@@ -295,6 +303,9 @@ def token_content(token: str, vocabulary: Vocabulary) -> bytes:
         inside = token.removeprefix(vocabulary.model.prefix)
         starts_word = "" if inside != token else " "
         return f"{starts_word}{inside}".encode()
+    end_of_word = getattr(vocabulary.model, "end_of_word", "")
+    if end_of_word and token.endswith(end_of_word):
+        return f"{token.removesuffix(end_of_word)} ".encode()
     if vocabulary.model.byte_fallback and token in BYTE_TOKENS:
         return bytes([BYTE_TOKENS[token]])
     return token.replace(SPACE, " ").encode("utf-8")
@@ -543,6 +554,25 @@ def gpt2_spec(vocab: dict[str, int], merges_txt: str, companions: Companions) ->
     return spec
 
 
+def gpt1_spec(vocab: dict[str, int], merges_txt: str) -> dict:
+    """The tokenizer.json of a vocab.json and merges.txt, as GPT-1 was first published."""
+    model = {
+        "type": "BPE",
+        "unk_token": UNKNOWN,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": END_OF_WORD,
+        "vocab": vocab,
+        "merges": read_merges(merges_txt),
+    }
+    return make_spec(
+        model,
+        {UNKNOWN: vocab[UNKNOWN]},
+        normalizer={"type": "BertNormalizer", "lowercase": True},
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        decoder={"type": "BPEDecoder", "suffix": END_OF_WORD},
+    )
+
+
 # ---- BERT's vocab.txt ----------------------------------------------------------------------------
 
 LIKE_BERT = ("Bert", "DistilBert", "Electra", "PreTrained")
@@ -597,9 +627,12 @@ CLIP_SPLIT = {
 
 
 def marks_word_ends(spec: dict) -> bool:
-    """Whether the tokens of a tokenizer.json carry CLIP's mark where they end a word."""
+    """Whether the tokens of a tokenizer.json are bytes, and carry CLIP's mark where they end a
+    word."""
     model = spec.get("model") if isinstance(spec, dict) else None
-    return isinstance(model, dict) and model.get("end_of_word_suffix") == END_OF_WORD
+    if not isinstance(model, dict) or model.get("end_of_word_suffix") != END_OF_WORD:
+        return False
+    return any(step["type"] == "ByteLevel" for step in flatten(spec.get("pre_tokenizer")))
 
 
 def is_clip(spec: dict) -> bool:
@@ -699,7 +732,8 @@ def published_spec(files: dict[str, bytes], companions: Companions) -> dict | No
         vocab = read_object(files, "vocab.json")
         merges_txt = files["merges.txt"].decode("utf-8")
         if "a" + END_OF_WORD in vocab:
-            return clip_spec(vocab, merges_txt)
+            is_gpt1 = UNKNOWN in vocab and START not in vocab
+            return gpt1_spec(vocab, merges_txt) if is_gpt1 else clip_spec(vocab, merges_txt)
         return gpt2_spec(vocab, merges_txt, companions)
     if "vocab.txt" in files:
         config = read_object(files, "tokenizer_config.json")

@@ -307,12 +307,27 @@ RUNS = (GPTRun, ChatRun, GPTClassifyRun)
 
 # ---- presets ------------------------------------------------------------------------------------
 
-GPT2 = {
-    "vocab_size": 50257, "context_length": 1024, "position": "learned", "norm": "layernorm",
-    "norm_eps": 1e-5, "mlp": "gelu", "bias": True, "tied": True, "qk_norm": False,
-    "zero_init": False,
+LAYERNORM = {"norm": "layernorm", "norm_eps": 1e-5, "qk_norm": False, "zero_init": False}
+PARALLEL = LAYERNORM | {"block": "parallel", "tied": True}
+# What the members of a published family share, besides their sizes.
+STYLES = {
+    "gpt2": LAYERNORM | {"position": "learned", "mlp": "gelu", "bias": True, "tied": True},
+    "bloom": LAYERNORM | {
+        "position": "alibi", "embed_norm": True, "mlp": "gelu", "bias": True, "tied": True},
+    "llama": {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False},
+    "falcon": PARALLEL | {"mlp": "exact-gelu", "norm_bias": True},
+    "palm": PARALLEL | {"mlp": "swiglu", "rope_pairs": "neighbours"},
 }  # fmt: skip
-LLAMA = {"mlp": "swiglu", "qk_norm": False, "norm_eps": 1e-5, "zero_init": False}
+STYLES["gpt1"] = STYLES["gpt2"] | {"block": "post-norm"}
+STYLES["falcon-40b"] = STYLES["falcon"] | {"block": "parallel-two-norms"}
+STYLES["command-r"] = STYLES["palm"] | {"logit_scale": 1 / 16}
+# The multipliers of Granite 3.0 2B, whose heads are 64 wide.
+STYLES["granite"] = STYLES["llama"] | {
+    "embedding_scale": 12.0, "attention_scale": 1 / 64, "residual_scale": 0.22,
+    "logit_scale": 1 / 8, "tied": True,
+}  # fmt: skip
+GPT2 = STYLES["gpt2"] | {"vocab_size": 50257, "context_length": 1024}
+LLAMA = STYLES["llama"]
 
 
 def small_run(d_model: int, n_head: int, data: TextConfig, train: TrainConfig) -> GPTRun:
