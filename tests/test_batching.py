@@ -11,12 +11,14 @@ from tinyfm.batching import Batch, Drawn, PrefixCache, RowCache, Text
 from tinyfm.compiled import compile_decoding
 from tinyfm.generate import Sampling, stream
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes.gpt import STYLES
 
 V, CONTEXT = 41, 32
 VARIANTS = {
     "rope": {},
     "learned": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
     "window": {"window": 5, "n_kv_head": 1},
+    "bloom": STYLES["bloom"] | {"n_head": 6, "d_head": 4},
     "soft prompt": {},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:past 32 tokens")

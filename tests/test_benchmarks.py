@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, count_parameters
 
-from tinyfm.gpt import GPT
+from tinyfm.gpt import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,28 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
+
+
+def test_rows_of_any_length_are_scored_on_the_same_tokens(monkeypatch):
+    """A model that knows the alphabet but not the digits behind it; 64 tokens of each window."""
+    monkeypatch.syspath_prepend(ROOT)
+    alibi = importlib.import_module("benchmarks.alibi")
+
+    class Reader(GPT):
+        def hidden(self, tokens):
+            return torch.nn.functional.one_hot((tokens + 1) % 29, 29).float()
+
+    sizes = {"vocab_size": 29, "context_length": 512, "n_layer": 1, "n_head": 1}
+    model = Reader(GPTConfig(**sizes, d_model=29, d_head=2))
+    model.head.weight.data.copy_(50 * torch.eye(29))
+    windows = torch.arange(40 * 513).view(40, 513) % 29
+    windows[0, 450] = (windows[0, 450] + 1) % 29  # one of the tokens that are scored, and a prompt
+    found = alibi.losses(model, windows.numpy())
+    assert [*found] == [128, 192, 256, 384, 512]
+    assert all(loss == pytest.approx(2 * 50 / 40 / 64) for loss in found.values())
+    table = alibi.table({"alibi": [found] * 3, "rope": [found]})
+    assert "| 512 | 0.039 (0.039 to 0.039) |" in table
+    assert "rows of 128 tokens; 40 windows" in table
 
 
 def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):

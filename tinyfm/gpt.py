@@ -66,12 +66,12 @@ class GPTConfig:
     d_head: int = 0  # width of a head; 0 = d_model / n_head
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model, or 8/3 d_model for swiglu
     mlp: Literal["swiglu", "gelu", "exact-gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
-    # Place of the norms, and whether attention and MLP read one state: the three classes of blocks.
+    # Norms before or behind attention and MLP, or both in parallel: see Block and its subclasses.
     block: Literal["pre-norm", "post-norm", "parallel", "parallel-two-norms"] = "pre-norm"
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation of the sublayers' inputs
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of the norms
     norm_eps: float = 1e-6  # small number added to the variance in each norm
     norm_bias: bool = False  # biases in each LayerNorm, even where the linear layers have none
-    embed_norm: bool = False  # a norm of the embeddings too
+    embed_norm: bool = False  # norm of the embeddings too
     qk_norm: bool = True  # RMSNorm on the queries and keys of each head
     # Rotary positions, a learned vector for each position, or scores that fall with the distance.
     position: Literal["rope", "learned", "alibi"] = "rope"

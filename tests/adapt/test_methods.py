@@ -13,11 +13,14 @@ from torch import nn
 from tinyfm import adapt
 from tinyfm.adapt import AdapterConfig, lora, soft_prompt
 from tinyfm.adapt import __main__ as adapt_command
+from tinyfm.adapt.distill import distil
+from tinyfm.adapt.heads import Classifier
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes.gpt import STYLES, GPTClassifyRun
 from tinyfm.training import checkpoint, optim
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig
@@ -72,6 +75,36 @@ def disturb(model: nn.Module, seed: int = 1, std: float = 0.3) -> None:
 def same(one: dict, two: dict) -> bool:
     """Whether two state dicts are equal, bit for bit."""
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+# ---- every layout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_gpt_of_every_published_layout_can_be_adapted(style):
+    """Methods, distillation and heads: the loss reaches what is trained; the cache is right."""
+
+    def make() -> GPT:
+        return random_gpt(**STYLES[style])
+
+    batch = {"tokens": torch.arange(30).view(2, 15)}
+    methods = ("lora", "bias", "prompt") if make().config.tied else ("lora", "head", "prompt")
+    for method in methods:
+        model = make()
+        adapt.apply(model, method, AdapterConfig(2, prompt_tokens=3))
+        disturb(model)
+        model.loss(batch)[0].backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+        prompts = [soft_prompt.prompt_ids(model) + row for row in ([1, 2], [3, 4, 5, 6])]
+        s = Sampling(6, temperature=0)
+        assert complete(model, prompts, s) == complete(model, prompts, s, use_cache=False)
+    student = make()
+    distil(student, make(), temperature=2.0, share=0.5)
+    classifier = Classifier(make(), {"topic": ("a", "b")}, GPTClassifyRun.reader)
+    for model, rows in ((student, batch), (classifier, classifier.example_batch(2))):
+        model.train().loss(rows)[0].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 # ---- the base can be restored -------------------------------------------------------------------

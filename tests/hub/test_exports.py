@@ -30,7 +30,7 @@ from tinyfm.hub import classifier
 from tinyfm.hub.__main__ import export_model, main
 from tinyfm.recipes.autoencoder import AutoencoderClassifyRun
 from tinyfm.recipes.clip import CLIPClassifyRun
-from tinyfm.recipes.gpt import GPTClassifyRun
+from tinyfm.recipes.gpt import STYLES, GPTClassifyRun
 from tinyfm.recipes.run_dir import open_run
 
 transformers.logging.set_verbosity_error()
@@ -285,6 +285,24 @@ def test_a_classifier_of_texts(export):
         with torch.no_grad():
             p = model.predict({"tokens": tokens, "mask": torch.ones_like(tokens) > 0})[question]
         shares = dict(zip(model.classes[question], p[0].tolist()))
+        assert {one["label"]: one["score"] for one in found} == pytest.approx(shares, abs=1e-5)
+
+
+@pytest.mark.parametrize("style", ["gpt1", "bloom", "command-r"])
+def test_a_classifier_on_another_layout(tmp_path, style):
+    """BLOOM's config has no context length of its own; Cohere's states are not multiplied."""
+    config = GPTConfig(257, 24, n_layer=2, n_head=2, d_model=16, **STYLES[style])
+    body = random_weights(lambda: GPT(config))
+    model = Classifier(body, {"topic": ("a", "b", "c")}, GPTClassifyRun.reader).eval()
+    torch.nn.init.normal_(model.heads[0].weight, generator=torch.Generator().manual_seed(0))
+    classifier.save(model, tmp_path, tokenizer.ByteTokenizer())
+    find = pipeline("text-classification", str(tmp_path), trust_remote_code=True, top_k=None)
+    texts = ["awful", "longer than the context " * 3]
+    for text, found in zip(texts, find(texts, batch_size=2)):
+        tokens = torch.tensor([list(text.encode()[:24])])
+        with torch.no_grad():
+            p = model.predict({"tokens": tokens, "mask": tokens >= 0})["topic"]
+        shares = dict(zip("abc", p[0].tolist()))
         assert {one["label"]: one["score"] for one in found} == pytest.approx(shares, abs=1e-5)
 
 

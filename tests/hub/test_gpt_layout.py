@@ -249,7 +249,7 @@ PUBLISHED = {
         "max_position_embeddings": 8192, "num_attention_heads": 64, "num_hidden_layers": 40,
         "num_key_value_heads": 64, "rope_theta": 8000000.0, "use_qk_norm": False,
         "vocab_size": 256000}),
-    "granite-3.0-8b": (8_170_848_256, {
+    "granite-3.0-8b": (8_170_835_968, {
         "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.0078125,
         "embedding_multiplier": 12.0, "hidden_act": "silu", "hidden_size": 4096,
         "intermediate_size": 12800, "logits_scaling": 16.0, "max_position_embeddings": 4096,

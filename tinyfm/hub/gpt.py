@@ -95,9 +95,7 @@ def find_architecture(raw: dict) -> Architecture:
     titles = raw.get("architectures") or []
     for title in titles:
         if title.endswith(OTHER_HEADS):
-            refuse(
-                "architectures", title, f"{nearest.title}, which has the head of a language model"
-            )
+            refuse("architectures", title, f"{nearest.title}, which predicts the next token")
     return nearest
 
 
