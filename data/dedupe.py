@@ -171,3 +171,15 @@ class Seen:
         """The share of new documents, with `keys` keys each, that look like duplicates by now."""
         false = (1 - math.exp(-BITS * self.count / int(self.bits))) ** BITS
         return 1 - (1 - false) ** keys
+
+
+def add_new(seen: Seen, text: str) -> str | None:
+    """Add a text if it is new; otherwise return the kind of duplicate that it is.
+
+    Texts of a few words are compared as they are: "good" and "not good" are no duplicates.
+    """
+    keys = keys_of(text, near=len(WORD.findall(text)) >= SHINGLE_WORDS)
+    reason = seen.look_up(keys)
+    if reason is None:
+        seen.add(keys)
+    return reason

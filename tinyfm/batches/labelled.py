@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import dedupe, labelled, packages
+from data import dedupe, labelled, packages, ratings
 from data.labelled import Passage
 from data.report import Report, counted
 from data.splits import SPLITS, TEST, TRAIN, VAL
@@ -49,8 +49,9 @@ from tinyfm.tokenizer import ByteTokenizer, Tokenizer
 
 # The values of --data.path that name a task. PICTURES are the tasks of data/scripts.py, which is
 # imported where they are read: it loads font libraries, which classifying texts does not need.
-TEXTS = ("packages",)
+TEXTS = ("packages", *ratings.SETS)
 PICTURES = ("scripts", "characters")
+CLUSTERS = {"products": "reviews", "editorials": "editorials"}
 INDEX_MB = 64  # of memory, to recognize duplicates; it is touched only as far as it is needed
 FORMAT = 2  # of the splits: a new number prepares all folders again, and old runs do not resume
 
@@ -59,8 +60,9 @@ FORMAT = 2  # of the splits: a new number prepares all folders again, and old ru
 class TaskConfig:
     """Which examples to read, and which of their labels to use."""
 
-    # packages, or your own .csv, .tsv or .jsonl of texts; for a model of pictures scripts,
-    # characters, a table of their paths, or a folder with a folder for each class
+    # packages, films, products, editorials, tweets, or your own .csv, .tsv or .jsonl of texts; for
+    # a model of pictures scripts, characters, a table of their paths, or a folder with a folder for
+    # each class
     path: DataPath = "packages"
     # column of a table with the text, or the path of the picture; empty = text, or path or image
     input_column: Name = ""
@@ -197,7 +199,8 @@ class TaskData:
         self.classes = find_classes(config.path, questions, names)
         self.inputs = {split: examples.inputs for split, examples in splits.items()}
         self.clusters = {split: examples.clusters for split, examples in splits.items()}
-        self.cluster = "files" if tokenizer else "fonts"  # what a cluster is, where there are any
+        # What a cluster is, where there are any.
+        self.cluster = CLUSTERS.get(config.path, "files" if tokenizer else "fonts")
         self.labels = {split: self.numbered(names[split]) for split in SPLITS}  # int64 (n, M)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -295,29 +298,25 @@ class TaskData:
 
 
 def without_near(rows: Sequence[labelled.Row], report: Report) -> list[labelled.Row]:
-    """Leave out texts that are nearly one before (data/dedupe.py): the two could be in two splits.
-
-    Texts of a few words are compared as they are: "good" and "not good" are no duplicates.
-    """
+    """Leave out texts that are nearly one before: the two could be in two splits."""
     seen = dedupe.Seen(INDEX_MB)
     kept = []
     for number, row in enumerate(rows, 1):
-        words = len(dedupe.WORD.findall(row.source))
-        keys = dedupe.keys_of(row.source, near=words >= dedupe.SHINGLE_WORDS)
-        reason = seen.look_up(keys)
+        reason = dedupe.add_new(seen, row.source)
         if reason:
             report.skip(f"{reason} of a text before", f"text {number}")
             report.used -= 1
             continue
-        seen.add(keys)
         kept.append(row)
     return kept
 
 
 def read_passages(config: TaskConfig, report: Report) -> tuple[Sequence[str], list[Passage]]:
     """The questions of a task of texts, and its passages."""
-    if config.path in TEXTS:
+    if config.path == "packages":
         return ("package",), packages.examples(report)
+    if config.path in ratings.SETS:
+        return ("sentiment",), ratings.examples(config.path, report)
     questions = config.label_columns
     rows = labelled.text_rows(config.path, report, config.input_column, questions)
     rows = without_near(rows, report)
@@ -338,7 +337,7 @@ def texts(
     Raises ValueError for a task of pictures, and as data/labelled.py and TaskData do.
     """
     if config.path in PICTURES:
-        raise ValueError(f"{config.path} are pictures, the model reads text: {' or '.join(TEXTS)}")
+        raise ValueError(f"{config.path} are pictures, the model reads text: {', '.join(TEXTS)}")
     report = Report()
     questions, passages = read_passages(config, report)
     encoded = tokenizer.encode_batch([passage.text for passage in passages])

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import docs, files, shakespeare, stdlib
+from data import docs, files, passages, shakespeare, stdlib
 from data.report import Report, counted
 from data.splits import HELD_OUT, SPLITS, Document
 from tinyfm import tokenizer as tokenizers
@@ -40,7 +40,7 @@ from tinyfm.batches.shards import FORMAT, VERIFY_TOKENS, Shards, build, read_man
 from tinyfm.common.config import DataPath, FolderPath, Name, may_change
 from tinyfm.training import checkpoint
 
-SOURCES = {"docs": docs, "stdlib": stdlib, "shakespeare": shakespeare}
+SOURCES = {"docs": docs, "passages": passages, "stdlib": stdlib, "shakespeare": shakespeare}
 LEARNED_TOKENIZERS = ("sentencepiece", "sentencepiece-unigram", "bpe")
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
@@ -49,13 +49,13 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 class TextConfig:
     """Which text to read, and how to turn it into tokens."""
 
-    # docs, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
+    # docs, passages, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
     # data/prepare.py made
     path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: Name = "sentencepiece"
-    # share of your own text held out, half for validation and half for test; docs and stdlib have
-    # their own splits
+    # share of your own text held out, half for validation and half for test; docs, passages and
+    # stdlib have their own splits
     val_fraction: float = 0.1
     cache: FolderPath = may_change("data/cache")  # folder for the prepared shards
 

@@ -231,8 +231,8 @@ class OverlapOptions:
     """How much of the held-out text training has too, in runs of 13 words; or how many held-out
     pictures are near to a training picture of the same name."""
 
-    # run directory, or a checkpoint in it; or docs, stdlib, chats, packages, your own text, glyphs,
-    # letters, or a folder of pictures
+    # run directory, or a checkpoint in it; or docs, passages, stdlib, chats, packages, films, your
+    # own text, glyphs, letters, or a folder of pictures
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|PATH")]]
     json: bool = False  # print JSON
 

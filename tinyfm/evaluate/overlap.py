@@ -1,8 +1,9 @@
 """How much of the held-out text has training read? The command
 
     python -m tinyfm.evaluate overlap RUN     what a run holds out, against what it was trained on
-    python -m tinyfm.evaluate overlap DATA    the same for docs, stdlib, chats, packages, your text,
-                                              glyphs, letters, and your folder of pictures
+    python -m tinyfm.evaluate overlap DATA    the same for docs, passages, stdlib, chats, packages,
+                                              films and the like, your text, glyphs, letters, and
+                                              your folder of pictures
 
 prints the share of validation and test words that lie in a run of 13 words which training also has;
 data/splits.py defines and counts it. A run has also read what the runs before it were trained on:
