@@ -33,7 +33,7 @@ import numpy as np
 from data import command, dedupe, wheels
 from data.labelled import Passage
 from data.report import Report, counted
-from data.splits import HELD_OUT, TRAIN, overlap_of, overlapping, share_of, split_of
+from data.splits import TEST, VAL, repeating, split_of
 
 PACKAGE = wheels.Package(
     name="vaderSentiment",
@@ -118,18 +118,10 @@ def rows(name: str, report: Report | None = None) -> list[Rated]:
 
 def without_overlap(found: Sequence[Rated], report: Report) -> list[Rated]:
     """Leave out held-out sentences until less than splits.LIMIT of the rest repeats training."""
-    training = [row.text for row in found if row.split == TRAIN]
-    removed = set()
-    shares = []
-    for split in HELD_OUT:
-        places = [i for i, row in enumerate(found) if row.split == split]
-        counts = overlap_of([found[i].text for i in places], training)
-        too_many = overlapping(counts)
-        removed |= {places[i] for i in too_many}
-        shares.append(share_of(np.delete(counts, too_many, axis=0)))
+    removed, shares = repeating([row.text for row in found], [row.split for row in found])
     for i in sorted(removed):
         report.skip("held out, but training has 13-word runs of it", found[i].text[:40])
-    report.note(f"{shares[0]:.2%} of validation and {shares[1]:.2%} of test in such runs")
+    report.note(f"{shares[VAL]:.2%} of validation and {shares[TEST]:.2%} of test in such runs")
     return [row for i, row in enumerate(found) if i not in removed]
 
 

@@ -119,3 +119,20 @@ def overlap_of(held_out: Sequence[str], training: Iterable[str]) -> np.ndarray:
     for text in training:
         overlap.read(text)
     return overlap.count()
+
+
+def repeating(texts: Sequence[str], parts: Sequence[str]) -> tuple[set[int], dict[str, float]]:
+    """The held-out texts to leave out, and {split: share of its other words in runs of training}.
+
+    parts: the split of each text. The texts are named by their numbers.
+    """
+    training = [text for text, part in zip(texts, parts) if part == TRAIN]
+    removed: set[int] = set()
+    shares = {}
+    for split in HELD_OUT:
+        numbers = [i for i, part in enumerate(parts) if part == split]
+        counts = overlap_of([texts[i] for i in numbers], training)
+        places = overlapping(counts)
+        removed |= {numbers[i] for i in places}
+        shares[split] = share_of(np.delete(counts, places, axis=0))
+    return removed, shares

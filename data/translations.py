@@ -19,7 +19,8 @@ of forms, separated by zeros; only the first form, singular, is used here.
 A pair is used once for each English string, without the signs that mark a key ("_Open"). Left out
 are strings without a letter, equal in both languages (most are names), or longer than MAX_CHARS.
 Near duplicates are left out before the split. It is by the words of the English string alone, so
-that "Open file" and "Open file..." are in one split.
+that "Open file" and "Open file..." are in one split. Held-out strings that repeat training text are
+left out (splits.py): programs repeat sentences with another name in them.
 
 Licence: that of each program, most GPL or LGPL; gramps GPL-2.0-or-later, wagtail BSD-3-Clause.
 """
@@ -33,7 +34,7 @@ from typing import NamedTuple
 
 from data import command, dedupe, wheels
 from data.report import Report, counted
-from data.splits import SPLITS, split_of
+from data.splits import SPLITS, TEST, VAL, repeating, split_of
 
 GRAMPS = wheels.Package(
     name="gramps",
@@ -205,6 +206,11 @@ def rows(language: str, report: Report | None = None, system: bool = True) -> li
                 continue
             words = " ".join(dedupe.WORD.findall(source.lower()))
             found.append(Pair(source, target, program, split_of(words, HELD_OUT)))
+    removed, shares = repeating([pair.source for pair in found], [pair.split for pair in found])
+    for i in sorted(removed):
+        report.skip("held out, but training has 13-word runs of it", found[i].source[:40])
+    report.note(f"{shares[VAL]:.2%} of validation and {shares[TEST]:.2%} of test in such runs")
+    found = [pair for i, pair in enumerate(found) if i not in removed]
     report.used += len(found)
     return found
 

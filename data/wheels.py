@@ -88,19 +88,27 @@ def find(package: Package) -> Path:
     return path
 
 
+def check_size(name: str, size: int) -> None:
+    """Raise ValueError for a file that would take too much memory."""
+    if size > MAX_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_BYTES >> 20} MiB")
+
+
 def read_zip(file: BinaryIO, member: str) -> bytes:
-    """The content of a file in a zip, up to one byte more than MAX_BYTES."""
-    with zipfile.ZipFile(file) as archive, archive.open(member) as content:
-        return content.read(MAX_BYTES + 1)
+    """The content of a file in a zip. Raises KeyError if it has none of that name."""
+    with zipfile.ZipFile(file) as archive:
+        check_size(member, archive.getinfo(member).file_size)  # no more than that is read
+        return archive.read(member)
 
 
 def read_tar(file: BinaryIO, member: str) -> bytes:
-    """The same of a regular file in a .tar.gz."""
+    """The same of a regular file in a .tar.gz, which is read from its start."""
     unpacked = Unpacked(gzip.GzipFile(fileobj=file), MAX_TAR_BYTES)
     with tarfile.open(fileobj=io.BufferedReader(unpacked), mode="r|") as archive:
         for entry in archive:
             if entry.name == member and entry.isreg():
-                return archive.extractfile(entry).read(MAX_BYTES + 1)
+                check_size(member, entry.size)
+                return archive.extractfile(entry).read()
     raise KeyError(member)
 
 
@@ -118,8 +126,6 @@ def read(package: Package, member: str, *inner: str) -> bytes:
                 content = read_member(file, step)
             except KeyError as error:
                 raise ValueError(f"{name} has no file {step}") from error
-            if len(content) > MAX_BYTES:
-                raise ValueError(f"{step} in {name} is larger than {MAX_BYTES >> 20} MiB")
             name = step
             file = io.BytesIO(content)
     return content

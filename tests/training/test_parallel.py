@@ -22,6 +22,7 @@ from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes import run_dir
 from tinyfm.text2image import TextToImage, TextToImageConfig
@@ -35,6 +36,7 @@ from tinyfm.training.trainer import TrainConfig, Trainer
 GPT_TINY = GPTConfig(
     61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True, zero_init=False
 )
+ENCODER = EncoderConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, zero_init=False)
 AUTOENCODER = AutoencoderConfig(
     image_size=8, channels=(4, 8), n_block=1, groups=2, latent_channels=2
 )
@@ -58,6 +60,8 @@ DDPM = DiffusionConfig(
 LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
+    "encoder": lambda: Encoder(ENCODER),
+    "electra": lambda: Encoder(replace(ENCODER, objective="electra")),
     "clip": lambda: CLIP(CLIP_TINY),
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
@@ -88,6 +92,7 @@ class Random:
 
     def __init__(self, model):
         self.example = model.example_batch(TRAIN.batch_size)
+        self.example.pop("places", None)  # follow from the targets
         if isinstance(model, TextToImage):  # images, so that both frozen parts are used
             del self.example["latents"]
             self.example["images"] = torch.zeros(TRAIN.batch_size, 1, 8, 8)
@@ -100,6 +105,8 @@ class Random:
                 values[name] = torch.randn(zeros.shape, generator=g)
             else:
                 values[name] = torch.randint(61, zeros.shape, generator=g)
+            if name == "targets":  # rows with more and with fewer of them
+                values[name][values["tokens"] > 20] = -100
         return {name: value[part] for name, value in values.items()}
 
     def val_batches(self, rows):

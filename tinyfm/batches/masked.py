@@ -39,7 +39,7 @@ from tinyfm.batches import text
 from tinyfm.batches.text import TextConfig, TextData
 from tinyfm.tokenizer import Tokenizer
 
-MASK_NAMES = ("[MASK]", "<mask>")  # of published vocabularies: BERT's, RoBERTa's
+WORD_PIECES = ("wordpiece", "wordpiece-cased")
 NOT_PREDICTED = -100  # the target where there is none, as in torch's cross-entropy
 MASKED = 0.8  # of the hidden tokens
 RANDOM = 0.1
@@ -66,9 +66,8 @@ def mask_token(tokenizer: Tokenizer, vocab_size: int) -> int:
 
     Raises ValueError if the tokenizer has a token for that row.
     """
-    for name in MASK_NAMES:
-        if name in tokenizer.specials:
-            return tokenizer.specials[name]
+    if tokenizer.mask is not None:
+        return tokenizer.mask
     if tokenizer.vocab_size >= vocab_size:
         raise ValueError(
             f"the tokenizer has no mask, and its {tokenizer.vocab_size} tokens leave none of the "
@@ -175,10 +174,11 @@ class MaskedData:
     ) -> MaskedData:
         """Open the text of `config`. It is prepared first if it has not been before.
 
-        A tokenizer that is trained on the text leaves the model's last row for the mask.
+        A tokenizer that is trained on the text leaves the model's last row for the mask, unless it
+        has one: WordPiece.
         """
         tokens = vocab_size
-        if config.tokenizer in text.LEARNED_TOKENIZERS:
+        if config.tokenizer in text.LEARNED_TOKENIZERS and config.tokenizer not in WORD_PIECES:
             tokens = vocab_size - 1
         data = TextData.prepare(config, tokens, context_length, batch_size, seed)
         return cls(data, config, vocab_size)

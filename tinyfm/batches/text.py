@@ -41,7 +41,9 @@ from tinyfm.common.config import DataPath, FolderPath, Name, may_change
 from tinyfm.training import checkpoint
 
 SOURCES = {"docs": docs, "passages": passages, "stdlib": stdlib, "shakespeare": shakespeare}
-LEARNED_TOKENIZERS = ("sentencepiece", "sentencepiece-unigram", "bpe")
+LEARNED_TOKENIZERS = (
+    "sentencepiece", "sentencepiece-unigram", "bpe", "wordpiece", "wordpiece-cased"
+)  # fmt: skip
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -52,7 +54,8 @@ class TextConfig:
     # docs, passages, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
     # data/prepare.py made
     path: DataPath = "docs"
-    # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
+    # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
+    # or a run or folder with a saved tokenizer
     tokenizer: Name = "sentencepiece"
     # share of your own text held out, half for validation and half for test; docs, passages and
     # stdlib have their own splits

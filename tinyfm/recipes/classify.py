@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from tyro.conf import Suppress
 
 from data.splits import TEST, VAL
+from tinyfm import tokenizer
 from tinyfm.adapt.heads import Batch, Classifier, Reader, predictions
+from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.evaluate import metrics
-from tinyfm.recipes.base import OpenRun, Run, Scores, print_shares
+from tinyfm.recipes.base import OpenRun, Run, Scores, print_shares, write_texts_file
 
 # Classes for a model that is built before its data are read, as by --dry-run.
 PLACEHOLDER = {"label": ("yes", "no")}
@@ -96,6 +99,36 @@ class ClassifyRun(Run):
             if len(self.classes) > 1:
                 print(f"{question}:")
             print_shares(dict(zip(self.classes[question], found[0].tolist())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassifyRun(ClassifyRun):
+    """Classification of texts, which the model reads as tokens up to its context length."""
+
+    SAMPLE_OPTIONS = frozenset({"prompt"})
+
+    def open_data(self) -> TaskData:
+        train = self.train
+        own = tokenizer.ByteTokenizer()
+        if self.data.tokenizer:
+            own = tokenizer.load(self.data.tokenizer)
+        length = self.model.context_length
+        return labelled.texts(self.data, own, length, train.batch_size, train.seed)
+
+    def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
+        """Write validation texts, each with its class and the predicted one."""
+        rows, titles = self.guesses(model, data)
+        texts = [data.tokenizer.decode(data.inputs[VAL][i].tolist()) for i in rows]
+        write_texts_file(folder, step, [f"{t}\n{text}" for t, text in zip(titles, texts)])
+        return f"--- step {step} finds: " + "; ".join(titles[:3])
+
+    def read_example(self, opened: OpenRun, options: Any) -> dict[str, Tensor]:
+        """The text of --prompt as a batch of one."""
+        if not (options.prompt or "").strip():
+            raise ValueError("give the text to classify: --prompt TEXT")
+        ids = opened.tokenizer.encode(options.prompt)[: self.model.context_length]
+        tokens = torch.tensor([ids])
+        return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
 
 
 def score_batches(

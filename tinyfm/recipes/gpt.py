@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data import labelled as tables
 from data.report import Report
-from data.splits import HELD_OUT, TEST, TRAIN, VAL
+from data.splits import HELD_OUT, TEST, TRAIN
 from tinyfm import compiled, generate, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil, take_layers
-from tinyfm.adapt.heads import Classifier, Reader, mean_state
+from tinyfm.adapt.heads import Reader, mean_state
 from tinyfm.adapt.soft_prompt import PromptedData, prompt_ids
-from tinyfm.batches import labelled
 from tinyfm.batches.chat import ChatConfig, ChatData
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.text import TextConfig, TextData
@@ -37,7 +34,7 @@ from tinyfm.recipes.base import (
     print_shares,
     write_texts_file,
 )
-from tinyfm.recipes.classify import ClassifyRun
+from tinyfm.recipes.classify import TextClassifyRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
@@ -264,7 +261,7 @@ class ChatRun(GPTRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTClassifyRun(ClassifyRun):
+class GPTClassifyRun(TextClassifyRun):
     """Classify texts."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -277,30 +274,6 @@ class GPTClassifyRun(ClassifyRun):
         width=lambda config: config.d_model,
         unread=("head",),
     )
-    SAMPLE_OPTIONS = frozenset({"prompt"})
-
-    def open_data(self) -> TaskData:
-        train = self.train
-        own = tokenizer.ByteTokenizer()
-        if self.data.tokenizer:
-            own = tokenizer.load(self.data.tokenizer)
-        length = self.model.context_length
-        return labelled.texts(self.data, own, length, train.batch_size, train.seed)
-
-    def show(self, model: Classifier, data: TaskData, folder: Path, step: int) -> str:
-        """Write validation texts, each with its class and the predicted one."""
-        rows, titles = self.guesses(model, data)
-        texts = [data.tokenizer.decode(data.inputs[VAL][i].tolist()) for i in rows]
-        write_texts_file(folder, step, [f"{t}\n{text}" for t, text in zip(titles, texts)])
-        return f"--- step {step} finds: " + "; ".join(titles[:3])
-
-    def read_example(self, opened: OpenRun, options: Any) -> dict[str, Tensor]:
-        """The text of --prompt as a batch of one."""
-        if not (options.prompt or "").strip():
-            raise ValueError("give the text to classify: --prompt TEXT")
-        ids = opened.tokenizer.encode(options.prompt)[: self.model.context_length]
-        tokens = torch.tensor([ids])
-        return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
 
 
 RUNS = (GPTRun, ChatRun, GPTClassifyRun)

@@ -16,6 +16,7 @@ from tinyfm.training.trainer import TrainConfig
 # One module a family. To add a family, add its recipe here.
 RECIPES = (
     "tinyfm.recipes.gpt",
+    "tinyfm.recipes.encoder",
     "tinyfm.recipes.clip",
     "tinyfm.recipes.autoencoder",
     "tinyfm.recipes.ddpm",
@@ -23,7 +24,7 @@ RECIPES = (
 )
 
 # Other names of presets.
-ALIASES = {"vae": "autoencoder", "diffusion": "ddpm", "t2i": "text2image"}
+ALIASES = {"bert": "encoder", "vae": "autoencoder", "diffusion": "ddpm", "t2i": "text2image"}
 
 
 def likely_first(name: str) -> list[str]:
