@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tinyfm.adapt.soft_prompt import add_prompt, prompt_ids
-from tinyfm.batching import Batch, Drawn, PrefixCache, RowCache, Text
+from tinyfm.batching import Batch, Drawn, PrefixCache, RowCache, Text, pack_weights
 from tinyfm.compiled import compile_decoding
 from tinyfm.generate import Sampling, stream
 from tinyfm.gpt import GPT, GPTConfig
@@ -115,6 +116,29 @@ def test_a_prefix_from_the_cache_changes_no_token(window):
         assert ids(got) == ids(known)
         for a, b in zip(known, got, strict=True):
             torch.testing.assert_close(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_packed_weights(dtype, tolerance):
+    """They give a linear layer's results; those of a row do not depend on the number of rows."""
+    layer = nn.Linear(96, 64).to(dtype).requires_grad_(False)
+    x = torch.randn(17, 1, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = layer(x)
+    pack_weights(layer)
+    if dtype == torch.float32:
+        assert ("forward" in vars(layer)) == torch.backends.mkldnn.is_available()
+    got = layer(x)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    for n in (1, 2, 3, 4, 8, 12):
+        assert torch.equal(layer(x[:n]), got[:n])
+
+
+def test_texts_that_join_together_read_their_common_prompt_once():
+    model = loud()
+    s = Sampling(4, 1.0)
+    texts = [Text(range(20), s, index=i) for i in range(3)]
+    write_all(Batch(model, prefix_bytes=1 << 20), [(0, text) for text in texts])
+    assert [text.cached for text in texts] == [0, 19, 19]
 
 
 def test_the_prefix_cache_is_bounded():

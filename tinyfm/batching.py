@@ -30,17 +30,53 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfm import generate
 
+PACKED_ROWS = 16  # rows of a product for which packed weights are laid out
 LEAST_ROWS = 4  # rows of a matrix product from which on each row's sums have one order
-PIECE = 256  # tokens of a prompt that are read at once
+PIECE = 128  # tokens of a prompt that are read at once
 GROWTH = 64  # positions that are added to a full cache
+
+# ---- products of few rows -----------------------------------------------------------------------
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Lay out the weights of a model's linear layers as oneDNN reads them, in place, on a CPU.
+
+    A matrix library computes with a weight that is cut into blocks. It cuts the weight for every
+    product, and for a few rows that takes longer than the product. Here it is cut once. The copy
+    takes as much memory as the weights. The model can no longer be trained. On a CPU for which
+    there is no such layout, the model stays as it is.
+    """
+    for layer in model.modules():
+        if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+            continue
+        if "forward" in vars(layer):  # compiled
+            continue
+        try:
+            layer.forward = packed_linear(layer.weight.detach(), layer.bias)
+        except (AttributeError, RuntimeError):  # this torch, processor or format has none
+            return
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """F.linear with the weight in the layout for products of a few rows."""
+    library = torch.ops.mkldnn  # oneDNN's former name
+    bias = None if bias is None else bias.detach()
+    packed = library._reorder_linear_weight(weight, PACKED_ROWS)
+
+    def forward(x: Tensor) -> Tensor:
+        return library._linear_pointwise(x, packed, bias, "none", [], "")
+
+    forward(weight.new_zeros(1, weight.size(1)))  # fails here, if it fails
+    return forward
+
 
 # ---- caches -------------------------------------------------------------------------------------
 
@@ -136,12 +172,13 @@ class Rows:
 
     def attend(self, attend, layer: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         """q (B, N, 1, K), k, v (B, G, 1, K) -> (B, N, 1, K), row by row."""
-        y = torch.zeros_like(q)
-        for i, cache in enumerate(self.caches):
-            own = slice(i, i + 1)
-            own_mask = None if mask is None else mask[own]
-            y[own] = cache.attend(attend, layer, q[own], k[own], v[own], own_mask)
-        return y
+        outputs = []
+        for i, (cache, *own) in enumerate(zip(self.caches, q.split(1), k.split(1), v.split(1))):
+            own_mask = None if mask is None else mask[i : i + 1]
+            outputs.append(cache.attend(attend, layer, *own, own_mask))
+        if len(outputs) < len(q):
+            outputs.append(torch.zeros_like(q[len(outputs) :]))
+        return torch.cat(outputs)
 
     def key_positions(self, T: int) -> Tensor:
         """Positions for a mask (ALiBi has one): all rows end at the same one."""
@@ -275,17 +312,18 @@ class Batch:
         Where a text alone failed, an error stands in place of its token.
         """
         results: list[tuple[Text, Drawn | Exception]] = []
-        for text in self.texts:
-            self.place(text)
         left = PIECE
         for text in self.texts:
-            if left > 0 and text.unread > 1:
-                try:
+            if left <= 0 and text.cache is None:
+                continue
+            try:
+                self.place(text)  # here, to find what was read a moment ago
+                if left > 0 and text.unread > 1:
                     left -= text.unread - 1
                     results += self.read(text)
-                except Exception as error:  # such as too little memory
-                    results.append((text, error))
-        ready = [text for text in self.texts if text.unread == 1]
+            except Exception as error:  # such as too little memory
+                results.append((text, error))
+        ready = [text for text in self.texts if text.cache is not None and text.unread == 1]
         if not ready:
             return results
         try:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from tinyfm import generate
-from tinyfm.batching import Batch, Drawn, Text
+from tinyfm.batching import Batch, Drawn, Text, pack_weights
 from tinyfm.tokenizer import Tokenizer
 
 MOST_ALTERNATIVES = 20
@@ -239,7 +239,8 @@ class Engine:
     # ---- from other threads ----
 
     def add(self, name: str, model, tokenizer: Tokenizer) -> None:
-        """Serve a language model under this name."""
+        """Serve a language model under this name; on a CPU it is changed by `pack_weights`."""
+        pack_weights(model)
         with self.changed:
             self.models[name] = Served(model, tokenizer, self.prefix_bytes)
 
