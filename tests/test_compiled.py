@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tinyfm.compiled import FEW_ROWS, compile_decoding, few_rows_linear
 from tinyfm.generate import Sampling, complete
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes.gpt import STYLES
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,27 @@ def test_a_compiled_model_generates_the_same_tokens(monkeypatch):
     assert complete(model, prompts[:1], s) == complete(model, prompts[:1], s, use_cache=False)
     torch.testing.assert_close(model(tokens), logits)  # several tokens: not compiled
     assert len(compiled) == 5  # two parts of two blocks, and the head
+
+
+OTHER_BLOCKS = {
+    "gpt1": STYLES["gpt1"],
+    "falcon-40b, alibi": STYLES["falcon-40b"] | {"position": "alibi"},
+    "palm, residual scale": STYLES["palm"] | {"n_kv_head": 1, "residual_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+def test_other_blocks_can_be_compiled_too(kind, monkeypatch, capsys):
+    """torch captures the same graphs, and runs them itself: its compiler takes seconds for each."""
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, backend="eager", **options)
+    )
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 64, 1, 4, d_model=32, **OTHER_BLOCKS[kind] | {"zero_init": False}))
+    prompts = [[5, 6, 7], [8] * 9]
+    s = Sampling(max_new_tokens=6, seed=3)
+    expected = complete(model, prompts, s)
+    compile_decoding(model)
+    assert complete(model, prompts, s) == expected
+    assert "continuing without it" not in capsys.readouterr().out

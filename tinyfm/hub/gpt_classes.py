@@ -16,7 +16,7 @@ from tinyfm.hub.layout import name_pairs
 
 # ---- names --------------------------------------------------------------------------------------
 
-# tinyfm            GPT-1, GPT-2     Llama and others    BLOOM, Falcon
+# tinyfm            GPT-1, GPT-2      Llama and others    BLOOM, Falcon
 OUTER_TABLE = """
 token_embedding     transformer.wte   model.embed_tokens  transformer.word_embeddings
 position_embedding  transformer.wpe   -                   -
