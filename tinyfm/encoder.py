@@ -37,8 +37,8 @@ Padding costs nothing outside of attention, and it changes nothing: see `Rows`.
 
 Letters: B batch, T tokens, D model width, N heads, K head width, F feed-forward width, V
 vocabulary, E embedding width, n real tokens of a batch (no padding), P places that are predicted.
-Left out: BERT's second loss, whether one sentence follows another (RoBERTa is better without), and
-ModernBERT's layers with a window.
+Left out: BERT's second loss, whether one sentence follows another (RoBERTa does as well without),
+and ModernBERT's layers with a window.
 """
 
 from __future__ import annotations
@@ -536,8 +536,9 @@ class Encoder(nn.Module):
         """The loss of the objective, in nats.
 
         batch: "tokens" (B, T), the text with masks put in; "targets" (B, T), the hidden tokens, and
-        -100 where none is predicted; "mask" (B, T), True for real tokens, and "segments" (B, T), if
-        there are any. "places" (P,), where the targets are in the flat batch, spares a GPU a wait.
+        -100 where none is predicted; "mask" (B, T), True for real tokens, if there is padding;
+        "segments" (B, T), if the model has them. "places" (P,), where the targets are in the flat
+        batch, spares a GPU a wait, and so does a batch without "mask".
 
         mlm: the mean of -ln p over the targets; metrics["weight"] is their number. electra: see
         `electra_loss`, which draws from the generators, one of the CPU for each row.

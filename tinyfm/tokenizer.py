@@ -67,6 +67,7 @@ from tinyfm.hub.tokenizers import (
     added_tokens_files,
     check_ids,
     clip_files,
+    encoder_spec,
     export_files,
     hugging_face_files,
     is_tiktoken,
@@ -205,6 +206,11 @@ class Tokenizer:
     def without_template(self) -> Tokenizer:
         """The same tokenizer, which puts no special tokens around a text in transformers either."""
         return self
+
+    def for_encoder(self, mask: int) -> Tokenizer:
+        """The same tokenizer for an encoder that was trained here: a text starts after the end of
+        another, and [MASK] has the id `mask`, unless the vocabulary has a mask itself."""
+        return from_spec(encoder_spec(self._spec(), self._end, mask), self._end)
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the files that determine the ids."""
@@ -679,7 +685,7 @@ def train_word_piece(texts: Sequence[str], vocab_size: int, lowercase: bool) -> 
     counts = Counter()
     for word, count in words.items():
         counts.update(dict.fromkeys(word, count))
-    known = {char for char, _ in counts.most_common(max(1, min(1000, room // 4)))}
+    known = {char for char, _ in counts.most_common(max(1, min(1000, room // 2)))}
     words = {word: count for word, count in words.items() if known.issuperset(word)}
     alphabet = [*dict.fromkeys(chain.from_iterable(map(symbols_of, words)))]
 
@@ -746,6 +752,17 @@ FILES = (
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
+def from_spec(spec: dict, end: str | None) -> Tokenizer:
+    """The tokenizer of a parsed tokenizer.json. end: the token that ends a text, if it has no usual
+    name."""
+    if marks_word_ends(spec):
+        return ClipTokenizer(spec, end)
+    if model_of(spec).get("end_of_word_suffix"):
+        end = end or UNKNOWN  # GPT-1 has no token that ends a text
+    kind = BPETokenizer if kind_of(model_of(spec)) == "BPE" else PublishedTokenizer
+    return kind(spec, end)
+
+
 def from_files(files: dict[str, bytes]) -> Tokenizer:
     """The tokenizer in files, name -> content: the first of FILES decides on its kind.
 
@@ -767,12 +784,7 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
             if spec is None:
                 raise
     if spec is not None:
-        if marks_word_ends(spec):
-            return ClipTokenizer(spec, end)
-        if model_of(spec).get("end_of_word_suffix"):
-            end = end or UNKNOWN  # GPT-1 has no token that ends a text
-        kind = BPETokenizer if kind_of(model_of(spec)) == "BPE" else PublishedTokenizer
-        return kind(spec, end)
+        return from_spec(spec, end)
     if "bytes.json" in files:
         return ByteTokenizer()
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyfm.calc import __main__ as calc
 from tinyfm.calc import systems
+from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT
 from tinyfm.recipes import registry
 
@@ -484,3 +485,42 @@ def test_tokens_of_bert():
         assert trained == pytest.approx(256 * 512 * 1e6, rel=1e-3)
         assert trained / 3.3e9 == pytest.approx(40, abs=0.5)
     assert "at most" in systems.get("bert-base").note
+
+
+ENCODER_FIELDS = {"n_layer": "layers", "n_head": "heads", "vocab_size": "vocab"}
+ENCODER_FIELDS |= {"d_model": "d_model", "d_ff": "d_ff", "d_embedding": "d_embed"}
+ENCODERS = [name for name in systems.rows() if re.match("bert|roberta|distilbert|electra", name)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_encoder_of_this_repository_has_the_ledger_s_counts(name):
+    system = systems.get(name)
+    c = system.shape
+    sizes = {field: c[column] for field, column in ENCODER_FIELDS.items()}
+    kind = "electra" if system.family == "electra" else "mlm"
+    first = c["positions"] - c["context"]  # rows to spare, of RoBERTa
+    with torch.device("meta"):
+        model = Encoder(
+            EncoderConfig(
+                **sizes, context_length=c["context"], segments=c["types"], norm="post", mlp="gelu",
+                position="learned", bias=True, first_position=first, objective=kind,
+                generator_head=0,
+            )
+        )  # fmt: skip
+    heads = [part for part in ("head", "detector") if hasattr(model, part)]
+    count = {name: 0 for name, _ in model.named_children()}
+    for parameter, p in model.named_parameters():
+        count[parameter.split(".")[0]] += p.numel()
+    if system.family in ("bert", "distilbert"):  # counted with BERT's pooler or without a head
+        pooler = system.parameters_by_part().get("output", 0)
+        assert count["embeddings"] + count["tower"] == system.parameters - pooler
+    else:
+        assert sum(count.values()) == system.parameters
+    # FLOPs of the blocks.
+    linear = [m for part in heads for m in getattr(model, part).modules()]
+    weights = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
+    read = model.share if heads == ["head"] else 1
+    blocks = model.flops_per_row() - 6 * read * c["context"] * weights
+    parts = system.flops_by_part()
+    found = sum(sum(parts.get(part, (0, 0))) for part in ("attention", "mlp", "projection"))
+    assert blocks == pytest.approx(found, rel=1e-9)

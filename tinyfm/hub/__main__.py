@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from tinyfm import adapt
 from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
@@ -40,6 +42,8 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
     match opened.run.family:
         case "gpt" | "chat":
             return f'\ntransformers opens it by pipeline("text-generation", "{folder}")'
+        case "encoder":
+            return how_to_open_encoder(opened.model, folder)
         case "clip":
             call = f'pipeline("zero-shot-image-classification", "{folder}")'
             return f"\ntransformers opens it by {call}"
@@ -55,6 +59,16 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
     return ""
 
 
+def how_to_open_encoder(model: nn.Module, folder: str) -> str:
+    """The same for an encoder; an ELECTRA has two folders."""
+    if model.config.objective == "electra":
+        return (
+            f'\ntransformers opens it by ElectraForPreTraining.from_pretrained("{folder}"), and '
+            f'its generator by pipeline("fill-mask", "{folder}/generator")'
+        )
+    return f'\ntransformers opens it by pipeline("fill-mask", "{folder}")'
+
+
 def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     """Write the whole model of a run; return lines that say so, and what opens it."""
     model = opened.model
@@ -68,6 +82,8 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     tokenizer = opened.tokenizer
     if tokenizer:
         tokenizer = tokenizer.without_template()
+    if opened.run.family == "encoder":
+        tokenizer = tokenizer.for_encoder(model.config.vocab_size - 1)  # as batches/masked.py
     if opened.run.task == "chat":
         tokenizer.chat_template = chat.JINJA
     if isinstance(model, Classifier):
@@ -77,7 +93,7 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
-            "chat, clip, autoencoder, ddpm, text2image, and classifiers of texts"
+            "chat, encoder, clip, autoencoder, ddpm, text2image, and classifiers of texts"
         )
     if opened.run.family == "clip":
         clip.check_expressible(model.config)

@@ -145,15 +145,13 @@ POST_NORM = {
     "bias": True,
     "first_position": 0,
 }
-ENCODER_ONLY = {
+BERT_SWITCHES = {
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
-}
-BERT_SWITCHES = ENCODER_ONLY | {
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute",),
 }
 BERT_DEFAULTS = {
     "layer_norm_eps": 1e-12,
@@ -321,7 +319,14 @@ def needs_of(model_type: str, config: Any) -> dict[str, Any]:
         needs["first_position"] = config.pad_id + 1
     if model_type == "electra":
         return needs
-    return needs | {"d_embedding": config.d_model, "objective": "mlm"}
+    return needs | {"d_embedding": config.d_model}
+
+
+def class_name(model_type: str, config: Any) -> str:
+    """The class of transformers that computes a model."""
+    if config.objective == "electra":
+        return DISCRIMINATOR
+    return ARCHITECTURES[model_type].titles[0]
 
 
 def choose_architecture(config: Any) -> str:
@@ -330,7 +335,9 @@ def choose_architecture(config: Any) -> str:
     Raises ValueError if there is none, with the differences from the nearest one.
     """
     misfits = {}
-    for model_type, architecture in ARCHITECTURES.items():
+    for model_type in ARCHITECTURES:
+        if config.objective == "electra" and model_type != "electra":
+            continue
         wrong = [
             f"{name} {needed!r}, not {getattr(config, name)!r}"
             for name, needed in needs_of(model_type, config).items()
@@ -338,7 +345,7 @@ def choose_architecture(config: Any) -> str:
         ]
         if not wrong:
             return model_type
-        misfits[architecture.titles[0]] = wrong
+        misfits[class_name(model_type, config)] = wrong
     nearest = min(misfits, key=lambda title: len(misfits[title]))
     raise ValueError(
         f"transformers has no architecture for this model; the nearest, {nearest}, "
@@ -349,8 +356,7 @@ def choose_architecture(config: Any) -> str:
 def write_config(config: Any, model_type: str) -> dict[str, Any]:
     """Return config.json for a resolved EncoderConfig, readable by transformers 4 and 5."""
     architecture = ARCHITECTURES[model_type]
-    title = DISCRIMINATOR if config.objective == "electra" else architecture.titles[0]
-    raw = {"architectures": [title], "model_type": model_type}
+    raw = {"architectures": [class_name(model_type, config)], "model_type": model_type}
     for ours, theirs in architecture.fields():
         raw[theirs] = getattr(config, ours)
     for field, values in architecture.allowed.items():

@@ -757,6 +757,25 @@ def hugging_face_files(spec: dict, end: str) -> dict[str, bytes]:
     return {"tokenizer.json": to_json(spec), "tokenizer_config.json": to_json(config)}
 
 
+def encoder_spec(spec: dict, end: str, mask: int) -> dict:
+    """The tokenizer.json for an encoder that was trained here: end stands before each text.
+
+    mask: the id of [MASK], if the tokenizer has no mask itself. The mask takes the space before it.
+    """
+    added = list(spec["added_tokens"])
+    if not any(token["content"] in MASK_NAMES for token in added):
+        added.append(AddedToken(MASK_NAMES[0], mask, special=True, lstrip=True)._asdict())
+    ids = {token["content"]: token["id"] for token in added}
+    row = [{"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": row,
+        "pair": [*row, row[0], {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {end: {"id": end, "ids": [ids[end]], "tokens": [end]}},
+    }
+    return spec | {"added_tokens": added, "post_processor": template}
+
+
 def encoder_tokens(spec: dict, end: str) -> dict[str, str]:
     """Names of the special tokens of an encoder's tokenizer, for its config; {} without a mask."""
     specials = [token["content"] for token in spec["added_tokens"]]
