@@ -30,8 +30,8 @@ One config expresses several published models:
     ModernBERT  Warner et al. 2024, with full attention in all layers: rotary positions, LayerNorm
                 before each update, GEGLU, no biases
 
-The default config has the layout of ModernBERT: it learns faster, and needs no warmup of thousands
-of steps, which the norms after the updates do.
+The default config has the layout of ModernBERT: with the norms before the updates, training needs
+no warmup of thousands of steps (Xiong et al. 2020).
 
 Padding costs nothing outside of attention, and it changes nothing: see `Rows`.
 
