@@ -49,9 +49,9 @@ from tinyfm.common.device import keep_freed_memory
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.evaluate.metrics import proportion
 from tinyfm.tokenizer import ByteTokenizer
+from tinyfm.training import checkpoint
 from tinyfm.training.log import METRICS, read_metrics
 
-LABELS = (100, 1000, 0)  # 0 = all
 PRETRAINED = {  # name -> preset and options
     "hidden words": ("encoder",),
     "ELECTRA": ("encoder", "--model.objective", "electra"),
@@ -111,14 +111,20 @@ def pretrain(work: Path, minutes: float, seed: int, more: list[str]) -> dict[str
     return runs
 
 
-def fine_tune(work: Path, name: str, base: Path | None, labels: int, seed: int) -> dict:
-    """What evaluate says of the fine-tuned run with the best accuracy on validation."""
+def fine_tune(work: Path, name: str, base: Path, labels: int, seed: int, steps: int) -> dict:
+    """What evaluate says of the fine-tuned run with the best accuracy on validation.
+
+    base: the pretrained run, of which SCRATCH has the tokenizer alone.
+    """
     preset = PRETRAINED.get(name, ("encoder",))[0]
     common = [preset, "--task", "classify", "--data.path", "films", "--data.labels", str(labels)]
-    common += ["--train.seed", str(seed), "--train.eval-every", "0"]
+    common += ["--train.seed", str(seed), "--train.eval-every", "0", "--train.steps", str(steps)]
     found = []
-    for adapt in ("full", "head") if base else ("full",):
-        options = ["--init-from", str(base.resolve()), "--adapt", adapt] if base else []
+    for adapt in ("full",) if name == SCRATCH else ("full", "head"):
+        if name == SCRATCH:
+            options = ["--data.tokenizer", str(checkpoint.find(base).resolve())]
+        else:
+            options = ["--init-from", str(base.resolve()), "--adapt", adapt]
         place = f"films-{name.replace(' ', '-')}-{labels}-{seed}-{adapt}"
         found.append(measure(str(train(work / place, *common, *options)), []))
     return max(found, key=lambda each: each["scores"]["validation accuracy"]["reached"])
@@ -163,27 +169,29 @@ def cell(found: list[dict]) -> str:
     return f"{shown} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
 
 
-def compare_films(work: Path, minutes: float, seeds: int, more: list[str]) -> str:
-    """The table of all models and numbers of labels."""
+def compare_films(options: argparse.Namespace, more: list[str]) -> str:
+    """The table of all models and numbers of labels. more: options of the pretraining."""
+    work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, list[dict]]] = {}
-    for seed in range(seeds):
-        bases = {**pretrain(work, minutes, seed, more), SCRATCH: None}
+    for seed in range(options.seeds):
+        bases = pretrain(work, options.minutes, seed, more)
+        bases[SCRATCH] = bases[next(iter(PRETRAINED))]
         for name, base in bases.items():
-            for labels in LABELS:
+            for labels in options.labels:
                 own = results.setdefault(name, {}).setdefault(labels, [])
-                own.append(fine_tune(work, name, base, labels, seed))
-        for labels in LABELS:
+                own.append(fine_tune(work, name, base, labels, seed, options.steps))
+        for labels in options.labels:
             own = results.setdefault(WORDS, {}).setdefault(labels, [])
             own.append(count_words(labels, seed))
     rows = ratings.rows("films")
     test = [row for row in rows if row.split == TEST and row.mean]
     negative = np.mean([row.mean < 0 for row in test])
     commonest = max(negative, 1 - negative)
-    heads = [f"{n:,} labels" if n else "all labels" for n in LABELS]
+    heads = [f"{n:,} labels" if n else "all labels" for n in options.labels]
     lines = [f"| pretrained on | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for name, own in results.items():
-        cells = " | ".join(cell(own[labels]) for labels in LABELS)
+        cells = " | ".join(cell(own[labels]) for labels in options.labels)
         lines.append(f"| {name} | {cells} |")
     lines.append(
         f"\nOf {len(test):,} test snippets {commonest:.1%} have the more common "
@@ -289,6 +297,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="films: of each pretraining")
     parser.add_argument("--seeds", type=int, default=3, help="films: number of seeds")
     parser.add_argument(
+        "--labels", type=int, nargs="+", default=[100, 1000, 0], help="films: 0 = all"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="films: of each fine-tuning")
+    parser.add_argument(
         "--work", default="runs/encoder-benchmark", help="films: folder of the runs"
     )
     parser.add_argument("--rows", type=int, default=16, help="speed: texts in a batch")
@@ -304,7 +316,7 @@ def main() -> None:
     if options.what == "films":
         next(passages.documents())  # says at once what is missing
         ratings.rows("films")
-        table = compare_films(Path(options.work), options.minutes, options.seeds, more)
+        table = compare_films(options, more)
         head = f"{describe_machine()}; {options.minutes:g} minutes of pretraining each"
     else:
         table = compare_speed(options)

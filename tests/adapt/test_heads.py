@@ -16,8 +16,9 @@ from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.labelled import TaskConfig, texts
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes import autoencoder, clip, ddpm, gpt
+from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt
 from tinyfm.recipes.classify import score_batches
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
@@ -49,9 +50,11 @@ NOISE = DiffusionConfig(
     n_head=2,
     groups=4,
 )
-BODIES = {GPT: TEXT, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
+WORDS = EncoderConfig(258, context_length=24, n_layer=2, n_head=2, d_model=32)
+BODIES = {GPT: TEXT, Encoder: WORDS, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
 READERS = {
     GPT: gpt.GPTClassifyRun.reader,
+    Encoder: encoder.EncoderClassifyRun.reader,
     CLIP: clip.CLIPClassifyRun.reader,
     Autoencoder: autoencoder.AutoencoderClassifyRun.reader,
     Diffusion: ddpm.DDPMClassifyRun.reader,
@@ -103,8 +106,9 @@ def test_features_are_standardised_and_depend_on_their_own_row_alone(kind):
     assert not torch.allclose(x[3], x[2], atol=1e-2)
 
 
-def test_features_do_not_depend_on_padding():
-    model = classifier(body_of(GPT))
+@pytest.mark.parametrize("kind", [GPT, Encoder])
+def test_features_do_not_depend_on_padding(kind):
+    model = classifier(body_of(kind))
     tokens = torch.randint(257, (2, 10), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(tokens, dtype=torch.bool)
     x = model.features({"tokens": tokens, "mask": real})
