@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -81,3 +83,15 @@ def training_step(
             optimizer.zero_grad()
 
     return step
+
+
+def main() -> None:
+    """Write what stdin says into the block of the page that the argument names (see all.sh)."""
+    printed = sys.stdin.read().strip("\n")
+    if describe_machine() not in printed:
+        printed = f"{describe_machine()}\n{printed}"
+    record(sys.argv[1], textwrap.indent(printed, "    ") + "\n")
+
+
+if __name__ == "__main__":
+    main()

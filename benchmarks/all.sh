@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Run the benchmarks, hours with nothing else running, and write what each prints into README.md.
+#
+#   benchmarks/all.sh               all
+#   benchmarks/all.sh memory scale  these
+#   benchmarks/all.sh --list        only print the commands
+#
+# NANOGPT and MINBPE are folders with clones of these repositories, SHAKESPEARE is the file of
+# tiny Shakespeare, TEXT2IMAGE a trained run. A benchmark whose variable is not set is left out, and
+# a line says so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+list=false
+if [[ ${1:-} == --list ]]; then
+    list=true
+    shift
+fi
+only=("$@")
+found=false
+
+# run NAME COMMAND...: the command's output goes into the block NAME, unless it records that itself.
+run() {
+    local name=$1
+    shift
+    if [[ ${#only[@]} -gt 0 && ! " ${only[*]} " == *" ${name%% *} "* ]]; then
+        return
+    fi
+    found=true
+    if [[ " $* " == *" - "* ]]; then
+        echo "$name is left out: set what it needs"
+        return
+    fi
+    echo "+ $name: $*"
+    if [[ $list == true ]]; then
+        return
+    elif [[ " $* " == *" --record "* ]]; then
+        "$@"
+    else
+        "$@" | tee /dev/stderr | python benchmarks/timing.py "$name"
+    fi
+}
+
+run default_run python benchmarks/default_run.py
+run "nanogpt bytes" python benchmarks/nanogpt.py bytes "${NANOGPT:--}" "${SHAKESPEARE:--}" --record
+run "nanogpt shakespeare" python benchmarks/nanogpt.py shakespeare "${NANOGPT:--}" "${SHAKESPEARE:--}" --rounds 2 --record
+run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}" --rounds 2
+run generation python benchmarks/generation.py --repeats 2
+run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600
+run "clip speed" python benchmarks/clip.py speed --repeats 3
+run "clip memory" python benchmarks/clip.py memory
+run "diffusion train" python benchmarks/diffusion.py train
+run "diffusion sample" python benchmarks/diffusion.py sample
+run "text2image judge" python benchmarks/text2image.py judge --folds 7
+run "text2image latents" python benchmarks/text2image.py latents
+run "text2image samplers" python benchmarks/text2image.py samplers "${TEXT2IMAGE:--}" --guidance 3
+run "text2image guidance" python benchmarks/text2image.py guidance "${TEXT2IMAGE:--}"
+run memory python benchmarks/memory.py
+run step_time python benchmarks/step_time.py
+run busy python benchmarks/busy.py --record
+run scale python benchmarks/scale.py --steps 20
+run prepare python benchmarks/prepare.py
+run alibi python benchmarks/alibi.py --record
+run gpu benchmarks/gpu.sh --record
+if [[ $found == false ]]; then
+    echo "there is no benchmark named ${only[*]}; --list shows them"
+    exit 1
+fi
