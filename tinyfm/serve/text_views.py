@@ -2,7 +2,7 @@
 
 The page shows them. Every function here is given a model, and returns plain values.
 
-Letters: T tokens, V vocabulary, N heads, K head width.
+Letters: T tokens, V vocabulary, N query heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Stop(Exception):
 def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[int], Tensor]:
     """(the last tokens, weights (T, T)): how much each token attends to itself and those before it.
 
-    A hook catches what reaches the block, so the block's own code makes queries and keys of it.
-    Row t of the weights sums to 1. Raises ValueError for a layer or a head that does not exist.
+    A hook catches what reaches the block; the block's own code makes queries, keys and weights of
+    it. Row t of the weights sums to 1. Raises ValueError for a layer or a head that does not exist.
     """
     config = model.config
     for name, value, count in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
@@ -96,8 +96,7 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[i
     finally:
         hook.remove()
     q, k, _ = block.before_attention(x, angles)  # (1, N, T, K), (1, G, T, K)
-    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (1, N, T, K)
-    scores = q[0, head].float() @ k[0, head].float().mT / math.sqrt(q.size(-1))  # (T, T)
-    if mask is None:
-        mask = torch.ones_like(scores, dtype=torch.bool).tril()[None, None]
-    return ids, scores.masked_fill(~mask[0, 0], -math.inf).softmax(-1).cpu()
+    # With the identity in place of the values, the weighted means are the weights.
+    identity = torch.eye(len(ids), dtype=q.dtype, device=q.device)
+    values = identity.expand(1, k.size(1), -1, -1)  # (1, G, T, T)
+    return ids, block.attention.attend(q, k, values, mask)[0, head].float().cpu()

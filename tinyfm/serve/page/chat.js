@@ -19,9 +19,7 @@ function mode(chat) {
   $("write-mode").hidden = chat;
   if (!chat) return;
   const ready = models.length > 0;
-  for (const control of $("chat-form").elements) {
-    if (control.id !== "chat-stop") control.disabled = !ready;
-  }
+  $("chat-log").hidden = $("chat-form").hidden = !ready;
   $("chat-status").textContent = ready
     ? `You talk with ${chosen().id}.`
     : "No run that learned to chat is served: fine-tune one, python train.py gpt --task chat " +

@@ -84,8 +84,8 @@ function showMemory(found) {
     .filter(([, value]) => value > 0)
     .map(([name, value]) => ({ name, value }));
   const about = parts.map(({ name, value }) => `${name} ${bytes(value)}`).join(", ");
-  const list = el("ol", { class: "bars" }, ...parts.map(({ name, value }) => bar(name, value / found.total, bytes(value))));
-  $("memory").replaceChildren(stackedBar(parts, found.gpu_memory, { format: bytes, about }), list);
+  const list = el("ol", { class: "bars long" }, ...parts.map(({ name, value }) => bar(name, value / found.total, bytes(value))));
+  $("memory").replaceChildren(stackedBar(parts, found.gpu_memory, { format: bytes, about, width: $("memory").clientWidth }), list);
 }
 
 function showParts(parts) {
@@ -142,4 +142,5 @@ $("job").addEventListener("input", (event) => {
   if (event.target.name === "gpu") showFormats();
   soon();
 });
+window.addEventListener("resize", later(() => $("costs").hidden || calculate()));
 $("job").addEventListener("submit", (event) => event.preventDefault());

@@ -86,7 +86,7 @@ function keep(picture) {
     el("span", { class: "caption" }, `${title}, seed ${picture.seed}`),
     el("div", { class: "bar small" },
       el("button", { onclick: () => reuse(picture) }, "Same seed"),
-      el("button", { onclick: () => change(picture.url) }, "Change"),
+      el("button", { disabled: !editor(), onclick: () => change(picture.url) }, "Change"),
       el("button", { class: "walks", onclick: () => choose("first", picture, item) }, "From here"),
       el("button", { class: "walks", onclick: () => choose("last", picture, item) }, "To here")),
   );
@@ -110,8 +110,15 @@ function reuse(picture) {
 
 // ---- changing a picture -------------------------------------------------------------------------
 
+/** The run that changes pictures: the chosen one, or the first that reads a prompt. */
+function editor() {
+  return [chosen(), ...models].find((model) => model.abilities.includes("draw"));
+}
+
 async function change(url) {
   await attempt($("draw-status"), async () => {
+    $("draw-model").value = editor().id;
+    adapt();
     await mask.take(url);
     $("edit-part").hidden = false;
     setSlider($("edit").elements.strength, 0.6);

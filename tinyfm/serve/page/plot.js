@@ -44,9 +44,10 @@ export function logTicks(low, high) {
 
 /**
  * Lines over steps: lines = [{name, points: [[x, y], ...], style: a number, faint}]. about: what a screen
- * reader says of the plot.
+ * reader says of the plot. width: in pixels, so that text has its usual size.
  */
-export function linePlot(lines, { yName, log = false, about, width = 720, height = 380 }) {
+export function linePlot(lines, { yName, log = false, about, width }) {
+  const height = Math.max(240, 0.5 * width);
   const left = 62, right = 26, top = 24, bottom = 40;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about });
   const points = lines.flatMap((line) => line.points).filter(([, y]) => !log || y > 0);
@@ -64,7 +65,7 @@ export function linePlot(lines, { yName, log = false, about, width = 720, height
   const y = (value) =>
     height - bottom - ((scale(value) - scale(y0)) / (scale(y1) - scale(y0))) * (height - top - bottom);
 
-  for (const t of ticks(x0, x1, 6)) {
+  for (const t of ticks(x0, x1, width / 110)) {
     root.append(svg("line", { class: "grid", x1: x(t), x2: x(t), y1: top, y2: height - bottom }));
     root.append(svg("text", { x: x(t), y: height - bottom + 18, "text-anchor": "middle" }, t.toLocaleString("en")));
   }
@@ -105,7 +106,7 @@ export function lineSample(style) {
 }
 
 /** One bar of parts side by side, against a limit: parts = [{name, value}]. */
-export function stackedBar(parts, limit, { format, about, width = 720 }) {
+export function stackedBar(parts, limit, { format, about, width }) {
   const height = 92;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about });
   const total = parts.reduce((sum, part) => sum + part.value, 0);

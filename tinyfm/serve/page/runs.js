@@ -1,7 +1,7 @@
 // The runs tab: the curves of all runs side by side, followed while one trains; and one run's
 // samples as a film, its settings and its verdict.
 
-import { $, attempt, duration, el, fill, say, setSlider, showValues } from "./dom.js";
+import { $, attempt, duration, el, fill, later, say, setSlider, showValues } from "./dom.js";
 import { get, getFile } from "./api.js";
 import { Film } from "./film.js";
 import { linePlot, lineSample } from "./plot.js";
@@ -52,7 +52,7 @@ function draw() {
   }
   const about = `${names.join(" and ")} by step: ${lines.map(({ name, points }) => `${name} ends at ${points.at(-1)[1].toPrecision(4)}`).join("; ")}`;
   const yName = names.join(", thick: ");
-  $("curves").replaceChildren(linePlot(lines, { yName, log: $("log-scale").checked, about }));
+  $("curves").replaceChildren(linePlot(lines, { yName, log: $("log-scale").checked, about, width: $("curves").clientWidth }));
 }
 
 function listRuns() {
@@ -147,6 +147,7 @@ export async function open() {
 showValues(document.querySelector("#runs .film-bar"), {
   sample: (value) => film.moments[value]?.step.toLocaleString("en") ?? "",
 });
+window.addEventListener("resize", later(() => $("runs").hidden || draw()));
 $("curve").addEventListener("change", draw);
 $("log-scale").addEventListener("change", draw);
 $("run").addEventListener("change", choose);

@@ -109,6 +109,9 @@ export class Writer {
   open(i) {
     const token = this.tokens[i];
     const branch = this.pane.find(".branch");
+    this.pane.root.querySelectorAll(".written .text button").forEach((button, j) => {
+      button.classList.toggle("open", i === j);
+    });
     const top = Object.entries(token.top ?? {}).sort((a, b) => b[1] - a[1]);
     branch.hidden = false;
     branch.querySelector("h3").textContent = `In place of “${visible(token.name)}”`;
