@@ -66,6 +66,8 @@ def small(words: list[str]) -> list[str]:
 
     The batch is not as small: an evaluation reads the whole validation split, a batch at a time.
     """
+    if "tinyfm.serve" in words:
+        return ["--port", "0"]
     if "compare" in words:
         return ["--methods", "head", "--labels", "30", "--steps", "2", "--seeds", "1"]
     if {"runs/ddpm", "runs/text2image"} & {*words} and "tinyfm.evaluate" in words:
@@ -141,6 +143,9 @@ def test_every_documented_command_runs(tmp_path):
             return
         after = ["-c", torchrun, *words[1:]] if words[0] == "torchrun" else words[1:]
         process = processes.start(after, outputs, tmp_path, environment)
+        if "tinyfm.serve" in words:  # it would serve for ever
+            process.wait_for("serving at", 300)
+            process.running.terminate()
         status, (out, err) = process.wait(300), process.said()
         assert status == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-2000:]}"
         assert out.strip(), f"{shlex.join(words)} says nothing"

@@ -7,6 +7,7 @@
     python -m tinyfm.evaluate RUN           measure a run on held-out data
     python -m tinyfm.adapt compare RUN      compare ways to adapt a run to a task
     python -m tinyfm.hub RUN FOLDER         export a run to the layout of transformers or diffusers
+    python -m tinyfm.serve RUN ...          serve runs: an API for OpenAI's clients, and a page
     python -m tinyfm.calc NAME              parameters, memory, FLOPs, time and cost of a model
     python data/prepare.py --out FOLDER     prepare a large corpus
 

@@ -4,8 +4,11 @@ import base64
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
+import subprocess
 import time
 
 import httpx
@@ -20,6 +23,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 
 import sample
+import train
 from tinyfm import generate
 from tinyfm.adapt import chat
 from tinyfm.adapt.heads import mean_state
@@ -27,6 +31,7 @@ from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.common import sheets
 from tinyfm.evaluate import zero_shot
 from tinyfm.generate import Sampling
+from tinyfm.serve import __main__ as command
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 QUESTION = [{"role": "user", "content": "Is it so?"}]
@@ -348,6 +353,38 @@ def test_an_edit_keeps_what_the_mask_keeps(client, pictures):
     assert np.array_equal(*results)
 
 
+# ---- the page of this room ----------------------------------------------------------------------
+
+
+def examples(language):
+    """The code blocks of that language in serve/README.md, for the server of these tests."""
+    text = (ROOT / "tinyfm" / "serve" / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_examples_of_the_readme_run(server, pictures, capsys):
+    url = "http://127.0.0.1:8000"
+    (code,) = examples("py")
+    exec(code.replace(url, server.url), {})
+    assert capsys.readouterr().out.endswith("a vector of 16 numbers\n")
+    lines = [line for block in examples("sh") for line in block.splitlines()]
+    curls = [line for line in lines if line.startswith("curl")]
+    assert len(curls) == 5
+    for curl in curls:
+        words = shlex.split(curl.replace(url, server.url))
+        words = [word.replace("=@q", "=@red").replace("=@mask", "=@blue") for word in words]
+        done = subprocess.run([*words, "-f"], cwd=pictures, capture_output=True, text=True)
+        assert done.returncode == 0 and '"error"' not in done.stdout, done.stdout
+
+
+def test_a_word_that_training_did_not_read_is_named(server, post):
+    words = server.runs["clip"].opened.folder / zero_shot.WORDS
+    words.write_text('["red", "one"]', encoding="utf-8")
+    found = post("/v1/search", query="a red zebra", n=1)
+    assert found["warnings"] == ["no training caption has 'a', 'zebra'"]
+    words.unlink()
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -377,3 +414,24 @@ def test_the_command_serves_a_run_and_ends_in_order(tiny_run, tmp_path, capsys):
         assert process.wait(20) == 0, process.said()
     finally:
         process.running.kill()
+
+
+@pytest.mark.usefixtures("no_forecast")
+def test_an_adapted_run_is_served_with_its_base_or_as_itself(options, tiny_run, tmp_path, capsys):
+    lora = tmp_path / "lora"
+    adapted = ["--init-from", tiny_run, "--adapt", "lora", "--optim.lr", 0.1, "--out", lora]
+    assert call(train, *options[12:], *adapted) == 0  # without the sizes, which are the base's
+    capsys.readouterr()
+    asked = (lora, "--prompt", "The", "--seed", 2, "--max-new-tokens", 9)
+    assert call(sample, *asked) == 0
+    expected = capsys.readouterr().out.removesuffix("\n")
+    base, with_lora, itself = (
+        command.open_runs(command.Options((str(run),), adapter=adapters))[0]
+        for run, adapters in ((tiny_run, ()), (tiny_run, (str(lora),)), (lora, ()))
+    )
+    texts = [
+        "The" + text_of(run, "The", 2, max_new_tokens=9)[0] for run in (base, with_lora, itself)
+    ]
+    assert texts[0] != expected and texts[1:] == [expected, expected]
+    with pytest.raises(ValueError, match="fits none"):
+        command.open_runs(command.Options((str(tiny_run),), adapter=(str(tiny_run),)))

@@ -21,8 +21,9 @@ unit vectors in float32.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from tinyfm.batches.pair_files import Split
 from tinyfm.batches.pairs import PairData
 from tinyfm.common import files, folders
 from tinyfm.evaluate.metrics import Measured, Scores, proportion
-from tinyfm.tokenizer import encode_captions
+from tinyfm.tokenizer import Tokenizer, encode_captions
 
 ROWS = 512  # rows that go through a model or a matrix product at once
 MAX_TEMPLATES = 16
@@ -47,7 +48,10 @@ RETRIEVAL_IMAGES = 1000  # images, with their captions, among which retrieval se
 PROBED_IMAGES = 2000  # images that the probes classify
 TIE = 1e-6  # similarities closer than this are equal
 SHOWN = 24  # confusions in the picture
-TEMPLATES = "templates.json"  # file of a checkpoint: how training captions are made of names
+MOST_WORDS = 200_000
+# Files of a checkpoint: how training captions are made of names; and their words.
+TEMPLATES = "templates.json"
+WORDS = "words.json"
 # Splits of data/glyphs.py, which loads font libraries.
 HELD_OUT_FONTS = "held-out fonts"
 HELD_OUT_CHARACTERS = "held-out characters"
@@ -129,6 +133,28 @@ def class_vectors(
         captions = [template.replace("{}", name) for name in names]
         vectors.append(embed_texts(model, tokenizer, captions))
     return torch.stack(vectors)
+
+
+# ---- words that training did not read ------------------------------------------------------------
+
+
+def words_of(texts: Iterable[str], tokenizer: Tokenizer) -> set[str]:
+    """The words of the texts; in small letters if the tokenizer reads capital ones as small."""
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    if tokenizer.encode("A") == tokenizer.encode("a"):
+        return {word.lower() for word in words}
+    return words
+
+
+def unseen_words(folder: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Words of the texts that no training caption has, sorted. folder: the checkpoint of the run.
+
+    None for a run of an earlier version, or one that started from another run: their words are not
+    known.
+    """
+    if not (folder / WORDS).exists():
+        return []
+    return sorted(words_of(texts, tokenizer) - {*files.read_record(folder / WORDS, list[str])})
 
 
 # ---- measures: shares from 0 to 1 ---------------------------------------------------------------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tinyfm.batches.pairs import ImageConfig, ImageData, PairData
 from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
 from tinyfm.common.sheets import Sheet
-from tinyfm.evaluate.zero_shot import draw_confusions
+from tinyfm.evaluate import zero_shot
 from tinyfm.recipes.base import OpenRun, Run, Scores, write_step_file
 from tinyfm.recipes.classify import ClassifyRun
 from tinyfm.tokenizer import Tokenizer, encode_captions
@@ -105,7 +104,7 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
             names = model.classes[question]
             truth = [names[i] for i in labels.tolist()]
             guesses = [names[i] for i in probabilities.argmax(1).tolist()]
-            draw_confusions(data.inputs[TEST], truth, guesses, options.picture)
+            zero_shot.draw_confusions(data.inputs[TEST], truth, guesses, options.picture)
         return scores
 
     def read_example(self, opened, options) -> dict[str, Tensor]:
@@ -150,33 +149,20 @@ def spread_rows(count: int, n: int) -> np.ndarray:
 
 # ---- prompts ------------------------------------------------------------------------------------
 
-MOST_WORDS = 200_000
-WORDS = "words.json"  # file of a checkpoint: the words of the captions that the run was trained on
-
-
-def words_of(texts: Iterable[str], tokenizer: Tokenizer) -> set[str]:
-    """The words of the texts; in small letters if the tokenizer reads capital ones as small."""
-    words = {word for text in texts for word in re.findall(r"\w+", text)}
-    if tokenizer.encode("A") == tokenizer.encode("a"):
-        return {word.lower() for word in words}
-    return words
-
 
 def write_words(folder: Path, data: PairData) -> None:
     """Write WORDS into a checkpoint. Training reads the first caption of each picture."""
-    words = words_of((captions[0] for captions in data.train.captions), data.tokenizer)
-    if len(words) <= MOST_WORDS:  # with more, hardly a word is new
-        files.write_json(folder / WORDS, sorted(words))
+    captions = (captions[0] for captions in data.train.captions)
+    words = zero_shot.words_of(captions, data.tokenizer)
+    if len(words) <= zero_shot.MOST_WORDS:  # with more, hardly a word is new
+        files.write_json(folder / zero_shot.WORDS, sorted(words))
 
 
 def warn_if_unseen(opened: OpenRun, texts: Sequence[str]) -> None:
     """Name on stderr the words of the texts that no caption of the run's training data has."""
-    path = opened.folder / WORDS
-    if not path.exists():  # a run of an earlier version, or one that started from another run
-        return
-    unseen = words_of(texts, opened.tokenizer) - {*files.read_record(path, list[str])}
+    unseen = zero_shot.unseen_words(opened.folder, opened.tokenizer, texts)
     if unseen:
-        words = ", ".join(repr(word) for word in sorted(unseen))
+        words = ", ".join(repr(word) for word in unseen)
         print(f"no training caption has {words}", file=sys.stderr)
 
 

@@ -215,7 +215,8 @@ class Server(uvicorn.Server):
 
 def make_config(app: Starlette, grace: float) -> uvicorn.Config:
     """How uvicorn serves the app. grace: seconds that running requests have at the end."""
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for name in ("uvicorn.error", "asyncio"):  # which report each client that goes away
+        logging.getLogger(name).setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
         http=PatientProtocol,

@@ -12,6 +12,7 @@ first token, so what fails before has a status that says so.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,7 +28,7 @@ from tinyfm.adapt import chat
 from tinyfm.generate import visible_from
 from tinyfm.serve.engine import Busy, Done, Engine, Event, TextRequest, Token
 from tinyfm.serve.families import Served, find_run
-from tinyfm.serve.guard import Json, read_json, to_json, unless_gone
+from tinyfm.serve.guard import Json, read_json, unless_gone
 from tinyfm.serve.requests import (
     BadRequest,
     ChatRequest,
@@ -36,6 +37,7 @@ from tinyfm.serve.requests import (
     check,
     read,
 )
+from tinyfm.tokenizer import replace_surrogates
 
 MOST_UNREAD = 4000  # tokens that are kept for a client that does not read its stream
 LOWEST_LOGPROB = -9999.0  # stands for ln 0, which JSON cannot write
@@ -168,14 +170,18 @@ class Reply:
 
     def usage(self) -> dict[str, Any]:
         """Numbers of tokens. A prompt counts once, however many texts follow it."""
-        prompts = self.requests[:: self.asked.n]
-        prompt = sum(len(request.prompt) - len(self.run.front) for request in prompts)
+        n, front = self.asked.n, len(self.run.front)
+        prompt = 0
+        cached = 0
+        for i in range(0, len(self.rows), n):
+            prompt += len(self.requests[i].prompt) - front
+            cached += max(0, max(row.cached for row in self.rows[i : i + n]) - front)
         written = sum(row.written for row in self.rows)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
-            "prompt_tokens_details": {"cached_tokens": sum(row.cached for row in self.rows)},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     # ---- the answer ----
@@ -247,7 +253,8 @@ class Reply:
 
 
 def server_sent(value: dict[str, Any]) -> bytes:
-    return f"data: {to_json(value)}\n\n".encode("utf-8", "replace")
+    """An event. It is ASCII, as some clients take more than line feeds for the end of a line."""
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n".encode("ascii")
 
 
 def finite(logprob: float) -> float:
@@ -371,7 +378,7 @@ def prepare_completion(
                 asked.echo and asked.logprobs is not None,
             )
             requests.append(request)
-            starts.append(prompt if asked.echo else "")
+            starts.append(replace_surrogates(prompt) if asked.echo else "")
     return CompletionReply(asked, run, requests, starts, warnings)
 
 

@@ -12,9 +12,11 @@ from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIP
 from tinyfm.common.schema import shorten
 from tinyfm.ddpm import Diffusion
+from tinyfm.evaluate.zero_shot import unseen_words
 from tinyfm.gpt import GPT
 from tinyfm.serve.requests import BadRequest
 from tinyfm.text2image import TextToImage
+from tinyfm.tokenizer import encode_captions
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,16 @@ def serve_run(opened: Any, path: str, taken: set[str]) -> Served:
         name = f"{folder.as_posix()}:{number}"
         number += 1
     return Served(name, folder, opened, tuple(prompt_ids(opened.model)))
+
+
+def warn_about_texts(run: Served, texts: list[str], warnings: list[str]) -> None:
+    """Warn about texts of which a CLIP, or a text2image run, cannot read all, or knows no word."""
+    config = getattr(run.model.config, "clip", run.model.config)
+    _, cut = encode_captions(run.tokenizer, texts, config.context_length)
+    if cut:
+        limit = f"{config.context_length} tokens, the most that {run.name} reads"
+        warnings.append(f"{cut} of {len(texts)} texts were cut to {limit}")
+    unseen = unseen_words(run.opened.folder, run.tokenizer, texts)
+    if unseen:
+        words = ", ".join(repr(shorten(word)) for word in unseen[:20])
+        warnings.append(f"no training caption has {words}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinyfm.common.seeds import row_generators
 from tinyfm.ddpm import Diffusion, gaussian_noise
 from tinyfm.serve import engine as engines
-from tinyfm.serve.families import Served, find_run
+from tinyfm.serve.families import Served, find_run, warn_about_texts
 from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
 from tinyfm.serve.requests import BadRequest, EditRequest, ImageRequest, decode_base64, read
 from tinyfm.serve.uploads import read_mask, read_picture, to_images, to_pixels, to_png
@@ -99,6 +99,7 @@ async def answer(
     if isinstance(run.model, TextToImage):
         if not asked.prompt.strip():
             raise BadRequest("say what to draw, such as: serif latin capital letter q", "prompt")
+        warn_about_texts(run, [asked.prompt], warnings)
         options = {"steps": asked.steps, "guidance": asked.guidance, "size": size, **given}
         if asked.negative_prompt:
             options["negative"] = asked.negative_prompt

@@ -31,7 +31,7 @@ from tinyfm.clip import CLIP
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
 from tinyfm.serve.engine import Engine, call
-from tinyfm.serve.families import Served, find_run
+from tinyfm.serve.families import Served, find_run, warn_about_texts
 from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
 from tinyfm.serve.requests import (
     BadRequest,
@@ -43,7 +43,6 @@ from tinyfm.serve.requests import (
     texts_or_ids,
 )
 from tinyfm.serve.uploads import read_picture, to_images, to_png
-from tinyfm.tokenizer import encode_captions
 
 AT_ONCE = 64  # pictures that are embedded between two tokens of the texts that others wait for
 
@@ -104,14 +103,6 @@ async def embed(request: Request) -> Response:
 
 def answer(body: dict[str, Any], warnings: list[str]) -> Json:
     return Json(body | {"warnings": warnings} if warnings else body)
-
-
-def warn_if_cut(run: Served, texts: list[str], warnings: list[str]) -> None:
-    """Warn about texts that are longer than the text tower can read."""
-    context = run.model.config.context_length
-    _, cut = encode_captions(run.tokenizer, texts, context)
-    if cut:
-        warnings.append(f"{cut} of {len(texts)} texts cut to {context} tokens, the model's most")
 
 
 # ---- classes -------------------------------------------------------------------------------------
@@ -181,7 +172,7 @@ async def classify(request: Request) -> Response:
     if isinstance(run.model, CLIP):
         if asked.labels is None:
             raise BadRequest("a CLIP chooses among names: give labels", "labels")
-        warn_if_cut(run, asked.labels, warnings)
+        warn_about_texts(run, asked.labels, warnings)
         pixels = await read_pixels(run, asked.image, sent.get("image"))
         classes = {"label": asked.labels}
         work = choose_name(state.engine, run, pixels.transpose(2, 0, 1), asked.labels)
@@ -312,7 +303,7 @@ async def search(request: Request) -> Response:
         pixels = await read_pixels(run, asked.image, sent.get("image"))
         embed_query = (zero_shot.embed_images, run.model, pixels.transpose(2, 0, 1)[None])
     else:
-        warn_if_cut(run, [asked.query], warnings)
+        warn_about_texts(run, [asked.query], warnings)
         embed_query = (zero_shot.embed_texts, run.model, run.tokenizer, [asked.query])
 
     async def find_them() -> tuple[PictureIndex, list[float], list[int]]:
