@@ -66,7 +66,7 @@ class GPTConfig:
     d_head: int = 0  # width of a head; 0 = d_model / n_head
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model, or 8/3 d_model for swiglu
     mlp: Literal["swiglu", "gelu", "exact-gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
-    # Norms before or behind attention and MLP, or both in parallel: see Block and its subclasses.
+    # Norms before or behind attention and MLP; or these in parallel, with one norm or with two.
     block: Literal["pre-norm", "post-norm", "parallel", "parallel-two-norms"] = "pre-norm"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of the norms
     norm_eps: float = 1e-6  # small number added to the variance in each norm
@@ -272,7 +272,7 @@ class Attention(nn.Module):
         k = self.k_norm(k)
         if angles is not None:
             if self.neighbours:
-                # Move pair (2i, 2i + 1) to (i, i + K/2): q . k is a sum, in any order.
+                # Su et al. pair (2i, 2i + 1). Moved to (i, i + K/2): q . k is a sum, in any order.
                 q = rearrange(q, "B N T (pair two) -> B N T (two pair)", two=2)
                 k = rearrange(k, "B G T (pair two) -> B G T (two pair)", two=2)
             q = rotate(q, *angles)
@@ -401,9 +401,10 @@ class PostNormBlock(Block):
 
 
 class ParallelBlock(Block):
-    """Attention and MLP read the same stream, so that they can be computed at the same time.
+    """Attention and MLP read the same stream, so that they can be computed at the same time (Wang
+    and Komatsuzaki 2021, GPT-J).
 
-    x = x + Attention(norm1(x)) + MLP(norm1(x))    parallel: GPT-J, PaLM, Falcon-7B, Command R
+    x = x + Attention(norm1(x)) + MLP(norm1(x))    parallel: PaLM, Falcon-7B, Command R
     x = x + Attention(norm1(x)) + MLP(norm2(x))    parallel-two-norms: Falcon-40B
     """
 
