@@ -70,6 +70,7 @@ def documents(report: Report | None = None) -> Iterator[Document]:
     """Yield each passage once. Raises ValueError, with a command, if the package is not there."""
     if report is None:
         report = Report()
+    report.note(f"licence: {PACKAGE.licence}")
     seen = set()
     for question in questions():
         report.found += 1

@@ -101,6 +101,7 @@ def rows(name: str, report: Report | None = None) -> list[Rated]:
         raise ValueError(f"there are no ratings of {name!r}: choose one of {', '.join(SETS)}")
     if report is None:
         report = Report()
+    report.note(f"licence: {PACKAGE.licence}")
     found = []
     seen = dedupe.Seen(INDEX_MB)
     for number, text, ratings in sentences(name, report):

@@ -66,6 +66,7 @@ def rows(report: Report | None = None, stress: bool = False) -> list[Word]:
     """
     if report is None:
         report = Report()
+    report.note(f"licence: {PACKAGE.licence}")
     found: dict[str, list[Phones]] = {}
     for line in wheels.read(PACKAGE, MEMBER).decode("utf-8").splitlines():
         report.found += 1

