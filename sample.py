@@ -7,6 +7,7 @@
   python sample.py runs/gpt --adapter runs/lora                # adapted
   python sample.py runs/chat --chat                            # talk to it
   python sample.py runs/reviews --prompt "well made"           # which class?
+  python sample.py runs/encoder --prompt "The [MASK] loop"     # fill the gap
   python sample.py runs/clip --image my.png --labels "digit seven, digit one"
   python sample.py runs/clip --prompt "white chess knight" -n 8 --out it.png
   python sample.py runs/autoencoder --seed 1                   # rebuild, draw
@@ -55,9 +56,11 @@ from tinyfm.recipes.base import OpenRun, Run
 @dataclass(frozen=True)
 class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
-    # GPT: text to continue, or nothing for a new one; CLIP: what to find; text2image: what to draw
+    # GPT: text to continue, or nothing for a new one; encoder: text with [MASK]; CLIP: what to
+    # find; text2image: what to draw
     prompt: MaybeText = None
-    # number of texts to write or pictures to find (default: 1), or to draw (default: 8 or 16)
+    # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
+    # candidates for a [MASK] (default: 5)
     n: Annotated[MaybeInt, tyro.conf.arg(aliases=["-n"])] = None
     adapter: RunPaths = ()  # runs that adapted this one: use their changes
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept

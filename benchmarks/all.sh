@@ -48,6 +48,8 @@ run generation python benchmarks/generation.py --repeats 2
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
+run "encoder films" python benchmarks/encoder.py films --record
+run "encoder speed" python benchmarks/encoder.py speed --record
 run "diffusion train" python benchmarks/diffusion.py train
 run "diffusion sample" python benchmarks/diffusion.py sample
 run "text2image judge" python benchmarks/text2image.py judge --folds 7

@@ -1,6 +1,7 @@
 """Measure a trained run:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
-A GPT: nats per token and bits per byte of its validation and test texts. CLIP: zero-shot
+A GPT: nats per token and bits per byte of its validation and test texts. An encoder: nats per
+hidden token, which compare with no GPT's, and the share that it guesses. CLIP: zero-shot
 classification among all names of each held-out split, retrieval of captions and images, and
 classification from image features alone. Diffusion: the distance of its samples from real pictures.
 Text-to-image: the share of pictures that show what their prompt says. A classifier: accuracy and
