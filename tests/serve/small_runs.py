@@ -15,6 +15,7 @@ from tinyfm.adapt.soft_prompt import add_prompt
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
+from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.clip import CLIPClassifyRun
@@ -28,6 +29,7 @@ from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.tokenizer import ByteTokenizer
 
 TEXT = GPTConfig(vocab_size=257, context_length=64, n_layer=1, n_head=2, d_model=32)
+WORDS = EncoderConfig(vocab_size=258, context_length=64, n_layer=1, n_head=2, d_model=32)
 PICTURE = CLIPConfig(
     image_size=8, channels=3, patch_size=4, image_layer=1, image_width=16, image_head=2,
     vocab_size=257, context_length=24, text_layer=1, text_width=16, text_head=2, embed_dim=16,
@@ -69,6 +71,7 @@ BUILDERS = {
     "gpt": lambda: GPT(TEXT),
     "chat": build_chat,
     "soft": build_soft,
+    "encoder": lambda: Encoder(WORDS),
     "clip": lambda: CLIP(PICTURE),
     "reviews": build_reviews,
     "scripts": build_scripts,

@@ -1,5 +1,6 @@
 """The API, by the clients that people use: openai, LangChain, and plain HTTP."""
 
+import asyncio
 import base64
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -32,6 +34,7 @@ from tinyfm.common import sheets
 from tinyfm.evaluate import zero_shot
 from tinyfm.generate import Sampling
 from tinyfm.serve import __main__ as command
+from tinyfm.serve import vectors
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 QUESTION = [{"role": "user", "content": "Is it so?"}]
@@ -254,7 +257,7 @@ def wait_until(happened, seconds=20):
 # ---- vectors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt", "soft", "clip"])
+@pytest.mark.parametrize("name", ["gpt", "soft", "encoder", "clip"])
 def test_embeddings_are_unit_vectors_of_each_text_alone(client, server, name):
     run = server.runs[name]
     texts = ["a cat", "the dog ran"]
@@ -270,10 +273,10 @@ def test_embeddings_are_unit_vectors_of_each_text_alone(client, server, name):
                 for row, mask in zip(rows, masks)
             ]
             expected = torch.nn.functional.normalize(torch.cat(states), dim=1)
-    vectors = torch.tensor([entry.embedding for entry in found.data])
-    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)
+    rows = torch.tensor([entry.embedding for entry in found.data])
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
     numbers = client.embeddings.create(model=name, input=texts[1], encoding_format="float")
-    assert numbers.data[0].embedding == pytest.approx(vectors[1].tolist(), abs=1e-6)
+    assert numbers.data[0].embedding == pytest.approx(rows[1].tolist(), abs=1e-6)
     with pytest.raises(BadRequestError, match="takes 1 to"):
         client.embeddings.create(model=name, input="a" * 100)
 
@@ -310,6 +313,23 @@ def test_clip_names_a_picture_and_finds_pictures(post, server, pictures):
     assert [entry["caption"] for entry in by_picture] == ["red.png"]
     assert by_picture[0]["score"] == pytest.approx(1, abs=1e-5)
     assert by_picture[0]["image"].startswith("data:image/png;base64,")
+
+
+def test_the_vectors_of_a_runs_own_pictures_are_kept(server, tmp_path, monkeypatch):
+    run = server.runs["clip"]
+    images = np.random.default_rng(0).integers(0, 256, (70, 3, 8, 8), dtype=np.uint8)
+    split = SimpleNamespace(images=images, captions=[(f"picture {i}",) for i in range(70)])
+    data = SimpleNamespace(splits={"train": split}, fingerprint="of these")
+    monkeypatch.setattr(run.opened.run, "open_data", lambda: data, raising=False)
+    config = SimpleNamespace(cache=str(tmp_path))
+    monkeypatch.setattr(run.opened.run, "data", config, raising=False)
+    first = asyncio.run(vectors.build_index(server.engine, run, ""))
+    expected = zero_shot.embed_images(run.model, images)
+    torch.testing.assert_close(first.vectors, expected, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(zero_shot, "embed_images", None)  # not needed again
+    again = asyncio.run(vectors.build_index(server.engine, run, ""))
+    assert torch.equal(again.vectors, first.vectors) and again.captions[69] == "picture 69"
+    assert np.array_equal(again.image(69), images[69].transpose(1, 2, 0))
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -396,7 +396,9 @@ def warn_if_cut(run: Served, ids: list[int], warnings: list[str]) -> None:
 def prepare_chat(asked: ChatRequest, run: Served, limit: int, warnings: list[str]) -> Reply:
     """The rows of a chat's answer, as adapt/chat.py builds them. Raises BadRequest."""
     messages = asked.conversation()
-    longest = asked.max_completion_tokens or asked.max_tokens
+    longest = asked.max_completion_tokens
+    if longest is None:
+        longest = asked.max_tokens
     try:
         ids, sampling = chat.prepare_answer(
             run.model, run.tokenizer, messages, asked.sampling(longest, limit)

@@ -12,6 +12,7 @@ from tinyfm.autoencoder import Autoencoder
 from tinyfm.clip import CLIP
 from tinyfm.common.schema import shorten
 from tinyfm.ddpm import Diffusion
+from tinyfm.encoder import Encoder
 from tinyfm.evaluate.zero_shot import unseen_words
 from tinyfm.gpt import GPT
 from tinyfm.serve.requests import BadRequest
@@ -52,6 +53,8 @@ class Served:
             return frozenset({"complete", "embed"} | chat)
         if isinstance(model, CLIP) and model.config.loss != "simclr":
             return frozenset({"embed", "classify", "search"})
+        if isinstance(model, Encoder):
+            return frozenset({"embed"})
         if isinstance(model, Classifier):
             return frozenset({"classify"})
         if isinstance(model, TextToImage):
@@ -68,7 +71,7 @@ ADVICE = {
     "complete": "continue texts: name a run of a GPT",
     "chat": "chat: use /v1/completions to continue a text, or teach a run to answer first, "
     "python train.py gpt --task chat --init-from RUN --out runs/chat",
-    "embed": "embed texts: name a GPT or a CLIP",
+    "embed": "embed texts: name a GPT, an encoder or a CLIP",
     "classify": "classify: name a run of --task classify, or a CLIP with labels",
     "search": "search pictures: name a CLIP that was trained with captions",
     "draw": "draw what a text says: name a text2image run",

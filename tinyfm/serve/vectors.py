@@ -1,10 +1,10 @@
 """Vectors and what follows from them: /v1/embeddings, /v1/classify and /v1/search.
 
-A GPT embeds a text as the mean of its last layer's states, a CLIP by its text tower; both as unit
-vectors, so that their product is the cosine. Each text is embedded alone, so its vector does not
-depend on the others of the request. A search compares the vector of a text, or of a picture, with
-those of all pictures of the run's data, or of the folder that the server was given (`--pictures`).
-These are embedded at the first search and kept.
+A GPT or an encoder embeds a text as the mean of its last layer's states, a CLIP by its text tower;
+all as unit vectors, so that their product is the cosine. Each text is embedded alone, so its vector
+does not depend on the others of the request. A search compares the vector of a text, or of a
+picture, with those of all pictures of the run's data, or of the folder that the server was given
+(`--pictures`). These are embedded at the first search and kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tinyfm.adapt.heads import Classifier, mean_state
 from tinyfm.clip import CLIP
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
-from tinyfm.serve.engine import Engine, call
+from tinyfm.serve.engine import Busy, Engine, call
 from tinyfm.serve.families import Served, find_run, warn_about_texts
 from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
 from tinyfm.serve.requests import (
@@ -44,6 +44,7 @@ from tinyfm.serve.requests import (
 )
 from tinyfm.serve.uploads import read_picture, to_images, to_png
 
+INDEX_SECONDS = 20.0  # that a search waits for the pictures to be embedded
 AT_ONCE = 64  # pictures that are embedded between two tokens of the texts that others wait for
 
 # ---- embeddings ----------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
         row = torch.tensor([[*start, *ids, tokenizer.eot]], device=model.logit_scale.device)
         vector = model.encode_text(row)[0]
     else:
-        row = torch.tensor([[*run.front, *ids]], device=model.head.weight.device)
+        row = torch.tensor([[*run.front, *ids]], device=next(model.parameters()).device)
         real = torch.ones_like(row, dtype=torch.bool)
         real[:, : len(run.front)] = False  # a soft prompt is not the text
         vector = mean_state(model, {"tokens": row, "mask": real})[0]
@@ -278,12 +279,15 @@ class Indexes:
         self.tasks: dict[str, asyncio.Task[PictureIndex]] = {}
 
     async def get(self, run: Served) -> PictureIndex:
-        """Wait for the index of a run. The work goes on if the client does not wait."""
+        """The index of a run. Raises Busy if it takes too long; the work on it goes on."""
         task = self.tasks.get(run.name)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = asyncio.create_task(build_index(self.engine, run, self.folder))
             self.tasks[run.name] = task
-        return await asyncio.shield(task)
+        await asyncio.wait({task}, timeout=INDEX_SECONDS)
+        if not task.done():
+            raise Busy(f"it prepares the pictures of {run.name} for search; ask again in a minute")
+        return task.result()
 
 
 def find_nearest(index: PictureIndex, vector: Tensor, n: int) -> tuple[list[float], list[int]]:
