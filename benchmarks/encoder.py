@@ -6,7 +6,7 @@
 films: are snippets of film reviews positive or negative, learned from 100, 1,000 and all labels? An
 encoder on hidden words, ELECTRA and a GPT are pretrained on passages of Wikipedia, each for the
 same time on this machine, with one tokenizer, and then fine-tuned. Beside them stand an encoder
-with random weights, and logistic regression on the counts of words and of pairs of words. How to
+with random weights, and logistic regression on words and pairs of words, weighted by TF-IDF. How to
 fine-tune (all weights, or the head alone) and the strength of the regression are chosen by the
 accuracy on validation. The table shows test: each seed, and the interval of the median one. A
 person's share is that of data/ratings.py: how often a rater has the sign of the mean of the others.
@@ -26,6 +26,7 @@ the logits of all tokens.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,9 +59,9 @@ PRETRAINED = {  # name -> preset and options
     "GPT": ("gpt",),
 }
 SCRATCH = "random weights"
-WORDS = "word counts"
+WORDS = "no text; words and pairs"
 TRIAL_STEPS = 30  # to measure how long a step takes
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the regression, as scikit-learn's C
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # of the regression, as scikit-learn's C
 
 
 # ---- films ---------------------------------------------------------------------------------------
@@ -70,8 +71,10 @@ def train(out: Path, *options: str) -> Path:
     """Run train.py into a folder, unless it holds a complete run."""
     if not (out / "done").exists():
         command = [sys.executable, "train.py", *options, "--out", str(out.resolve())]
-        if out.exists():
+        if any(out.glob("step-*/manifest.json")):
             command.append("--resume")
+        elif out.exists():  # it was stopped before its first checkpoint
+            shutil.rmtree(out)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         (out / "done").touch()
     return out
@@ -131,7 +134,7 @@ def fine_tune(work: Path, name: str, base: Path, labels: int, seed: int, steps: 
 
 
 def count_words(labels: int, seed: int) -> dict:
-    """Test accuracy of logistic regression on counts, in the form of `fine_tune`."""
+    """Test accuracy of logistic regression on words, in the form of `fine_tune`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -146,7 +149,7 @@ def count_words(labels: int, seed: int) -> dict:
     counts |= {split: counter.transform(read[split]) for split in (VAL, TEST)}
     best = None
     for strength in STRENGTHS:
-        model = LogisticRegression(C=100 * strength, max_iter=1000)
+        model = LogisticRegression(C=strength, max_iter=1000)
         model.fit(counts[TRAIN], truth[TRAIN][data.chosen])
         score = model.score(counts[VAL], truth[VAL])
         if best is None or score > best[0]:
