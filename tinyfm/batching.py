@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from tinyfm import generate
 
+PACKED_SIZE = 1 << 17  # numbers in a weight; for smaller ones, oneDNN's call takes the most time
 PACKED_ROWS = 16  # rows of a product for which packed weights are laid out
 LEAST_ROWS = 4  # rows of a matrix product from which on each row's sums have one order
 PIECE = 128  # tokens of a prompt that are read at once
@@ -57,7 +58,7 @@ def pack_weights(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
             continue
-        if "forward" in vars(layer):  # compiled
+        if layer.weight.numel() < PACKED_SIZE or "forward" in vars(layer):  # small, or compiled
             continue
         try:
             layer.forward = packed_linear(layer.weight.detach(), layer.bias)

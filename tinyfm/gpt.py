@@ -293,19 +293,21 @@ class Attention(nn.Module):
         another factor, `scale`, than 1 / sqrt(K). Dropout, in training only, sets a share of the
         weights to zero.
         """
+        if torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):
+                return self.attend(q, k, v, mask)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-        with torch.autocast(q.device.type, enabled=False):
-            return F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None and q.size(2) > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-                scale=self.scale,
-                enable_gqa=self.grouped,
-            )
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and q.size(2) > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.grouped,
+        )
 
 
 class MLP(nn.Module):
