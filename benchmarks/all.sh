@@ -45,6 +45,7 @@ run "nanogpt bytes" python benchmarks/nanogpt.py bytes "${NANOGPT:--}" "${SHAKES
 run "nanogpt shakespeare" python benchmarks/nanogpt.py shakespeare "${NANOGPT:--}" "${SHAKESPEARE:--}" --rounds 2 --record
 run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}" --rounds 2
 run generation python benchmarks/generation.py --repeats 2
+run serve python benchmarks/serve.py --record
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
