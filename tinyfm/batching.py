@@ -15,10 +15,12 @@ the others wait at most for one piece. Then it joins the batch, which reads one 
 Texts that begin alike read the same keys and values: `PrefixCache` keeps those of recent prompts.
 
 A row's numbers do not depend on the other rows, bit for bit, if the matrix library computes each
-row of a product in one way, whatever the number of rows. MKL, for float32, adds in another order
-when there are fewer than 4; oneDNN, for bfloat16, never does. So a batch has 4, 8, 12 .. rows
-(LEAST_ROWS); the results of those without a text are not used. On a GPU the numbers may differ by
-rounding.
+row of a product in one way, whatever the number of rows. oneDNN does, for bfloat16 and for packed
+weights (`pack_weights`). MKL, for float32, adds in another order when there are fewer than 4. So a
+batch has 4, 8, 12 .. rows (LEAST_ROWS); the results of those without a text are not used.
+generate.stream, with one text, has products of one row. So its tokens are the same, but in float32
+its numbers are not, in their last digits: rarely, a draw falls on another token. On a GPU, both
+may depend on the number of rows.
 
 Letters: B batch, T tokens, V vocabulary, D model width, N query heads, G key/value heads, K head
 width.

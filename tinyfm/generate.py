@@ -12,7 +12,8 @@ the context, the model sees only its latest tokens (see `visible_from`).
 
 Letters: B batch, T tokens, V vocabulary, D model width, G key/value heads, K head width, S slots of
 the cache.
-Left out: beam search, speculative decoding. compiled.py makes generation on a CPU faster.
+Left out: beam search, speculative decoding. compiled.py makes generation on a CPU faster; in
+batching.py texts join and leave a batch between two tokens.
 """
 
 from __future__ import annotations

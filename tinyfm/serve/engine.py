@@ -2,12 +2,13 @@
 
 Requests come from other threads. Texts of one model are written together, token by token
 (batching.py); between two tokens the thread does other short work (`call`) and one step of long
-work (`iterate`, such as a drawing). So no request waits for a long one to end, and no lock guards a
-model. Queues are bounded: who asks when one is full gets `Busy`.
+work (`iterate`, such as a drawing; drawings are made one after the other). So no text waits for the
+end of a long request, and no lock guards a model. Queues are bounded: a request that finds one full
+raises `Busy`.
 
     engine = Engine()
     engine.add("gpt", model, tokenizer)
-    async for event in events(engine, "gpt", TextRequest(ids, Sampling())): ...
+    engine.submit("gpt", TextRequest(ids, Sampling()), print)    # prints each Token, then Done
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from tinyfm.batching import Batch, Drawn, Text, pack_weights
 from tinyfm.tokenizer import Tokenizer
 
 MOST_ALTERNATIVES = 20
-MOST_UNREAD = 10_000  # events that `events` keeps for a client that does not read them
+MOST_UNREAD = 10_000  # events or items that are kept for a client which does not read them
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt to continue. The tokens are those of `sample.py -n` with the same seed, row `index`.
+    """A prompt to continue. The tokens are those of `sample.py -n` with the same seed, row `index`
+    (but for rounding: see batching.py).
 
     The end-of-text token ends the text, and so do the stop tokens of `sampling` and the strings.
     """
@@ -412,7 +414,7 @@ class Arrivals:
         self.ended = False
 
     def put(self, value: Any, last: bool = False, error: BaseException | None = None) -> None:
-        """Called in the engine's thread. Raises Busy if too much is unread."""
+        """Called in the engine's thread. Raises Busy if too much is unread, which ends the work."""
         if self.queue.qsize() > MOST_UNREAD and not last:
             raise Busy("the client does not read")
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (value, last, error))
@@ -437,15 +439,6 @@ class Arrivals:
         if value is None:
             raise StopAsyncIteration
         return value
-
-
-def events(engine: Engine, name: str, request: TextRequest) -> Arrivals:
-    """Submit a text at once; iterate over its Tokens and, at last, Done. Raises as submit does."""
-    arrivals = Arrivals()
-    arrivals.handle = engine.submit(
-        name, request, lambda event: arrivals.put(event, isinstance(event, Done))
-    )
-    return arrivals
 
 
 def items(engine: Engine, function: Callable[[], Iterator]) -> Arrivals:
