@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from timing import by_turns, describe_machine, record
 
 CLIENTS = 8
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 32
 LATECOMERS = 5  # clients whose first token is timed while others write
 FORMATS = ("float32", "bfloat16")
 

@@ -135,6 +135,18 @@ def test_a_client_that_fails_is_cancelled_and_harms_no_other(engine):
     assert len(inbox.all()) == 4
 
 
+def test_a_failing_model_ends_its_texts_alone(engine, model, monkeypatch):
+    def fail() -> None:
+        raise MemoryError("full")
+
+    engine.add("broken", model, TOKENIZER)
+    monkeypatch.setattr(engine.models["broken"].batch, "step", fail)
+    inbox = Inbox()
+    engine.submit("broken", TextRequest([1], Sampling(3)), inbox)
+    assert inbox.all() == [Done("", "cancelled", "MemoryError: full")]
+    assert len(ask(engine, "a", Sampling(3))[0].all()) == 4
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -190,6 +202,10 @@ def test_long_work_goes_on_between_tokens(engine):
         finally:
             closed.set()
 
+    def gone(error) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    engine.iterate(lambda: iter(()), order.put, gone)  # harms nobody
     handle = engine.iterate(endless, order.put, ended.put)
     assert order.get(timeout=20) == 0
     handle.cancel()

@@ -14,9 +14,10 @@ raises `Busy`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -197,13 +198,15 @@ class Iteration:
             pass
         except Exception as raised:
             error = raised
-        if hasattr(self.items, "close"):
-            self.items.close()
-        self.on_end(error)
+        with contextlib.suppress(Exception):  # the generator's own end may fail
+            if isinstance(self.items, Generator):
+                self.items.close()
+        with contextlib.suppress(Exception):  # who waited has gone away
+            self.on_end(error)
         return False
 
 
-class Served:
+class TextModel:
     """A model with the texts that it writes and those that wait for a row."""
 
     def __init__(self, model, tokenizer: Tokenizer, prefix_bytes: int):
@@ -229,7 +232,7 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.prefix_bytes = prefix_bytes
-        self.models: dict[str, Served] = {}
+        self.models: dict[str, TextModel] = {}
         self.calls: deque[tuple[Future, Callable, tuple]] = deque()
         self.iterations: deque[Iteration] = deque()
         self.changed = threading.Condition()  # guards all that is above, but the batches
@@ -244,7 +247,7 @@ class Engine:
         """Serve a language model under this name; on a CPU it is changed by `pack_weights`."""
         pack_weights(model)
         with self.changed:
-            self.models[name] = Served(model, tokenizer, self.prefix_bytes)
+            self.models[name] = TextModel(model, tokenizer, self.prefix_bytes)
 
     def submit(self, name: str, request: TextRequest, on_event: Callable[[Event], None]) -> Handle:
         """Let a model write a text. on_event is called in the engine's thread; Done comes last.
@@ -353,7 +356,7 @@ class Engine:
         except BaseException as error:
             future.set_exception(error)
 
-    def _write(self, served: Served) -> None:
+    def _write(self, served: TextModel) -> None:
         """Let texts leave and join, and write one token of each."""
         for writing in [*served.running.values()]:
             if writing.handle.cancelled:
@@ -370,14 +373,17 @@ class Engine:
                 writing.send_unpredicted()
         if not served.running:
             return
-        for text, result in served.batch.step():
-            writing = served.running[text]
-            writing.receive(result)
+        try:
+            results = served.batch.step()
+        except Exception as error:  # of no single text
+            results = [(text, error) for text in served.running]
+        for text, result in results:
+            served.running[text].receive(result)
         for writing in [*served.running.values()]:
             if writing.ended:
                 served.remove(writing)
 
-    def _next_waiting(self, served: Served) -> list[Writing]:
+    def _next_waiting(self, served: TextModel) -> list[Writing]:
         """The cancelled texts that wait, and as many others as there are free rows."""
         with self.changed:
             free = self.max_rows - len(served.running)
