@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import count_parameters, generators, random_weights
 
 from tinyfm.calc import trace
-from tinyfm.encoder import Attention, Encoder, EncoderConfig, Rows, draw
+from tinyfm.encoder import Attention, Encoder, EncoderConfig, Reach, Rows, draw
 
 V, T = 23, 12
 SMALL = EncoderConfig(V, T, n_layer=2, n_head=4, d_model=32, zero_init=False)
@@ -18,7 +18,14 @@ BERT = replace(
 )
 ROBERTA = replace(BERT, first_position=1)
 ELECTRA = replace(BERT, objective="electra", generator_head=2)
-CONFIGS = {"modern": SMALL, "bert": BERT, "roberta": ROBERTA, "electra": ELECTRA}
+WINDOWS = replace(SMALL, window=2, n_layer=3, window_every=2)
+CONFIGS = {
+    "modern": SMALL,
+    "windows": WINDOWS,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "electra": ELECTRA,
+}
 
 
 def build(config: EncoderConfig) -> Encoder:
@@ -47,7 +54,8 @@ def test_attention_by_hand(padding):
         torch.nn.init.eye_(linear.weight)
     mask = torch.tensor([[True, True] + [False] * padding])
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the real tokens alone
-    y = layer(x, Rows(mask, mask.shape), None)
+    rows = Rows(mask, mask.shape)
+    y = layer(x, rows, Reach(rows.keys, None))
     own = math.exp(0.5**0.5) / (math.exp(0.5**0.5) + 1)  # 0.6698
     torch.testing.assert_close(y, torch.tensor([[own, 1 - own], [1 - own, own]]))
 
@@ -73,6 +81,31 @@ def test_a_token_reads_both_sides():
         assert (model.hidden(other) != before).any(-1).all()
 
 
+def test_a_window():
+    """With a window of 2, a change reaches two tokens on either side in a layer, four in two."""
+    model = build(replace(WINDOWS, n_layer=3, window_every=3))
+    tokens = torch.arange(1, T + 1)[None]
+    other = tokens.clone()
+    other[0, 5] = V - 1
+
+    def reached(layers):
+        x = [model.embeddings(row) for row in (tokens, other)]
+        blocks = model.tower.blocks[1 : 1 + layers]
+        rows = Rows(None, (1, T))
+        _, windowed = model.tower.reaches(rows, T, tokens.device)
+        states = []
+        for row in x:
+            for block in blocks:
+                row = block(rows.pack(row), rows, windowed)
+                row = rows.unpack(row)
+            states.append(row)
+        return (states[0] != states[1]).any(-1)[0].nonzero()[:, 0].tolist()
+
+    assert reached(1) == [3, 4, 5, 6, 7]
+    assert reached(2) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [block.windowed for block in model.tower.blocks] == [False, True, True]
+
+
 def test_positions_of_roberta_skip_padding():
     model = build(replace(ROBERTA, pad_id=1, first_position=2))
     tokens = torch.tensor([[1, 1, 7, 8, 1, 9]])
@@ -96,7 +129,7 @@ def test_candidates_and_loss_by_hand():
     assert metrics["weight"] == 2
 
 
-@pytest.mark.parametrize("name", ["modern", "bert"])
+@pytest.mark.parametrize("name", ["windows", "bert"])
 def test_loss_is_that_of_all_logits(name):
     model = build(CONFIGS[name])
     batch = random_batch()

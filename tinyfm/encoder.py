@@ -27,25 +27,24 @@ One config expresses several published models:
     RoBERTa     Liu et al. 2019: the same; positions start at 2, and padding has none
     DistilBERT  Sanh et al. 2019: half the layers and no segments; adapt/distill.py trains one
     ELECTRA     Clark et al. 2020: as above, with narrow embeddings in the small model
-    ModernBERT  Warner et al. 2024, with full attention in all layers: rotary positions, LayerNorm
-                before each update, GEGLU, no biases
+    ModernBERT  Warner et al. 2024: rotary positions, LayerNorm before each update, GEGLU, no
+                biases, and in two of three layers attention to near tokens only
 
-The default config has the layout of ModernBERT: with the norms before the updates, training needs
-no warmup of thousands of steps (Xiong et al. 2020).
+The default config has the layout of ModernBERT, without windows: with the norms before the updates,
+training needs no warmup of thousands of steps (Xiong et al. 2020).
 
 Padding costs nothing outside of attention, and it changes nothing: see `Rows`.
 
 Letters: B batch, T tokens, D model width, N heads, K head width, F feed-forward width, V
 vocabulary, E embedding width, n real tokens of a batch (no padding), P places that are predicted.
-Left out: BERT's second loss, whether one sentence follows another (RoBERTa does as well without),
-and ModernBERT's layers with a window.
+Left out: BERT's second loss, whether one sentence follows another (RoBERTa does as well without).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +66,9 @@ class EncoderConfig:
     norm_eps: float = 1e-5  # small number added to the variance in each norm
     position: Literal["rope", "learned"] = "rope"  # rotary positions, or a learned vector for each
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    window: int = 0  # tokens on either side to attend to, in layers with a window; 0 = no such ones
+    window_every: int = 3  # with a window, each window_every-th layer from the first has none
+    window_theta: float = 10_000.0  # base of the rotary wavelengths in layers with a window
     # Row of the first position in the table of learned ones. Above 0, padding is not counted.
     first_position: int = 0
     segments: int = 0  # kinds of segments, such as question and answer; 0 = none
@@ -81,7 +83,8 @@ class EncoderConfig:
     def __post_init__(self):
         self._check_at_least(1, "vocab_size", "context_length", "n_layer", "n_head", "d_model")
         self._check_at_least(0, "d_ff", "d_embedding", "first_position", "segments", "pad_id")
-        self._check_at_least(0, "generator_head", "detection_weight")
+        self._check_at_least(0, "generator_head", "detection_weight", "window")
+        self._check_at_least(1, "window_every")
         if self.d_model % self.n_head:
             nearest = self.n_head * max(1, round(self.d_model / self.n_head))
             problem = f"d_model {self.d_model} is not divisible by n_head {self.n_head}"
@@ -176,20 +179,41 @@ class Rows:
 # ---- positions ----------------------------------------------------------------------------------
 
 
-def rotary_angles(config: EncoderConfig) -> Tensor:
+def rotary_angles(config: EncoderConfig, theta: float) -> Tensor:
     """Angle of each position and pair of channels, float32 (context_length, K/2).
 
     Pair i turns by theta^(-2i/K) at each position (Su et al. 2021, eq. 15).
     """
     exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
     positions = torch.arange(config.context_length, dtype=torch.float32)
-    return positions[:, None] / config.rope_theta**exponent
+    return positions[:, None] / theta**exponent
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the channel pairs (i, i + K/2) of x (B, N, T, K) by angles with cos, sin (T, K/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Reach(NamedTuple):
+    """What a layer's tokens attend to, and how positions are read."""
+
+    allowed: Tensor | None  # True where a token may attend to another, (B or 1, 1, T or 1, T)
+    angles: tuple[Tensor, Tensor] | None  # cos and sin of the rotary angles, (T, K/2) each
+
+
+def near(T: int, window: int, keys: Tensor | None, device: torch.device) -> Tensor:
+    """True for the real tokens at a distance of at most `window`: bool (B or 1, 1, T, T).
+
+    keys: True for real tokens, (B, 1, 1, T), or None if all are. A token always attends to itself,
+    padding too, so that no softmax is over an empty set.
+    """
+    positions = torch.arange(T, device=device)
+    distance = (positions[:, None] - positions).abs()[None, None]  # (1, 1, T, T)
+    allowed = distance <= window
+    if keys is not None:
+        allowed = (allowed & keys) | (distance == 0)
+    return allowed
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -236,7 +260,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with N heads: every token attends to every real token of its row."""
+    """Self-attention with N heads: a token attends to the real tokens of its row, or near ones."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -248,13 +272,11 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, D, bias=config.bias)
         self.out = nn.Linear(D, D, bias=config.bias)
 
-    def forward(self, x, rows, angles):
-        """States (n, D) -> (n, D).
+    def forward(self, x, rows, reach):
+        """States (n, D) -> (n, D), by Rows and a Reach. Without dropout:
 
-        angles: cos and sin of the rotary angles, (T, K/2) each, or None. Per head, without dropout:
-
-            weights = (q @ k.mT / sqrt(K)).masked_fill(~rows.keys, -inf).softmax(-1)  # (B, N, T, T)
-            y = weights @ v
+        weights = (q @ k.mT / sqrt(K)).masked_fill(~allowed, -inf).softmax(-1)  # (B, N, T, T)
+        y = weights @ v
         """
         q = rearrange(rows.unpack(self.q(x)), "B T (N K) -> B N T K", N=self.heads)
         k = rearrange(rows.unpack(self.k(x)), "B T (N K) -> B N T K", N=self.heads)
@@ -262,12 +284,12 @@ class Attention(nn.Module):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # On a CPU the backward pass of attention is several times slower in bfloat16.
             q, k, v = q.float(), k.float(), v.float()
-        if angles is not None:
-            q = rotate(q, *angles).to(v.dtype)
-            k = rotate(k, *angles).to(v.dtype)
+        if reach.angles is not None:
+            q = rotate(q, *reach.angles).to(v.dtype)
+            k = rotate(k, *reach.angles).to(v.dtype)
         with torch.autocast(x.device.type, enabled=False):
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.keys, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=reach.allowed, dropout_p=dropout)
         return self.out(rows.pack(rearrange(y, "B N T K -> B T (N K)")))
 
 
@@ -298,21 +320,22 @@ class Block(nn.Module):
     then reads what the embeddings have normalised already.
     """
 
-    def __init__(self, config: EncoderConfig, first: bool):
+    def __init__(self, config: EncoderConfig, layer: int):
         super().__init__()
         self.post = config.norm == "post"
-        skip = first and not self.post
+        self.windowed = config.window > 0 and layer % config.window_every > 0
+        skip = layer == 0 and not self.post
         self.norm1 = nn.Identity() if skip else make_norm(config, config.d_model)
         self.attention = Attention(config)
         self.norm2 = make_norm(config, config.d_model)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rows, angles):
+    def forward(self, x, rows, reach):
         if self.post:
-            x = self.norm1(x + self.dropout(self.attention(x, rows, angles)))
+            x = self.norm1(x + self.dropout(self.attention(x, rows, reach)))
             return self.norm2(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.norm1(x), rows, angles))
+        x = x + self.dropout(self.attention(self.norm1(x), rows, reach))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -325,32 +348,43 @@ class Tower(nn.Module):
         D = config.d_model
         if config.E != D:
             self.project = nn.Linear(config.E, D, bias=config.bias)
-        blocks = range(config.n_layer)
-        self.blocks = nn.ModuleList(Block(config, first=layer == 0) for layer in blocks)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         if config.norm == "pre":
             self.norm = make_norm(config, D)
         self.reset_buffers()
 
     def reset_buffers(self):
         """Compute the tables of rotary angles, which are not saved."""
-        if self.config.position == "rope":
-            angles = rotary_angles(self.config)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+        config = self.config
+        if config.position == "rope":
+            for kind, theta in (("full", config.rope_theta), ("near", config.window_theta)):
+                angles = rotary_angles(config, theta)
+                self.register_buffer(f"{kind}_cos", angles.cos(), persistent=False)
+                self.register_buffer(f"{kind}_sin", angles.sin(), persistent=False)
+
+    def reaches(self, rows: Rows, T: int, device: torch.device) -> tuple[Reach, Reach | None]:
+        """The Reach of layers without a window, and of those with one."""
+        config = self.config
+        full_angles = None
+        near_angles = None
+        if config.position == "rope":
+            full_angles = (self.full_cos[:T], self.full_sin[:T])
+            near_angles = (self.near_cos[:T], self.near_sin[:T])
+        full = Reach(rows.keys, full_angles)
+        if not config.window:
+            return full, None
+        return full, Reach(near(T, config.window, rows.keys, device), near_angles)
 
     def forward(self, x, mask=None):
         """mask (B, T): True for real tokens, or None if all are."""
         config = self.config
-        T = x.size(1)
         rows = Rows(mask, x.shape[:2])
-        angles = None
-        if config.position == "rope":
-            angles = (self.cos[:T], self.sin[:T])
+        full, windowed = self.reaches(rows, x.size(1), x.device)
         x = rows.pack(x)  # (n, E)
         if config.d_model != config.E:
             x = self.project(x)  # (n, D)
         for block in self.blocks:
-            x = block(x, rows, angles)
+            x = block(x, rows, windowed if block.windowed else full)
         if config.norm == "pre":
             x = self.norm(x)
         return rows.unpack(x)

@@ -26,9 +26,11 @@ DISTIL = {
 }  # fmt: skip
 FULL = ["full_attention"] * 2
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+NEAR = {"rope_type": "default", "rope_theta": 50.0}
 MODERN = SIZES | {
-    "layer_types": FULL, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None,
-    "sep_token_id": None, "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+    "layer_types": FULL, "local_attention": 6,
+    "bos_token_id": None, "eos_token_id": None, "cls_token_id": None,
+    "sep_token_id": None, "rope_parameters": {"full_attention": ROPE, "sliding_attention": NEAR},
 }  # fmt: skip
 BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
 TEXTS = [*topics.values()][:9]
@@ -40,6 +42,10 @@ VARIANTS = {
     "discriminator": ("ElectraForPreTraining", SIZES | {"embedding_size": 16}),
     "wide discriminator": ("ElectraForPreTraining", SIZES | {"embedding_size": 24}),
     "modernbert": ("ModernBertForMaskedLM", MODERN),
+    "modernbert with windows": (
+        "ModernBertForMaskedLM",
+        MODERN | {"layer_types": None, "num_hidden_layers": 5},
+    ),
     "modernbert with biases": ("ModernBertForMaskedLM", MODERN | dict.fromkeys(BIASES, True)),
 }
 
@@ -239,6 +245,7 @@ PUBLISHED = {
         "layer_norm_eps": 1e-5}),
     "distilbert": (66_985_530, "DistilBertForMaskedLM", {}),
     "electra-small": (13_549_057, "ElectraForPreTraining", {}),
+    "modernbert-base": (149_655_232, "ModernBertForMaskedLM", {}),
     "electra-base-generator": (33_740_602, "ElectraForMaskedLM", {
         "embedding_size": 768, "hidden_size": 256, "num_attention_heads": 4}),
 }  # fmt: skip
@@ -286,14 +293,33 @@ def test_refused_settings(bert, fields, message):
         Encoder.from_pretrained(bert)
 
 
-def test_layers_with_a_window_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "each n-th layer from the first",
+        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"layer_types": None, "local_attention": 1}, "local_attention is 1"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "yarn"),
+    ],
+)
+def test_refused_settings_of_modernbert(fields, message, tmp_path):
     reference("modernbert").save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ValueError, match=r"sliding_attention.*full_attention in all layers"):
+    edit_json(tmp_path / "config.json", **fields)
+    with pytest.raises(ValueError, match=message):
         Encoder.from_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", layer_types=None)  # as transformers 4 writes it
-    with pytest.raises(ValueError, match=r"full_attention in all layers"):
-        Encoder.from_pretrained(tmp_path)
+
+
+def test_settings_of_modernbert_as_transformers_4_writes_them(tmp_path):
+    theirs = reference("modernbert with windows")
+    theirs.save_pretrained(tmp_path)
+    older = {"global_attn_every_n_layers": 3, "global_rope_theta": 500.0, "local_rope_theta": 50.0}
+    edit_json(tmp_path / "config.json", layer_types=..., rope_parameters=..., **older)
+    ours = Encoder.from_pretrained(tmp_path, torch.float64)
+    assert (ours.config.window, ours.config.window_every) == (3, 3)
+    assert_same_logits(ours, theirs)
 
 
 @pytest.mark.parametrize(

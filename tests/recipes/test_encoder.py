@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call
+from transformers import pipeline
 
 import sample
 import train
@@ -18,6 +19,7 @@ from tinyfm.calc import __main__ as calc
 from tinyfm.common import files
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import encoder as recipe
 from tinyfm.recipes import run_dir
 from tinyfm.tokenizer import ByteTokenizer
@@ -121,6 +123,23 @@ def test_sample_fills_each_mask(capsys):
     # ELECTRA's generator fills them, too.
     assert call(sample, "electra", "--prompt", "the [MASK]at") == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_an_exported_run_fills_masks_as_here(tmp_path, capsys):
+    """The pipeline of transformers, with the probabilities of ordinary tokens alone."""
+    hub.main(["mlm", str(tmp_path)])
+    assert f'pipeline("fill-mask", "{tmp_path}")' in capsys.readouterr().out
+    p = torch.zeros(258)
+    for entry in pipeline("fill-mask", str(tmp_path), top_k=258)("the [MASK]at sat"):
+        p[entry["token"]] = entry["score"]
+    opened = run_dir.open_run("mlm")
+    vocabulary = Vocabulary(opened.tokenizer, 258)
+    ids = recipe.encode_prompt(opened.tokenizer, vocabulary, "the [MASK]at sat")
+    (found,) = recipe.fill(opened.model, vocabulary, ids).values()
+    p[~torch.from_numpy(vocabulary.ordinary)] = 0
+    torch.testing.assert_close(p / p.sum(), found, atol=1e-5, rtol=1e-4)
+    with pytest.raises(SystemExit, match=r"ElectraForPreTraining, needs norm 'post', not 'pre'"):
+        hub.main(["electra", str(tmp_path / "electra")])
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ POST_NORM = {
     "mlp": "gelu",
     "bias": True,
     "first_position": 0,
+    "window": 0,
 }
 BERT_SWITCHES = {
     "hidden_act": ("gelu",),
@@ -239,6 +240,8 @@ ARCHITECTURES = {
             "mlp_bias": False,
             "classifier_bias": False,
             "global_rope_theta": 160_000.0,
+            "local_rope_theta": 10_000.0,
+            "local_attention": 128,
             "global_attn_every_n_layers": 3,
         },
         biases=("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"),
@@ -257,21 +260,48 @@ def read_title(raw: dict, architecture: Architecture) -> str:
     return titles[0]
 
 
-def read_rope_theta(raw: dict) -> float:
-    """Read the base of ModernBERT's rotary positions, as transformers 4 or 5 writes it.
+def read_windows(raw: dict) -> dict[str, Any]:
+    """Read which of ModernBERT's layers have a window, as transformers 4 or 5 writes it.
 
-    Raises ValueError for layers with a window, and for an extended context.
+    Raises ValueError unless each n-th layer from the first has none.
     """
-    full = {"full_attention"}
-    kinds = set(raw.get("layer_types") or full)
-    if not raw.get("layer_types") and raw["global_attn_every_n_layers"] != 1:
-        kinds.add("sliding_attention")
-    if kinds != full:
-        refuse("layer_types", sorted(kinds), "full_attention in all layers, without a window")
-    rope = (raw.get("rope_parameters") or {}).get("full_attention") or {}
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        refuse("rope_parameters", rope or raw["rope_scaling"], "the rope_type default")
-    return rope.get("rope_theta", raw["global_rope_theta"])
+    layers = raw["num_hidden_layers"]
+    every = raw["global_attn_every_n_layers"]
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if len(full) == layers:
+        return {"window": 0}
+    every = full[1] if len(full) > 1 else layers
+    if full != [*range(0, layers, every)] or not {*kinds} <= {
+        "full_attention",
+        "sliding_attention",
+    }:
+        refuse("layer_types", kinds, "full_attention in each n-th layer from the first")
+    width = raw["local_attention"]
+    if type(width) is not int or width < 2:
+        refuse("local_attention", width, "a whole number of 2 or more")
+    return {"window": width // 2, "window_every": every}
+
+
+def read_thetas(raw: dict) -> dict[str, Any]:
+    """Read the bases of ModernBERT's rotary positions, as transformers 4 or 5 writes them.
+
+    Raises ValueError for an extended context.
+    """
+    thetas = {}
+    for ours, kind, older in (
+        ("rope_theta", "full_attention", "global_rope_theta"),
+        ("window_theta", "sliding_attention", "local_rope_theta"),
+    ):
+        rope = (raw.get("rope_parameters") or {}).get(kind) or {}
+        if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
+            refuse("rope_parameters", rope or raw["rope_scaling"], "the rope_type default")
+        thetas[ours] = rope.get("rope_theta", raw[older])
+        if type(thetas[ours]) not in (int, float):
+            refuse(older, thetas[ours], "a number")
+    return thetas
 
 
 def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
@@ -295,9 +325,7 @@ def read_config(config_cls: type, folder: Path) -> tuple[str, Any]:
             values["first_position"] = values["pad_id"] + 1
             values["context_length"] -= values["first_position"]
         if model_type == "modernbert":
-            values["rope_theta"] = layout.read_fields(
-                {"rope_theta": read_rope_theta(raw)}, [("rope_theta", "rope_theta")], config_cls
-            )["rope_theta"]
+            values |= read_windows(raw) | read_thetas(raw)
         if title == DISCRIMINATOR:
             values |= {"objective": "electra", "generator_head": 0}
         return model_type, config_cls(**values)
@@ -365,12 +393,20 @@ def write_config(config: Any, model_type: str) -> dict[str, Any]:
     if model_type == "roberta":
         raw["max_position_embeddings"] += config.first_position
     if model_type == "modernbert":
-        # transformers 4 reads the first two, transformers 5 the others.
+        layers = range(config.n_layer)
+        every = config.window_every if config.window else 1
+        bases = {"full_attention": config.rope_theta, "sliding_attention": config.window_theta}
+        raw["local_attention"] = 2 * config.window or 128
+        # transformers 4 reads the first three, transformers 5 the others.
+        raw["global_attn_every_n_layers"] = every
         raw["global_rope_theta"] = config.rope_theta
-        raw["global_attn_every_n_layers"] = 1
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        raw["layer_types"] = ["full_attention"] * config.n_layer
-        raw["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
+        raw["local_rope_theta"] = config.window_theta
+        raw["layer_types"] = [
+            "sliding_attention" if i % every else "full_attention" for i in layers
+        ]
+        raw["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()
+        }
     return raw
 
 
