@@ -316,16 +316,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the encoder: attention, then an MLP, each added to the states.
 
-    "post", as in 2017: the sum is normalised. "pre": what is read is normalised. The first block
-    then reads what the embeddings have normalised already.
+    "post", as in 2017: the sum is normalised. "pre": what is read is normalised. The embeddings are
+    normalised already, so the first block reads them as they are, unless they were projected.
     """
 
     def __init__(self, config: EncoderConfig, layer: int):
         super().__init__()
         self.post = config.norm == "post"
         self.windowed = config.window > 0 and layer % config.window_every > 0
-        skip = layer == 0 and not self.post
-        self.norm1 = nn.Identity() if skip else make_norm(config, config.d_model)
+        normalised = layer == 0 and not self.post and config.d_model == config.E
+        self.norm1 = nn.Identity() if normalised else make_norm(config, config.d_model)
         self.attention = Attention(config)
         self.norm2 = make_norm(config, config.d_model)
         self.mlp = MLP(config)

@@ -163,8 +163,8 @@ def their_layers(model: nn.Module) -> dict[str, str]:
         names = clip.NAMES
     else:
         raise ValueError(
-            f"this {type(model).__name__} has no layout in peft; use a GPT, or a CLIP whose stem "
-            "is patch"
+            f"this {type(model).__name__} has no layout in peft; export the whole model, without "
+            "--adapter, or use a GPT, or a CLIP whose stem is patch"
         )
     layers = find_layers(model, ".")
     return {name: translate(f"{name}.weight", names).removesuffix(".weight") for name in layers}

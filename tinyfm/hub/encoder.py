@@ -117,7 +117,7 @@ class Architecture:
     titles: tuple[str, ...]  # names of its classes that are read; the first is written
     prefix: str  # before the names of its modules, all but those of the head
     body: str  # the table of these names
-    head: tuple[str, str, str]  # names of head.transform, head.norm and the bias of head.decoder
+    head: tuple[str, str, str, str]  # names of head.transform, .norm, .decoder and its bias
     column: int  # its column in FIELD_TABLE
     fixed: dict[str, Any]  # our fields -> the only value that the class computes
     allowed: dict[str, tuple]  # their fields -> values that ours computes; the first is written
@@ -127,7 +127,7 @@ class Architecture:
     def names(self) -> dict[str, str]:
         """Our modules -> theirs."""
         names = {ours: f"{self.prefix}.{theirs}" for ours, theirs in name_pairs(self.body, 1)}
-        ours = ("head.transform", "head.norm", "head.decoder.bias")
+        ours = ("head.transform", "head.norm", "head.decoder", "head.decoder.bias")
         return names | dict(zip(ours, self.head)) | DISCRIMINATOR_NAMES
 
     def fields(self) -> list[tuple[str, str]]:
@@ -171,6 +171,7 @@ ARCHITECTURES = {
         head=(
             "cls.predictions.transform.dense",
             "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
             "cls.predictions.bias",
         ),
         column=BERT_COLUMN,
@@ -182,7 +183,7 @@ ARCHITECTURES = {
         titles=("RobertaForMaskedLM",),
         prefix="roberta",
         body=BERT_NAMES,
-        head=("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+        head=("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
         column=BERT_COLUMN,
         fixed=POST_NORM,
         allowed=BERT_SWITCHES,
@@ -192,7 +193,7 @@ ARCHITECTURES = {
         titles=("DistilBertForMaskedLM",),
         prefix="distilbert",
         body=DISTILBERT_NAMES,
-        head=("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+        head=("vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias"),
         column=DISTILBERT_COLUMN,
         fixed=POST_NORM | {"segments": 0, "norm_eps": 1e-12},
         allowed={"activation": ("gelu",), "tie_word_embeddings": (True,)},
@@ -205,6 +206,7 @@ ARCHITECTURES = {
         head=(
             "generator_predictions.dense",
             "generator_predictions.LayerNorm",
+            "generator_lm_head",
             "generator_lm_head.bias",
         ),
         column=BERT_COLUMN,
@@ -216,7 +218,7 @@ ARCHITECTURES = {
         titles=("ModernBertForMaskedLM",),
         prefix="model",
         body=MODERNBERT_NAMES,
-        head=("head.dense", "head.norm", "decoder.bias"),
+        head=("head.dense", "head.norm", "decoder", "decoder.bias"),
         column=MODERNBERT_COLUMN,
         fixed={
             "norm": "pre",
@@ -265,20 +267,18 @@ def read_windows(raw: dict) -> dict[str, Any]:
 
     Raises ValueError unless each n-th layer from the first has none.
     """
-    layers = raw["num_hidden_layers"]
     every = raw["global_attn_every_n_layers"]
     kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    if len(full) == layers:
+    if kinds is not None:
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        every = full[1] if len(full) > 1 else len(kinds)
+        expected = [
+            "sliding_attention" if i % every else "full_attention" for i in range(len(kinds))
+        ]
+        if kinds != expected:
+            refuse("layer_types", kinds, "full_attention in each n-th layer from the first")
+    if every == 1:
         return {"window": 0}
-    every = full[1] if len(full) > 1 else layers
-    if full != [*range(0, layers, every)] or not {*kinds} <= {
-        "full_attention",
-        "sliding_attention",
-    }:
-        refuse("layer_types", kinds, "full_attention in each n-th layer from the first")
     width = raw["local_attention"]
     if type(width) is not int or width < 2:
         refuse("local_attention", width, "a whole number of 2 or more")
@@ -494,10 +494,7 @@ def weights_of(folder: Path, model_type: str) -> dict[str, Tensor]:
 
     # The decoder may be stored too; then it must equal what it is tied to.
     embedding = architecture.names()["embeddings.token_embedding"] + ".weight"
-    bias = architecture.head[2]
-    decoder = bias.removesuffix(".bias")
-    if not decoder.endswith(("vocab_projector", "generator_lm_head", "decoder")):
-        decoder += ".decoder"
+    *_, decoder, bias = architecture.head
     for copy, original in ((f"{decoder}.weight", embedding), (f"{decoder}.bias", bias)):
         if copy == original or copy not in stored:
             continue
