@@ -6,7 +6,7 @@
 #   benchmarks/all.sh --list        only print the commands
 #
 # NANOGPT and MINBPE are folders with clones of these repositories, SHAKESPEARE is the file of
-# tiny Shakespeare, TEXT2IMAGE a trained run. A benchmark whose variable is not set is left out, and
+# tiny Shakespeare, GPT and TEXT2IMAGE are trained runs. A benchmark whose variable is not set is left out, and
 # a line says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,6 +46,7 @@ run "nanogpt shakespeare" python benchmarks/nanogpt.py shakespeare "${NANOGPT:--
 run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}" --rounds 2
 run generation python benchmarks/generation.py --repeats 2
 run serve python benchmarks/serve.py --record
+run serve_load python benchmarks/serve_load.py "${GPT:--}"
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
