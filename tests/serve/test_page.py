@@ -27,6 +27,7 @@ from tinyfm.common.seeds import row_generators
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT
 from tinyfm.serve import costs, drawing, text_views
+from tinyfm.serve.__main__ import about_run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -57,8 +58,9 @@ def server(tmp_path_factory):
     make_run(folder / "two", [4.0, 3.5, 3.25])
     names = ("gpt", "chat", "clip", "ddpm", "text2image")
     runs = small_runs.build_runs(tmp_path_factory.mktemp("served"), names)
-    more = {"pictures": str(pictures), "runs_folder": str(folder), "verdict": lambda path: "good"}
+    more = {"pictures": str(pictures), "runs_folder": str(folder), "about": lambda path: ["good"]}
     with small_runs.serving(runs, **more) as server:
+        server.runs_folder = folder
         yield server
 
 
@@ -176,6 +178,7 @@ def test_mistakes_are_answered_before_a_stream_starts(client):
         ("/api/draw", {"model": "text2image", "prompt": " "}, "prompt"),
         ("/api/draw", {"model": "ddpm", "sampler": "none"}, "none"),
         ("/api/draw", {"model": "ddpm", "steps": 10**9}, "steps"),
+        ("/api/draw", {"model": "ddpm", "image": "data:,"}, "image"),
         ("/api/draw", {"model": "gpt"}, "gpt"),
         ("/api/walk", {"model": "text2image", "first": "x", "last": "x"}, "first"),
         ("/api/attention", {"model": "gpt", "text": "a", "layer": 9}, "layer is 9"),
@@ -214,6 +217,12 @@ def test_costs_are_those_of_the_calculator():
     for name, layers, heads in (("gpt2-medium", 24, 16), ("gpt2-xl", 48, 25)):
         like = systems.get("gpt2", layers=layers, heads=heads)
         assert like.parameters == systems.get(name).parameters
+
+
+def test_what_a_run_costs_and_what_it_reached(tiny_run):
+    cost, verdict = about_run(tiny_run)
+    assert "parameters" in cost
+    assert "untrained" in verdict
 
 
 # ---- the page in a browser -----------------------------------------------------------------------
@@ -347,6 +356,7 @@ def test_text(page, server):
         return tokens.map((token) => Number(token.style.getPropertyValue("--weight")));
     """)
     assert max(found) == 1 and found[4:] == [0, 0, 0]
+    assert page.find(".attention .hint").text.count("%") == 3
 
     # The text is that of sample.py.
     page.set("[name=maxTokens]", 12)
@@ -437,14 +447,19 @@ def test_search(page):
     assert sorted(page.texts("#named .name")) == ["blue", "green", "red"]
 
 
-def test_runs_and_costs(page):
+def test_runs_and_costs(page, server):
     page.open("runs")
     page.wait(lambda: len(page.all("#curves polyline")) == 2)
     page.wait(lambda: page.texts("#samples pre") == [HTML])  # text, no picture
     assert not page.all("#samples img")
-    assert "good" in page.find("#verdict").text
+    page.wait(lambda: "good" in page.find("#verdict").text)
     page.set("#samples-step", 0)
     page.wait(lambda: page.texts("#samples pre") == ["first"])
+    # A run that trains: its curve grows.
+    with (server.runs_folder / "one" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "val_loss": 2.25}\n')
+    page.wait(lambda: "step 30" in page.texts("#run-list .hint"))
+    page.wait(lambda: len(page.all("#curves circle")) == 4 + 3)
     page.click("#run-list input")
     page.wait(lambda: len(page.all("#curves polyline")) == 1)
 

@@ -24,12 +24,15 @@ import threading
 import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 import tinyfm.common.startup as startup
 from tinyfm import adapt, compiled
+from tinyfm.calc import estimate
 from tinyfm.common import device as devices
 from tinyfm.common.config import FolderPath, Name, RunPaths, Text, Texts
 from tinyfm.common.console import run_command
@@ -181,6 +184,17 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{ip}]:{port}/" if ip.version == 6 else f"http://{ip}:{port}/"
 
 
+def about_run(folder: Path) -> list[str]:
+    """What a run costs to train, and what it reached: two sentences for the page.
+
+    Raises ValueError if config.json is none of a run.
+    """
+    _, run = run_dir.read_settings(folder / "config.json")
+    with torch.device("meta"):
+        model = run.build_model()
+    return [estimate.describe(model, run.optim, run.train), run_dir.read_verdict(folder)]
+
+
 # ---- running -------------------------------------------------------------------------------------
 
 
@@ -237,9 +251,7 @@ def serve(options: Options) -> None:
     listening = listen(options.host, options.port)
     served = open_runs(options)
     engine = start_engine(served, options)
-    app = create_app(
-        served, engine, settings, options.pictures, options.runs_folder, run_dir.read_verdict
-    )
+    app = create_app(served, engine, settings, options.pictures, options.runs_folder, about_run)
     url = url_of(listening)
     for run in served:
         can = ", ".join(sorted(run.abilities)) or "nothing that this server offers"

@@ -116,12 +116,12 @@ def create_app(
     settings: Settings | None = None,
     pictures: str = "",
     runs_folder: str = "runs",
-    verdict: Callable[[Path], str] = lambda folder: "",
+    about: Callable[[Path], list[str]] = lambda folder: [],
 ) -> Starlette:
     """The server as an ASGI application. The engine has the text models among the runs already.
 
     pictures: a folder to search, instead of the data of each CLIP. runs_folder: where the page
-    finds runs to compare. verdict: what the page says of the run in a folder.
+    finds runs to compare. about: what the page says of the run in a folder, in sentences.
     """
     settings = settings or Settings()
     routes = [*ROUTES]
@@ -138,6 +138,6 @@ def create_app(
     app.state.engine = engine
     app.state.settings = settings
     app.state.runs_folder = runs_folder
-    app.state.verdict = verdict
+    app.state.about = about
     app.state.indexes = vectors.Indexes(engine, pictures)
     return app

@@ -111,7 +111,7 @@ def handle(kind: type, function: Callable[[Request, Any], Awaitable[Any]]) -> Ca
 
 
 def handle_query(function: Callable[[Request], Any]) -> Callable:
-    """A handler of GET. The function reads files, so it runs in a thread of its kind."""
+    """A handler of GET. The function may read files, so another thread calls it."""
 
     @wraps(function)
     async def answer(request: Request) -> Response:
@@ -153,8 +153,7 @@ def read_pieces(run: Served, text: str) -> list[dict[str, Any]]:
     return [text_views.piece(run.tokenizer, i)._asdict() for i in ids]
 
 
-def read_next(run: Served, text: str) -> dict[str, Any]:
-    ids = text_views.read_ids(run.tokenizer, text, run.front)
+def read_next(run: Served, ids: list[int]) -> dict[str, Any]:
     logits = text_views.next_logits(run.model, run.tokenizer, ids)
     likeliest = logits.topk(min(text_views.LIKELIEST, len(logits))).indices.tolist()
     pieces = [text_views.piece(run.tokenizer, i)._asdict() for i in likeliest]
@@ -162,11 +161,17 @@ def read_next(run: Served, text: str) -> dict[str, Any]:
     return {"logits": base64.b64encode(data).decode(), "likeliest": pieces}
 
 
-def read_attention(run: Served, asked: AttentionRequest) -> dict[str, Any]:
-    ids = text_views.read_ids(run.tokenizer, asked.text, run.front)
+def read_attention(run: Served, ids: list[int], asked: AttentionRequest) -> dict[str, Any]:
     ids, weights = text_views.attention(run.model, ids, asked.layer, asked.head)
     rows = [[round(w, 4) for w in row[: t + 1]] for t, row in enumerate(weights.tolist())]
     return {"ids": ids, "weights": rows}
+
+
+async def find_ids(request: Request, given: LookRequest) -> tuple[Served, list[int]]:
+    """(a run that continues texts, the ids that it reads of the text)."""
+    run = find_run(request.app.state.runs, given.model, "complete")
+    args = (run.tokenizer, given.text, run.front)
+    return run, await anyio.to_thread.run_sync(text_views.read_ids, *args)
 
 
 async def tokens(request: Request, given: LookRequest) -> dict[str, Any]:
@@ -180,14 +185,14 @@ async def next_token(request: Request, given: LookRequest) -> dict[str, Any]:
 
     The page applies temperature and filters to them itself.
     """
-    run = find_run(request.app.state.runs, given.model, "complete")
-    return await call(request.app.state.engine, read_next, run, given.text)
+    run, ids = await find_ids(request, given)
+    return await call(request.app.state.engine, read_next, run, ids)
 
 
 async def attention(request: Request, given: AttentionRequest) -> dict[str, Any]:
     """The attention weights of one head: row t has those of token t to tokens 0 ... t."""
-    run = find_run(request.app.state.runs, given.model, "complete")
-    return await call(request.app.state.engine, read_attention, run, given)
+    run, ids = await find_ids(request, given)
+    return await call(request.app.state.engine, read_attention, run, ids, given)
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -249,6 +254,8 @@ async def draw(request: Request, given: FilmRequest) -> Response:
     run = find_run(state.runs, given.model, "draw", "sample")
     if isinstance(run.model, TextToImage):
         check(bool(given.prompt.strip()), "prompt", given.prompt, "what to draw")
+    elif given.image:
+        raise BadRequest(f"the run {run.name} draws from noise alone: leave out image", "image")
     pictures = await anyio.to_thread.run_sync(read_given, run, given)
     arrivals = items(state.engine, partial(draw_events, run, given, pictures))
     first = await anext(arrivals, None)  # a mistake is answered before the stream starts
@@ -303,16 +310,20 @@ def named_run(request: Request) -> Path:
 
 
 def describe_runs(request: Request) -> list[dict[str, Any]]:
-    """All runs with their settings, scores and verdicts."""
+    """All runs with their settings and scores."""
     described = []
     for name, folder in all_runs(request).items():
         try:
             row = {"name": name, **run_views.describe(folder, time.time())}
-            row["verdict"] = request.app.state.verdict(folder)
         except (ValueError, KeyError, OSError) as error:
             row = {"name": name, "error": str(error)}
         described.append(row)
     return described
+
+
+def describe_run(request: Request) -> list[str]:
+    """What ?run=NAME costs to train, and what it reached, in sentences."""
+    return request.app.state.about(named_run(request))
 
 
 def list_metrics(request: Request) -> dict[str, Any]:
@@ -356,6 +367,7 @@ routes = [
     Route("/api/draw", handle(FilmRequest, draw), methods=["POST"]),
     Route("/api/walk", handle(WalkRequest, walk), methods=["POST"]),
     Route("/api/runs", handle_query(describe_runs)),
+    Route("/api/about", handle_query(describe_run)),
     Route("/api/metrics", handle_query(list_metrics)),
     Route("/api/samples", handle_query(list_samples)),
     Route("/api/sample", handle_query(show_sample)),

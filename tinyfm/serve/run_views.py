@@ -6,6 +6,7 @@ request can thus reach no other file: what it names is looked up, and no path is
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,6 +40,17 @@ def list_runs(folder: Path, named: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
+@functools.lru_cache(MOST_RUNS)
+def read_unchanged(path: Path, changed: int) -> list[dict]:
+    """The rows of a metrics.jsonl that was changed at that time: read once."""
+    return read_metrics(path)
+
+
+def read_rows(folder: Path) -> list[dict]:
+    path = folder / METRICS
+    return read_unchanged(path, path.stat().st_mtime_ns)
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     if not isinstance(tree, dict):
@@ -58,7 +70,7 @@ def describe(folder: Path, now: float) -> dict[str, Any]:
     steps = flatten(record).get("train.steps")
     if not isinstance(steps, int):
         raise ValueError(f"{folder / 'config.json'} has no train.steps: it is none of a run")
-    rows = read_metrics(folder / METRICS)
+    rows = read_rows(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     score = summary_score(evaluations[-1]) if evaluations else "val_loss"
     times = [row["time"] for row in rows if "time" in row]
@@ -88,7 +100,7 @@ def curves(folder: Path, after: int) -> dict[str, Any]:
 
     after: only rows of later steps.
     """
-    rows = [row for row in read_metrics(folder / METRICS) if row["step"] > after]
+    rows = [row for row in read_rows(folder) if row["step"] > after]
     kept = []
     for row in thin(rows, MOST_POINTS):
         names = [n for n in row if n == "step" or n.startswith(("loss", "val_")) or "_val" in n]

@@ -57,7 +57,8 @@ async function ask(question) {
     }
   });
   $("chat-stop").disabled = true;
-  messages.push({ role: "assistant", content: answer.textContent });
+  if (answer.textContent) messages.push({ role: "assistant", content: answer.textContent });
+  else messages.pop(); // the question was not answered: do not send it again
 }
 
 export function start(found) {

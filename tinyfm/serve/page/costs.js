@@ -60,6 +60,7 @@ function job() {
 }
 
 async function calculate() {
+  if (!systems.length) return; // the lists are still on their way
   const asked = job();
   await attempt($("costs-status"), async () => {
     const found = await post("/api/costs", asked);

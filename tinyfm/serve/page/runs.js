@@ -56,8 +56,9 @@ function draw() {
 }
 
 function listRuns() {
-  const items = runs.map((run) => {
-    const check = el("input", { type: "checkbox", checked: drawn.has(run.name) });
+  const focused = document.activeElement?.id; // the new list keeps it
+  const items = runs.map((run, i) => {
+    const check = el("input", { type: "checkbox", id: `run-${i}`, checked: drawn.has(run.name) });
     check.addEventListener("change", async () => {
       if (check.checked) drawn.add(run.name);
       else drawn.delete(run.name);
@@ -68,6 +69,7 @@ function listRuns() {
     return el("li", {}, el("label", {}, check, drawn.has(run.name) ? lineSample(style(run.name)) : "", run.name, el("span", { class: "hint" }, state)));
   });
   $("run-list").replaceChildren(...items);
+  if (focused?.startsWith("run-")) $(focused)?.focus();
   fill($("run"), runs.filter((run) => !run.error).map((run) => [run.name]));
 }
 
@@ -95,18 +97,15 @@ async function follow() {
 
 function describe(run) {
   const score = (value) => (value === null ? "none yet" : Number(value.toPrecision(4)));
-  const parts = [
-    `${run.preset}: step ${run.step.toLocaleString("en")} of ${run.steps.toLocaleString("en")}`,
-    `${run.score} ${score(run.first)} to ${score(run.last)}`,
-    `${duration(run.seconds)} of training`,
-  ];
-  return run.verdict ? `${parts[0]}, ${parts[2]}. ${run.verdict}` : parts.join(", ");
+  const steps = `step ${run.step.toLocaleString("en")} of ${run.steps.toLocaleString("en")}`;
+  const reached = `${run.score} ${score(run.first)} to ${score(run.last)}`;
+  return `${run.preset}: ${steps}, ${reached}, ${duration(run.seconds)} of training`;
 }
 
 async function choose() {
   const run = runs.find((one) => one.name === $("run").value);
   if (!run) return;
-  $("verdict").textContent = describe(run);
+  $("verdict").replaceChildren(el("p", {}, describe(run)));
   const settings = Object.entries(run.config).map(([name, value]) =>
     el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)),
   );
@@ -115,8 +114,12 @@ async function choose() {
   $("samples").replaceChildren();
   await attempt($("runs-status"), async () => {
     const found = await get("/api/samples", { run: run.name });
+    if ($("run").value !== run.name) return; // another one was chosen meanwhile
     for (const sample of found) film.add({ ...sample, run: run.name });
     if (!found.length) $("samples").replaceChildren("This run has written no samples yet.");
+    const sentences = await get("/api/about", { run: run.name });
+    if ($("run").value !== run.name) return;
+    $("verdict").append(...sentences.filter(Boolean).map((sentence) => el("p", {}, sentence)));
   });
 }
 
@@ -136,11 +139,12 @@ export async function open() {
   await attempt($("runs-status"), async () => {
     runs = await get("/api/runs");
     // Losses of one family can be compared; those of others are a click away.
-    for (const run of runs) if (run.family === runs[0].family) drawn.add(run.name);
+    const first = runs.find((run) => !run.error);
+    for (const run of runs) if (run.family === first?.family && !run.error) drawn.add(run.name);
     listRuns();
     await look();
-    await choose();
     setInterval(follow, EVERY);
+    await choose();
   });
 }
 

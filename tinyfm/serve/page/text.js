@@ -3,7 +3,7 @@
 
 import { $, attempt, copy, el, fill, later, percent, roving, say, showValues, visible } from "./dom.js";
 import { post } from "./api.js";
-import { fromBase64, probabilities } from "./sampling.js";
+import { fromBase64, order, probabilities } from "./sampling.js";
 import { Writer } from "./writing.js";
 
 const SHOWN = 10; // likeliest tokens
@@ -37,7 +37,7 @@ class Pane {
     this.find("h2").textContent = model.id;
     this.logits = null;
     this.weights = null;
-    this.writer = new Writer(this);
+    this.writer = new Writer(this, showWriting);
     const numbers = (n) => Array.from({ length: n }, (_, i) => [String(i)]);
     fill(this.find(".layer"), numbers(model.layers));
     fill(this.find(".head"), numbers(model.heads));
@@ -144,6 +144,7 @@ class Pane {
     const skipped = this.weights ? tokens.length - this.weights.length : 0;
     const row = from && this.weights?.[tokens.indexOf(from) - skipped];
     const most = row ? Math.max(...row) : 1;
+    if (row) this.find(".attention .hint").textContent = this.inWords(row, skipped);
     tokens.forEach((token, i) => {
       const weight = row?.[i - skipped] ?? 0;
       token.classList.toggle("attended", Boolean(row));
@@ -151,6 +152,14 @@ class Pane {
       token.style.setProperty("--weight", weight / most);
       token.title = row ? percent(weight) : "";
     });
+  }
+
+  /** The three tokens that get most attention: "It attends to with 55%, The 21%, ..." */
+  inWords(row, skipped) {
+    const pieces = this.root.querySelectorAll(".tokens .piece");
+    const most = order(row).slice(0, 3);
+    const parts = most.map((i) => `${pieces[i + skipped].textContent} ${percent(row[i])}`);
+    return `It attends most to ${parts.join(", ")}.`;
   }
 }
 
@@ -173,6 +182,7 @@ function arrange() {
   panes = names.map((name) => new Pane(models.find((model) => model.id === name)));
   $("panes").replaceChildren(...panes.map((pane) => pane.root));
   $("panes").classList.toggle("two", panes.length > 1);
+  showWriting();
   read();
 }
 
@@ -180,12 +190,15 @@ function stop() {
   for (const pane of panes) pane.writer.stop();
 }
 
-async function write() {
-  $("write").disabled = true;
-  $("write-stop").disabled = false;
-  await Promise.all(panes.map((pane) => pane.writer.write($("prompt").value, settings())));
-  $("write").disabled = false;
-  $("write-stop").disabled = true;
+function write() {
+  for (const pane of panes) pane.writer.write($("prompt").value, settings());
+}
+
+/** One button starts and one stops, whichever can. */
+function showWriting() {
+  const writing = panes.some((pane) => pane.writer.running);
+  $("write").disabled = writing;
+  $("write-stop").disabled = !writing;
 }
 
 export function start(found) {

@@ -20,8 +20,10 @@ function isPart(name) {
 }
 
 export class Writer {
-  constructor(pane) {
+  /** changed() is called when the writing starts and when it ends. */
+  constructor(pane, changed) {
     this.pane = pane;
+    this.changed = changed;
     this.tokens = []; // {name, text, logprob, top: {name: logprob}, chosen}
     this.running = null;
     roving(pane.find(".written .text"), "button");
@@ -36,6 +38,7 @@ export class Writer {
     this.stop();
     const control = new AbortController();
     this.running = control;
+    this.changed();
     this.prompt = prompt;
     this.settings = settings;
     this.tokens = kept;
@@ -68,6 +71,7 @@ export class Writer {
       }
     });
     if (this.running === control) this.running = null;
+    this.changed();
   }
 
   show() {
