@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: what is scored, what is equal on both sides, what is written."""
 
 import importlib
+import json
 import math
 import sys
 
@@ -140,3 +141,43 @@ def test_a_part_of_the_gpu_script_that_fails_is_a_row(monkeypatch):
     monkeypatch.setitem(gpu.SECONDS, "parity", 0.01)
     found = gpu.run_part("parity", gpu.Settings("cpu", tiny=False))
     assert found == [("FAILED", "not done in 0.01 s", "")]
+
+
+# ---- encoders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder_benchmark():
+    return importlib.import_module("benchmarks.encoder")
+
+
+def test_windows_have_all_real_tokens_and_no_padding(encoder_benchmark):
+    tokens = torch.arange(1, 13).view(3, 4)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    batch = {"tokens": tokens, "targets": -tokens, "mask": mask}
+    windows = encoder_benchmark.as_windows(batch, context=4)
+    assert windows["tokens"].tolist() == [[1, 2, 3, 5], [6, 9, 10, 11]]  # 12 fills no window
+    assert windows["targets"].equal(-windows["tokens"])
+
+
+def test_the_steps_that_fit_into_a_time(encoder_benchmark, tmp_path):
+    rows = [{"step": 0, "val_loss": 9.0, "time": 0.0}]
+    rows += [
+        {"step": step, "loss": 5.0, "lr": 0.1, "time": 7 + 2.0 * step} for step in (10, 20, 30)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert encoder_benchmark.steps_in(1.0, tmp_path) == 30  # 2 seconds a step
+
+
+def test_a_cell_has_all_seeds_and_the_interval_of_the_median(encoder_benchmark):
+    found = []
+    for value in (0.72, 0.70, 0.74):
+        interval = {"low": value - 0.02, "high": value + 0.02}
+        found.append(
+            {
+                "scores": {"test accuracy": {"reached": value}},
+                "intervals": {"test accuracy": {"reached": interval}},
+            }
+        )
+    assert encoder_benchmark.cell(found) == "72.0, 70.0, 74.0 (70.0 to 74.0)"

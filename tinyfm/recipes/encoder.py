@@ -100,7 +100,7 @@ def guess_hidden(model: Encoder, batches: Iterable[Batch]) -> Found:
         own = (nats, logits.argmax(-1) == hidden, places + tokens, replaced, judged)
         parts.append([tensor.cpu().numpy() for tensor in own])
         tokens += targets.numel()
-    return Found(*map(np.concatenate, zip(*parts)))
+    return Found(*(np.concatenate(column) for column in zip(*parts)))
 
 
 # ---- features -----------------------------------------------------------------------------------
@@ -201,7 +201,9 @@ class EncoderRun(Run):
         The intervals are over documents. With the electra objective these are the generator's;
         further the loss of both parts, over batches, and the detection.
         """
-        scores = super().losses(model, data) if self.model.objective == "electra" else {}
+        scores = {}
+        if self.model.objective == "electra":
+            scores = super().losses(model, data)
         for split in HELD_OUT:
             rows = self.train.batch_size
             found = guess_hidden(model, data.split_batches(split, rows))
@@ -272,10 +274,14 @@ def with_guesses(
             continue
         for _, target, guess in group:
             truth = tokenizer.decode([target])
-            own = tokenizer.decode([guess]) if guess < tokenizer.vocab_size else "?"
-            space = " " if truth.startswith(" ") else ""
-            wrong = "" if guess == target else f", not {truth.strip()}"
-            text += f"{space}[{own.strip()}{wrong}]"
+            own = "?"
+            if guess < tokenizer.vocab_size:  # not the mask
+                own = tokenizer.decode([guess]).strip()
+            if guess != target:
+                own += f", not {truth.strip()}"
+            if truth.startswith(" "):
+                text += " "
+            text += f"[{own}]"
     return text
 
 
