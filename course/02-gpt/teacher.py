@@ -22,9 +22,9 @@ WRONG = {
         Wrong("self.dropout if self.training else 0.0", "self.dropout", "no dropout in evaluation"),
         Wrong("scale=self.scale", "scale=None", "a config may set another factor of the scores"),
         Wrong(
-            "k,\n        v,",
+            "k,\n    v,",
             "k.repeat(1, q.size(1) // k.size(1), 1, 1),\n"
-            "        v.repeat(1, q.size(1) // v.size(1), 1, 1),",
+            "    v.repeat(1, q.size(1) // v.size(1), 1, 1),",
             "neighbouring query heads share a key/value head (repeat_interleave, not repeat)",
         ),
     ),
