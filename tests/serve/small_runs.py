@@ -49,12 +49,20 @@ DRAWING = TextToImageConfig(
 CLASSES = {"label": ("good", "bad"), "tone": ("calm", "angry", "glad")}
 
 
-def build_chat() -> GPT:
-    return GPT(TEXT)
+def never_end(head: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
+    """A forward hook of a head: the end-of-text token is never drawn, so that texts last."""
+    end = torch.arange(logits.size(-1)) == ByteTokenizer().eot
+    return logits.masked_fill(end, -1e4)
+
+
+def build_gpt() -> GPT:
+    model = GPT(TEXT)
+    model.head.register_forward_hook(never_end)
+    return model
 
 
 def build_soft() -> GPT:
-    model = GPT(TEXT)
+    model = build_gpt()
     add_prompt(model, 3)
     return model
 
@@ -68,8 +76,8 @@ def build_scripts() -> Classifier:
 
 
 BUILDERS = {
-    "gpt": lambda: GPT(TEXT),
-    "chat": build_chat,
+    "gpt": build_gpt,
+    "chat": build_gpt,
     "soft": build_soft,
     "encoder": lambda: Encoder(WORDS),
     "clip": lambda: CLIP(PICTURE),

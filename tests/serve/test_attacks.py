@@ -22,7 +22,7 @@ from tinyfm.serve.requests import BadRequest, parse_form
 
 KEY = "open sesame"
 FRIEND = "http://localhost:3000"
-LIMITS = Settings(max_body=200_000, body_seconds=0.5, max_tokens=1000, allow_origins=(FRIEND,))
+LIMITS = Settings(max_body=200_000, max_tokens=1000, allow_origins=(FRIEND,))
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +33,25 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(runs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PatientProtocol, "REQUEST_SECONDS", 0.5)
-        patch.setattr(PatientProtocol, "WRITE_SECONDS", 0.5)
-        with small_runs.serving(runs, LIMITS) as server:
-            yield server
+    with small_runs.serving(runs, LIMITS) as server:
+        yield server
+
+
+@pytest.fixture
+def hasty(tmp_path, monkeypatch):
+    """A server that soon loses its patience."""
+    monkeypatch.setattr(PatientProtocol, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(PatientProtocol, "WRITE_SECONDS", 0.5)
+    runs = small_runs.build_runs(tmp_path, ("gpt",))
+    with small_runs.serving(runs, Settings(body_seconds=0.5, max_tokens=10_000)) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(server):
     yield
     assert httpx.get(f"{server.url}/v1/models").status_code == 200
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while any(own.running or own.waiting for own in server.engine.models.values()):
         assert time.monotonic() < end, "a text is still being written"
         time.sleep(0.01)
@@ -358,7 +365,7 @@ def connect(server, text):
 HEAD = "POST /v1/completions HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
 
 
-def test_slow_clients_are_let_go(server):
+def test_slow_clients_are_let_go(hasty):
     """Nothing at all, half a head, half a body, and a second request that does not come."""
     for text, status in (
         ("", b""),
@@ -366,7 +373,7 @@ def test_slow_clients_are_let_go(server):
         (f"{HEAD}Content-Length: 100\n\n{{", b"HTTP/1.1 408"),
         ("GET /v1/models HTTP/1.1\nHost: 127.0.0.1\n\nGET /v1", b"HTTP/1.1 200"),
     ):
-        with connect(server, text) as connection:
+        with connect(hasty, text) as connection:
             try:
                 answer = read_all(connection)
             except ConnectionResetError:
@@ -374,20 +381,22 @@ def test_slow_clients_are_let_go(server):
             assert answer[: len(status) or None] == status
 
 
-def test_a_client_that_does_not_read_is_let_go(server):
-    asked = json.dumps({"prompt": "a", "n": 8, "max_tokens": 1000, "stream": True, "logprobs": 20})
+def test_a_client_that_does_not_read_is_let_go(hasty):
+    asked = json.dumps(
+        {"prompt": "a", "n": 8, "max_tokens": 10_000, "stream": True, "logprobs": 20}
+    )
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect(("127.0.0.1", server.port))
+    connection.connect(("127.0.0.1", hasty.port))
     text = f"{HEAD}Content-Length: {len(asked)}\n\n{asked}"
     connection.sendall(text.replace("\n", "\r\n").encode())
     with connection:
-        end = time.monotonic() + 20
-        while not server.engine.models["gpt"].running:
+        end = time.monotonic() + 60
+        while not hasty.engine.models["gpt"].running:
             assert time.monotonic() < end
             time.sleep(0.01)
-        # The fixture waits until its rows have ended: it is not read here.
-        while server.engine.models["gpt"].running:
+        # Nothing is read: the server must end the rows by itself.
+        while hasty.engine.models["gpt"].running:
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -397,7 +406,7 @@ def test_too_many_requests_are_told_to_come_again(server):
     body = json.dumps({"prompt": "a", "n": 60, "max_tokens": 1000}).encode()
     text = f"{HEAD}Content-Length: {len(body)}\n\n{body.decode()}"
     with connect(server, text):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while len(server.engine.models["gpt"].waiting) < 20:
             assert time.monotonic() < end
             time.sleep(0.005)

@@ -18,5 +18,5 @@ def test_a_short_load_harms_nothing(tmp_path, monkeypatch):
         assert not engine.waiting
     sys.modules.pop("serve_load")
     assert counts.problems == []
-    assert counts.met["served"] > 20 and counts.met["cancelled"] == 20
+    assert counts.met["served"] >= 6 and counts.met["cancelled"] == 20
     assert counts.met["read slowly"] and counts.met["bad"] >= 8
