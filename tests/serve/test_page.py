@@ -40,12 +40,14 @@ def make_run(folder, losses):
     """A folder as training writes it."""
     (folder / "samples").mkdir(parents=True)
     record = {"preset": "gpt", "family": "gpt", "train": {"steps": 100}}
-    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     rows = [{"step": 10 * i, "val_loss": loss, "time": 1000.0 + i} for i, loss in enumerate(losses)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (folder / "samples" / "step-000010.txt").write_text("first")
-    (folder / "samples" / "step-000020.txt").write_text(HTML)
-    (folder / "samples" / "secret.txt").write_text("not a sample")
+    (folder / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8"
+    )
+    (folder / "samples" / "step-000010.txt").write_text("first", encoding="utf-8")
+    (folder / "samples" / "step-000020.txt").write_text(HTML, encoding="utf-8")
+    (folder / "samples" / "secret.txt").write_text("not a sample", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
