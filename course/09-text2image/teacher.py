@@ -87,7 +87,7 @@ FAULTS = (
     ),
     Fault(
         MODULE,
-        "TextToImage.generate",
+        "TextToImage.plan",
         "denoise = with_correction(denoise, correct_x0)",
         "pass",
         "After inpainting the known pixels are right, but along the edge of the mask there is a "

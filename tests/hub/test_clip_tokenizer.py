@@ -293,15 +293,19 @@ def test_added_tokens_are_specials(reference, tmp_path):
 def test_other_tokenizers_with_ends_of_words_are_refused(tmp_path):
     spec = clip_spec(VOCAB, MERGES_TXT)
     model = spec["model"]
-    split = spec["pre_tokenizer"]["pretokenizers"]
+    steps = spec["pre_tokenizer"]
+    split = steps["pretokenizers"]
     other = split[0] | {"pattern": {"Regex": "[a-z]+"}}
     few = {token: i for token, i in VOCAB.items() if token != "!</w>"}
     cases = [
         ("lacks b'!</w>'", spec | {"model": model | {"vocab": few, "merges": []}}),
         ("splits differently", spec | {"normalizer": {"type": "NFC"}}),
-        ("splits differently", spec | {"pre_tokenizer": None}),
-        ("splits differently", spec | {"pre_tokenizer": {"pretokenizers": [other, split[1]]}}),
-        ("splits differently", spec | {"pre_tokenizer": {"pretokenizers": split[1:]}}),
+        (
+            "splits differently",
+            spec | {"pre_tokenizer": steps | {"pretokenizers": [other, split[1]]}},
+        ),
+        ("splits differently", spec | {"pre_tokenizer": steps | {"pretokenizers": split[1:]}}),
+        ("a step without a type", spec | {"pre_tokenizer": {"pretokenizers": split}}),
         ("WordPiece", spec | {"model": model | {"type": "WordPiece"}}),
     ]
     others = {token: i for token, i in VOCAB.items() if token != START}

@@ -243,7 +243,7 @@ class Page:
         self.driver = webdriver.Chrome(options, Service(DRIVER))
         self.url = url
 
-    def open(self, tab):
+    def show(self, tab):
         self.driver.get("about:blank")
         self.driver.get(f"{self.url}/#{tab}")
         self.wait(lambda: self.find(f"#{tab}").is_displayed())
@@ -302,7 +302,7 @@ def page(browser):
 
 
 def test_the_sliders_filter_as_generate_does(page):
-    page.open("text")
+    page.show("text")
     generator = torch.Generator().manual_seed(0)
     cases = []
     expected = []
@@ -331,7 +331,7 @@ def test_the_sliders_filter_as_generate_does(page):
 
 
 def test_text(page, server):
-    page.open("text")
+    page.show("text")
     prompt = page.find("#prompt")
     prompt.clear()
     prompt.send_keys("It wäs")
@@ -385,7 +385,7 @@ def test_text(page, server):
 
 
 def test_two_runs_side_by_side_and_a_chat(page):
-    page.open("text")
+    page.show("text")
     page.set("#text-other", "chat")
     page.wait(lambda: len(page.all(".pane .next li")) == 20)
     assert page.texts(".pane h2") == ["gpt", "chat"]
@@ -397,7 +397,7 @@ def test_two_runs_side_by_side_and_a_chat(page):
 
 
 def test_tabs_by_keyboard(page):
-    page.open("text")
+    page.show("text")
     page.find("#tab-text").send_keys(Keys.ARROW_LEFT)
     page.wait(lambda: page.find("#costs").is_displayed())
     assert page.driver.switch_to.active_element.get_attribute("aria-selected") == "true"
@@ -405,7 +405,7 @@ def test_tabs_by_keyboard(page):
 
 
 def test_pictures(page):
-    page.open("pictures")
+    page.show("pictures")
     page.set("#draw-settings [name=steps]", 4)
     for n in (1, 2):
         page.click("#draw-form .main")
@@ -435,7 +435,7 @@ def test_pictures(page):
 
 
 def test_search(page):
-    page.open("search")
+    page.show("search")
     page.click("#search-form .main")
     page.wait(lambda: len(page.all("#found li")) == 3)
     page.click("#found .picture")
@@ -450,7 +450,7 @@ def test_search(page):
 
 
 def test_runs_and_costs(page, server):
-    page.open("runs")
+    page.show("runs")
     page.wait(lambda: len(page.all("#curves polyline")) == 2)
     page.wait(lambda: page.texts("#samples pre") == [HTML])  # text, no picture
     assert not page.all("#samples img")
@@ -458,21 +458,21 @@ def test_runs_and_costs(page, server):
     page.set("#samples-step", 0)
     page.wait(lambda: page.texts("#samples pre") == ["first"])
     # A run that trains: its curve grows.
-    with (server.runs_folder / "one" / "metrics.jsonl").open("a") as file:
+    with (server.runs_folder / "one" / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 30, "val_loss": 2.25}\n')
     page.wait(lambda: "step 30" in page.texts("#run-list .hint"))
     page.wait(lambda: len(page.all("#curves circle")) == 4 + 3)
     page.click("#run-list input")
     page.wait(lambda: len(page.all("#curves polyline")) == 1)
 
-    page.open("costs")
+    page.show("costs")
     page.wait(lambda: page.texts("#bill dd")[:1] == ["8.03 billion"])
     page.set("#job [name=layers]", 16)
     page.wait(lambda: page.texts("#bill dd")[0] == "4.54 billion")
 
 
 def test_nothing_is_fetched_from_elsewhere(page, server):
-    page.open("text")
+    page.show("text")
     names = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert names and all(name.startswith(server.url) for name in names)
     sizes = [1280, 400]

@@ -538,9 +538,14 @@ def read_splitters(step: dict | None) -> list[Splitter]:
 
 
 def flatten(step: dict | None) -> Iterator[dict]:
-    """The steps of a normalizer or pre-tokenizer that was read; those of a Sequence one by one."""
+    """The steps of a normalizer or pre-tokenizer; those of a Sequence one by one.
+
+    Raises ValueError for one that has no type.
+    """
     if step is None:
         return
+    if not isinstance(step, dict) or "type" not in step:
+        raise ValueError(f"a normalizer or pre-tokenizer has a step without a type: {step!s:.80}")
     if step["type"] != "Sequence":
         yield step
         return
