@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -50,6 +51,15 @@ def call(module, *arguments: str) -> int:
         print(status, file=sys.stderr)
         return 1
     return status or 0
+
+
+def unpack_old_runs(folder: Path) -> Path:
+    """Unpack the runs of an earlier version; return their folder."""
+    with tarfile.open(ROOT / "tests" / "recipes" / "old_runs.tar.xz") as archive:
+        # Python 3.11.3 and older have no filters.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(folder)
+    return folder / "old_runs"
 
 
 def random_weights(build: Callable[[], torch.nn.Module], matrices: float = 0.1) -> torch.nn.Module:

@@ -4,7 +4,6 @@ The runs are those of tests/recipes/old_runs.tar.xz, small and half-trained.
 """
 
 import json
-import tarfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import random_weights
+from conftest import random_weights, unpack_old_runs
 from peft import AutoPeftModelForCausalLM
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, pipeline
@@ -35,16 +34,12 @@ from tinyfm.recipes.run_dir import open_run
 
 transformers.logging.set_verbosity_error()
 diffusers.logging.set_verbosity_error()
-ARCHIVE = Path(__file__).parent.parent / "recipes" / "old_runs.tar.xz"
 TEXTS = ["a cat", "a picture of a lazy dog", "", "naïve 中文 🙂  two  spaces"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exports")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "old_runs"
+    return unpack_old_runs(tmp_path_factory.mktemp("exports"))
 
 
 @pytest.fixture

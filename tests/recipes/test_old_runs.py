@@ -9,19 +9,17 @@ from them and reached when it resumed them.
 
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import call
+from conftest import call, unpack_old_runs
 from PIL import Image
 
 import sample
 import train
 from data import pictures
 
-ARCHIVE = Path(__file__).with_name("old_runs.tar.xz")
 NAMES = (
     "gpt", "gpt-lora", "gpt-prompt", "gpt-student", "gpt-chat", "gpt-classify", "clip",
     "clip-classify", "autoencoder", "ddpm", "text2image",
@@ -32,9 +30,7 @@ CHANGED = {"autoencoder": {"mean": 158.15599}}
 
 @pytest.fixture
 def old_runs(tmp_path) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "old_runs"
+    return unpack_old_runs(tmp_path)
 
 
 def sample_run(name: str, words: list[str], capsys) -> dict:
