@@ -556,7 +556,7 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
 
         # A mask is built only where plain causal attention is not enough. Rows that attend one by
-        # one, each over a cache of its own (batching.py), see no padding.
+        # one, each over another cache (batching.py), see no padding.
         mask = None
         padded = pad is not None and not cache.one_by_one
         alibi = config.position == "alibi"

@@ -394,7 +394,7 @@ def test_packages_are_balanced_and_many(passages):
     found, report = passages
     counts = Counter((passage.labels[0], passage.split) for passage in found)
     names = {name for name, _ in counts}
-    assert len(names) >= 15  # Debian's library has fewer packages
+    assert len(names) >= 15  # 18 in Python 3.11; 3.13 has no distutils, Debian's no idlelib
     assert {"json", "email", "unittest"} < names
     for (_, split), count in counts.items():
         assert count == packages.PER_CLASS[split]

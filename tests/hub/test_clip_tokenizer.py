@@ -318,6 +318,16 @@ def test_other_tokenizers_with_ends_of_words_are_refused(tmp_path):
             T.load(tmp_path)
 
 
+def test_ends_of_words_without_a_split_are_the_librarys(tmp_path):
+    """Without a pre-tokenizer a text is one word, for the library and here."""
+    spec = clip_spec(VOCAB, MERGES_TXT) | {"pre_tokenizer": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = T.load(tmp_path)
+    for text in ("low lower newest", "HELLO  you", "é x\n y", ""):
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
 def test_an_end_of_word_token_alone_does_not_make_it_clips(tmp_path):
     """A byte-level BPE stays one if it has the token "</w>"."""
     added = [{"id": 256, "content": T.EOT}, {"id": 257, "content": "</w>"}]

@@ -285,7 +285,7 @@ def test_a_classifier_of_texts(export):
 
 @pytest.mark.parametrize("style", ["gpt1", "bloom", "command-r"])
 def test_a_classifier_on_another_layout(tmp_path, style):
-    """BLOOM's config has no context length of its own; Cohere's states are not multiplied."""
+    """BLOOM's config has no context length; Cohere's states are not multiplied."""
     config = GPTConfig(257, 24, n_layer=2, n_head=2, d_model=16, **STYLES[style])
     body = random_weights(lambda: GPT(config))
     model = Classifier(body, {"topic": ("a", "b", "c")}, GPTClassifyRun.reader).eval()

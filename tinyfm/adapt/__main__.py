@@ -320,9 +320,10 @@ def accuracy_table(rows: list[Row], labels: tuple[int, ...]) -> str:
     }
     width = 2 + max(len(text) for line in cells.values() for text in line)
     about = f"accuracy in percent on test, {rows[0]['examples']}, with intervals of 95%"
-    lines = [about, f"{'':22}" + "".join(f"{name:{width}}" for name in label_names(labels))]
+    first = 2 + max(map(len, cells))
+    lines = [about, " " * first + "".join(f"{name:{width}}" for name in label_names(labels))]
     for method, line in cells.items():
-        lines.append(f"{method:22}" + "".join(f"{text:{width}}" for text in line))
+        lines.append(f"{method:{first}}" + "".join(f"{text:{width}}" for text in line))
     few = [row for row in rows if "shots" in row]
     if few:
         fitted = statistics.mean(row["shots"] for row in few)

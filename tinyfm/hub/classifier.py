@@ -32,7 +32,7 @@ def text_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     architecture = gpt.choose_architecture(config)
     raw = gpt.write_config(config, architecture)
     del raw["architectures"]
-    # modeling_tinyfm.py reads the context by this name. BLOOM has none of its own.
+    # modeling_tinyfm.py reads the context by this name, also of BLOOM, whose config has none.
     raw["max_position_embeddings"] = config.context_length
     names, tensors = gpt.their_tensors(model, architecture)
     tensors.pop("lm_head.weight", None)

@@ -69,7 +69,7 @@ class Options:
     api_key: Text = ""
     allow_origin: Texts = ()  # pages of others that may send requests, such as http://localhost:3000
     adapter: RunPaths = ()  # runs that adapted one of these: use their changes
-    pictures: FolderPath = ""  # pictures for a CLIP to search (default: those of its own data)
+    pictures: FolderPath = ""  # pictures for a CLIP to search (default: those of its data)
     runs_folder: FolderPath = "runs"  # where the page finds runs to compare, trained or training
     compile: bool = False  # write faster on a CPU, after seconds to start
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept

@@ -9,8 +9,6 @@ A handler finds in request.app.state: `runs` {name: Served}, the `engine` (engin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from tinyfm.serve import completions, images, vectors
+from tinyfm.serve import completions, images, page_api, vectors
 from tinyfm.serve.engine import Busy, Engine
 from tinyfm.serve.families import Served, find_run
 from tinyfm.serve.guard import Guard, Json, Settings, error_response
@@ -124,13 +122,9 @@ def create_app(
     finds runs to compare. about: what the page says of the run in a folder, in sentences.
     """
     settings = settings or Settings()
-    routes = [*ROUTES]
-    if find_spec("tinyfm.serve.page_api"):
-        routes += import_module("tinyfm.serve.page_api").routes
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
+    page = Mount("/", StaticFiles(directory=PAGE, html=True))
     app = Starlette(
-        routes=routes,
+        routes=[*ROUTES, *page_api.routes, page],
         middleware=[Middleware(Guard, settings=settings)],
         exception_handlers=HANDLERS,
     )
