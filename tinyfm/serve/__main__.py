@@ -256,11 +256,13 @@ def serve(options: Options) -> None:
     for run in served:
         can = ", ".join(sorted(run.abilities)) or "nothing that this server offers"
         print(f"{run.name}: {run.opened.folder}, {can}")
-    print(f"serving at {url}  (Ctrl-C ends it)", flush=True)
-    startup.loaded()
-    if options.open:
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    Server(make_config(app, options.grace), engine, options.grace).run(sockets=[listening])
+    server = Server(make_config(app, options.grace), engine, options.grace)
+    with server.capture_signals():  # from here on: one may come as soon as the line is printed
+        print(f"serving at {url}  (Ctrl-C ends it)", flush=True)
+        startup.loaded()
+        if options.open:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        server.run(sockets=[listening])
 
 
 def main() -> int | str:
