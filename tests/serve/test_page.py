@@ -58,7 +58,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "one", [4.0, 3.0, 2.5])
     make_run(folder / "two", [4.0, 3.5, 3.25])
-    names = ("gpt", "chat", "clip", "ddpm", "text2image")
+    names = ("gpt", "chat", "soft", "clip", "ddpm", "text2image")
     runs = small_runs.build_runs(tmp_path_factory.mktemp("served"), names)
     more = {"pictures": str(pictures), "runs_folder": str(folder), "about": lambda path: ["good"]}
     with small_runs.serving(runs, **more) as server:
@@ -115,11 +115,21 @@ def test_attention_is_that_of_the_block(changes):
     v, expected = seen[0]
     v = v.repeat_interleave(2 // v.size(1), dim=1)
     for head in (0, 1):
-        found, weights = text_views.attention(model, ids, 1, head)
-        assert found == ids
+        weights = text_views.attention(model, ids, 1, head)
+        assert weights.shape == (12, 12)
         assert torch.allclose(weights @ v[0, head], expected[0, head], atol=1e-5)
     with pytest.raises(ValueError, match=r"layer is 2.*0 to 1"):
         text_views.attention(model, ids, 2, 0)
+
+
+def test_a_soft_prompt_is_shown_before_the_text(server, client):
+    run = server.runs["soft"]
+    asked = {"model": "soft", "text": "It"}
+    tokens = client.post("/api/tokens", json=asked).json()["tokens"]
+    assert [token["id"] for token in tokens] == [*run.front, *b"It"]
+    assert [token["shown"] for token in tokens] == [False] * len(run.front) + [True, True]
+    weights = client.post("/api/attention", json=asked).json()["weights"]
+    assert [len(row) for row in weights] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.filterwarnings("ignore:past 64 tokens")
@@ -395,6 +405,28 @@ def test_two_runs_side_by_side_and_a_chat(page):
     page.wait(lambda: len(page.all(".message")) == 2 and not page.find("#chat-stop").is_enabled())
     assert page.texts(".message.user span") == [HTML]
 
+    # A conversation that is started again while an answer is written knows nothing of it.
+    page.run("""
+        const send = window.fetch;
+        window.bodies = [];
+        window.fetch = (url, given) => {
+            window.bodies.push(JSON.parse(given.body));
+            return send(url, given);
+        };
+    """)
+    page.set("[name=maxTokens]", 400)
+    page.find("#chat-input").send_keys("a\n")
+    page.wait(lambda: page.texts(".message span")[-1])
+    page.click("#chat-clear")
+    page.wait(lambda: not page.find("#chat-stop").is_enabled())
+    assert not page.all(".message")
+    page.set("[name=maxTokens]", 1)
+    page.find("#chat-input").send_keys("b\n")
+    page.wait(lambda: len(page.run("return window.bodies")) == 2)
+    said = page.run("return window.bodies[1].messages")
+    assert said == [{"role": "user", "content": "b"}]
+    page.wait(lambda: not page.find("#chat-stop").is_enabled())
+
 
 def test_tabs_by_keyboard(page):
     page.show("text")
@@ -453,6 +485,7 @@ def test_runs_and_costs(page, server):
     page.show("runs")
     page.wait(lambda: len(page.all("#curves polyline")) == 2)
     page.wait(lambda: page.texts("#samples pre") == [HTML])  # text, no picture
+    assert not page.requests("step-000010.txt")  # not before it is shown
     assert not page.all("#samples img")
     page.wait(lambda: "good" in page.find("#verdict").text)
     page.set("#samples-step", 0)
@@ -462,6 +495,9 @@ def test_runs_and_costs(page, server):
         file.write('{"step": 30, "val_loss": 2.25}\n')
     page.wait(lambda: "step 30" in page.texts("#run-list .hint"))
     page.wait(lambda: len(page.all("#curves circle")) == 4 + 3)
+    page.wait(lambda: "step 30" in page.find("#description").text)
+    page.click("#log-scale")
+    assert {"2.5", "3", "3.5", "4"} <= set(page.texts("#curves text"))  # no 1, 2 or 5 x 10^n
     page.click("#run-list input")
     page.wait(lambda: len(page.all("#curves polyline")) == 1)
 

@@ -54,14 +54,13 @@ def list_systems() -> dict[str, Any]:
                 "parameters": system.parameters,
                 "unit": system.unit,
                 "trained": system.trained,
-                "source": system.source,
                 **sizes,
             }
         )
     cards = []
     for gpu in gpus.GPUS.values():
         dtypes = [dtype for dtype in gpu.peaks if dtype in memory.KEPT]
-        cards.append({"name": gpu.name, "memory": 1e9 * gpu.memory, "dtypes": dtypes})
+        cards.append({"name": gpu.name, "dtypes": dtypes})
     return {"systems": found, "gpus": cards}
 
 
@@ -81,9 +80,6 @@ def calculate(job: Job) -> dict[str, Any]:
     return {
         "parameters": network.parameters,
         "parts": network.parameters_by_part(),
-        "width": network.shape.get("d_model"),
-        "unit": network.unit,
-        "row": network.row,
         "memory": asdict(used),
         "total": used.total,
         "gpu_memory": 1e9 * gpu.memory,

@@ -131,9 +131,7 @@ def list_models(request: Request) -> list[dict[str, Any]]:
     """The served runs, with the sizes that the page needs for its controls."""
     found = []
     for run in request.app.state.runs.values():
-        row = {"id": run.name, "family": run.family, "abilities": sorted(run.abilities)}
-        row["step"] = run.opened.meta.get("step")
-        row["parameters"] = sum(p.numel() for p in run.model.parameters())
+        row = {"id": run.name, "abilities": sorted(run.abilities)}
         config = getattr(run.model, "config", None)
         if "complete" in run.abilities:
             row["layers"] = config.n_layer
@@ -148,23 +146,21 @@ def list_models(request: Request) -> list[dict[str, Any]]:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def read_pieces(run: Served, text: str) -> list[dict[str, Any]]:
-    ids = text_views.read_ids(run.tokenizer, text)
+def read_pieces(run: Served, ids: list[int]) -> list[dict[str, Any]]:
     return [text_views.piece(run.tokenizer, i)._asdict() for i in ids]
 
 
 def read_next(run: Served, ids: list[int]) -> dict[str, Any]:
     logits = text_views.next_logits(run.model, run.tokenizer, ids)
     likeliest = logits.topk(min(text_views.LIKELIEST, len(logits))).indices.tolist()
-    pieces = [text_views.piece(run.tokenizer, i)._asdict() for i in likeliest]
     data = logits.numpy().astype("<f4").tobytes()
-    return {"logits": base64.b64encode(data).decode(), "likeliest": pieces}
+    return {"logits": base64.b64encode(data).decode(), "likeliest": read_pieces(run, likeliest)}
 
 
 def read_attention(run: Served, ids: list[int], asked: AttentionRequest) -> dict[str, Any]:
-    ids, weights = text_views.attention(run.model, ids, asked.layer, asked.head)
+    weights = text_views.attention(run.model, ids, asked.layer, asked.head)
     rows = [[round(w, 4) for w in row[: t + 1]] for t, row in enumerate(weights.tolist())]
-    return {"ids": ids, "weights": rows}
+    return {"weights": rows}
 
 
 async def find_ids(request: Request, given: LookRequest) -> tuple[Served, list[int]]:
@@ -176,8 +172,8 @@ async def find_ids(request: Request, given: LookRequest) -> tuple[Served, list[i
 
 async def tokens(request: Request, given: LookRequest) -> dict[str, Any]:
     """The tokens of a text: {"tokens": [{"id": 17, "text": "The", "shown": true}, ...]}."""
-    run = find_run(request.app.state.runs, given.model, "complete", "embed", "draw")
-    return {"tokens": await anyio.to_thread.run_sync(read_pieces, run, given.text)}
+    run, ids = await find_ids(request, given)
+    return {"tokens": await anyio.to_thread.run_sync(read_pieces, run, ids)}
 
 
 async def next_token(request: Request, given: LookRequest) -> dict[str, Any]:
@@ -329,7 +325,7 @@ def describe_run(request: Request) -> list[str]:
 def list_metrics(request: Request) -> dict[str, Any]:
     """The losses of ?run=NAME after step ?after=N."""
     after = request.query_params.get("after", "-1")
-    check(after.lstrip("-").isdecimal(), "after", after, "a step")
+    check(after.removeprefix("-").isdecimal(), "after", after, "a step")
     return run_views.curves(named_run(request), int(after))
 
 

@@ -64,12 +64,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def describe(folder: Path, now: float) -> dict[str, Any]:
     """The settings of a run and what it has reached. now: seconds since 1970.
 
-    Raises ValueError if config.json is none of a run.
+    Raises ValueError if config.json is not that of a run.
     """
     record = schema.parse_json((folder / "config.json").read_bytes())
     steps = flatten(record).get("train.steps")
     if not isinstance(steps, int):
-        raise ValueError(f"{folder / 'config.json'} has no train.steps: it is none of a run")
+        raise ValueError(f"{folder / 'config.json'} has no train.steps: train.py did not write it")
     rows = read_rows(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     score = summary_score(evaluations[-1]) if evaluations else "val_loss"

@@ -70,8 +70,8 @@ class Stop(Exception):
 
 
 @torch.inference_mode()
-def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[int], Tensor]:
-    """(the last tokens, weights (T, T)): how much each token attends to itself and those before it.
+def attention(model: GPT, ids: list[int], layer: int, head: int) -> Tensor:
+    """Weights (T, T) of the last T tokens: how much each attends to itself and those before it.
 
     A hook catches what reaches the block; the block's own code makes queries, keys and weights of
     it. Row t of the weights sums to 1. Raises ValueError for a layer or a head that does not exist.
@@ -99,4 +99,4 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> tuple[list[i
     # With the identity in place of the values, the weighted means are the weights.
     identity = torch.eye(len(ids), dtype=q.dtype, device=q.device)
     values = identity.expand(1, k.size(1), -1, -1)  # (1, G, T, T)
-    return ids, block.attention.attend(q, k, values, mask)[0, head].float().cpu()
+    return block.attention.attend(q, k, values, mask)[0, head].float().cpu()

@@ -1,6 +1,6 @@
 // The chat, by the public API: POST /v1/chat/completions, streamed.
 
-import { $, attempt, el, fill } from "./dom.js";
+import { $, attempt, el } from "./dom.js";
 import { events } from "./api.js";
 import { settings } from "./text.js";
 
@@ -33,19 +33,20 @@ function bubble(role, content) {
 }
 
 async function ask(question) {
-  messages.push({ role: "user", content: question });
+  const asked = messages; // a conversation started meanwhile is another list
+  asked.push({ role: "user", content: question });
   bubble("user", question);
   const answer = bubble("assistant", "");
   const s = settings();
   const body = {
     model: chosen().id,
-    messages,
+    messages: asked,
     max_tokens: s.maxTokens,
     temperature: s.temperature,
     top_k: s.topK,
     top_p: s.topP,
     min_p: s.minP,
-    seed: s.seed + messages.length,
+    seed: s.seed + asked.length,
     stream: true,
   };
   running = new AbortController();
@@ -57,8 +58,8 @@ async function ask(question) {
     }
   });
   $("chat-stop").disabled = true;
-  if (answer.textContent) messages.push({ role: "assistant", content: answer.textContent });
-  else messages.pop(); // the question was not answered: do not send it again
+  if (answer.textContent) asked.push({ role: "assistant", content: answer.textContent });
+  else asked.pop(); // the question was not answered: do not send it again
 }
 
 export function start(found) {
@@ -67,6 +68,7 @@ export function start(found) {
 
 $("mode-write").addEventListener("click", () => mode(false));
 $("mode-chat").addEventListener("click", () => mode(true));
+$("text-model").addEventListener("change", () => mode(!$("chat-mode").hidden));
 $("chat-stop").addEventListener("click", () => running?.abort());
 $("chat-clear").addEventListener("click", () => {
   running?.abort();

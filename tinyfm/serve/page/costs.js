@@ -1,7 +1,7 @@
 // The costs tab: the calculators of tinyfm/calc behind sliders. Long ranges are on a scale of
 // powers, so a slider's value is an exponent.
 
-import { $, attempt, duration, el, fill, later, percent, setSlider, short, showValues } from "./dom.js";
+import { $, attempt, barParts, duration, el, fill, later, percent, setSlider, short, showValues } from "./dom.js";
 import { get, post } from "./api.js";
 import { stackedBar } from "./plot.js";
 
@@ -97,15 +97,7 @@ function showParts(parts) {
 }
 
 function bar(name, share, text) {
-  const row = el(
-    "li",
-    {},
-    el("span", { class: "name" }, name),
-    el("span", { class: "track" }, el("span", { class: "fill" })),
-    el("span", { class: "share" }, text),
-  );
-  row.querySelector(".fill").style.width = `${100 * share}%`;
-  return row;
+  return el("li", {}, ...barParts(name, share, text));
 }
 
 function showFormats() {

@@ -23,20 +23,35 @@ export function copy(id) {
   return $(id).content.firstElementChild.cloneNode(true);
 }
 
-/** Say something in an element with role="status". A mistake is marked by a word, not by colour. */
+/**
+ * Say something in an element with role="status". A mistake is marked by a word, not by colour alone.
+ * A screen reader reads each change aloud, so the same text is not set again.
+ */
 export function say(element, text, wrong = false) {
-  element.textContent = wrong ? `Error: ${text}` : text;
+  const said = wrong ? `Error: ${text}` : text;
+  if (element.textContent !== said) element.textContent = said;
   element.classList.toggle("wrong", wrong);
 }
 
 /** Call `work`; if it fails, say why in `element`. What was stopped by the user is no failure. */
 export async function attempt(element, work) {
-  say(element, "");
+  if (element.classList.contains("wrong")) say(element, "");
   try {
     return await work();
   } catch (error) {
     if (error.name !== "AbortError") say(element, error.message, true);
   }
+}
+
+/** The parts of a bar, for a row or a button: its name, its length (a share of 1), and what stands behind it. */
+export function barParts(name, share, text) {
+  const length = el("span", { class: "fill" });
+  length.style.width = `${100 * share}%`;
+  return [
+    el("span", { class: "name" }, name),
+    el("span", { class: "track" }, length),
+    el("span", { class: "share" }, text),
+  ];
 }
 
 /** A function that calls `work` once, when it was not called for `wait` milliseconds. */

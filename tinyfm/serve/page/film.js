@@ -3,7 +3,7 @@
 import { setSlider } from "./dom.js";
 
 export class Film {
-  /** show(moment) displays one; label(moment) is what the slider says. */
+  /** show(moment) displays one. pause: milliseconds between two, when they are played. */
   constructor(slider, button, show, pause = 120) {
     this.slider = slider;
     this.button = button;
@@ -24,14 +24,14 @@ export class Film {
     this.slider.disabled = this.button.disabled = true;
   }
 
-  /** Add a moment; show it if the slider is at the end, as it is while pictures come in. */
-  add(moment) {
+  /** Add moments; show the last if the slider is at the end, as it is while pictures come in. */
+  add(...moments) {
+    const follow = Number(this.slider.value) >= this.moments.length - 1;
+    this.moments.push(...moments);
     const last = this.moments.length - 1;
-    const follow = Number(this.slider.value) >= last;
-    this.moments.push(moment);
-    this.slider.max = last + 1;
-    this.slider.disabled = this.button.disabled = this.moments.length < 2;
-    if (follow) this.turn(last + 1);
+    this.slider.max = last;
+    this.slider.disabled = this.button.disabled = last < 1;
+    if (follow) this.turn(last);
   }
 
   turn(i) {

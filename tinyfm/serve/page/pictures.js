@@ -7,7 +7,8 @@ import { Film } from "./film.js";
 import { Mask, takeFiles } from "./mask.js";
 
 const WALKED = 12; // pictures of a walk
-const MOST_KEPT = 60;
+const MOST_KEPT = 60; // pictures in the gallery
+const CHANGED = 0.6; // strength at which a whole picture is changed; a painted part is drawn from noise: 1
 
 let models = [];
 let walkers = []; // runs with an autoencoder
@@ -16,6 +17,7 @@ let ends = { first: null, last: null }; // pictures of the walk: {picture, item}
 
 const form = $("draw-settings").elements;
 const mask = new Mask($("mask"), $("edit").elements.brush);
+const strength = $("edit").elements.strength;
 const film = new Film($("film-step"), $("film-play"), ({ state, estimate, step, steps }) => {
   const images = { "film-state": state, "film-estimate": estimate };
   for (const [id, url] of Object.entries(images)) {
@@ -51,7 +53,7 @@ async function draw() {
   if (prompted) {
     body.guidance = Number(form.guidance.value);
     Object.assign(body, mask.given());
-    if (body.image) body.strength = Number($("edit").elements.strength.value);
+    if (body.image) body.strength = Number(strength.value);
   }
   running?.abort();
   const control = new AbortController();
@@ -69,7 +71,7 @@ async function draw() {
   });
   if (running !== control) return;
   $("draw-stop").disabled = true;
-  if (last?.step !== last?.steps || !last) return;
+  if (!last || last.step < last.steps) return; // stopped, or failed
   keep({ url: last.state, ...body });
   if (form.fresh.checked) form.seed.value = Math.floor(Math.random() * 1e6);
 }
@@ -121,7 +123,7 @@ async function change(url) {
     adapt();
     await mask.take(url);
     $("edit-part").hidden = false;
-    setSlider($("edit").elements.strength, 0.6);
+    setSlider(strength, CHANGED);
   });
 }
 
@@ -180,9 +182,12 @@ showValues(document.querySelector("#pictures .film-bar"), {
 });
 takeFiles($("edit-drop"), $("edit-file"), change);
 $("mask").addEventListener("painted", () => {
-  if (Number($("edit").elements.strength.value) === 0.6) setSlider($("edit").elements.strength, 1);
+  if (Number(strength.value) === CHANGED) setSlider(strength, 1);
 });
-$("mask-clear").addEventListener("click", () => mask.clear());
+$("mask-clear").addEventListener("click", () => {
+  mask.clear();
+  if (Number(strength.value) === 1) setSlider(strength, CHANGED);
+});
 $("edit-remove").addEventListener("click", forget);
 $("draw-model").addEventListener("change", adapt);
 $("draw-stop").addEventListener("click", () => running?.abort());

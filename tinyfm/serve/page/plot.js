@@ -32,13 +32,14 @@ export function ticks(low, high, count = 5) {
   return found;
 }
 
-/** Powers of ten, and where they are few, parts of them. */
+/** Powers of ten; where these are few, also 2 and 5 times them; in a narrow range, as without a logarithm. */
 export function logTicks(low, high) {
   const found = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
     for (const n of [1, 2, 5]) found.push(n * 10 ** power);
   }
   const within = found.filter((t) => t >= low && t <= high);
+  if (within.length < 3) return ticks(low, high);
   return within.length > 8 ? within.filter((t) => Number.isInteger(Math.log10(t))) : within;
 }
 

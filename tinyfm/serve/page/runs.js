@@ -1,7 +1,7 @@
 // The runs tab: the curves of all runs side by side, followed while one trains; and one run's
 // samples as a film, its settings and its verdict.
 
-import { $, attempt, duration, el, fill, later, say, setSlider, showValues } from "./dom.js";
+import { $, attempt, duration, el, fill, later, say, showValues } from "./dom.js";
 import { get, getFile } from "./api.js";
 import { Film } from "./film.js";
 import { linePlot, lineSample } from "./plot.js";
@@ -73,24 +73,34 @@ function listRuns() {
   fill($("run"), runs.filter((run) => !run.error).map((run) => [run.name]));
 }
 
+function sayTraining() {
+  const training = runs.filter((run) => run.training).map((run) => run.name);
+  say($("runs-status"), training.length ? `Training now: ${training.join(", ")}` : "No run trains now.");
+}
+
 /** Read and draw everything again. */
 async function look() {
   await attempt($("runs-status"), async () => {
     await readCurves();
     listCurves();
     draw();
-    const training = runs.filter((run) => run.training).map((run) => run.name);
-    say($("runs-status"), training.length ? `Training now: ${training.join(", ")}` : "No run trains now.");
+    sayTraining();
   });
 }
 
+/** Look whether a run has trained on, and if so show it. */
 async function follow() {
   if ($("runs").hidden || !$("live").checked) return;
-  const before = JSON.stringify(runs.map((run) => [run.name, run.step, run.training]));
-  runs = await get("/api/runs");
-  if (JSON.stringify(runs.map((run) => [run.name, run.step, run.training])) === before) return;
-  listRuns();
-  await look();
+  const state = () => JSON.stringify(runs.map((run) => [run.name, run.step, run.training]));
+  await attempt($("runs-status"), async () => {
+    const before = state();
+    runs = await get("/api/runs");
+    sayTraining();
+    if (state() === before) return;
+    listRuns();
+    await look();
+    await showProgress();
+  });
 }
 
 // ---- one run ------------------------------------------------------------------------------------
@@ -102,10 +112,27 @@ function describe(run) {
   return `${run.preset}: ${steps}, ${reached}, ${duration(run.seconds)} of training`;
 }
 
-async function choose() {
-  const run = runs.find((one) => one.name === $("run").value);
+function chosen() {
+  return runs.find((run) => run.name === $("run").value);
+}
+
+/** Show what changes while the chosen run trains: its step and score, and its samples. */
+async function showProgress() {
+  const run = chosen();
   if (!run) return;
-  $("verdict").replaceChildren(el("p", {}, describe(run)));
+  $("description").textContent = describe(run);
+  const found = await get("/api/samples", { run: run.name });
+  if ($("run").value !== run.name) return; // another one was chosen meanwhile
+  const known = new Set(film.moments.map((moment) => moment.file));
+  const added = found.filter((sample) => !known.has(sample.file));
+  if (added.length) film.add(...added.map((sample) => ({ ...sample, run: run.name })));
+  if (!film.moments.length) $("samples").replaceChildren("This run has written no samples yet.");
+}
+
+async function choose() {
+  const run = chosen();
+  if (!run) return;
+  $("verdict").replaceChildren();
   const settings = Object.entries(run.config).map(([name, value]) =>
     el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)),
   );
@@ -113,10 +140,7 @@ async function choose() {
   film.clear();
   $("samples").replaceChildren();
   await attempt($("runs-status"), async () => {
-    const found = await get("/api/samples", { run: run.name });
-    if ($("run").value !== run.name) return; // another one was chosen meanwhile
-    for (const sample of found) film.add({ ...sample, run: run.name });
-    if (!found.length) $("samples").replaceChildren("This run has written no samples yet.");
+    await showProgress();
     const sentences = await get("/api/about", { run: run.name });
     if ($("run").value !== run.name) return;
     $("verdict").append(...sentences.filter(Boolean).map((sentence) => el("p", {}, sentence)));
@@ -155,4 +179,3 @@ window.addEventListener("resize", later(() => $("runs").hidden || draw()));
 $("curve").addEventListener("change", draw);
 $("log-scale").addEventListener("change", draw);
 $("run").addEventListener("change", choose);
-setSlider($("samples-step"), 0);

@@ -1,7 +1,7 @@
 // The search tab, by the public API: POST /v1/search finds pictures for words or for a picture, POST
 // /v1/classify chooses among names.
 
-import { $, attempt, el, fill, percent, say } from "./dom.js";
+import { $, attempt, barParts, el, fill, percent, say } from "./dom.js";
 import { post } from "./api.js";
 import { takeFiles } from "./mask.js";
 
@@ -46,17 +46,9 @@ async function name() {
     if (!picture) throw new Error("choose a picture first");
     const body = { model: $("search-model").value, image: picture, labels };
     const { answers } = await post("/v1/classify", body);
-    const rows = answers[0].classes.map(({ label, probability }) => {
-      const row = el(
-        "li",
-        {},
-        el("span", { class: "name" }, label),
-        el("span", { class: "track" }, el("span", { class: "fill" })),
-        el("span", { class: "share" }, percent(probability)),
-      );
-      row.querySelector(".fill").style.width = `${100 * probability}%`;
-      return row;
-    });
+    const rows = answers[0].classes.map(({ label, probability }) =>
+      el("li", {}, ...barParts(label, probability, percent(probability))),
+    );
     $("named").replaceChildren(...rows);
   });
 }

@@ -1,7 +1,7 @@
 // The text tab: tokens of what is typed, the next token's probabilities, attention. One pane for a
 // run; two panes read the same text side by side. writing.js continues the text.
 
-import { $, attempt, copy, el, fill, later, percent, roving, say, showValues, visible } from "./dom.js";
+import { $, attempt, barParts, copy, el, fill, later, percent, roving, showValues, visible } from "./dom.js";
 import { post } from "./api.js";
 import { fromBase64, order, probabilities } from "./sampling.js";
 import { Writer } from "./writing.js";
@@ -110,11 +110,8 @@ class Pane {
         disabled: !piece.shown,
         onclick: () => append(piece.text),
       },
-      el("span", { class: "name" }, visible(piece.text)),
-      el("span", { class: "track" }, el("span", { class: "fill" })),
-      el("span", { class: "share" }, out ? "left out" : percent(share)),
+      ...barParts(visible(piece.text), share, out ? "left out" : percent(share)),
     );
-    button.querySelector(".fill").style.width = `${100 * share}%`;
     return el("li", {}, button);
   }
 

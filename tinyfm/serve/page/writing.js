@@ -2,7 +2,7 @@
 // log-probability of each token and of its alternatives. A token can be exchanged for one of them;
 // the text then branches there and is written on.
 
-import { $, attempt, el, percent, roving, visible } from "./dom.js";
+import { attempt, barParts, el, percent, roving, visible } from "./dom.js";
 import { events } from "./api.js";
 
 const ALTERNATIVES = 10; // asked for with each token
@@ -129,11 +129,8 @@ export class Writer {
           disabled: isPart(name),
           onclick: () => this.branch(i, name, logprob),
         },
-        el("span", { class: "name" }, visible(name)),
-        el("span", { class: "track" }, el("span", { class: "fill" })),
-        el("span", { class: "share" }, same ? `${percent(p)}, here` : percent(p)),
+        ...barParts(visible(name), p, same ? `${percent(p)}, here` : percent(p)),
       );
-      button.querySelector(".fill").style.width = `${100 * p}%`;
       return el("li", {}, button);
     });
     branch.querySelector("ol").replaceChildren(...rows);
