@@ -160,6 +160,9 @@ def test_the_prefix_cache_is_bounded():
     prefixes.add(prompts[2], caches[2])
     assert prefixes.bytes == 2 * size
     assert [prefixes.find(prompt) is not None for prompt in prompts] == [True, False, True]
+    caches[0].length = 50
+    prefixes.add([7] * 50, caches[0])  # too large to be kept: the others stay
+    assert [prefixes.find(prompt) is not None for prompt in prompts] == [True, False, True]
 
 
 def test_memory_grows_with_the_text_not_with_what_was_asked():
@@ -201,6 +204,32 @@ def test_one_failing_text_harms_no_other():
     for _ in range(5):
         batch.step()
     assert good.tokens[3:] == [step[0] for step in stream(model, [[1, 2, 3]], s, never=[7])]
+
+
+def test_a_step_that_failed_is_done_again(monkeypatch):
+    """The head fails once, as with too little memory: no text reads its last token twice."""
+    model = loud(window=5)
+    s = Sampling(9, seed=2)
+    texts = [Text([1, 2, 3], s), Text([4, 5], s)]
+    head = model.head.forward
+    calls = []
+
+    def fail_once(x):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return head(x)
+
+    monkeypatch.setattr(model.head, "forward", fail_once)
+    batch = Batch(model)
+    for text in texts:
+        batch.add(text)
+    for _ in range(9):
+        batch.step()
+    assert len(calls) == 9 + 2
+    monkeypatch.undo()
+    expected = [[step[0] for step in stream(model, [p], s)] for p in ([1, 2, 3], [4, 5])]
+    assert [text.tokens[text.prompt_length :] for text in texts] == expected
 
 
 def test_a_batch_has_few_sizes(monkeypatch):

@@ -10,9 +10,10 @@ a batch share, and what they do not:
     attention               one row after the other, each over its own cache (`RowCache`)
     the draw                one row after the other, each with its own settings and random stream
 
-A new text is first read: its prompt, but for the last token, fills its cache, in pieces, so that
-the others wait at most for one piece. Then it joins the batch, which reads one token of every row.
-Texts that begin alike read the same keys and values: `PrefixCache` keeps those of recent prompts.
+A new text is first read: its prompt, but for the last token, fills its cache, in pieces. So the
+others wait for a piece or two, not for a whole prompt. Then it joins the batch, which reads one
+token of every row. Texts that begin alike read the same keys and values: `PrefixCache` keeps those
+of recent prompts.
 
 A row's numbers do not depend on the other rows, bit for bit, if the matrix library computes each
 row of a product in one way, whatever the number of rows. oneDNN does, for bfloat16 and for packed
@@ -236,12 +237,15 @@ class PrefixCache:
         tokens = tuple(tokens)
         if len(tokens) < self.SHORTEST or tokens in self.entries:
             return
+        kept = cache.copy(len(tokens))
+        size = kept.count_bytes()
+        if size > self.max_bytes:  # it would drive out all others, and then itself
+            return
         for known in list(self.entries):
             if tokens[: len(known)] == known:  # the new entry contains it
                 self.bytes -= self.entries.pop(known).count_bytes()
-        kept = cache.copy(len(tokens))
         self.entries[tokens] = kept
-        self.bytes += kept.count_bytes()
+        self.bytes += size
         while self.bytes > self.max_bytes:
             _, oldest = self.entries.popitem(last=False)
             self.bytes -= oldest.count_bytes()
@@ -379,6 +383,9 @@ class Batch:
         """Read the last token of each text, draw its next one and append it."""
         logits = self.next_logits(texts)
         logprobs = logits.float().log_softmax(-1)
+        for text in texts:  # not before: a step that failed is done again, text by text
+            text.cache.length += 1
+            text.cache.drop_unseen()
         results: list[tuple[Text, Drawn | Exception]] = []
         for i, text in enumerate(texts):
             sampling = text.sampling
@@ -397,14 +404,11 @@ class Batch:
         return results
 
     def next_logits(self, texts: list[Text]) -> Tensor:
-        """Let the model read the last token of each text -> (B, V)."""
+        """Let the model read the last token of each text -> (B, V). The caches' lengths stay."""
         rows = LEAST_ROWS * math.ceil(len(texts) / LEAST_ROWS)  # few sizes, for a compiled model
         last = [[text.tokens[-1]] for text in texts] + [[0]] * (rows - len(texts))
         caches = [text.cache for text in texts]
         h = self.model.hidden(torch.tensor(last, device=self.device), Rows(caches, rows))
-        for cache in caches:
-            cache.length += 1
-            cache.drop_unseen()
         logits = self.model.head(h[:, -1])[: len(texts)]
         if len(self.never):
             logits[:, self.never] = -math.inf
