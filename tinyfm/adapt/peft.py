@@ -174,7 +174,7 @@ def their_layers(model: nn.Module) -> dict[str, str]:
 
 
 def joint_layout(model: GPT) -> tuple[list[int], int]:
-    """The rows of q, k and v, and the groups in a joint layer: arguments of gpt.join and split."""
+    """The rows of q, k and v, and the groups in a joint layer: arguments of gpt.join and take."""
     config = gpt.resolve(model.config)
     return gpt.part_rows(config), gpt.groups(gpt.choose_architecture(config), config)
 
@@ -372,8 +372,7 @@ def find_loras(
         # Take the rows of one part of a joint layer, without the zeros of `join`.
         if part:
             untrained = not B.any()
-            parts = gpt.split(B, *joint_layout(model))
-            B = parts["qkv".index(part[1])]
+            B = gpt.take(part[1], B, *joint_layout(model))
             used = B.any(0) | untrained
             if not used.any():
                 continue

@@ -78,7 +78,7 @@ def find_architecture(raw: dict) -> Architecture:
     model_type = raw.get("model_type")
     found = [each for each in ARCHITECTURES if each.model_type == model_type]
     if not found:
-        near = f" ({NEAR[model_type]})" if model_type in NEAR else ""
+        near = f" ({NEAR[model_type]})" if str(model_type) in NEAR else ""
         known = dict.fromkeys(each.model_type for each in ARCHITECTURES)
         raise ValueError(f"model_type is {model_type!r}{near}; supported: {', '.join(known)}")
     misfits = []  # of each layout: the fields with values that ours does not compute
@@ -93,8 +93,10 @@ def find_architecture(raw: dict) -> Architecture:
         value = (nearest.defaults | raw)[name]
         refuse(name, value, " or ".join(map(repr, nearest.allowed[name])))
     titles = raw.get("architectures") or []
+    if not isinstance(titles, list):
+        refuse("architectures", titles, "a list of names of classes")
     for title in titles:
-        if title.endswith(OTHER_HEADS):
+        if str(title).endswith(OTHER_HEADS):
             refuse("architectures", title, f"{nearest.title}, which predicts the next token")
     return nearest
 
@@ -118,11 +120,11 @@ def read_config(config_cls: type, folder: Path) -> tuple[Architecture, Any]:
             values |= read_rope(raw, config_cls)
         if architecture.has_window():
             values["window"] = read_window(raw, config_cls)
-        if architecture.model_type == "granite":  # it divides the logits
-            divisor = values["logit_scale"]
-            if not divisor > 0:
-                refuse("logits_scaling", divisor, "a number above 0")
-            values["logit_scale"] = 1 / divisor
+        if architecture.model_type == "granite":
+            for name in ("attention_multiplier", "logits_scaling"):
+                if not raw[name] > 0:
+                    refuse(name, raw[name], "a number above 0")
+            values["logit_scale"] = 1 / values["logit_scale"]  # it divides the logits
         return architecture, config_cls(**values)
     except MALFORMED as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
@@ -222,10 +224,11 @@ def part_rows(config: Any) -> list[int]:
     return [config.n_head * config.K, config.G * config.K, config.G * config.K]
 
 
-def split(joint: Tensor, rows: list[int], groups: int) -> list[Tensor]:
-    """The inverse of join: q, k and v. rows: how many each of them has."""
+def take(part: str, joint: Tensor, rows: list[int], groups: int) -> Tensor:
+    """The rows of "q", "k" or "v" in a matrix that `join` made. rows: how many each of them has."""
     sizes = [n // groups for n in rows]
-    return [part.flatten(0, 1) for part in joint.unflatten(0, (groups, -1)).split(sizes, 1)]
+    parts = joint.unflatten(0, (groups, -1)).split(sizes, 1)
+    return parts["qkv".index(part)].flatten(0, 1)
 
 
 def to_theirs(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
@@ -252,7 +255,7 @@ def from_theirs(stored: dict[str, Tensor], names: list[str], rows: list[int], n:
         if CONV1D.search(theirs):
             tensor = tensor.T
         if part:
-            tensor = split(tensor, rows, n)["qkv".index(part[1])]
+            tensor = take(part[1], tensor, rows, n)
         tensors[name] = tensor
     return tensors
 

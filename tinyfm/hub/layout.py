@@ -11,10 +11,10 @@ things agree:
 3. Settings that no tensor shows: activation, window, rotary base. A model with one wrong setting
    still runs, but writes nonsense. So a setting that our config cannot express is an error.
 
-This module has the steps that all families share. gpt.py and clip.py have the tables of their
-families; diffusion.py, scheduler.py and stable_diffusion.py follow the layout of diffusers. Names
-and shapes must match exactly. Pickles are never opened, because a pickle can run code when it is
-read.
+This module has the steps that all families share. gpt_classes.py, encoder.py and clip.py have the
+tables of their families; diffusion.py, scheduler.py and stable_diffusion.py follow the layout of
+diffusers. Names and shapes must match exactly. Pickles are never opened, because a pickle can run
+code when it is read.
 
 Left out: downloading, quantised weights.
 """
