@@ -94,7 +94,7 @@ def table(results: dict[str, list[dict[int, Measured]]]) -> str:
         cells = [f"{length}"]
         for seeds in results.values():
             values = [each[length] for each in seeds]
-            median = values[[*map(float, values)].index(statistics.median_low(values))]
+            median = statistics.median_low(values)  # one of them, with its interval
             mean = statistics.mean(map(float, values))
             cells.append(f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})")
             cells.append(f"{median.low:.3f} to {median.high:.3f}")
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options for train.py, in one string")
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds is {given.seeds}; it must be at least 1")
     results: dict[str, list[dict[int, Measured]]] = {kind: [] for kind in POSITIONS}
     minutes = []
     with tempfile.TemporaryDirectory() as folder:

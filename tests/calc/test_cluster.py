@@ -55,7 +55,7 @@ def test_seconds_of_a_step():
     [
         ("llama", "no preset 'llama'"),
         ("llama-1b --gpus 64 --shard-size 7", "7 .*64 processes; use one of"),
-        ("bert-base", "family bert; use .*gpt or .*palm"),
+        ("bert-base", "family bert; use .*: gpt, bloom, .*palm"),
         ("mixtral-8x7b", "mixtral-8x7b is a mixture of experts"),
         ("gpt2 --gpu v100", "v100-32gb has no bf16"),
     ],

@@ -136,9 +136,9 @@ def gpt_config(system: System) -> GPTConfig:
 
     c = system.shape
     if system.family not in GPT_STYLES:
-        families = " or ".join(GPT_STYLES)
+        families = ", ".join(GPT_STYLES)
         problem = f"{system.name} is of family {system.family}"
-        raise ValueError(f"{problem}; use a system of family {families}")
+        raise ValueError(f"{problem}; use a system of one of these: {families}")
     if c["experts"] > 1:
         raise ValueError(f"{system.name} is a mixture of experts, which our GPT is not")
     style = GPT_STYLES[system.family]
