@@ -22,6 +22,7 @@ def agree(
     |got - expected| may be at most tolerance + relative |expected|; relative is the tolerance too,
     if it is not given.
     """
+    assert got is not None, f"{what}: got None; does the function return its result?"
     got = torch.as_tensor(got, dtype=torch.double).detach()
     expected = torch.as_tensor(expected, dtype=torch.double).detach()
     message = f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"

@@ -10,6 +10,7 @@ import pytest
 
 from course import __main__ as command
 from course import book, check, cut, faults, grade, handout, lessons
+from course.compare import agree
 from course.lessons import Lesson, read, write
 
 SOURCE = '''
@@ -330,6 +331,19 @@ def test_an_exam_has_its_answers_apart(lesson, monkeypatch, tmp_path):
     assert "How many bytes" in read(tmp_path / "exam/questions.md")
     assert "2^30." not in read(tmp_path / "exam/questions.md")
     assert "2^30." in read(tmp_path / "exam/answers.md")
+
+
+@pytest.mark.parametrize(
+    "got, message",
+    [
+        (None, "the mean: got None; .*return"),
+        ([1.0, 2.0], r"the mean: expected the shape \(\), got \(2,\)"),
+        (2.5, "the mean: expected 2, got 2.5"),
+    ],
+)
+def test_a_comparison_says_what_came(got, message):
+    with pytest.raises(AssertionError, match=message):
+        agree(got, 2.0, "the mean")
 
 
 @pytest.mark.parametrize("words", [["start", "77"], ["check", "-1"], ["break", "77"]])
