@@ -487,6 +487,7 @@ def encode_captions(
 # space that follows another character is safe, because no piece of ours continues there. A literal
 # U+2581 is a section by itself, and is spelled in bytes.
 SECTION = re.compile(f"{SPACE}|(?s:[^{SPACE}]{{0,1000}}[^ {SPACE}]+)| +[^ {SPACE}]*")
+FEW = 8  # sections: for a list the library starts threads, which fewer do not repay
 OPTIONS = {
     # Do not change the text.
     "normalization_rule_name": "identity",
@@ -556,8 +557,13 @@ class SentencePieceTokenizer(Tokenizer):
         if not self._in_sections:
             return self._library.encode(text)
         sections = SECTION.findall(text)
+        found: Iterable[list[int]]
+        if len(sections) < FEW:
+            found = map(self._library.encode, sections)
+        else:
+            found = self._library.encode(sections)
         ids = []
-        for section, section_ids in zip(sections, self._library.encode(sections)):
+        for section, section_ids in zip(sections, found):
             ids += self._space_ids if section == SPACE else section_ids
         return ids
 
