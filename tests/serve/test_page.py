@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -26,7 +27,7 @@ from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
 from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT
-from tinyfm.serve import costs, drawing, text_views
+from tinyfm.serve import costs, drawing, run_views, text_views
 from tinyfm.serve.__main__ import about_run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -208,6 +209,9 @@ def test_only_listed_runs_and_samples_can_be_read(client):
     assert [run["name"] for run in client.get("/api/runs").json()] == ["one", "two"]
     found = client.get("/api/samples", params={"run": "one"}).json()
     assert [sample["step"] for sample in found] == [10, 20]
+    for after in ("x", "--3", "9" * 5000):
+        answer = client.get("/api/metrics", params={"run": "one", "after": after})
+        assert answer.status_code == 400 and "a step" in answer.text
     for run in ("..", "one/..", "/etc", ""):
         assert client.get("/api/metrics", params={"run": run}).status_code == 404
     for file in ("secret.txt", "../config.json", "/etc/passwd", "step-000030.txt"):
@@ -217,6 +221,16 @@ def test_only_listed_runs_and_samples_can_be_read(client):
     assert answer.headers["content-type"].startswith("text/plain")
     rows = client.get("/api/metrics", params={"run": "one", "after": 0}).json()["rows"]
     assert rows == [{"step": 10, "val_loss": 3.0}, {"step": 20, "val_loss": 2.5}]
+
+
+def test_losses_are_read_again_only_when_the_file_has_changed(tmp_path):
+    make_run(tmp_path / "run", [4.0])
+    before = run_views.read_rows(tmp_path / "run")
+    assert run_views.read_rows(tmp_path / "run") is before
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 10}\n', encoding="utf-8")
+    os.utime(path, (1, 1))
+    assert [row["step"] for row in run_views.read_rows(tmp_path / "run")] == [0, 10]
 
 
 def test_costs_are_those_of_the_calculator():

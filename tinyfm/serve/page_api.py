@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -325,7 +326,7 @@ def describe_run(request: Request) -> list[str]:
 def list_metrics(request: Request) -> dict[str, Any]:
     """The losses of ?run=NAME after step ?after=N."""
     after = request.query_params.get("after", "-1")
-    check(after.removeprefix("-").isdecimal(), "after", after, "a step")
+    check(bool(re.fullmatch("-?[0-9]{1,15}", after)), "after", after, "a step")
     return run_views.curves(named_run(request), int(after))
 
 

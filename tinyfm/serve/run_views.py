@@ -6,7 +6,6 @@ request can thus reach no other file: what it names is looked up, and no path is
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,15 +39,16 @@ def list_runs(folder: Path, named: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-@functools.lru_cache(MOST_RUNS)
-def read_unchanged(path: Path, changed: int) -> list[dict]:
-    """The rows of a metrics.jsonl that was changed at that time: read once."""
-    return read_metrics(path)
+_kept: dict[Path, tuple[int, list[dict]]] = {}  # {metrics.jsonl: (time of its last change, rows)}
 
 
 def read_rows(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, read again only when it has changed."""
     path = folder / METRICS
-    return read_unchanged(path, path.stat().st_mtime_ns)
+    changed = path.stat().st_mtime_ns
+    if path not in _kept or _kept[path][0] != changed:
+        _kept[path] = (changed, read_metrics(path))
+    return _kept[path][1]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
