@@ -336,7 +336,8 @@ class Engine:
 
     def _cancel_all(self) -> None:
         for future, _, _ in self.calls:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Busy("the server is closing"))
         self.calls.clear()
         for work in self.iterations:
             work.handle.cancelled = True
