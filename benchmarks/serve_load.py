@@ -266,6 +266,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="length; default: 60")
     parser.add_argument("--cancellations", type=int, default=1000, help="in all; default: 1000")
     options = parser.parse_args()
+    if options.clients < 5 or options.seconds <= 0:
+        parser.error("use --clients 5 or more, the fifth of which writes, and --seconds above 0")
     with served(options.run) as (process, port):
         counts, memory = asyncio.run(measure(process.pid, port, options))
         time.sleep(2)

@@ -453,5 +453,9 @@ def test_an_adapted_run_is_served_with_its_base_or_as_itself(options, tiny_run, 
         "The" + text_of(run, "The", 2, max_new_tokens=9)[0] for run in (base, with_lora, itself)
     ]
     assert texts[0] != expected and texts[1:] == [expected, expected]
+    with pytest.raises(ValueError, match="--pictures needs"):
+        command.open_runs(command.Options((str(tiny_run),), pictures=str(tmp_path)))
+    with pytest.raises(ValueError, match="no folder"):
+        command.Options((str(tiny_run),), pictures=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="fits none"):
         command.open_runs(command.Options((str(tiny_run),), adapter=(str(tiny_run),)))

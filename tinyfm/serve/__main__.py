@@ -17,6 +17,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -91,6 +92,14 @@ class Options:
             raise ValueError(f"--port is {self.port}; use 1 to 65535, or 0 for any free one")
         if not 0 <= self.grace < 3600:
             raise ValueError(f"--grace is {self.grace}; use 0 to 3600 seconds")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^A-Z/\s*]+/?", origin):
+                raise ValueError(
+                    f"--allow-origin is {origin!r}; give scheme, host and port of a page in small "
+                    "letters, such as http://localhost:3000"
+                )
+        if self.pictures and not Path(self.pictures).is_dir():
+            raise ValueError(f"--pictures is {self.pictures}, which is no folder; correct the path")
 
 
 # ---- opening -------------------------------------------------------------------------------------
@@ -113,6 +122,8 @@ def open_runs(options: Options) -> list[Served]:
         if run.run.family == "text2image":
             run.model.tokenizer = run.tokenizer
         served.append(serve_run(run, path, {other.name for other in served}))
+    if options.pictures and not any("search" in run.abilities for run in served):
+        raise ValueError("--pictures needs a run that can search them: name a CLIP too")
     return served
 
 
@@ -170,7 +181,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(1024)
     except (OSError, UnicodeError) as error:
         raise ValueError(
-            f"{host}:{port} cannot be used: {error}; choose another --port, or --port 0"
+            f"{host}:{port} cannot be used: {error}; choose another --host, another --port, or "
+            "--port 0 for any free one"
         ) from error
     return listening
 

@@ -43,7 +43,8 @@ class Served:
 
     @property
     def abilities(self) -> frozenset[str]:
-        """Of complete, chat, embed, classify, search, draw (from a prompt) and sample (from none).
+        """Which of these it can do: complete, chat, embed, classify, search, draw (from a prompt),
+        sample (draw without one), rebuild (encode a picture and decode it).
 
         A run that can chat can also complete.
         """

@@ -1,8 +1,8 @@
 """Drawings: /v1/images/generations and /v1/images/edits.
 
-The engine draws step by step, and between two steps it writes a token of every text. So a drawing
-takes no longer than before, and nobody waits for its end. The pictures are those of
-`sample.py RUN -n N --seed SEED` with the same options.
+The engine draws step by step, and between two steps it writes a token of every text. So no text
+waits for the end of a drawing. The pictures are those of `sample.py RUN -n N --seed SEED` with the
+same options.
 """
 
 from __future__ import annotations

@@ -8,15 +8,16 @@ A body comes from a stranger. It is read in steps:
 Field by field, a value is compared with its type, and then with its range. Fields that no class
 here has are ignored, and the warnings name them. `null` means that a field is left out.
 
-The names are those of OpenAI's API. Behind its fields stand those of tinyfm: top_k, min_p,
-repetition_penalty, steps, guidance, sampler. What is left out has the default of sample.py, but for
-the seed, which is drawn.
+The names are those of OpenAI's API. It has no fields for some settings of tinyfm: top_k, min_p,
+repetition_penalty, steps, guidance, sampler; these have the names of sample.py's options. What is
+left out has the default of sample.py, but for the seed, which is drawn.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import random
 import re
 from dataclasses import MISSING, dataclass, fields
@@ -125,10 +126,8 @@ def convert_form(kind: type, fields_found: dict[str, str]) -> dict[str, Any]:
     for name, text in fields_found.items():
         values[name] = text
         if name in kinds and not schema.fits("", kinds[name]):
-            try:
+            with contextlib.suppress(ValueError):  # `read` will say what is expected
                 values[name] = schema.parse_json(text)
-            except ValueError:
-                values[name] = text  # `read` will say what is expected
     return values
 
 
@@ -223,7 +222,9 @@ class CompletionRequest(Writing):
         """The prompts, each a text or token ids. Raises BadRequest."""
         found = texts_or_ids(self.prompt, "prompt")
         rows = len(found) * self.n
-        check(rows <= MOST_ROWS, "prompt", f"of {len(found)} texts, times n", f"{MOST_ROWS} rows")
+        if rows > MOST_ROWS:
+            problem = f"{len(found)} prompts with n {self.n} are {rows} texts"
+            raise BadRequest(f"{problem}; one request writes at most {MOST_ROWS}", "prompt")
         return found
 
 
@@ -245,7 +246,8 @@ def texts_or_ids(value: Any, param: str) -> list[str | list[int]]:
         ids = isinstance(one, list) and one and all(type(i) is int for i in one)
         if not isinstance(one, str) and not ids:
             shown = schema.shorten(one)
-            raise BadRequest(f"{param} holds {shown}; expected texts or token ids", param)
+            rule = "expected texts alone, token ids alone, or lists of ids"
+            raise BadRequest(f"{param} holds {shown}; {rule}", param)
         size += len(one)
     rule = f"at most {MOST_CHARACTERS:,}"
     check(size <= MOST_CHARACTERS, param, f"of {size:,} characters or ids", rule)
