@@ -363,6 +363,7 @@ MISTAKES = [
     ({"norm_bias": True}, "norm_bias is True, .*rmsnorm .*; use layernorm"),
     ({"logit_scale": 0.0}, "logit_scale is 0.0; it must be above 0"),
     ({"residual_scale": math.nan}, "residual_scale is nan"),
+    ({"embedding_scale": math.inf}, "embedding_scale is inf; .* finite"),
     ({"attention_scale": -1.0}, "attention_scale is -1.0; .*or 0 for"),
 ]
 

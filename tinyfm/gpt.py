@@ -66,7 +66,8 @@ class GPTConfig:
     d_head: int = 0  # width of a head; 0 = d_model / n_head
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model, or 8/3 d_model for swiglu
     mlp: Literal["swiglu", "gelu", "exact-gelu", "relu2"] = "swiglu"  # nonlinearity of the MLP
-    # Norms before or behind attention and MLP; or these in parallel, with one norm or with two.
+    # Norms before attention and MLP, or behind them; or attention and MLP side by side, with one
+    # norm for both or with two.
     block: Literal["pre-norm", "post-norm", "parallel", "parallel-two-norms"] = "pre-norm"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of the norms
     norm_eps: float = 1e-6  # small number added to the variance in each norm
@@ -112,10 +113,11 @@ class GPTConfig:
             raise ValueError(f"norm_bias is True, but a {self.norm} has no bias; use layernorm")
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0; 1 is off")
+                problem = f"{name} is {getattr(self, name)}"
+                raise ValueError(f"{problem}; it must be above 0 and finite; 1 is off")
         if not 0 <= self.attention_scale < math.inf:
             problem = f"attention_scale is {self.attention_scale}"
-            raise ValueError(f"{problem}; it must be above 0, or 0 for 1 / sqrt(d_head)")
+            raise ValueError(f"{problem}; it must be above 0 and finite, or 0 for 1 / sqrt(d_head)")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         for name, kind in get_type_hints(GPTConfig).items():
