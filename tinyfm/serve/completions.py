@@ -396,13 +396,10 @@ def warn_if_cut(run: Served, ids: list[int], warnings: list[str]) -> None:
 def prepare_chat(asked: ChatRequest, run: Served, limit: int, warnings: list[str]) -> Reply:
     """The rows of a chat's answer, as adapt/chat.py builds them. Raises BadRequest."""
     messages = asked.conversation()
-    longest = asked.max_completion_tokens
-    if longest is None:
-        longest = asked.max_tokens
+    name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+    sampling = asked.sampling(getattr(asked, name), limit, name)
     try:
-        ids, sampling = chat.prepare_answer(
-            run.model, run.tokenizer, messages, asked.sampling(longest, limit)
-        )
+        ids, sampling = chat.prepare_answer(run.model, run.tokenizer, messages, sampling)
     except ValueError as error:
         raise BadRequest(str(error), "messages", code="context_length_exceeded") from error
     left_out = len(run.front) + len(chat.render(run.tokenizer, messages)) - len(ids)

@@ -22,7 +22,14 @@ from tinyfm.ddpm import Diffusion, gaussian_noise
 from tinyfm.serve import engine as engines
 from tinyfm.serve.families import Served, find_run, warn_about_texts
 from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
-from tinyfm.serve.requests import BadRequest, EditRequest, ImageRequest, decode_base64, read
+from tinyfm.serve.requests import (
+    BadRequest,
+    EditRequest,
+    ImageRequest,
+    decode_base64,
+    read,
+    share_to_redraw,
+)
 from tinyfm.serve.uploads import read_mask, read_picture, to_images, to_pixels, to_png
 from tinyfm.text2image import TextToImage
 
@@ -154,6 +161,5 @@ async def edit(request: Request) -> Response:
         return given
 
     given = await anyio.to_thread.run_sync(read_given)
-    usual = 1.0 if "mask" in given else 0.6  # a masked part may be redrawn entirely
-    strength = usual if asked.strength is None else asked.strength
+    strength = share_to_redraw(asked.strength, "mask" in given)
     return await answer(request, run, asked, warnings, {**given, "strength": strength})

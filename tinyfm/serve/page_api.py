@@ -34,6 +34,7 @@ from tinyfm.serve.requests import (
     check_length,
     decode_base64,
     read,
+    share_to_redraw,
 )
 from tinyfm.serve.uploads import read_mask, read_picture, to_images, to_pixels, to_png
 from tinyfm.text2image import TextToImage
@@ -215,8 +216,7 @@ def read_given(run: Served, asked: FilmRequest) -> dict[str, Any]:
     if asked.mask:
         size = run.model.config.autoencoder.image_size
         given["mask"] = read_mask(decode_base64(asked.mask, "mask"), size, "mask")
-    usual = 1.0 if asked.mask else 0.6  # as sample.py
-    given["strength"] = usual if asked.strength is None else asked.strength
+    given["strength"] = share_to_redraw(asked.strength, bool(asked.mask))
     return given
 
 

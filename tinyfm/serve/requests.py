@@ -174,14 +174,13 @@ class Writing:
     def include_usage(self) -> bool:
         return bool((self.stream_options or {}).get("include_usage"))
 
-    def sampling(self, max_tokens: int, limit: int) -> Sampling:
+    def sampling(self, max_tokens: int, limit: int, field: str = "max_tokens") -> Sampling:
         """The settings of generate.py; without a seed, a random one.
 
-        limit: most tokens that the server writes. Raises BadRequest with the field.
+        limit: most tokens that the server writes. field: the one that max_tokens comes from. Raises
+        BadRequest with the field.
         """
-        check(
-            1 <= max_tokens <= limit, "max_tokens", max_tokens, f"1 to {limit}, this server's limit"
-        )
+        check(1 <= max_tokens <= limit, field, max_tokens, f"1 to {limit}, this server's limit")
         seed = random.SystemRandom().getrandbits(32) if self.seed is None else self.seed
         try:
             return Sampling(
@@ -420,6 +419,13 @@ class EditRequest(ImageRequest):
         super().__post_init__()
         valid = self.strength is None or 0 < self.strength <= 1
         check(valid, "strength", self.strength, "above 0, at most 1")
+
+
+def share_to_redraw(strength: float | None, masked: bool) -> float:
+    """The strength asked for; else that of sample.py."""
+    if strength is not None:
+        return strength
+    return 1.0 if masked else 0.6  # a masked part may be redrawn entirely
 
 
 def check_length(text: str, param: str) -> None:
