@@ -28,6 +28,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -225,8 +226,8 @@ def main() -> None:
     if options.server:
         serve(options.server, options.folder, options.dtype)
         return
-
-    from dataclasses import replace
+    if options.width < 64 or options.width % 64:
+        parser.error(f"--width is {options.width}; use a multiple of 64, the width of a head")
 
     import transformers
 
