@@ -265,7 +265,7 @@ def test_a_student_starts_from_layers_of_its_teacher():
     ("options", "message"),
     [
         ({"d_model": 32}, r"is \(23, 32\), the teacher's .* is \(23, 16\)"),
-        ({"n_layer": 3}, "at most its 2 layers"),
+        ({"n_layer": 3}, "has 3 of them, and the teacher 2.*--model.n-layer 2"),
         ({"segments": 2}, "segment_embedding.* is None"),
     ],
 )

@@ -168,17 +168,22 @@ def take_layers(student: nn.Module, teacher: nn.Module) -> list[int]:
     than the number of layers. What only the teacher has, such as segments, is left out.
     """
     n, m = count_blocks(student), count_blocks(teacher)
+    if n > m:
+        raise ValueError(
+            f"layers cannot be taken: the student has {n} of them, and the teacher {m}; use "
+            f"--model.n-layer {m} or less"
+        )
     taken = [round(i * (m - 1) / max(1, n - 1)) for i in range(n)]
     theirs = teacher.state_dict()
     values = {}
     for name, own in student.state_dict().items():
         source = BLOCK.sub(lambda match: f"blocks.{taken[int(match[1])]}.", name)
         found = theirs.get(source)
-        if n > m or found is None or found.shape != own.shape:
+        if found is None or found.shape != own.shape:
             shape = None if found is None else tuple(found.shape)
             raise ValueError(
                 f"layers cannot be taken: {name} is {tuple(own.shape)}, the teacher's {source} is "
-                f"{shape}; give the student the teacher's sizes, and at most its {m} layers"
+                f"{shape}; give the student the teacher's sizes"
             )
         values[name] = found
     student.load_state_dict(values)

@@ -87,6 +87,8 @@ def resolve(
     if getattr(run, "teacher", ""):
         teacher = run_dir.open_run(run.teacher)
         changes |= from_teacher(run, preset.run, teacher, changes)
+    elif getattr(run, "distil", None) != getattr(preset.run, "distil", None):
+        raise ValueError("--distil.* says how to learn from a teacher: add --teacher RUN")
     given = {}
     first = {}
     if run.PARTS:
