@@ -99,6 +99,11 @@ def test_a_smaller_model_learns_from_a_trained_one(tmp_path):
     assert any("loss_with_teacher" in row for row in rows_of(out))
 
 
+def test_distillation_needs_a_teacher(capsys):
+    assert call(train, "encoder", "--distil.take-layers", "--dry-run") == 1
+    assert "add --teacher RUN" in capsys.readouterr().err
+
+
 def test_a_dry_run_and_the_calculator_know_it(capsys):
     assert call(train, "encoder", "--dry-run") == 0
     assert '"family": "encoder"' in capsys.readouterr().out
@@ -120,6 +125,9 @@ def test_sample_fills_each_mask(capsys):
     first = [lines[1].split(maxsplit=1)[1], lines[5].split(maxsplit=1)[1]]
     shown = [" " if text == "' '" else text for text in first]
     assert lines[-1] == f"the{shown[0]}at sat{shown[1]}n a mat"
+    # More candidates than there are: all ordinary tokens, bytes here.
+    assert call(sample, "mlm", "--prompt", "the [MASK]at", "-n", "999") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 256 + 1
     # ELECTRA's generator fills them, too.
     assert call(sample, "electra", "--prompt", "the [MASK]at") == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
@@ -181,7 +189,7 @@ def test_a_row_with_its_guesses():
     targets[1], targets[2] = ord(" "), ord("c")
     guesses[1], guesses[2] = ord(" "), ord("b")
     ids[2] = 257
-    assert recipe.with_guesses(BYTES, ids, targets, guesses) == "a [][b, not c]at"
+    assert recipe.with_guesses(BYTES, ids, targets, guesses) == "a [' '][b, not c]at"
 
 
 # ---- classification ------------------------------------------------------------------------------

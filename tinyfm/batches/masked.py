@@ -186,15 +186,14 @@ class MaskedData:
     def collate(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         """B pairs (inputs, targets) -> a batch.
 
-        "tokens" (B, T): the inputs. "targets" (B, T): the hidden tokens, and -100 elsewhere. "mask"
-        (B, T): True, as no row is padded. "places" (P,): where the targets are in the flat batch.
+        "tokens" (B, T): the inputs. "targets" (B, T): the hidden tokens, and -100 elsewhere.
+        "places" (P,): where the targets are in the flat batch. No row is padded, so no "mask".
         """
         targets = torch.from_numpy(np.stack([targets for _, targets in rows]))
         tokens = torch.from_numpy(np.stack([inputs for inputs, _ in rows]))
         return {
             "tokens": tokens,
             "targets": targets,
-            "mask": torch.ones_like(tokens, dtype=torch.bool),
             "places": (targets.flatten() != NOT_PREDICTED).nonzero()[:, 0],
         }
 

@@ -95,7 +95,7 @@ def guess_hidden(model: Encoder, batches: Iterable[Batch]) -> Found:
             original = torch.where(targets == NOT_PREDICTED, batch["tokens"].flatten(), targets)
             drawn = original.index_copy(0, places, draw(logits, u))
             replaced = drawn != original
-            judged = model.detect(drawn.view(B, T), batch["mask"]).flatten().float()
+            judged = model.detect(drawn.view(B, T), batch.get("mask")).flatten().float()
             rows += B
         own = (nats, logits.argmax(-1) == hidden, places + tokens, replaced, judged)
         parts.append([tensor.cpu().numpy() for tensor in own])
@@ -250,16 +250,21 @@ class EncoderRun(Run):
         vocabulary = Vocabulary(opened.tokenizer, self.model.vocab_size)
         ids = encode_prompt(opened.tokenizer, vocabulary, options.prompt or "")
         guesses = fill(opened.model, vocabulary, ids)
-        count = options.n or GUESSES
+        count = min(options.n or GUESSES, len(vocabulary.drawn))
         best = list(ids)
         for number, (place, found) in enumerate(guesses.items(), 1):
             best[place] = int(found.argmax())
             if len(guesses) > 1:
                 print(f"mask {number}:")
             for token in found.argsort(descending=True)[:count].tolist():
-                text = opened.tokenizer.decode([token])
-                print(f"{found[token]:.4f}  {text.strip() or repr(text)}")
+                print(f"{found[token]:.4f}  {shown(opened.tokenizer, token)}")
         print(opened.tokenizer.decode(best[1:]).strip())
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text without the spaces around it; one of spaces alone stands in quotes."""
+    text = tokenizer.decode([token])
+    return text.strip() or repr(text)
 
 
 def with_guesses(
@@ -273,13 +278,12 @@ def with_guesses(
             text += tokenizer.decode([token for token, _, _ in group])
             continue
         for _, target, guess in group:
-            truth = tokenizer.decode([target])
             own = "?"
             if guess < tokenizer.vocab_size:  # not the mask
-                own = tokenizer.decode([guess]).strip()
+                own = shown(tokenizer, guess)
             if guess != target:
-                own += f", not {truth.strip()}"
-            if truth.startswith(" "):
+                own += f", not {shown(tokenizer, target)}"
+            if tokenizer.decode([target]).startswith(" "):
                 text += " "
             text += f"[{own}]"
     return text
