@@ -531,8 +531,9 @@ class Encoder(nn.Module):
         """
         if not hasattr(self, "head"):
             raise ValueError(
-                "this ELECTRA has no generator, so it predicts no tokens; fine-tune it "
-                "(--init-from RUN --task classify), or load the folder of the generator"
+                "this ELECTRA has no generator, so it predicts no tokens: fine-tune it "
+                "(--init-from RUN --task classify), load the folder of the generator, or train one "
+                "too (--model.generator-head 1)"
             )
         return self.generator if hasattr(self, "generator") else self.tower
 

@@ -711,9 +711,14 @@ def train_word_piece(texts: Sequence[str], vocab_size: int, lowercase: bool) -> 
 
 # Kind -> its smallest vocabulary: the bytes, the end of a text and, of SentencePiece, unknown; of
 # WordPiece, five special tokens and a few characters.
-SMALLEST = {"sentencepiece": 258, "sentencepiece-unigram": 258, "bpe": 257, "bytes": 257}
-SMALLEST |= {"wordpiece": 64, "wordpiece-cased": 64}
-
+SMALLEST = {
+    "sentencepiece": 258,
+    "sentencepiece-unigram": 258,
+    "bpe": 257,
+    "bytes": 257,
+    "wordpiece": 64,
+    "wordpiece-cased": 64,
+}
 
 MOST_IDS = 1 << 24  # many more than any published vocabulary has
 

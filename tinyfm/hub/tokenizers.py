@@ -782,9 +782,9 @@ def encoder_tokens(spec: dict, end: str) -> dict[str, str]:
     kinds = {"mask_token": MASK_NAMES, "cls_token": CLS_NAMES, "pad_token": PAD_NAMES}
     names = {"sep_token": end}
     for kind, usual in kinds.items():
-        for name in usual:
-            if name in specials:
-                names[kind] = name
+        found = [name for name in usual if name in specials]
+        if found:
+            names[kind] = found[0]  # as Tokenizer chooses
     return names if "mask_token" in names else {}
 
 
