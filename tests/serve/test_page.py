@@ -192,6 +192,7 @@ def test_mistakes_are_answered_before_a_stream_starts(client):
         ("/api/draw", {"model": "ddpm", "sampler": "none"}, "none"),
         ("/api/draw", {"model": "ddpm", "steps": 10**9}, "steps"),
         ("/api/draw", {"model": "ddpm", "image": "data:,"}, "image"),
+        ("/api/draw", {"model": "text2image", "prompt": "a", "strength": 0.5}, "image"),
         ("/api/draw", {"model": "gpt"}, "gpt"),
         ("/api/walk", {"model": "text2image", "first": "x", "last": "x"}, "first"),
         ("/api/attention", {"model": "gpt", "text": "a", "layer": 9}, "layer is 9"),
@@ -231,6 +232,13 @@ def test_losses_are_read_again_only_when_the_file_has_changed(tmp_path):
     path.write_text(path.read_text(encoding="utf-8") + '{"step": 10}\n', encoding="utf-8")
     os.utime(path, (1, 1))
     assert [row["step"] for row in run_views.read_rows(tmp_path / "run")] == [0, 10]
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "JSON"), ("[1]", "train.steps")])
+def test_a_broken_run_is_named_with_its_file(tmp_path, text, word):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"config\.json.*{word}"):
+        run_views.describe(tmp_path, 0)
 
 
 def test_costs_are_those_of_the_calculator():
@@ -517,6 +525,7 @@ def test_runs_and_costs(page, server):
 
     page.show("costs")
     page.wait(lambda: page.texts("#bill dd")[:1] == ["8.03 billion"])
+    assert page.texts("#job label:has([name=units]) output") == ["15 trillion tokens"]
     page.set("#job [name=layers]", 16)
     page.wait(lambda: page.texts("#bill dd")[0] == "4.54 billion")
 

@@ -81,6 +81,8 @@ class FilmRequest:
         check_length(self.prompt, "prompt")
         check(1 <= self.steps <= MOST_STEPS, "steps", self.steps, f"1 to {MOST_STEPS}")
         check(abs(self.seed) < 2**40, "seed", self.seed, "below 2**40")
+        if not self.image and (self.mask or self.strength is not None):
+            raise BadRequest("mask and strength change a picture: send image as well", "image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,10 +66,14 @@ def describe(folder: Path, now: float) -> dict[str, Any]:
 
     Raises ValueError if config.json is not that of a run.
     """
-    record = schema.parse_json((folder / "config.json").read_bytes())
+    path = folder / "config.json"
+    try:
+        record = schema.parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     steps = flatten(record).get("train.steps")
     if not isinstance(steps, int):
-        raise ValueError(f"{folder / 'config.json'} has no train.steps: train.py did not write it")
+        raise ValueError(f"{path} has no train.steps: train.py did not write it")
     rows = read_rows(folder)
     evaluations = [row for row in rows if "val_loss" in row]
     score = summary_score(evaluations[-1]) if evaluations else "val_loss"

@@ -106,9 +106,10 @@ async function follow() {
 // ---- one run ------------------------------------------------------------------------------------
 
 function describe(run) {
-  const score = (value) => (value === null ? "none yet" : Number(value.toPrecision(4)));
+  const score = (value) => Number(value.toPrecision(4));
   const steps = `step ${run.step.toLocaleString("en")} of ${run.steps.toLocaleString("en")}`;
-  const reached = `${run.score} ${score(run.first)} to ${score(run.last)}`;
+  const scored = run.first !== null && run.last !== null;
+  const reached = scored ? `${run.score} ${score(run.first)} to ${score(run.last)}` : "not evaluated yet";
   return `${run.preset}: ${steps}, ${reached}, ${duration(run.seconds)} of training`;
 }
 
