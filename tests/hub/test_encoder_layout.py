@@ -301,6 +301,8 @@ def test_refused_settings(bert, fields, message):
             "each n-th layer from the first",
         ),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"layer_types": ["full_attention"]}, "a list of 2 kinds"),
+        ({"layer_types": None, "global_attn_every_n_layers": "3"}, "is '3'; supported: a whole"),
         ({"layer_types": None, "local_attention": 1}, "local_attention is 1"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "yarn"),
     ],

@@ -262,21 +262,27 @@ def read_title(raw: dict, architecture: Architecture) -> str:
     return titles[0]
 
 
+def layer_types(n_layer: int, every: int) -> list[str]:
+    """ModernBERT's kind of each layer: each every-th, from the first, has no window."""
+    return ["sliding_attention" if i % every else "full_attention" for i in range(n_layer)]
+
+
 def read_windows(raw: dict) -> dict[str, Any]:
     """Read which of ModernBERT's layers have a window, as transformers 4 or 5 writes it.
 
-    Raises ValueError unless each n-th layer from the first has none.
+    Raises ValueError unless each n-th layer from the first, of num_hidden_layers, has none.
     """
     every = raw["global_attn_every_n_layers"]
     kinds = raw.get("layer_types")
     if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != raw["num_hidden_layers"]:
+            refuse("layer_types", kinds, f"a list of {raw['num_hidden_layers']} kinds")
         full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         every = full[1] if len(full) > 1 else len(kinds)
-        expected = [
-            "sliding_attention" if i % every else "full_attention" for i in range(len(kinds))
-        ]
-        if kinds != expected:
+        if kinds != layer_types(len(kinds), every):
             refuse("layer_types", kinds, "full_attention in each n-th layer from the first")
+    elif type(every) is not int or every < 1:
+        refuse("global_attn_every_n_layers", every, "a whole number of 1 or more")
     if every == 1:
         return {"window": 0}
     width = raw["local_attention"]
@@ -393,7 +399,6 @@ def write_config(config: Any, model_type: str) -> dict[str, Any]:
     if model_type == "roberta":
         raw["max_position_embeddings"] += config.first_position
     if model_type == "modernbert":
-        layers = range(config.n_layer)
         every = config.window_every if config.window else 1
         bases = {"full_attention": config.rope_theta, "sliding_attention": config.window_theta}
         raw["local_attention"] = 2 * config.window or 128
@@ -401,9 +406,7 @@ def write_config(config: Any, model_type: str) -> dict[str, Any]:
         raw["global_attn_every_n_layers"] = every
         raw["global_rope_theta"] = config.rope_theta
         raw["local_rope_theta"] = config.window_theta
-        raw["layer_types"] = [
-            "sliding_attention" if i % every else "full_attention" for i in layers
-        ]
+        raw["layer_types"] = layer_types(config.n_layer, every)
         raw["rope_parameters"] = {
             kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()
         }
