@@ -1,6 +1,6 @@
 """What a language model makes of a text: its tokens, the next token's logits, its attention.
 
-The page shows them. Every function here is given a model, and returns plain values.
+The page shows them.
 
 Letters: T tokens, V vocabulary, N query heads, G key/value heads, K head width.
 """
@@ -73,8 +73,10 @@ class Stop(Exception):
 def attention(model: GPT, ids: list[int], layer: int, head: int) -> Tensor:
     """Weights (T, T) of the last T tokens: how much each attends to itself and those before it.
 
-    A hook catches what reaches the block; the block's own code makes queries, keys and weights of
-    it. Row t of the weights sums to 1. Raises ValueError for a layer or a head that does not exist.
+    A hook catches what reaches the block; the block's own code makes queries and keys from it, and
+    the weights from these. Row t of the weights sums to 1.
+
+    Raises ValueError for a layer or a head that does not exist.
     """
     config = model.config
     for name, value, count in (("layer", layer, config.n_layer), ("head", head, config.n_head)):

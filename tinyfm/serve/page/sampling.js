@@ -1,6 +1,6 @@
 // From logits to probabilities, as in tinyfm/generate.py: temperature, top-k, top-p, min-p. The
 // logits come from the server once; moving a slider only computes this again.
-// A filter sets the logits that it excludes to -Infinity, and never the largest.
+// A filter sets the logits that it excludes to -Infinity; the largest always stays.
 
 export function softmax(logits) {
   let largest = -Infinity;
