@@ -194,7 +194,7 @@ def check_kinds(student: nn.Module, teacher: nn.Module, cosine: float) -> None:
     """Raise ValueError unless the two predict the same, and have states of the same width."""
     kinds = [type(model).__name__ for model in (student, teacher)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"the student is a {kinds[0]} and the teacher a {kinds[1]}: use one kind")
+        raise ValueError(f"the student is {kinds[0]} and the teacher {kinds[1]}: use one kind")
     for who, model in (("student", student), ("teacher", teacher)):
         objective = getattr(model.config, "objective", "mlm")
         if objective != "mlm":

@@ -77,7 +77,7 @@ def mask_token(tokenizer: Tokenizer, vocab_size: int) -> int:
 
 
 class Vocabulary:
-    """What hiding needs to know of the tokens."""
+    """The mask, the tokens that may be hidden or drawn, and those that start a word."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.mask = mask_token(tokenizer, vocab_size)
@@ -216,7 +216,8 @@ class MaskedData:
     def split_batches(self, name: str, rows: int) -> Iterator[dict[str, Tensor]]:
         """All text of a split in order, `rows` windows at a time, with masks that never change.
 
-        The last window is moved back to full length; what another window has is not hidden there.
+        The last window is moved back to full length. The tokens that it shares with the window
+        before are not hidden again.
         """
         number = 0
         for batch in self.text.split_batches(name, rows):

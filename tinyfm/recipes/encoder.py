@@ -6,10 +6,10 @@ tokens of validation and of test are hidden for every run. Those that stay as th
 and are easy. So the loss, and what one calls pseudo-perplexity, is no perplexity of a text and
 cannot be compared with a GPT's: the model reads the text on both sides of the token.
 
-ELECTRA's validation loss is that of both its parts. So what each finds stands beside it: the share
-of hidden tokens that the generator guesses, and for the discriminator how often, of a replaced and
-a kept token, it finds the replaced one the likelier to be so (the area under the ROC curve; 0.5 by
-chance). A better generator makes that harder.
+ELECTRA's validation loss is that of both its parts. So a score of each stands beside it. For the
+generator, it is the share of hidden tokens that are guessed. For the discriminator, it is the share
+of pairs, a replaced and a kept token, in which the replaced one has the higher logit (the area
+under the ROC curve; 0.5 by chance). A better generator makes that harder.
 """
 
 from __future__ import annotations
