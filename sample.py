@@ -2,6 +2,7 @@
 
   python sample.py runs/gpt --prompt "The with statement"      # continue text
   python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # from nothing
+  python sample.py runs/gpt --draft ngram                      # faster
   python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # to blank lines
   python sample.py runs/gpt --shots 4 --examples a.csv --prompt "well made"
   python sample.py runs/gpt --adapter runs/lora                # adapted
@@ -22,7 +23,7 @@ An option that is for one family stands under its name.
 import contextlib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,7 @@ from tinyfm.common.config import (
     MaybeInt,
     MaybeText,
     Name,
+    RunPath,
     RunPaths,
     Text,
     Texts,
@@ -49,6 +51,7 @@ from tinyfm.common.console import Output, console
 from tinyfm.common.options import parse
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import OpenRun, Run
+from tinyfm.speculative import DRAFT_TOKENS
 
 # ---- options ------------------------------------------------------------------------------------
 
@@ -82,6 +85,10 @@ class ForGPT:
     shots: int = 0  # classify --prompt after this number of --examples, if they fit
     examples: FilePath = ""  # table (.csv, .tsv or .jsonl) with the columns text and label
     compile: bool = False  # write up to three times as fast on a CPU, after seconds to start
+    # smaller run that proposes tokens, for the model to check several at once; or ngram, which
+    # proposes what followed the last tokens earlier in the text: the same text, sooner
+    draft: RunPath = ""
+    draft_tokens: int = DRAFT_TOKENS  # tokens that --draft proposes at a time
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,10 @@ def open_run(options: Options) -> OpenRun:
     device = devices.choose_device(options.device)
     dtype = devices.choose_dtype(options.dtype, device)
     opened.model.to(device, dtype)
+    if options.draft not in ("", "ngram"):
+        draft = run_dir.open_base(options.draft)
+        draft.model.to(device, dtype)
+        opened = replace(opened, draft=draft)
     scores = ", ".join(f"{k} {v:.4g}" for k, v in opened.meta.items() if k != "step")
     print(
         f"{opened.folder}: step {opened.meta['step']}, {scores}; {opened.weights} weights, "

@@ -6,8 +6,8 @@
 #   benchmarks/all.sh --list        only print the commands
 #
 # NANOGPT and MINBPE are folders with clones of these repositories, SHAKESPEARE is the file of
-# tiny Shakespeare, GPT and TEXT2IMAGE are trained runs. A benchmark whose variable is not set is left out, and
-# a line says so.
+# tiny Shakespeare, GPT and TEXT2IMAGE are trained runs, and so are CODE, DEEP and SHALLOW, on
+# stdlib (speculative.py). A benchmark whose variable is not set is left out, and a line says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 list=false
@@ -45,6 +45,8 @@ run "nanogpt bytes" python benchmarks/nanogpt.py bytes "${NANOGPT:--}" "${SHAKES
 run "nanogpt shakespeare" python benchmarks/nanogpt.py shakespeare "${NANOGPT:--}" "${SHAKESPEARE:--}" --rounds 2 --record
 run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}" --rounds 2
 run generation python benchmarks/generation.py --repeats 2
+run "speculative code" python benchmarks/speculative.py code "${CODE:--}" --record
+run "speculative draft" python benchmarks/speculative.py draft "${DEEP:--}" "${SHALLOW:--}" --record
 run serve python benchmarks/serve.py --record
 run serve_load python benchmarks/serve_load.py "${GPT:--}"
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600

@@ -17,7 +17,7 @@ Graph = dict[str, set[str]]  # module -> modules that it imports, ours and other
 
 LESSONS = {  # each with the lessons that it builds on
     "tokenizer": {"bpe"}, "bpe": set(), "gpt": {"generate"}, "generate": set(), "compiled": set(),
-    "batching": {"generate"},
+    "batching": {"generate"}, "speculative": {"generate", "batching"},
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
     "encoder": set(), "seq2seq": {"encoder", "generate"},
     "text2image": {"clip", "autoencoder", "ddpm", "unet", "tokenizer"},

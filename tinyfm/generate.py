@@ -12,8 +12,8 @@ the context, the model sees only its latest tokens (see `visible_from`).
 
 Letters: B batch, T tokens, V vocabulary, D model width, G key/value heads, K head width, S slots of
 the cache.
-Left out: beam search, speculative decoding. compiled.py makes generation on a CPU faster; in
-batching.py texts join and leave a batch between two tokens.
+Left out: beam search. compiled.py makes generation on a CPU faster; in batching.py texts join and
+leave a batch between two tokens; speculative.py writes several tokens in one pass.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from __future__ import annotations
 import codecs
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -110,28 +111,42 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     return logits
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token per row, (B,), from logits (B, V); row i uses only generators[i].
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities (B, V) of the next token, from its logits (B, V).
 
-    Temperature 0 takes the likeliest token. Otherwise p = softmax(logits / temperature), filtered,
-    and the draw is the first token whose cumulative probability exceeds u, a number from
-    torch.rand(1, generator=generators[i]).
-
-    Raises ValueError if the largest logit of a row is infinite or not a number.
+    p = softmax(logits / temperature), filtered. Temperature 0 gives the likeliest token
+    probability 1. Raises ValueError if the largest logit of a row is infinite or not a number.
     """
     largest, likeliest = logits.max(-1)
     if not largest.isfinite().all():
         raise ValueError("the model's logits are not finite; its weights are damaged or diverged")
     if sampling.temperature == 0:
-        return likeliest
+        return F.one_hot(likeliest, logits.size(-1)).float()
     logits = logits.float() - largest[:, None]  # at most 0
     logits = logits / max(sampling.temperature, 1e-30)
-    logits = filter_logits(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+    return filter_logits(logits, sampling.top_k, sampling.top_p, sampling.min_p).softmax(-1)
 
-    # Inverse transform sampling: the first token whose cumulative probability exceeds u.
-    total = logits.softmax(-1).cumsum(-1)  # (B, V)
-    u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(logits.device)  # (B, 1)
+
+def draw(p: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Draw one token per row, (B,), in proportion to p (B, V), by inverse transform sampling.
+
+    It is the first token whose cumulative probability exceeds u, a number from
+    torch.rand(1, generator=generators[i]).
+    """
+    total = p.cumsum(-1)  # (B, V)
+    u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(p.device)  # (B, 1)
     return torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(1)
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """Draw one token per row, (B,), from logits (B, V); row i uses only generators[i].
+
+    Temperature 0 takes the likeliest token. Raises ValueError as `distribution` does.
+    """
+    p = distribution(logits, sampling)
+    if sampling.temperature == 0:
+        return p.argmax(-1)
+    return draw(p, generators)
 
 
 # ---- key/value cache ----------------------------------------------------------------------------
@@ -379,11 +394,12 @@ def stream_text(
     sampling: Sampling | None = None,
     stop_strings: Sequence[str] = (),
     front: Sequence[int] = (),
+    write: Callable[..., Iterator[list[int | None]]] = stream,
 ) -> Iterator[list[str]]:
     """Yield the new text of every row as soon as it is certain, until all rows have stopped.
 
     The end-of-text token stops a row; an empty prompt starts a new text from it. front: ids to put
-    before every prompt.
+    before every prompt. write: what yields the tokens, `stream` or speculative.py's.
     """
     sampling = sampling or Sampling()
     sampling = replace(sampling, stop_tokens=(*sampling.stop_tokens, tokenizer.eot))
@@ -392,7 +408,7 @@ def stream_text(
     for prompt in prompts:
         ids.append([*front, *(tokenizer.encode(prompt) or [tokenizer.eot])])
     never = tokenizer.without_token(model.config.vocab_size)
-    for step in stream(model, ids, sampling, never=never):
+    for step in write(model, ids, sampling, never=never):
         pieces = []
         for text, token in zip(texts, step):
             if token is None:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import sample
 import train
 from data import pictures
-from tinyfm import generate, tokenizer
+from tinyfm import generate, speculative, tokenizer
 from tinyfm.common import device as machine
 from tinyfm.common import files, folders
 from tinyfm.evaluate import __main__ as evaluate
@@ -453,6 +453,32 @@ def expected(run: Path, prompt: str, n: int, **settings) -> list[str]:
     sampling = generate.Sampling(**settings)
     steps = generate.stream_text(opened.model, opened.tokenizer, prompts, sampling, ())
     return ["".join(parts) for parts in zip(prompts, *steps)]
+
+
+def test_a_draft_changes_no_greedy_text(tiny_run, capsys, fails):
+    arguments = ["--prompt", "The with with", "-n", 2, "--max-new-tokens", 40, "--temperature", 0]
+    assert call(sample, tiny_run, *arguments) == 0
+    plain = capsys.readouterr().out
+    for draft in ("ngram", tiny_run):
+        assert call(sample, tiny_run, *arguments, "--draft", draft, "--draft-tokens", 3) == 0
+        printed = capsys.readouterr()
+        assert printed.out == plain
+        assert re.search(r"80 tokens in \d+ passes; \d+ of \d+ proposed", printed.err)
+
+    # Drafts that do not fit.
+    words = ["--prompt", "a", "--max-new-tokens", 5, "--draft"]
+    message = fails(sample, tiny_run, *words, "ngram", "--compile")
+    assert "--compile is for one token at a time, --draft for several" in message
+    assert "no run directory nowhere" in fails(sample, tiny_run, *words, "nowhere")
+    assert "draft tokens is 0" in fails(sample, tiny_run, *words, "ngram", "--draft-tokens", 0)
+    opened = run_dir.open_run(str(tiny_run))
+    other = tokenizer.train("bpe", iter(["abc abc " * 20]), 260)
+    drafted = dataclasses.replace(opened, draft=dataclasses.replace(opened, tokenizer=other))
+    with pytest.raises(ValueError, match=rf"another tokenizer .* --data.tokenizer {tiny_run}"):
+        gpt.drafted(drafted, sample.Options("", draft="it"), speculative.Counts())
+    classifier = dataclasses.replace(opened, model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="is a run of family gpt: a draft is a smaller run"):
+        gpt.drafted(dataclasses.replace(opened, draft=classifier), sample.Options(""), None)
 
 
 def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):

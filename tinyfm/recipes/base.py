@@ -178,6 +178,7 @@ class OpenRun:
     folder: Path  # the checkpoint
     meta: dict[str, Any]  # its step and scores
     weights: str  # "ema" (averaged) or "model"
+    draft: OpenRun | None = None  # a smaller run that proposes tokens (sample.py --draft)
 
 
 @dataclass(frozen=True)

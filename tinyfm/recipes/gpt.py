@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,7 @@ import numpy as np
 from data import labelled as tables
 from data.report import Report
 from data.splits import HELD_OUT, TEST, TRAIN
-from tinyfm import compiled, generate, tokenizer
+from tinyfm import compiled, generate, speculative, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil, take_layers
 from tinyfm.adapt.heads import Reader, mean_state
@@ -57,7 +59,9 @@ class GPTRun(Run):
     family: ClassVar[str] = "gpt"
     UNIT: ClassVar[str] = "documents"  # what the held-out texts are cut into, for intervals
     FACTS = (*Run.FACTS, "teacher", "distil")
-    SAMPLE_OPTIONS = SAMPLING_OPTIONS | {"prompt", "stop", "compile", "shots", "examples"}
+    SAMPLE_OPTIONS = SAMPLING_OPTIONS | {
+        "prompt", "stop", "compile", "draft", "draft_tokens", "shots", "examples"
+    }  # fmt: skip
     QUESTIONS = ("text", "choices", "task")
     UNTRAINED = ("zero-shot", "few-shot")
 
@@ -165,8 +169,35 @@ class GPTRun(Run):
         return Answers(guesses, data.labels[TEST][:, 0], [guess.shots for guess in found])
 
 
+def drafted(opened: OpenRun, options: Any, counts: speculative.Counts) -> Callable:
+    """The function that yields tokens with --draft. Raises ValueError if the two do not fit."""
+    if options.compile:
+        raise ValueError("--compile is for one token at a time, --draft for several: use one")
+    draft = None
+    if opened.draft:
+        draft = opened.draft.model
+        if not isinstance(draft, GPT):
+            raise ValueError(
+                f"{opened.draft.folder} is a run of family {opened.draft.run.family}: a draft is a "
+                "smaller run of family gpt, or ngram"
+            )
+        speculative.check_draft(opened.model, draft)
+        if opened.draft.tokenizer.fingerprint() != opened.tokenizer.fingerprint():
+            raise ValueError(
+                f"{opened.draft.folder} has another tokenizer than {opened.folder}: train a draft "
+                f"with --data.tokenizer {opened.folder.parent}, or use --draft ngram"
+            )
+    return partial(
+        speculative.stream, draft=draft, n_draft=options.draft_tokens, pack=True, counts=counts
+    )
+
+
 def write_texts(opened: OpenRun, options: Any) -> None:
     """Print n texts, each with its prompt; the first one is printed while it is written."""
+    counts = speculative.Counts()
+    write = generate.stream
+    if options.draft:
+        write = drafted(opened, options, counts)
     if options.compile:
         compiled.compile_decoding(opened.model)
     stops = [stop.replace("\\n", "\n") for stop in options.stop]
@@ -181,6 +212,7 @@ def write_texts(opened: OpenRun, options: Any) -> None:
         options.sampling,
         stops,
         prompt_ids(opened.model),
+        write,
     )
     for parts in stream:
         texts = [text + part for text, part in zip(texts, parts)]
@@ -188,12 +220,16 @@ def write_texts(opened: OpenRun, options: Any) -> None:
     print()
     for text in texts[1:]:
         print(f"----\n{text}")
+    if options.draft:
+        print(counts, file=sys.stderr)
     if options.out:
         Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
 
 
 def classify_prompt(opened: OpenRun, options: Any) -> None:
     """Print how probable each label is for the prompt, after labelled examples in the context."""
+    if options.draft:
+        raise ValueError("--draft is for writing, --shots and --examples for classifying: use one")
     if not options.examples:
         raise ValueError("--shots needs labelled examples: --examples FILE")
     if not options.prompt:
