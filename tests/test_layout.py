@@ -259,6 +259,22 @@ print([name for name in unwanted if name in sys.modules])
     assert found.stdout.strip() == "[]"
 
 
+def test_checking_the_size_of_a_model_does_not_load_the_compiler():
+    """Every command that opens a run would start a second later."""
+    code = """
+import sys
+from tinyfm.common import files
+from tinyfm.recipes import registry
+for preset in registry.all_presets().values():
+    files.build_shapes(preset.run.build_model, 10_000)
+print("torch._dynamo" in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
+
+
 PYTHON = [*ROOT.glob("*.py")]
 for room in ("tinyfm", "data", "tests", "benchmarks"):
     PYTHON += sorted((ROOT / room).glob("**/*.py"))

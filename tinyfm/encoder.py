@@ -179,14 +179,18 @@ class Rows:
 # ---- positions ----------------------------------------------------------------------------------
 
 
-def rotary_angles(config: EncoderConfig, theta: float) -> Tensor:
-    """Angle of each position and pair of channels, float32 (context_length, K/2).
+def rotary_tables(config: EncoderConfig, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle of each position and pair, float32 (context_length, K/2).
 
     Pair i turns by theta^(-2i/K) at each position (Su et al. 2021, eq. 15).
     """
+    table = torch.empty(config.context_length, config.K // 2)
+    if table.is_meta:  # shapes alone: arithmetic there loads PyTorch's compiler, for a second
+        return table, table
     exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
     positions = torch.arange(config.context_length, dtype=torch.float32)
-    return positions[:, None] / theta**exponent
+    angles = positions[:, None] / theta**exponent
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -358,9 +362,9 @@ class Tower(nn.Module):
         config = self.config
         if config.position == "rope":
             for kind, theta in (("full", config.rope_theta), ("near", config.window_theta)):
-                angles = rotary_angles(config, theta)
-                self.register_buffer(f"{kind}_cos", angles.cos(), persistent=False)
-                self.register_buffer(f"{kind}_sin", angles.sin(), persistent=False)
+                cos, sin = rotary_tables(config, theta)
+                self.register_buffer(f"{kind}_cos", cos, persistent=False)
+                self.register_buffer(f"{kind}_sin", sin, persistent=False)
 
     def reaches(self, rows: Rows, T: int, device: torch.device) -> tuple[Reach, Reach | None]:
         """The Reach of layers without a window, and of those with one."""

@@ -182,6 +182,15 @@ def rope_frequencies(config: GPTConfig) -> Tensor:
     return slow_long_waves(frequency, config)
 
 
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle of each position and pair, float32 (context_length, K/2)."""
+    table = torch.empty(config.context_length, config.K // 2)
+    if table.is_meta:  # shapes alone: arithmetic there loads PyTorch's compiler, for a second
+        return table, table
+    angles = torch.arange(config.context_length)[:, None] * rope_frequencies(config)
+    return angles.cos(), angles.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the channel pairs (i, i + K/2) of x (B, N, T, K): channel i towards channel i + K/2.
 
@@ -518,10 +527,9 @@ class GPT(nn.Module):
         its weights have memory.
         """
         if self.config.position == "rope":
-            positions = torch.arange(self.config.context_length)
-            angles = positions[:, None] * rope_frequencies(self.config)  # (context_length, K/2)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            cos, sin = rotary_tables(self.config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         if self.config.position == "alibi":
             self.register_buffer("slopes", alibi_slopes(self.config.n_head), persistent=False)
 

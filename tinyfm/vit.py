@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -176,10 +177,11 @@ class ImageTower(nn.Module):
 
         The config gives them for pixels in [0, 1]. They are not saved.
         """
-        mean = torch.tensor(self.config.image_mean)
-        std = torch.tensor(self.config.image_std)
-        self.register_buffer("mean", (2 * mean - 1)[:, None, None], persistent=False)  # (C, 1, 1)
-        self.register_buffer("std", (2 * std)[:, None, None], persistent=False)
+        mean = 2 * np.array(self.config.image_mean, np.float32) - 1
+        std = 2 * np.array(self.config.image_std, np.float32)
+        for name, values in (("mean", mean), ("std", std)):
+            table = torch.tensor(values.tolist())[:, None, None]  # (C, 1, 1)
+            self.register_buffer(name, table, persistent=False)
 
     def states(self, images, at=None):
         """Normalised states (B, P + 1, D) of the class token and the patches.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from tinyfm.common import schema
 from tinyfm.common.folders import temporary_name
@@ -94,6 +95,18 @@ def read_record(path: Path, kind: Any) -> Any:
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
+class WithoutInit(TorchFunctionMode):
+    """Leaves tensors as they are instead of drawing initial values.
+
+    On the device "meta" there is nothing to draw, and PyTorch would load its compiler to do so.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def build_shapes(build: Callable[[], nn.Module], n_tensors: int) -> nn.Module:
     """The model that `build` makes, on the device "meta": shapes without memory.
 
@@ -112,7 +125,7 @@ def build_shapes(build: Callable[[], nn.Module], n_tensors: int) -> nn.Module:
 
     hook = register_module_parameter_registration_hook(limit)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInit():
             model = build()
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
