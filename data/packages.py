@@ -25,6 +25,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from data import command
@@ -139,15 +140,11 @@ def version() -> str:
     return f"packages-3 python-{platform.python_version()}"
 
 
-def examples(report: Report | None = None, root: Path | None = None) -> list[Passage]:
-    """The passages, with their package as label.
-
-    `root` is the library's folder, by default that of this Python. Raises ValueError if fewer than
-    two packages are large enough.
-    """
-    if report is None:
-        report = Report()
-    sources = find_packages(root or library_folder(), report)
+@lru_cache(maxsize=1)  # it takes seconds, and a comparison opens the same data many times
+def read_library(root: Path) -> tuple[list[Passage], Report]:
+    """The passages of the library in this folder; see `examples`."""
+    report = Report()
+    sources = find_packages(root, report)
     files = {package: split_files(own) for package, own in sources.items()}
     parts = {package: split_passages(own) for package, own in files.items()}
     dropped = drop_copies(parts, files)
@@ -174,7 +171,19 @@ def examples(report: Report | None = None, root: Path | None = None) -> list[Pas
     not_held_out = counted(dropped, "passages")
     report.notes.append(f"{not_held_out} not held out, as another split has their text")
     report.notes.append(f"{named / len(found):.0%} of passages contain their package's name")
-    return found
+    return found, report
+
+
+def examples(report: Report | None = None, root: Path | None = None) -> list[Passage]:
+    """The passages, with their package as label.
+
+    `root` is the library's folder, by default that of this Python. Raises ValueError if fewer than
+    two packages are large enough.
+    """
+    found, own = read_library(root or library_folder())
+    if report is not None:
+        report.add(own)
+    return list(found)
 
 
 def look() -> None:

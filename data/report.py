@@ -61,6 +61,18 @@ class Report:
         else:
             self.unnamed[MORE_NOTES] = self.unnamed.get(MORE_NOTES, 0) + 1
 
+    def add(self, other: "Report") -> None:
+        """Count and name what another report does too."""
+        self.found += other.found
+        self.used += other.used
+        for reason, names in other.skipped.items():
+            for name in names:
+                self.skip(reason, name)
+        for remark in other.notes:
+            self.note(remark)
+        for what, count in other.unnamed.items():
+            self.unnamed[what] = self.unnamed.get(what, 0) + count
+
     def note_replaced(self, count: int, name: str) -> None:
         """Add the remark that bytes of a file were no text, if there were any."""
         if count:
