@@ -18,6 +18,9 @@ Other questions, which need no training:
     --task reviews.csv [--shots 4]       a GPT: classes by likelihood, after labelled examples
     --task scripts                       CLIP: classes by their names
 
+What was measured on the run's own data is also kept in its folder, as evaluation.json, for the
+model card of its export.
+
 `python -m tinyfm.evaluate overlap RUN` says how much of the held-out text training has too.
 """
 
@@ -40,6 +43,7 @@ from torch import nn
 from data import pictures, tables
 from data.report import Report
 from tinyfm.common import device as devices
+from tinyfm.common import files
 from tinyfm.common.config import DataPath, FilePath, GivenRun, Name, PicturePath
 from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
@@ -295,6 +299,38 @@ def intervals(table: dict[str, Scores]) -> dict[str, dict[str, dict]]:
     return found
 
 
+# Options that change what is measured; the record has those that were given.
+RECORDED = ("data_path", "guidance", "judge_steps", "samples", "dtype")
+
+
+def to_record(opened: OpenRun, table: dict[str, Scores]) -> dict[str, Any]:
+    """What --json prints."""
+    run = {"folder": str(opened.folder), "weights": opened.weights, **opened.meta}
+    return {"run": run, "scores": table, "intervals": intervals(table)}
+
+
+def keep(opened: OpenRun, options: Options, table: dict[str, Scores]) -> None:
+    """Write evaluation.json into the folder of the run, for its model card (recipes/card.py).
+
+    A checkpoint that was copied away from its run has no such folder.
+    """
+    folder = opened.folder.parent
+    if not (folder / "config.json").is_file():
+        return
+    default = Options("")
+    given = {name: getattr(options, name) for name in RECORDED}
+    given = {name: value for name, value in given.items() if value != getattr(default, name)}
+    scores = {
+        name: {k: float(v) if math.isfinite(v) else None for k, v in row.items()}
+        for name, row in table.items()
+    }
+    record = to_record(opened, table) | {"scores": scores, "options": given}
+    try:
+        files.write_json(folder / run_dir.EVALUATION, record)
+    except (OSError, ValueError) as error:
+        print(f"warning: {run_dir.EVALUATION} was not written: {error}", file=sys.stderr)
+
+
 def main() -> int | str:
     try:
         if sys.argv[1:2] == ["overlap"]:
@@ -310,14 +346,16 @@ def main() -> int | str:
             )
         if options.picture:
             pictures.check_free(options.picture)
-        table = answer(opened, options) or evaluate(opened, options)
+        table = answer(opened, options)
+        if not table:
+            table = evaluate(opened, options)
+            keep(opened, options, table)
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:
         return 130
     if options.json:
-        step = {"folder": str(opened.folder), "weights": opened.weights, **opened.meta}
-        print(json.dumps({"run": step, "scores": table, "intervals": intervals(table)}, indent=2))
+        print(json.dumps(to_record(opened, table), indent=2))
         return 0
     print(f"{opened.folder}: step {opened.meta['step']}, {opened.weights} weights")
     for name, row in table.items():

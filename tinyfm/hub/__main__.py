@@ -4,6 +4,7 @@
     python -m tinyfm.hub runs/poems adapter --adapter --base-name exported
 
 The first command writes a whole model, with any adapter merged; the second writes a LoRA alone.
+Both add a model card, README.md, with what the run's record says (recipes/card.py).
 """
 
 import argparse
@@ -17,7 +18,9 @@ from tinyfm import adapt
 from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
 from tinyfm.common.console import run_command
+from tinyfm.hub import card as hub_card
 from tinyfm.hub import classifier, clip, stable_diffusion
+from tinyfm.recipes import card
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
 
@@ -124,13 +127,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help="what others call the adapter's base: a folder, or a name on the Hugging Face hub",
     )
+    parser.add_argument(
+        "--watts",
+        type=float,
+        default=card.WATTS,
+        metavar="W",
+        help="power that the computer drew in training, for the card's energy; default: "
+        "%(default)g, an assumption",
+    )
     options = parser.parse_args(arguments)
     if options.base_name and not options.adapter:
         parser.error("--base-name is for an adapter: add --adapter")
     try:
         opened = open_run(options.run)
+        base = ""
+        if options.adapter:
+            base = options.base_name or opened.run.init_from
+        described = card.describe(opened, Path(options.folder).name, base, options.watts)
         export = export_adapter if options.adapter else export_model
         print(export(opened, options))
+        if not hub_card.write(described, options.folder):
+            print(f"{options.folder}/README.md is kept: it is no card that this command wrote")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

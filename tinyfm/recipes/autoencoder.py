@@ -14,7 +14,7 @@ from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig, count_active
 from tinyfm.batches.pairs import ImageData
 from tinyfm.common import sheets
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
 from tinyfm.recipes.pictures import (
     ImageRun,
     PictureClassifyRun,
@@ -34,6 +34,12 @@ class AutoencoderRun(ImageRun):
 
     family: ClassVar[str] = "autoencoder"
     SAMPLE_OPTIONS = frozenset({"seed"})
+    ABOUT = About(
+        library="diffusers",
+        use="It turns pictures of the kind that it was trained on into few numbers and back, for "
+        "a diffusion model that works on these.",
+        limits="Other pictures come back blurred. Details that its loss does not weigh are lost.",
+    )
     MEASURED: ClassVar[int] = 1000  # training pictures for the latents' mean and scale
     SHOWN: ClassVar[int] = 32
 

@@ -36,6 +36,15 @@ from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
 
 
+class About(NamedTuple):
+    """What the model card of a family's export says."""
+
+    task: str = ""  # as the Hugging Face hub calls it (pipeline_tag)
+    library: str = "transformers"  # that opens the folder
+    use: str = ""  # what the model is for, in sentences
+    limits: str = ""  # what it cannot do, in sentences
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The settings of one run. A subclass adds the fields `model` and `data`, configs too."""
@@ -71,6 +80,7 @@ class Run:
     LOSS_ROWS: ClassVar[int] = 8
     # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
     UNTRAINED: ClassVar[tuple[str, ...]] = ()
+    ABOUT: ClassVar[About] = About()
 
     # ---- training -------------------------------------------------------------------------------
 

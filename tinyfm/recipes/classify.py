@@ -24,7 +24,7 @@ from tinyfm.adapt.heads import Batch, Classifier, Reader, predictions
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.evaluate import metrics
-from tinyfm.recipes.base import OpenRun, Run, Scores, print_shares, write_texts_file
+from tinyfm.recipes.base import About, OpenRun, Run, Scores, print_shares, write_texts_file
 
 # Classes for a model that is built before its data are read, as by --dry-run.
 PLACEHOLDER = {"label": ("yes", "no")}
@@ -43,6 +43,12 @@ class ClassifyRun(Run):
     reader: ClassVar[Reader]  # how to read features from its model
     LOSS_ROWS = 0  # small batches of neighbours would be from one file
     SHOWN: ClassVar[int] = 32  # examples in a sheet of guesses
+    ABOUT = About(
+        task="image-classification",
+        use="It says which of its classes an example belongs to, with probabilities.",
+        limits="It knows its classes alone, and always gives one of them, whatever the example. "
+        "Examples of another kind than its training data have unknown results.",
+    )
 
     def __post_init__(self):
         if self.adapt == "prompt":
@@ -106,6 +112,7 @@ class TextClassifyRun(ClassifyRun):
     """Classification of texts, which the model reads as tokens up to its context length."""
 
     SAMPLE_OPTIONS = frozenset({"prompt"})
+    ABOUT = ClassifyRun.ABOUT._replace(task="text-classification")
 
     def open_data(self) -> TaskData:
         train = self.train

@@ -23,7 +23,7 @@ from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
-from tinyfm.recipes.base import Answers, OpenRun, Preset, Run, Scores, write_step_file
+from tinyfm.recipes.base import About, Answers, OpenRun, Preset, Run, Scores, write_step_file
 from tinyfm.recipes.pictures import (
     PictureClassifyRun,
     free_name,
@@ -50,6 +50,13 @@ class CLIPRun(Run):
     QUESTIONS = ("task",)
     LOSS_ROWS = 0
     UNTRAINED = ("zero-shot",)
+    ABOUT = About(
+        task="zero-shot-image-classification",
+        use="It compares pictures with texts: it names pictures of the kind that it was trained "
+        "on, and finds them by a text.",
+        limits="It always gives some name, also to pictures unlike those of its training, such as "
+        "photographs.",
+    )
     QUICK: ClassVar[int] = 1000  # images that are enough to follow the training
 
     def build_model(self) -> CLIP:

@@ -14,7 +14,7 @@ from tinyfm.batches.pairs import GLYPHS, ImageConfig, ImageData
 from tinyfm.common import sheets
 from tinyfm.ddpm import Diffusion, DiffusionConfig, level
 from tinyfm.evaluate import generated, judge
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
 from tinyfm.recipes.pictures import (
     ImageRun,
     PictureClassifyRun,
@@ -49,6 +49,12 @@ class DDPMRun(ImageRun):
     family: ClassVar[str] = "ddpm"
     SAMPLE_OPTIONS = frozenset({"seed", "sampler", "steps", "film"})
     SHOWN: ClassVar[int] = 32
+    ABOUT = About(
+        task="unconditional-image-generation",
+        library="diffusers",
+        use="It draws pictures of the kind that it was trained on.",
+        limits="What it draws cannot be chosen, and may be near to a training picture.",
+    )
 
     def __post_init__(self):
         refuse_context(self.model)

@@ -34,7 +34,7 @@ from tinyfm.common.config import RunPath
 from tinyfm.common.seeds import row_generators
 from tinyfm.encoder import Encoder, EncoderConfig, draw, uniform
 from tinyfm.evaluate.metrics import proportion, ratio_of_sums
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores, write_texts_file
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores, write_texts_file
 from tinyfm.recipes.classify import TextClassifyRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -165,6 +165,12 @@ class EncoderRun(Run):
     family: ClassVar[str] = "encoder"
     FACTS = (*Run.FACTS, "teacher", "distil")
     SAMPLE_OPTIONS = frozenset({"prompt"})
+    ABOUT = About(
+        task="fill-mask",
+        use="It guesses hidden words, and is a start for classifiers of texts.",
+        limits="It writes no text. Its guesses follow its training text, also in what that says "
+        "of people.",
+    )
 
     def __post_init__(self):
         if self.adapt == "prompt":

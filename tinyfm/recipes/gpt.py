@@ -28,6 +28,7 @@ from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes.base import (
+    About,
     Answers,
     OpenRun,
     Preset,
@@ -64,6 +65,13 @@ class GPTRun(Run):
     }  # fmt: skip
     QUESTIONS = ("text", "choices", "task")
     UNTRAINED = ("zero-shot", "few-shot")
+    ABOUT = About(
+        task="text-generation",
+        use="It continues a text of the kind that it was trained on, and is a start for "
+        "fine-tuning.",
+        limits="It predicts likely words, and does not know what is true. Beyond its training "
+        "text it writes nonsense, and it may repeat parts of that text word for word.",
+    )
 
     def build_model(self) -> GPT:
         return GPT(self.model)
@@ -268,6 +276,12 @@ class ChatRun(GPTRun):
     UNIT: ClassVar[str] = "conversations"
     base_family: ClassVar[str] = "gpt"
     SAMPLE_OPTIONS = SAMPLING_OPTIONS | {"prompt", "chat"}
+    ABOUT = About(
+        task="text-generation",
+        use="It answers questions of the kind that its conversations have.",
+        limits="Its answers may be wrong, and sound as sure as right ones. It was not trained to "
+        "refuse anything.",
+    )
 
     def open_data(self) -> ChatData:
         if not self.data.tokenizer:

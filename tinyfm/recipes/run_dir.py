@@ -88,6 +88,9 @@ def read_settings(path: Path) -> tuple[str, Run]:
         raise ValueError(f"{problem}; use the code that wrote it") from error
 
 
+EVALUATION = "evaluation.json"  # what evaluate last measured, in the folder of the run
+
+
 # ---- starting and resuming ----------------------------------------------------------------------
 
 

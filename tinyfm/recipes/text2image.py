@@ -26,7 +26,7 @@ from tinyfm.common.config import RunPath
 from tinyfm.ddpm import DiffusionConfig
 from tinyfm.evaluate import generated, judge
 from tinyfm.recipes.autoencoder import AutoencoderRun
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
 from tinyfm.recipes.clip import CLIPRun
 from tinyfm.recipes.ddpm import loss_by_level
 from tinyfm.recipes.pictures import (
@@ -61,6 +61,13 @@ class TextToImageRun(Run):
     })  # fmt: skip
     SHOWN: ClassVar[int] = 32
     GUIDANCE: ClassVar[float] = 3.0
+    ABOUT = About(
+        task="text-to-image",
+        library="diffusers",
+        use="It draws what a caption of the kind in its training data says.",
+        limits="It knows the words of its captions alone. Drawings may be wrong, or near to a "
+        "training picture.",
+    )
 
     def build_model(self) -> TextToImage:
         return TextToImage(self.model)
