@@ -4,6 +4,7 @@
   python sample.py runs/gpt -n 4 --temperature 1 --top-p 0.9   # from nothing
   python sample.py runs/gpt --draft ngram                      # faster
   python sample.py runs/gpt --prompt "def " --stop "\\n\\n"      # to blank lines
+  python sample.py runs/gpt --prompt "The with" --beams 4       # the likeliest
   python sample.py runs/gpt --shots 4 --examples a.csv --prompt "well made"
   python sample.py runs/gpt --adapter runs/lora                # adapted
   python sample.py runs/chat --chat                            # talk to it
@@ -92,6 +93,14 @@ class ForGPT:
 
 
 @dataclass(frozen=True)
+class ForBeams:
+    """Search for the likeliest text, in place of drawing one: GPT and seq2seq."""
+
+    beams: int = 1  # texts that are kept at each step; 1 = no search
+    length_penalty: float = 1.0  # preference for long texts: 0 = none, 1 = by the mean of ln p
+
+
+@dataclass(frozen=True)
 class ForPictures:
     """Options for a CLIP or a classifier of pictures."""
 
@@ -121,7 +130,7 @@ class ForTextToImage:
 
 
 @dataclass(frozen=True)
-class Options(ForTextToImage, ForDiffusion, ForPictures, ForGPT, Common):
+class Options(ForTextToImage, ForDiffusion, ForPictures, ForBeams, ForGPT, Common):
     """All options in one."""
 
     sampling: generate.Sampling = field(default_factory=generate.Sampling)
@@ -138,6 +147,8 @@ class CommandLine(Common):
         default_factory=generate.Sampling
     )
 
+    beam_search: Annotated[ForBeams, tyro.conf.OmitArgPrefixes] = ForBeams()
+
     clip: Annotated[ForPictures, tyro.conf.arg(name="CLIP"), tyro.conf.OmitArgPrefixes] = (
         ForPictures()
     )
@@ -145,7 +156,7 @@ class CommandLine(Common):
     text2image: Annotated[ForTextToImage, tyro.conf.OmitArgPrefixes] = ForTextToImage()
 
 
-GROUPS = ("gpt", "clip", "diffusion", "text2image")
+GROUPS = ("gpt", "beam_search", "clip", "diffusion", "text2image")
 
 
 def read_options() -> Options:

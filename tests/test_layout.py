@@ -19,7 +19,7 @@ LESSONS = {  # each with the lessons that it builds on
     "tokenizer": {"bpe"}, "bpe": set(), "gpt": {"generate"}, "generate": set(), "compiled": set(),
     "batching": {"generate"}, "speculative": {"generate", "batching"},
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
-    "encoder": set(), "seq2seq": {"encoder", "generate"},
+    "encoder": set(), "beam": {"generate"}, "seq2seq": {"encoder", "generate", "beam"},
     "text2image": {"clip", "autoencoder", "ddpm", "unet", "tokenizer"},
 }  # fmt: skip
 ROOMS = {"adapt", "batches", "calc", "evaluate", "hub", "serve", "training"}

@@ -12,8 +12,9 @@ the context, the model sees only its latest tokens (see `visible_from`).
 
 Letters: B batch, T tokens, V vocabulary, D model width, G key/value heads, K head width, S slots of
 the cache.
-Left out: beam search. compiled.py makes generation on a CPU faster; in batching.py texts join and
-leave a batch between two tokens; speculative.py writes several tokens in one pass.
+Nearby: beam.py searches for the likeliest text; compiled.py makes generation on a CPU faster; in
+batching.py texts join and leave a batch between two tokens; speculative.py writes several tokens
+in one pass.
 """
 
 from __future__ import annotations
@@ -197,6 +198,12 @@ class KVCache:
     def attend(self, attend, layer: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         """attend(q, keys, values, mask) over what `update` returns for k, v: (B, N, T, K)."""
         return attend(q, *self.update(layer, k, v), mask)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch: indices (B',), which may repeat or leave out some."""
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        if self.pad is not None:
+            self.pad = self.pad[rows]
 
     def key_positions(self, T: int) -> Tensor:
         """Position of each key that `update` returns for the next T positions, (T or up to S,)."""

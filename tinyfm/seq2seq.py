@@ -29,8 +29,9 @@ One config expresses several published models:
 The default is T5 v1.1. The other two papers' forms, where 0 stands for the paper's factor:
 
     T5    Seq2SeqConfig(mlp="relu", tied=True, logit_scale=0, zero_init=False)
-    2017  Seq2SeqConfig(norm="post", norm_kind="layernorm", position="sinusoid", mlp="relu",
-          bias=True, tied=True, embedding_scale=0, attention_scale=0, zero_init=False)
+    2017  Seq2SeqConfig(norm="post", norm_kind="layernorm", norm_eps=1e-5, position="sinusoid",
+          mlp="relu", bias=True, tied=True, embedding_scale=0, attention_scale=0,
+          zero_init=False)
 
 Label smoothing (Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4) trains for a
 target of probability 1 - eps, with eps spread evenly over the vocabulary:
@@ -49,7 +50,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -266,6 +267,8 @@ class Attention(nn.Module):
         scores: numbers to add, or True for the keys to attend to; broadcast to (B, N, T, S).
         """
         q = self.split(self.q(x), rows)
+        if scores is not None and scores.dtype != torch.bool:
+            scores = scores.to(q.dtype)
         with torch.autocast(x.device.type, enabled=False):
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(
@@ -333,7 +336,7 @@ class Block(nn.Module):
             return self.attention(x, rows, k, v, scores)
 
         def look_up(x):
-            return self.cross(x, rows, *memory.source[layer], memory.mask)
+            return self.cross(x, rows, *memory.look_up(layer, self.cross), memory.mask)
 
         x = self.update(x, self.norm1, attend)
         if memory is not None:
@@ -342,22 +345,32 @@ class Block(nn.Module):
 
 
 class Memory:
-    """What the decoder attends to: the source, whose keys and values are computed once, and the
-    target so far.
+    """What the decoder attends to: the source, and the target so far.
 
-    source: (keys, values) of each layer, (B, N, S, K) each. mask: True for real tokens of the
-    source, (B, 1, 1, S), or None if all are. target: the same for the target, if they are kept.
+    With `keep`, for generation, keys and values stay here: those of the source are computed once,
+    and each token of the target is read once.
     """
 
-    def __init__(self, source: list[tuple[Tensor, Tensor]], mask: Tensor | None):
-        self.source = source
-        self.mask = mask
+    def __init__(self, states: Tensor, rows: Rows):
+        """states (n, D): of the source, a list as in `rows`."""
+        self.states = states
+        self.rows = rows
+        self.mask = rows.keys  # True for real tokens of the source, (B, 1, 1, S), or None
+        self.keep = False
+        self.source: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer that are kept
         self.target: list[tuple[Tensor, Tensor]] = []
-        self.keep = False  # keep the target's keys and values, so that each token is read once
         self.length = 0  # target tokens kept
 
+    def look_up(self, layer: int, cross: Attention) -> tuple[Tensor, Tensor]:
+        """Keys and values of the source, (B, N, S, K) each."""
+        if not self.keep:
+            return cross.keys_values(self.states, self.rows)
+        if layer == len(self.source):
+            self.source.append(cross.keys_values(self.states, self.rows))
+        return self.source[layer]
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all target tokens, given those of the latest (B, N, T, K)."""
+        """Keys and values of the target so far, given those of its latest tokens (B, N, T, K)."""
         if not self.keep:
             return k, v
         if layer == len(self.target):
@@ -368,7 +381,7 @@ class Memory:
         return self.target[layer]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch: indices (B',), which may repeat or leave out some."""
+        """Go on with these rows of what is kept: indices (n,), which may repeat."""
         self.source = [(k[rows], v[rows]) for k, v in self.source]
         self.target = [(k[rows], v[rows]) for k, v in self.target]
         if self.mask is not None:
@@ -477,12 +490,8 @@ class Seq2Seq(nn.Module):
             x = x + self.sinusoids[start:end]
         return x
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Source tokens (B, S) -> their states (B, S, D), 0 at padding.
-
-        mask (B, S): True for real tokens, or None if all are. Raises ValueError for a row without
-        any, and as `embed` does.
-        """
+    def read(self, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Rows]:
+        """The states of the real tokens of a source, (n, D), and the Rows they are a list of."""
         if mask is not None and not mask.any(1).all():
             row = int((~mask.any(1)).nonzero()[0])
             raise ValueError(f"source {row} is empty; end each source with the end-of-text token")
@@ -493,15 +502,20 @@ class Seq2Seq(nn.Module):
             scores = self.encoder.distance_bias(positions, positions)  # (1, N, S, S)
             if rows.keys is not None:
                 scores = scores.masked_fill(~rows.keys, -math.inf)
-        return rows.unpack(self.encoder(rows.pack(self.embed(source)), rows, scores))
+        return self.encoder(rows.pack(self.embed(source)), rows, scores), rows
+
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Source tokens (B, S) -> their states (B, S, D), 0 at padding.
+
+        mask (B, S): True for real tokens, or None if all are. Raises ValueError for a row without
+        any, and as `embed` does.
+        """
+        states, rows = self.read(source, mask)
+        return rows.unpack(states)
 
     def remember(self, source: Tensor, mask: Tensor | None = None) -> Memory:
         """Encode the source for the decoder; the arguments are those of `encode`."""
-        states = self.encode(source, mask)
-        rows = Rows(mask, source.shape)
-        states = rows.pack(states)
-        read = [block.cross.keys_values(states, rows) for block in self.decoder.blocks]
-        return Memory(read, rows.keys)
+        return Memory(*self.read(source, mask))
 
     def decode(self, inputs: Tensor, memory: Memory, rows: Rows) -> Tensor:
         """Target tokens (B, T) -> the states (n, D) from which the head predicts the next ones.
@@ -544,9 +558,8 @@ class Seq2Seq(nn.Module):
         counted = targets != -100
         mask = batch.get("mask")
         real = None
-        if (
-            mask is not None
-        ):  # what is behind the last target is not computed: nothing attends to it
+        if mask is not None:
+            # Padding behind the last target is not computed: nothing attends to it.
             real = counted.flip(1).cumsum(1).flip(1) > 0
         rows = Rows(real, targets.shape)
         memory = self.remember(batch["source"], mask)
@@ -575,7 +588,7 @@ class Seq2Seq(nn.Module):
         use_cache: bool = True,
         never: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Write a target for each source (B, S): token ids, without end_id.
+        """Draw a target for each source (B, S): token ids, without end_id.
 
         mask: as in `encode`. sampling: a `generate.Sampling`; temperature 0 takes the likeliest
         token. Row i draws from a random stream that depends on the seed and i alone. A target ends
@@ -614,6 +627,35 @@ class Seq2Seq(nn.Module):
                 if not any(running):
                     break
         return written
+
+    def search(
+        self, source: Tensor, mask: Tensor | None = None, beams=None, never: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Find the likeliest target of each source by beam search: token ids, without end_id.
+
+        beams: a `beam.Beams`. The other arguments are those of `generate`.
+        """
+        from tinyfm import beam
+
+        beams = beams or beam.Beams()
+        most = min(beams.max_new_tokens, self.config.context_length)
+        stops = (*beams.stop_tokens, self.config.end_id)
+        self.eval()
+        with torch.inference_mode():
+            memory = self.remember(source, mask)
+            memory.keep = True
+
+            def read(tokens: Tensor) -> Tensor:
+                """Tokens (n,) -> logits (n, V) of the next ones."""
+                return self.head(self.decode(tokens[:, None], memory, Rows(None, (len(tokens), 1))))
+
+            def step(parents: Tensor, tokens: Tensor) -> Tensor:
+                memory.select(parents)
+                return read(tokens)
+
+            first = read(torch.full((len(source),), self.config.start_id, device=source.device))
+            beams = replace(beams, max_new_tokens=most, stop_tokens=stops)
+            return beam.beam_search(first, step, beams, never)
 
     # ---- for the calculators ----
 

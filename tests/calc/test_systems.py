@@ -1,6 +1,7 @@
 """The ledgers of published systems: parameters and FLOPs equal those of the reference modules."""
 
 import re
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -15,6 +16,7 @@ from tinyfm.calc import systems
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT
 from tinyfm.recipes import registry
+from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 
 # ---- each system as the reference libraries build it; c is its shape -----------------------------
 
@@ -133,7 +135,24 @@ def xlnet(name, c):
     return hf.XLNetLMHeadModel(config)
 
 
+def marian(name, c):
+    config = hf.MarianConfig(
+        d_model=c["d_model"],
+        encoder_layers=c["layers"],
+        decoder_layers=c["layers"],
+        encoder_attention_heads=c["heads"],
+        decoder_attention_heads=c["heads"],
+        encoder_ffn_dim=c["d_ff"],
+        decoder_ffn_dim=c["d_ff"],
+        vocab_size=c["vocab"],
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return hf.MarianMTModel(config)
+
+
 def t5(name, c):
+    v11 = c["head"] == "untied"
     config = hf.T5Config(
         d_model=c["d_model"],
         d_kv=c["d_head"],
@@ -141,8 +160,12 @@ def t5(name, c):
         num_layers=c["layers"],
         num_heads=c["heads"],
         vocab_size=c["vocab"],
+        feed_forward_proj="gated-gelu" if v11 else "relu",
     )
-    return hf.T5ForConditionalGeneration(config)
+    model = hf.T5ForConditionalGeneration(config)
+    if v11:  # transformers ties each head that it builds, and unties what it loads
+        model.lm_head = torch.nn.Linear(c["d_model"], c["vocab"], bias=False)
+    return model
 
 
 def whisper(name, c):
@@ -256,6 +279,7 @@ def mobilenet(name, c):
 BUILDERS = {
     "gpt": gpt, "opt": opt, "bloom": bloom, "falcon": falcon, "llama": decoder, "palm": palm,
     "bert": bert, "roberta": bert, "distilbert": bert, "electra": bert, "xlnet": xlnet, "t5": t5,
+    "t5-v1.1": t5, "transformer": marian, "marian": marian,
     "whisper": whisper, "musicgen": musicgen, "clip": clip, "clip-text": clip, "vit": vit,
     "unet": unet, "vae": vae, "resnet": resnet, "mobilenet": mobilenet,
 }  # fmt: skip
@@ -302,6 +326,29 @@ def test_our_gpt_has_the_size_of_the_system_that_it_is(name):
         ours = GPT(calc.gpt_config(system))
     assert count_trained(ours) == system.parameters
     if not system.shape["window"]:
+        assert ours.flops_per_row() == system.flops_per_row()
+
+
+@pytest.mark.parametrize(
+    "name", ("transformer-2017-base", "opus-mt-en-de", "t5-3b", "t5-v1_1-base")
+)
+def test_our_seq2seq_has_the_size_of_the_system_that_it_is(name):
+    system = systems.get(name)
+    c = system.shape
+    config = Seq2SeqConfig(
+        vocab_size=c["vocab"], context_length=c["context"], n_layer=c["layers"],
+        n_head=c["heads"], d_model=c["d_model"], d_head=c["d_head"], d_ff=c["d_ff"],
+        tied=c["head"] == "tied",
+    )  # fmt: skip
+    if system.family.startswith("t5"):
+        config = replace(config, mlp="relu" if config.tied else "geglu")
+    else:
+        kind = {"position": "sinusoid", "norm": "post", "norm_kind": "layernorm"}
+        config = replace(config, mlp="silu", bias=True, **kind)
+    with torch.device("meta"):
+        ours = Seq2Seq(config)
+    assert count_trained(ours) == system.parameters
+    if c["targets"] == c["context"]:
         assert ours.flops_per_row() == system.flops_per_row()
 
 
@@ -435,7 +482,7 @@ def test_published_flops():
     [
         ("gpt2", 85_056_000), ("bloom-176b", 172_650_655_744), ("opt-350m", 303_357_952),
         ("qwen3-0.6b", 440_467_456), ("llama2-70b", 68_452_360_192), ("bert-base", 85_646_592),
-        ("t5-small", 44_056_576),
+        ("t5-small", 44_056_576), ("t5-v1_1-base", 198_228_480),
     ],
 )  # fmt: skip
 def test_non_embedding_parameters(name, n):

@@ -226,19 +226,19 @@ def transformer(c: Shape) -> Iterator[Stack]:
     yield Stack((*after, *output(c, T, E)))
 
 
-def t5(c: Shape) -> Iterator[Stack]:
-    """T5 (Raffel et al. 2020): an encoder and a decoder.
+def encoder_decoder(c: Shape) -> Iterator[Stack]:
+    """The Transformer of 2017 (Vaswani et al.), Marian and T5 (Raffel et al. 2020).
 
-    The two share one table of tokens; within each, all layers share the biases of the distances.
+    Encoder and decoder share one table of tokens. Positions are fixed sinusoids, or biases of
+    `buckets` distances, which all layers of the encoder share, and all of the decoder.
     """
     S = c.context
     T = c.targets
     D = c.d_model
-    buckets = 32  # of distances
-    yield Stack((Layer("embedding", vectors=c.vocab * D + 2 * buckets * c.heads),))
+    yield Stack((Layer("embedding", vectors=c.vocab * D + 2 * c.buckets * c.heads),))
     yield block(vary(c, causal=0), S)
     yield block(c, T, S)
-    yield Stack((norms(c, 1, S), norms(c, 1, T), *output(c, T, D)))
+    yield Stack((norms(c, c.final_norm, S), norms(c, c.final_norm, T), *output(c, T, D)))
 
 
 def whisper(c: Shape) -> Iterator[Stack]:

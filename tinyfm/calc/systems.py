@@ -108,6 +108,9 @@ BASE = {
 PLAIN = {"bias": 0, "mlp_bias": 0}
 LLAMA = {**PLAIN, "norm": 1, "mlp": "swiglu", "head": "untied"}
 BERT = {"causal": 0, "final_norm": 0, "embed_norm": 1, "head": "pooler", "types": 2}
+# Rows of T5's pretraining have sources of 512 tokens and targets of 114. v1.1 gates its MLP by a
+# GELU, which has the matrices of SwiGLU.
+T5 = {**PLAIN, "norm": 1, "mlp": "relu", "targets": 114, "buckets": 32}
 UNET = {
     "attention": (), "depth": (1,) * 9, "cross": 0, "text": 77, "updown": 0, "scale_shift": 0,
     "first": 0, "added": 0, "classes": 0, "blocks": 2, "heads": 1, "d_head": 0, "time": 0,
@@ -127,7 +130,10 @@ FAMILIES = {
     "electra": (ledgers.transformer, {**BERT, "head": "binary", "projection_bias": 1}),
     "xlnet": (ledgers.transformer, {"causal": 0, "final_norm": 0, "bias": 0, "relative": 1,
                             "relative_biases": 5, "head": "biased"}),
-    "t5": (ledgers.t5, {**PLAIN, "norm": 1, "mlp": "relu", "targets": 114}),
+    "transformer": (ledgers.encoder_decoder, {"final_norm": 0, "mlp": "relu", "buckets": 0}),
+    "marian": (ledgers.encoder_decoder, {"final_norm": 0, "buckets": 0}),
+    "t5": (ledgers.encoder_decoder, T5),
+    "t5-v1.1": (ledgers.encoder_decoder, {**T5, "mlp": "swiglu", "head": "untied"}),
     "whisper": (ledgers.whisper, {"no_k_bias": 1, "frames": 1500, "mels": 80}),
     "musicgen": (ledgers.musicgen, {**PLAIN, "streams": 4, "text": 64}),
     "clip": (ledgers.clip, {"causal": 0, "head": "none", "image": 224, "patch_bias": 0}),
@@ -146,7 +152,7 @@ FAMILIES = {
 # Units of the data, by the function that writes the ledger; all others read images.
 UNITS = {
     ledgers.transformer: "token",
-    ledgers.t5: "token",
+    ledgers.encoder_decoder: "token",
     ledgers.musicgen: "step",
     ledgers.whisper: "segment",
     ledgers.clip: "pair",

@@ -50,6 +50,9 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
         case "clip":
             call = f'pipeline("zero-shot-image-classification", "{folder}")'
             return f"\ntransformers opens it by {call}"
+        case "seq2seq":
+            call = f'AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
+            return f"\ntransformers opens it by {call}"
         case "autoencoder":
             return f'\ndiffusers opens it by AutoencoderKL.from_pretrained("{folder}")'
         case "text2image":
@@ -96,7 +99,7 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
-            "chat, encoder, clip, autoencoder, ddpm, text2image, and classifiers of texts"
+            "chat, encoder, seq2seq, clip, autoencoder, ddpm, text2image, and classifiers of texts"
         )
     if opened.run.family == "clip":
         clip.check_expressible(model.config)

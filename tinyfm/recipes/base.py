@@ -27,10 +27,12 @@ from tyro.conf import Suppress
 from data.splits import HELD_OUT, VAL
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
+from tinyfm.beam import Beams
 from tinyfm.common.config import FolderPath, Name, RunPath, may_change
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate import metrics
 from tinyfm.evaluate.metrics import Scores
+from tinyfm.generate import Sampling
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
@@ -236,6 +238,36 @@ def batch_losses(
     if not weights:
         return {}
     return {f"{split}_loss": metrics.ratio_of_sums(losses, weights, "batches")}
+
+
+BEAM_OPTIONS = frozenset({"beams", "length_penalty"})  # of sample.py
+
+
+def beams_of(options: Any, stop_tokens: tuple[int, ...] = ()) -> Beams | None:
+    """The search that the options of sample.py ask for; None if they ask for none.
+
+    Raises ValueError beside options that draw texts.
+    """
+    if options.beams == 1:
+        if options.length_penalty != 1:
+            raise ValueError("--length-penalty is for a search: add --beams 4")
+        return None
+    drawing = [
+        name
+        for name, value in vars(Sampling()).items()
+        if name not in ("max_new_tokens", "stop_tokens")
+        and getattr(options.sampling, name) != value
+    ]
+    if drawing:
+        flag = f"--{drawing[0].replace('_', '-')}"
+        raise ValueError(
+            f"{flag} draws a text, and --beams searches for one: leave out one of them"
+        )
+    if options.n not in (None, 1):
+        raise ValueError(f"--beams finds one text, the likeliest: leave out -n {options.n}")
+    sampling = options.sampling
+    stops = (*sampling.stop_tokens, *stop_tokens)
+    return Beams(options.beams, options.length_penalty, sampling.max_new_tokens, stops)
 
 
 def print_shares(shares: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from data import labelled as tables
 from data.report import Report
 from data.splits import HELD_OUT, TEST, TRAIN
-from tinyfm import compiled, generate, speculative, tokenizer
+from tinyfm import beam, compiled, generate, speculative, tokenizer
 from tinyfm.adapt import chat
 from tinyfm.adapt.distill import DistilConfig, distil, take_layers
 from tinyfm.adapt.heads import Reader, mean_state
@@ -23,17 +23,20 @@ from tinyfm.adapt.soft_prompt import PromptedData, prompt_ids
 from tinyfm.batches.chat import ChatConfig, ChatData
 from tinyfm.batches.labelled import TaskData
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.beam import Beams
 from tinyfm.common.config import RunPath
 from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes.base import (
+    BEAM_OPTIONS,
     About,
     Answers,
     OpenRun,
     Preset,
     Run,
     Scores,
+    beams_of,
     print_shares,
     write_texts_file,
 )
@@ -60,7 +63,7 @@ class GPTRun(Run):
     family: ClassVar[str] = "gpt"
     UNIT: ClassVar[str] = "documents"  # what the held-out texts are cut into, for intervals
     FACTS = (*Run.FACTS, "teacher", "distil")
-    SAMPLE_OPTIONS = SAMPLING_OPTIONS | {
+    SAMPLE_OPTIONS = SAMPLING_OPTIONS | BEAM_OPTIONS | {
         "prompt", "stop", "compile", "draft", "draft_tokens", "shots", "examples"
     }  # fmt: skip
     QUESTIONS = ("text", "choices", "task")
@@ -151,6 +154,10 @@ class GPTRun(Run):
             raise ValueError("the prompt is empty: give text, or leave out --prompt")
         if options.shots or options.examples:
             classify_prompt(opened, options)
+            return
+        beams = beams_of(options, (opened.tokenizer.eot,))
+        if beams:
+            search_text(opened, options, beams)
         else:
             write_texts(opened, options)
 
@@ -232,6 +239,22 @@ def write_texts(opened: OpenRun, options: Any) -> None:
         print(counts, file=sys.stderr)
     if options.out:
         Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+
+
+def search_text(opened: OpenRun, options: Any, beams: Beams) -> None:
+    """Print the prompt and its likeliest continuation that beam search finds."""
+    for name in ("stop", "compile", "draft"):
+        if getattr(options, name):
+            raise ValueError(f"--beams does not know --{name}: leave one of them out")
+    tokenizer = opened.tokenizer
+    prompt = options.prompt or ""
+    ids = [*prompt_ids(opened.model), *(tokenizer.encode(prompt) or [tokenizer.eot])]
+    never = tokenizer.without_token(opened.model.config.vocab_size)
+    (found,) = beam.complete(opened.model, [ids], beams, never)
+    text = prompt + tokenizer.decode(found)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 def classify_prompt(opened: OpenRun, options: Any) -> None:
