@@ -434,7 +434,9 @@ class Seq2Seq(nn.Module):
         """Compute the table of sinusoids, which is not saved; again after a build on "meta"."""
         config = self.config
         if config.position == "sinusoid":
-            table = sinusoids(config.context_length, config.d_model)
+            size = (config.context_length, config.d_model)
+            device = self.token_embedding.weight.device
+            table = torch.empty(size, device=device) if device.type == "meta" else sinusoids(*size)
             self.register_buffer("sinusoids", table, persistent=False)
 
     def reset_parameters(self):

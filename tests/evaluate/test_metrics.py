@@ -270,3 +270,49 @@ def test_samples_without_an_interval_are_refused():
         metrics.clustered_wilson(np.ones(4), ["a"] * 4)
     with pytest.raises(ValueError, match="10 at least"):
         metrics.bootstrap(np.ones(9), np.ones(9))
+
+
+# ---- texts that a model wrote --------------------------------------------------------------------
+
+
+def test_edit_distance_by_hand_and_against_the_definition():
+    assert metrics.edit_distance("kitten", "sitting") == 3
+    assert metrics.edit_distance("", "abc") == metrics.edit_distance("abc", "") == 3
+    assert metrics.edit_distance(["K", "AE", "T"], ["K", "EH", "T"]) == 1
+
+    def defined(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        last = defined(a[:-1], b[:-1]) + (a[-1] != b[-1])
+        return min(last, defined(a[:-1], b) + 1, defined(a, b[:-1]) + 1)
+
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        a, b = ("".join(rng.choice(list("ab"), rng.integers(6))) for _ in range(2))
+        assert metrics.edit_distance(a, b) == defined(a, b)
+
+
+def test_chrf_is_sacrebleus():
+    from sacrebleu.metrics import CHRF
+
+    oracle = CHRF()
+    rng = np.random.default_rng(0)
+    texts = [
+        "Datei öffnen",
+        "Die Datei schließen",
+        "x",
+        "",
+        "ab",
+        "Datei  geöffnet: %s",
+        "abcabcabc",
+    ]
+    guesses = [str(rng.choice(texts)) for _ in range(40)]
+    answers = [[str(rng.choice(texts)) for _ in range(2)] for _ in range(40)]
+    own = metrics.measured_chrf(guesses, answers, "strings")
+    expected = oracle.corpus_score(guesses, [list(own) for own in zip(*answers)])
+    assert float(own) == pytest.approx(expected.score / 100)
+    assert own.low < own < own.high and own.about == "40 strings"
+    for guess in texts:
+        for right in texts:
+            found = metrics.chrf(metrics.chrf_counts(guess, right))
+            assert found == pytest.approx(oracle.sentence_score(guess, [right]).score / 100)

@@ -12,7 +12,8 @@ Macro-F1 is the mean of F1 over the classes, so a rare class counts as much as a
 sum is zero, the measure is 0. A classifier is calibrated if its guesses with probability p are
 right with frequency p (Guo et al. 2017).
 
-The log-likelihood of a text is the sum of ln p(token), in nats.
+The log-likelihood of a text is the sum of ln p(token), in nats. Of texts that a model wrote, the
+edit distance (Levenshtein 1966) and chrF (Popovic 2015) say how near they are to the right ones.
 
 A measure of n examples differs from that of all examples there could be. An interval of level 95%
 is computed from the sample by a rule that catches the true value for 95% of all samples. It speaks
@@ -43,6 +44,7 @@ tests of a difference.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -54,6 +56,7 @@ from data.report import counted
 DRAWS = 2000  # samples of a bootstrap
 ERROR_DRAWS = 200  # samples of a bootstrap that gives a standard error
 DRAWN_AT_ONCE = 1 << 20  # units of these samples in memory
+CHRF_ORDER = 6  # characters in the longest runs that chrF compares
 MIN_UNITS = 10  # units, such as documents, that a bootstrap needs
 
 Scores = dict[str, float]  # {measure: value}; some values are Measured
@@ -186,6 +189,51 @@ def bits_per_byte(log_likelihood: float, utf8_bytes: int) -> float:
     It compares models with any tokenizers.
     """
     return -log_likelihood / math.log(2) / utf8_bytes
+
+
+def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """The fewest insertions, deletions and replacements that make b of a."""
+    row = list(range(len(b) + 1))  # from the empty start of a to each start of b
+    for i, x in enumerate(a, 1):
+        above = row
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def count_ngrams(text: str, order: int) -> Counter[str]:
+    """The runs of `order` characters of a text, without its white space."""
+    text = "".join(text.split())
+    return Counter(text[i : i + order] for i in range(len(text) - order + 1))
+
+
+def chrf_counts(guess: str, right: str) -> np.ndarray:
+    """Counts of the runs of 1 to 6 characters: in the guess, in the right text, in both; (6, 3).
+
+    Where the right text is too short for a run, those of the guess do not count.
+    """
+    counts = np.zeros((CHRF_ORDER, 3))
+    for row, order in zip(counts, range(1, CHRF_ORDER + 1)):
+        own = count_ngrams(guess, order)
+        wanted = count_ngrams(right, order)
+        if wanted:
+            row[:] = own.total(), wanted.total(), (own & wanted).total()
+    return counts
+
+
+def chrf(counts: np.ndarray) -> float:
+    """chrF, from 0 to 1, of counts (6, 3), those of all texts added up.
+
+    Precision and recall are means over the lengths that occur in both; recall counts twice as much
+    as precision: F = 5 P R / (4 P + R). As sacrebleu computes it, which prints 100 times as much.
+    """
+    guessed, there, both = counts[(counts[:, :2] > 0).all(1)].T
+    if not both.sum():
+        return 0.0
+    precision = (both / guessed).mean()
+    recall = (both / there).mean()
+    return float(5 * precision * recall / (4 * precision + recall))
 
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -423,6 +471,15 @@ def measured_f1(
         return macro_f1(confusion_matrix(guesses, labels, classes, weights))
 
     return resampled(measure, len(labels), *counted_in)
+
+
+def measured_chrf(guesses: Sequence[str], answers: Sequence[Sequence[str]], unit: str) -> Measured:
+    """chrF of n guesses, each with its right texts, of which the nearest counts."""
+    best = []
+    for guess, rights in zip(guesses, answers):
+        best.append(max((chrf_counts(guess, right) for right in rights), key=chrf))
+    counts = np.stack(best)  # (n, 6, 3)
+    return resampled(lambda weights: chrf(np.tensordot(weights, counts, 1)), len(counts), unit)
 
 
 def measured_calibration(

@@ -17,6 +17,7 @@ from tinyfm.training.trainer import TrainConfig
 RECIPES = (
     "tinyfm.recipes.gpt",
     "tinyfm.recipes.encoder",
+    "tinyfm.recipes.seq2seq",
     "tinyfm.recipes.clip",
     "tinyfm.recipes.autoencoder",
     "tinyfm.recipes.ddpm",
