@@ -50,6 +50,7 @@ run "speculative draft" python benchmarks/speculative.py draft "${DEEP:--}" "${S
 run serve python benchmarks/serve.py --record
 run serve_load python benchmarks/serve_load.py "${GPT:--}"
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600
+run retrieval python benchmarks/retrieval.py --record
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
 run "encoder films" python benchmarks/encoder.py films --record

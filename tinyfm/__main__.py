@@ -4,6 +4,8 @@
     python sample.py RUN                    sample from a run
     python -m tinyfm runs [FOLDER]          list the runs in a folder (default: runs)
     python -m tinyfm runs --plot runs.png   and draw their scores by step, side by side
+    python -m tinyfm index PATH FOLDER      make passages of a text ready for search
+    python -m tinyfm search FOLDER TEXT     find the passages that answer a question
     python -m tinyfm.evaluate RUN           measure a run on held-out data
     python -m tinyfm.adapt compare RUN      compare ways to adapt a run to a task
     python -m tinyfm.hub RUN FOLDER         export a run to the layout of transformers or diffusers
@@ -107,11 +109,26 @@ def list_runs(words: list[str]) -> int | str:
     return 0
 
 
+def search(name: str, words: list[str]) -> int | str:
+    """Carry out `index` or `search`."""
+    from tinyfm.recipes.search import COMMANDS  # loads torch, which the list of runs does not need
+
+    try:
+        COMMANDS[name](words)
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
 def main() -> int | str:
     with console():
         match sys.argv[1:]:
             case ["runs", *words]:
                 return list_runs(words)
+            case ["index" | "search" as name, *words]:
+                return search(name, words)
             case [] | ["-h" | "--help"]:
                 print(__doc__)
                 return 0

@@ -72,6 +72,34 @@ def mean_state(gpt: nn.Module, batch: Batch) -> Tensor:
     return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
+@torch.inference_mode()
+def read_rows(
+    read: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    at_once: int = 32,
+) -> Tensor:
+    """The features of rows of token ids, float32 (n, D), on the CPU; long rows lose their end.
+
+    read: such as mean_state. Rows of similar length go through the model together.
+    """
+    device = next(model.parameters()).device
+    cut = [list(row[: model.config.context_length]) for row in rows]
+    order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
+    found = torch.empty(len(cut), model.config.d_model)
+    for first in range(0, len(order), at_once):
+        numbers = order[first : first + at_once]
+        T = max(1, len(cut[numbers[-1]]))
+        tokens = torch.zeros(len(numbers), T, dtype=torch.long, device=device)
+        mask = torch.zeros(len(numbers), T, dtype=torch.bool, device=device)
+        for i, number in enumerate(numbers):
+            own = cut[number]
+            tokens[i, : len(own)] = torch.tensor(own, dtype=torch.long, device=device)
+            mask[i, : len(own)] = True
+        found[numbers] = read(model, {"tokens": tokens, "mask": mask}).cpu()
+    return found
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.splits import HELD_OUT, TEST, VAL
 from tinyfm.adapt.distill import DistilConfig, distil, take_layers
-from tinyfm.adapt.heads import Batch, Reader
+from tinyfm.adapt.heads import Batch, Reader, read_rows
 from tinyfm.batches.masked import NOT_PREDICTED, MaskedConfig, MaskedData, Vocabulary
 from tinyfm.common.config import RunPath
 from tinyfm.common.seeds import row_generators
@@ -113,27 +113,9 @@ def state_of_text(encoder: Encoder, batch: Batch) -> Tensor:
     return states.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
-@torch.inference_mode()
 def features(encoder: Encoder, rows: Sequence[Sequence[int]], at_once: int = 32) -> Tensor:
-    """`state_of_text` of rows of token ids, float32 (n, D), on the CPU; long rows lose their end.
-
-    Rows of similar length go through the model together.
-    """
-    device = next(encoder.parameters()).device
-    cut = [list(row[: encoder.config.context_length]) for row in rows]
-    order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
-    found = torch.empty(len(cut), encoder.config.d_model)
-    for first in range(0, len(order), at_once):
-        numbers = order[first : first + at_once]
-        T = max(1, len(cut[numbers[-1]]))
-        tokens = torch.zeros(len(numbers), T, dtype=torch.long, device=device)
-        mask = torch.zeros(len(numbers), T, dtype=torch.bool, device=device)
-        for i, number in enumerate(numbers):
-            own = cut[number]
-            tokens[i, : len(own)] = torch.tensor(own, dtype=torch.long, device=device)
-            mask[i, : len(own)] = True
-        found[numbers] = state_of_text(encoder, {"tokens": tokens, "mask": mask}).cpu()
-    return found
+    """`state_of_text` of rows of token ids, float32 (n, D), on the CPU; see read_rows."""
+    return read_rows(state_of_text, encoder, rows, at_once)
 
 
 def halves_found(encoder: Encoder, documents: Sequence[np.ndarray]) -> np.ndarray:
