@@ -470,6 +470,7 @@ def test_a_draft_changes_no_greedy_text(tiny_run, capsys, fails):
     message = fails(sample, tiny_run, *words, "ngram", "--compile")
     assert "--compile is for one token at a time, --draft for several" in message
     assert "no run directory nowhere" in fails(sample, tiny_run, *words, "nowhere")
+    assert "add it" in fails(sample, tiny_run, "--draft-tokens", 3)
     assert "draft tokens is 0" in fails(sample, tiny_run, *words, "ngram", "--draft-tokens", 0)
     opened = run_dir.open_run(str(tiny_run))
     other = tokenizer.train("bpe", iter(["abc abc " * 20]), 260)

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data import passages, ratings
+from data import passages, ratings, words
 from data.report import counted
 from tinyfm.calc import estimate
 from tinyfm.common import files
@@ -35,6 +35,8 @@ DATA = {
     "passages": ("passages of Wikipedia", passages.PACKAGE.licence),
     "stdlib": ("source code of Python's standard library", PYTHON),
     "packages": ("source code of Python's standard library, with the package as class", PYTHON),
+    "words": ("English words and how they are spoken", words.PACKAGE.licence),
+    "translation": ("texts of programs and their translations", "GPL and others, by program"),
     "chats": ("questions and answers made from Python's documentation", PYTHON),
     "shakespeare": ("plays by Shakespeare", "public domain"),
     "glyphs": (f"{FONTS}, with their names", FONT_LICENCE),

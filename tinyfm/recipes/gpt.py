@@ -211,6 +211,8 @@ def write_texts(opened: OpenRun, options: Any) -> None:
     """Print n texts, each with its prompt; the first one is printed while it is written."""
     counts = speculative.Counts()
     write = generate.stream
+    if options.draft_tokens != speculative.DRAFT_TOKENS and not options.draft:
+        raise ValueError("--draft-tokens is for --draft ngram, or --draft with a run: add it")
     if options.draft:
         write = drafted(opened, options, counts)
     if options.compile:

@@ -38,7 +38,7 @@ from tinyfm.batches.text_pairs import (
 )
 from tinyfm.evaluate import metrics
 from tinyfm.generate import Sampling
-from tinyfm.recipes.base import OpenRun, Preset, Run, Scores, write_texts_file
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores, write_texts_file
 from tinyfm.recipes.classify import TextClassifyRun
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.tokenizer import Tokenizer
@@ -155,6 +155,11 @@ class Seq2SeqRun(Run):
 
     family: ClassVar[str] = "seq2seq"
     SAMPLE_OPTIONS = frozenset({"prompt", "temperature", "top_k", "top_p", "min_p", "seed"})
+    ABOUT = About(
+        task="text2text-generation",
+        use="It writes the target for a source of the kind that its pairs have.",
+        limits="For other sources it writes something too, and does not say that it is a guess.",
+    )
 
     def __post_init__(self):
         if self.adapt == "prompt":
