@@ -10,6 +10,7 @@
   python sample.py runs/chat --chat                            # talk to it
   python sample.py runs/reviews --prompt "well made"           # which class?
   python sample.py runs/encoder --prompt "The [MASK] loop"     # fill the gap
+  python sample.py runs/xlnet --prompt "The cat sat" --masks   # its streams
   python sample.py runs/clip --image my.png --labels "digit seven, digit one"
   python sample.py runs/clip --prompt "white chess knight" -n 8 --out it.png
   python sample.py runs/autoencoder --seed 1                   # rebuild, draw
@@ -60,8 +61,8 @@ from tinyfm.speculative import DRAFT_TOKENS
 @dataclass(frozen=True)
 class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
-    # GPT: text to continue, or nothing for a new one; encoder: text with [MASK]; CLIP: what to
-    # find; text2image: what to draw
+    # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; CLIP: what
+    # to find; text2image: what to draw
     prompt: MaybeText = None
     # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
     # candidates for a [MASK] (default: 5)
@@ -101,6 +102,13 @@ class ForBeams:
 
 
 @dataclass(frozen=True)
+class ForXLNet:
+    """Options for an XLNet."""
+
+    masks: bool = False  # draw what the tokens of --prompt may look at, in the order of --seed
+
+
+@dataclass(frozen=True)
 class ForPictures:
     """Options for a CLIP or a classifier of pictures."""
 
@@ -130,7 +138,7 @@ class ForTextToImage:
 
 
 @dataclass(frozen=True)
-class Options(ForTextToImage, ForDiffusion, ForPictures, ForBeams, ForGPT, Common):
+class Options(ForTextToImage, ForDiffusion, ForPictures, ForXLNet, ForBeams, ForGPT, Common):
     """All options in one."""
 
     sampling: generate.Sampling = field(default_factory=generate.Sampling)
@@ -149,6 +157,7 @@ class CommandLine(Common):
 
     beam_search: Annotated[ForBeams, tyro.conf.OmitArgPrefixes] = ForBeams()
 
+    xlnet: Annotated[ForXLNet, tyro.conf.arg(name="XLNet"), tyro.conf.OmitArgPrefixes] = ForXLNet()
     clip: Annotated[ForPictures, tyro.conf.arg(name="CLIP"), tyro.conf.OmitArgPrefixes] = (
         ForPictures()
     )
@@ -156,7 +165,7 @@ class CommandLine(Common):
     text2image: Annotated[ForTextToImage, tyro.conf.OmitArgPrefixes] = ForTextToImage()
 
 
-GROUPS = ("gpt", "beam_search", "clip", "diffusion", "text2image")
+GROUPS = ("gpt", "beam_search", "xlnet", "clip", "diffusion", "text2image")
 
 
 def read_options() -> Options:

@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; tests run in parallel
 
+import numpy as np
 import processes
 import torch
 
@@ -96,6 +97,24 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def generators(n: int, seed: int = 0) -> list[torch.Generator]:
     """n generators with different seeds, one per row of a batch."""
     return [torch.Generator().manual_seed(100 * seed + i) for i in range(n)]
+
+
+def rows_of(run: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_documents(folder: Path) -> None:
+    """Write 120 short texts, of words that follow one another in few ways."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    sentence = "the cat sat on a mat and the dog ran to some log under this tree"
+    words = sentence.split()
+    for i in range(120):
+        starts = draw.integers(len(words), size=6)
+        runs = [" ".join(words[start : start + 4]) for start in starts]
+        (folder / f"{i}.txt").write_text(f"{i} " + ", ".join(runs), encoding="utf-8")
 
 
 def edit_json(path: Path, **fields) -> None:

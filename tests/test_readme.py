@@ -50,6 +50,7 @@ SMALL = {
     "--data.val-fraction 0.01",
     "encoder": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path my.txt "
     "--data.tokenizer bytes --model.vocab-size 258 --data.val-fraction 0.01",
+    "xlnet": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32",
     "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",

@@ -43,7 +43,7 @@ def test_each_family_has_a_card_that_the_hub_reads(name, runs, monkeypatch):
     assert ("It started from the run `gpt` (--adapt lora)" in text) == (name == "gpt-lora")
 
 
-@pytest.mark.parametrize("recipe", [*PRETRAINED, "encoder", "seq2seq"])
+@pytest.mark.parametrize("recipe", [*PRETRAINED, "encoder", "xlnet", "seq2seq"])
 def test_every_run_type_says_what_it_is_for(recipe):
     for run_type in import_module(f"tinyfm.recipes.{recipe}").RUNS:
         assert About() != run_type.ABOUT, run_type

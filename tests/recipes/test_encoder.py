@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, rows_of, write_documents
 from transformers import pipeline
 
 import sample
 import train
-from tinyfm.batches.masked import NOT_PREDICTED, Vocabulary
+from tinyfm.batches.masked import NOT_PREDICTED
 from tinyfm.calc import __main__ as calc
 from tinyfm.common import files
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import encoder as recipe
-from tinyfm.recipes import run_dir
+from tinyfm.recipes import hidden, run_dir
 from tinyfm.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -37,14 +37,7 @@ OBJECTIVES = {"mlm": (), "electra": ELECTRA}
 def folder(tmp_path_factory, no_forecast) -> Path:
     """A folder with a text of 120 short documents, and a run of each objective."""
     place = tmp_path_factory.mktemp("encoder")
-    (place / "text").mkdir()
-    draw = np.random.default_rng(0)
-    sentence = "the cat sat on a mat and the dog ran to some log under this tree"
-    words = sentence.split()
-    for i in range(120):
-        start = draw.integers(len(words), size=6)
-        runs = [" ".join(words[s : s + 4]) for s in start]
-        (place / "text" / f"{i}.txt").write_text(f"{i} " + ", ".join(runs), encoding="utf-8")
+    write_documents(place / "text")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name, options in OBJECTIVES.items():
@@ -56,11 +49,6 @@ def folder(tmp_path_factory, no_forecast) -> Path:
 @pytest.fixture(autouse=True)
 def there(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-
-def rows_of(run: str | Path) -> list[dict]:
-    lines = Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -141,10 +129,9 @@ def test_an_exported_run_fills_masks_as_here(tmp_path, capsys):
     for entry in pipeline("fill-mask", str(tmp_path), top_k=258)("the [MASK]at sat"):
         p[entry["token"]] = entry["score"]
     opened = run_dir.open_run("mlm")
-    vocabulary = Vocabulary(opened.tokenizer, 258)
-    ids = recipe.encode_prompt(opened.tokenizer, vocabulary, "the [MASK]at sat")
-    (found,) = recipe.fill(opened.model, vocabulary, ids).values()
-    p[~torch.from_numpy(vocabulary.ordinary)] = 0
+    _, guesses = opened.run.fill(opened.model, opened.tokenizer, "the [MASK]at sat")
+    (found,) = guesses.values()
+    p[~torch.from_numpy(opened.run.candidates(opened.tokenizer))] = 0
     torch.testing.assert_close(p / p.sum(), found, atol=1e-5, rtol=1e-4)
     with pytest.raises(SystemExit, match=r"ElectraForPreTraining, needs norm 'post', not 'pre'"):
         hub.main(["electra", str(tmp_path / "electra")])
@@ -166,15 +153,14 @@ def test_prompts_that_cannot_be_filled(words, message, capsys):
 
 def test_candidates_by_hand():
     """A model whose head is a bias alone: its candidates are the softmax of the bias."""
-    model = Encoder(EncoderConfig(258, 8, n_layer=1, n_head=1, d_model=4))
-    vocabulary = Vocabulary(BYTES, 258)
+    config = EncoderConfig(258, 8, n_layer=1, n_head=1, d_model=4)
+    model = Encoder(config)
     with torch.no_grad():
         model.embeddings.token_embedding.weight.zero_()
         model.head.decoder.bias.fill_(-100)
         model.head.decoder.bias[[97, 98, 257]] = torch.tensor([1.0, 2.0, 9.0])
-    ids = recipe.encode_prompt(BYTES, vocabulary, "x [MASK]y")
+    ids, found = recipe.EncoderRun(model=config).fill(model, BYTES, "x [MASK]y")
     assert ids == [BYTES.eot, ord("x"), 257, ord("y")]  # the space belongs to the word
-    found = recipe.fill(model, vocabulary, ids)
     assert list(found) == [2]
     # The mask itself is no candidate.
     expected = torch.tensor([1.0, 2.0]).softmax(0)
@@ -189,7 +175,7 @@ def test_a_row_with_its_guesses():
     targets[1], targets[2] = ord(" "), ord("c")
     guesses[1], guesses[2] = ord(" "), ord("b")
     ids[2] = 257
-    assert recipe.with_guesses(BYTES, ids, targets, guesses) == "a [' '][b, not c]at"
+    assert hidden.with_guesses(BYTES, ids, targets, guesses) == "a [' '][b, not c]at"
 
 
 # ---- classification ------------------------------------------------------------------------------
@@ -223,9 +209,9 @@ def test_a_soft_prompt_is_refused(capsys):
 def test_features_do_not_depend_on_padding_or_order():
     model = run_dir.open_run("mlm").model
     rows = [BYTES.encode(text) for text in ("the cat", "a", "some log under this tree", "x" * 99)]
-    together = recipe.features(model, rows, at_once=4)
+    together = hidden.features(model, rows, at_once=4)
     for row, own in zip(rows, together):
-        alone = recipe.features(model, [row])[0]
+        alone = hidden.features(model, [row])[0]
         assert torch.allclose(own, alone, atol=1e-5)
         states = model.hidden(torch.tensor([row[:32]]))[0]
         assert torch.allclose(own, states.mean(0), atol=1e-5)
@@ -238,10 +224,10 @@ def test_halves_find_each_other_by_their_features(monkeypatch):
         counts = [torch.bincount(torch.as_tensor(row), minlength=256).float() for row in rows]
         return torch.stack(counts)
 
-    monkeypatch.setattr(recipe, "features", count)
+    monkeypatch.setattr(hidden, "features", count)
     texts = ["aabbaabb", "ccddccdd", "eeffeeff", "gghhaabb"]
     documents = [np.array(BYTES.encode(text)) for text in texts]
-    assert recipe.halves_found(None, documents).tolist() == [True, True, True, False]
+    assert hidden.halves_found(None, documents).tolist() == [True, True, True, False]
 
 
 # ---- measures ------------------------------------------------------------------------------------
@@ -288,11 +274,12 @@ def test_what_is_replaced_is_judged():
     tokens = torch.tensor([[257, 1, 257, 4]])
     targets = torch.tensor([[2, -100, 7, -100]])
     batch = {"tokens": tokens, "targets": targets, "mask": torch.ones(1, 4, dtype=torch.bool)}
-    found = recipe.guess_hidden(model, [batch])
+    found = hidden.guess_hidden(model, [batch])
     assert found.hits.tolist() == [False, True]
     assert found.places.tolist() == [0, 2]
-    assert found.replaced.tolist() == [True, False, False, False]  # a draw that hits replaces none
-    assert found.judged.tolist() == [1, -1, 1, -1]
-    assert found.detection() == pytest.approx((0.5 + 1 + 1) / 3)  # one replaced, three kept
     assert found.nats[1] == pytest.approx(0, abs=1e-6)
     assert F.relu(torch.tensor(found.nats))[0] > 1e3
+    judged = recipe.judge_tokens(model, [batch])
+    assert judged.replaced.tolist() == [True, False, False, False]  # a hit replaces nothing
+    assert judged.logits.tolist() == [1, -1, 1, -1]
+    assert judged.detection() == pytest.approx((0.5 + 1 + 1) / 3)  # one replaced, three kept

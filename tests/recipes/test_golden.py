@@ -45,6 +45,7 @@ DENOISER = f"""{PICTURES} --autoencoder runs/text2image-autoencoder --clip runs/
 SMALL = {  # preset -> options; text2image finds its parts trained
     "gpt": f"{TEXT} --model.d-model 48",
     "encoder": f"{TEXT} --model.vocab-size 258 --model.d-model 48",  # a row for the mask
+    "xlnet": f"{TEXT} --model.n-head 2 --model.d-model 48",
     "clip": CLIP,
     "autoencoder": f"{PIXELS} --model.beta-warmup-steps 10",
     "ddpm": f"""{PIXELS} --model.attend False True --model.n-head 2 --optim.ema-half-life 5

@@ -76,16 +76,25 @@ def mask_token(tokenizer: Tokenizer, vocab_size: int) -> int:
     return vocab_size - 1
 
 
+def ordinary_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """True for the ids that may be predicted and drawn: those of text. bool (vocab_size,).
+
+    Special tokens, such as the end of a text, are not; nor are ids that stand for no token.
+    """
+    ordinary = np.ones(vocab_size, dtype=bool)
+    ordinary[tokenizer.vocab_size :] = False
+    never = {tokenizer.eot, *tokenizer.specials.values()}
+    ordinary[sorted(never.union(tokenizer.without_token(tokenizer.vocab_size)))] = False
+    return ordinary
+
+
 class Vocabulary:
     """The mask, the tokens that may be hidden or drawn, and those that start a word."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.mask = mask_token(tokenizer, vocab_size)
-        never = set(tokenizer.without_token(tokenizer.vocab_size))
-        never |= {tokenizer.eot, self.mask, *tokenizer.specials.values()}
-        self.ordinary = np.ones(vocab_size, dtype=bool)  # may be predicted and drawn
-        self.ordinary[tokenizer.vocab_size :] = False
-        self.ordinary[sorted(never)] = False
+        self.ordinary = ordinary_tokens(tokenizer, vocab_size)
+        self.ordinary[self.mask] = False
         self.drawn = np.flatnonzero(self.ordinary)
         # Whether a token starts a word: a space, or a sign that is no part of a word.
         self.starts_word = np.ones(vocab_size, dtype=bool)

@@ -91,8 +91,10 @@ def rebuild_start(opened: OpenRun) -> tuple[str, nn.Module]:
         with contextlib.suppress(ValueError):  # the base may be gone: this run needs it no more
             base = run_dir.open_same_base(run)
     start = run_dir.build_start(run, base).eval()
-    # What was frozen was not trained by this run: it is the same before and after.
-    trained = {name for name, p in opened.model.named_parameters() if p.requires_grad}
+    # What was frozen was not trained by this run: it is the same before and after. A tied weight is
+    # trained under all of its names.
+    parameters = opened.model.named_parameters(remove_duplicate=False)
+    trained = {name for name, p in parameters if p.requires_grad}
     frozen = {k: v for k, v in opened.model.state_dict().items() if k not in trained}
     start.load_state_dict(frozen, strict=False)
     return "before" if base else "untrained", start

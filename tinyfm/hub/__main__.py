@@ -47,6 +47,8 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
             return f'\ntransformers opens it by pipeline("text-generation", "{folder}")'
         case "encoder":
             return how_to_open_encoder(opened.model, folder)
+        case "xlnet":
+            return f'\ntransformers opens it by XLNetLMHeadModel.from_pretrained("{folder}")'
         case "clip":
             call = f'pipeline("zero-shot-image-classification", "{folder}")'
             return f"\ntransformers opens it by {call}"
@@ -99,7 +101,8 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
-            "chat, encoder, seq2seq, clip, autoencoder, ddpm, text2image, and classifiers of texts"
+            "chat, encoder, seq2seq, xlnet, clip, autoencoder, ddpm, text2image, and classifiers "
+            "of texts"
         )
     if opened.run.family == "clip":
         clip.check_expressible(model.config)

@@ -18,6 +18,7 @@ RECIPES = (
     "tinyfm.recipes.gpt",
     "tinyfm.recipes.encoder",
     "tinyfm.recipes.seq2seq",
+    "tinyfm.recipes.xlnet",
     "tinyfm.recipes.clip",
     "tinyfm.recipes.autoencoder",
     "tinyfm.recipes.ddpm",
