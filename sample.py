@@ -11,6 +11,7 @@
   python sample.py runs/reviews --prompt "well made"           # which class?
   python sample.py runs/encoder --prompt "The [MASK] loop"     # fill the gap
   python sample.py runs/xlnet --prompt "The cat sat" --masks   # its streams
+  python sample.py runs/seq2seq --prompt "foundation"          # say a word
   python sample.py runs/clip --image my.png --labels "digit seven, digit one"
   python sample.py runs/clip --prompt "white chess knight" -n 8 --out it.png
   python sample.py runs/autoencoder --seed 1                   # rebuild, draw
@@ -61,8 +62,8 @@ from tinyfm.speculative import DRAFT_TOKENS
 @dataclass(frozen=True)
 class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
-    # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; CLIP: what
-    # to find; text2image: what to draw
+    # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; seq2seq:
+    # word to say, or line to translate; CLIP: what to find; text2image: what to draw
     prompt: MaybeText = None
     # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
     # candidates for a [MASK] (default: 5)

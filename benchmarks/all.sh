@@ -55,6 +55,9 @@ run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
 run "encoder films" python benchmarks/encoder.py films --record
 run "encoder speed" python benchmarks/encoder.py speed --record
+run "seq2seq words" python benchmarks/seq2seq.py words --record
+run "seq2seq translation" python benchmarks/seq2seq.py translation --record
+run "seq2seq speed" python benchmarks/seq2seq.py speed --record
 run "diffusion train" python benchmarks/diffusion.py train
 run "diffusion sample" python benchmarks/diffusion.py sample
 run "text2image judge" python benchmarks/text2image.py judge --folds 7

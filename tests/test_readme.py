@@ -51,6 +51,8 @@ SMALL = {
     "encoder": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path my.txt "
     "--data.tokenizer bytes --model.vocab-size 258 --data.val-fraction 0.01",
     "xlnet": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32",
+    "seq2seq": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path pairs.tsv "
+    "--data.tokenizer letters",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32",
     "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",
@@ -132,6 +134,9 @@ def test_every_documented_command_runs(tmp_path):
     library = sorted(Path(os.__file__).parent.glob("*.py"))[:40]  # enough text for the vocabulary
     text = "".join(path.read_text(encoding="utf-8") for path in library)
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
+    words = sorted({*re.findall(r"\b[a-z]{4,10}\b", text)})
+    rows = [f"{word}\t{word[::-1]}" for word in words]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *rows]), encoding="utf-8")
     scripts, outputs = Path(sys.executable).parent, tmp_path / "outputs"
     outputs.mkdir()
     environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

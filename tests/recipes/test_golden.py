@@ -46,6 +46,8 @@ SMALL = {  # preset -> options; text2image finds its parts trained
     "gpt": f"{TEXT} --model.d-model 48",
     "encoder": f"{TEXT} --model.vocab-size 258 --model.d-model 48",  # a row for the mask
     "xlnet": f"{TEXT} --model.n-head 2 --model.d-model 48",
+    "seq2seq": f"""{TRAIN} --data.path pairs.tsv --data.tokenizer letters --model.n-layer 1
+    --model.d-model 32 --train.batch-size 8 --train.micro-batch-size 4""",
     "clip": CLIP,
     "autoencoder": f"{PIXELS} --model.beta-warmup-steps 10",
     "ddpm": f"""{PIXELS} --model.attend False True --model.n-head 2 --optim.ema-half-life 5
@@ -68,7 +70,8 @@ INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
 def make_data(folder: Path) -> None:
-    """A text of words that often follow one another, and 60 captioned pictures of coloured bars."""
+    """A text of words that often follow one another, words with their letters in reverse, and 60
+    captioned pictures of coloured bars."""
     words = WORDS.split()
     draw = random.Random(0).random
     place = 0
@@ -77,6 +80,11 @@ def make_data(folder: Path) -> None:
         text.append(words[place % len(words)])
         place += 1 if draw() < 0.7 else int(draw() * len(words))
     (folder / "text.txt").write_text(" ".join(text), encoding="utf-8")
+    lines = ["source\ttarget"]
+    for i in range(100):
+        word = f"{words[i % len(words)]}{WORDS[i % len(WORDS)].strip()}{words[i * 7 % len(words)]}"
+        lines.append(f"{word}\t{word[::-1]}")
+    (folder / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
     (folder / "pictures").mkdir()
     for i in range(60):
         name = list(INKS)[i % 3]

@@ -1,14 +1,15 @@
 """Measure a trained run:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
 A GPT: nats per token and bits per byte of its validation and test texts. An encoder: nats per
-hidden token, which compare with no GPT's, and the share that it guesses. CLIP: zero-shot
-classification among all names of each held-out split, retrieval of captions and images, and
-classification from image features alone. Diffusion: the distance of its samples from real pictures.
-Text-to-image: the share of pictures that show what their prompt says. A classifier: accuracy and
-calibration. Next to each figure stands that of the same model before training, or of the run it
-started from, and for features that of the raw pixels: only the difference was learned. Losses and
-accuracies have an interval of 95% in parentheses, over the documents or examples that stand behind
-it (metrics.py).
+hidden token, which compare with no GPT's, and the share that it guesses. An encoder-decoder: nats
+per token of its targets, and what it writes: the share of words and phones that are wrong, or exact
+matches and chrF. CLIP: zero-shot classification among all names of each held-out split, retrieval
+of captions and images, and classification from image features alone. Diffusion: the distance of its
+samples from real pictures. Text-to-image: the share of pictures that show what their prompt says. A
+classifier: accuracy and calibration. Next to each figure stands that of the same model before
+training, or of the run it started from, and for features that of the raw pixels: only the
+difference was learned. Losses and accuracies have an interval of 95% in parentheses, over the
+documents or examples that stand behind it (metrics.py).
 
 Other questions, which need no training:
 
@@ -66,6 +67,7 @@ class Options:
     seed: int = 0  # GPT: draws the examples of --shots
     # read the run's data from here, and not from where training read them
     data_path: DataPath = ""
+    beams: int = 1  # seq2seq: texts that are kept at each step of a search; 1 = no search
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
     # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
     # it is trained quickly and reads badly

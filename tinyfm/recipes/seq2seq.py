@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,9 +36,19 @@ from tinyfm.batches.text_pairs import (
     fill_up,
     unread,
 )
+from tinyfm.beam import Beams
 from tinyfm.evaluate import metrics
 from tinyfm.generate import Sampling
-from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores, write_texts_file
+from tinyfm.recipes.base import (
+    BEAM_OPTIONS,
+    About,
+    OpenRun,
+    Preset,
+    Run,
+    Scores,
+    beams_of,
+    write_texts_file,
+)
 from tinyfm.recipes.classify import TextClassifyRun
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.tokenizer import Tokenizer
@@ -67,24 +77,25 @@ def write(
     model: Seq2Seq,
     sources: Sequence[Sequence[int]],
     never: Sequence[int] = (),
-    sampling: Sampling | None = None,
+    how: Sampling | Beams | None = None,
 ) -> list[list[int]]:
     """What the model writes for each source: token ids, without END.
 
-    Sources end with END. never: ids that are not written. sampling: by default the likeliest token
-    each time. Sources of like length are read together.
+    Sources end with END. never: ids that are not written. how: a draw or a search; by default the
+    likeliest token each time. Sources of like length are read together.
     """
     model.eval()
     device = next(model.parameters()).device
-    if sampling is None:
-        sampling = Sampling(temperature=0, max_new_tokens=model.config.context_length)
+    if how is None:
+        how = Sampling(temperature=0, max_new_tokens=model.config.context_length)
+    answer = model.search if isinstance(how, Beams) else model.generate
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     found: list[list[int]] = [[] for _ in sources]
     for first in range(0, len(order), AT_ONCE):
         numbers = order[first : first + AT_ONCE]
         source, mask = fill_up([sources[i] for i in numbers], model.config.pad_id)
         source, mask = torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device)
-        for i, ids in zip(numbers, model.generate(source, mask, sampling, never=never)):
+        for i, ids in zip(numbers, answer(source, mask, how, never=never)):
             found[i] = ids
     return found
 
@@ -154,7 +165,7 @@ class Seq2SeqRun(Run):
     data: TextPairConfig = field(default_factory=TextPairConfig)
 
     family: ClassVar[str] = "seq2seq"
-    SAMPLE_OPTIONS = frozenset({"prompt", "temperature", "top_k", "top_p", "min_p", "seed"})
+    SAMPLE_OPTIONS = frozenset(vars(Sampling())) | BEAM_OPTIONS | {"prompt"}
     ABOUT = About(
         task="text2text-generation",
         use="It writes the target for a source of the kind that its pairs have.",
@@ -173,12 +184,12 @@ class Seq2SeqRun(Run):
         return kind.prepare(self.data, self.model, self.train.batch_size, self.train.seed)
 
     def guess(
-        self, model: Seq2Seq, data: TextPairData, split: str, most: int
+        self, model: Seq2Seq, data: TextPairData, split: str, most: int, how: Beams | None = None
     ) -> tuple[list[str], list[Sequence[str]], list[str]]:
         """(guesses, right answers, sources) of at most `most` pairs of a split, evenly spread."""
         own = data.splits[split]
         rows = np.linspace(0, len(own.pairs) - 1, min(most, len(own.pairs))).astype(int)
-        found = write(model, [own.sources[i] for i in rows], self.never(data.tokenizer))
+        found = write(model, [own.sources[i] for i in rows], self.never(data.tokenizer), how)
         pairs = [own.pairs[i] for i in rows]
         guesses = [data.tokenizer.decode(ids) for ids in found]
         return guesses, [pair.targets for pair in pairs], [pair.source for pair in pairs]
@@ -201,10 +212,13 @@ class Seq2SeqRun(Run):
         return scores
 
     def measure(self, opened: OpenRun, model: Seq2Seq, data: Data, options: Any) -> Scores:
-        """The measures of all test pairs."""
+        """The measures of all test pairs; the untrained model does not search with --beams."""
         if isinstance(data, SpanData):
             return {}
-        guesses, answers, _ = self.guess(model, data, TEST, len(data.splits[TEST].pairs))
+        how = None
+        if options.beams != 1 and model is opened.model:
+            how = Beams(options.beams, max_new_tokens=self.model.context_length)
+        guesses, answers, _ = self.guess(model, data, TEST, len(data.splits[TEST].pairs), how)
         scores = guess_scores(self.data.path, guesses, answers)
         return {f"test_{name}": value for name, value in scores.items()}
 
@@ -231,18 +245,17 @@ class Seq2SeqRun(Run):
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Print what the model writes for --prompt: the likeliest token each time.
 
-        With -n or settings of the draw, that many drawn texts.
+        With --beams the text that a search finds; with -n or settings of the draw, drawn ones.
         """
         model = opened.model
         never = self.never(opened.tokenizer)
         sources = encode_prompt(self, opened.tokenizer, options.prompt or "")
-        if options.n is None and options.sampling == Sampling():
-            found = [[ids] for ids in write(model, sources, never)]
+        beams = beams_of(options)
+        if beams or (options.n is None and options.sampling == Sampling()):
+            found = [[ids] for ids in write(model, sources, never, beams)]
         else:
-            limit = min(options.sampling.max_new_tokens, self.model.context_length)
-            sampling = replace(options.sampling, max_new_tokens=limit)
             n = options.n or 1
-            found = [write(model, [source] * n, never, sampling) for source in sources]
+            found = [write(model, [source] * n, never, options.sampling) for source in sources]
         for source, texts in zip(sources, found):
             for ids in texts:
                 print(self.shown(opened.tokenizer, source, ids))
