@@ -7,6 +7,7 @@
   python sample.py runs/gpt --prompt "The with" --beams 4       # the likeliest
   python sample.py runs/gpt --shots 4 --examples a.csv --prompt "well made"
   python sample.py runs/gpt --adapter runs/lora                # adapted
+  python sample.py runs/gpt --quantize int4                    # in fewer bits
   python sample.py runs/chat --chat                            # talk to it
   python sample.py runs/reviews --prompt "well made"           # which class?
   python sample.py runs/encoder --prompt "The [MASK] loop"     # fill the gap
@@ -36,7 +37,7 @@ if getattr(sys.flags, "safe_path", False):  # set by PYTHONSAFEPATH; Python 3.10
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import tinyfm.common.startup as startup
-from tinyfm import adapt, generate
+from tinyfm import adapt, generate, quantize
 from tinyfm.common import device as devices
 from tinyfm.common.config import (
     FilePath,
@@ -45,6 +46,7 @@ from tinyfm.common.config import (
     MaybeInt,
     MaybeText,
     Name,
+    Quantize,
     RunPath,
     RunPaths,
     Text,
@@ -73,6 +75,7 @@ class Common:
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     # number format of the weights; bfloat16 needs half the memory and is faster
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"  # format of the matrices: less memory, and faster texts on a CPU
     # file to write: texts also go there, and pictures become this PNG (default: sample.png or
     # found.png, with a number if there is one)
     out: FilePath = ""
@@ -180,7 +183,9 @@ def read_options() -> Options:
 
 MOST_SAMPLES = 1 << 16  # more would only fill the memory
 # For any family.
-COMMON = {"run", "n", "adapter", "sampling", "raw", "device", "dtype", "out", "overwrite"}
+COMMON = {
+    "run", "n", "adapter", "sampling", "raw", "device", "dtype", "quantize", "out", "overwrite",
+}  # fmt: skip
 
 
 def changed(part: object, default: object) -> list[str]:
@@ -225,15 +230,20 @@ def open_run(options: Options) -> OpenRun:
         adapt.merge(opened.model)
     device = devices.choose_device(options.device)
     dtype = devices.choose_dtype(options.dtype, device)
+    run_dir.quantize_run(opened, opened.model, options.quantize)
     opened.model.to(device, dtype)
+    quantize.pack(opened.model)
     if options.draft not in ("", "ngram"):
         draft = run_dir.open_base(options.draft)
         draft.model.to(device, dtype)
         opened = replace(opened, draft=draft)
+    numbers = str(dtype).removeprefix("torch.")
+    if options.quantize != "none":
+        numbers = f"{options.quantize} and {numbers}"
     scores = ", ".join(f"{k} {v:.4g}" for k, v in opened.meta.items() if k != "step")
     print(
         f"{opened.folder}: step {opened.meta['step']}, {scores}; {opened.weights} weights, "
-        f"{device}, {str(dtype).removeprefix('torch.')}",
+        f"{device}, {numbers}",
         file=sys.stderr,
     )
     return opened

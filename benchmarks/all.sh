@@ -47,6 +47,8 @@ run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}"
 run generation python benchmarks/generation.py --repeats 2
 run "speculative code" python benchmarks/speculative.py code "${CODE:--}" --record
 run "speculative draft" python benchmarks/speculative.py draft "${DEEP:--}" "${SHALLOW:--}" --record
+run "quantize quality" python benchmarks/quantize.py quality "${GPT:--}" --record
+run "quantize speed" python benchmarks/quantize.py speed --record
 run serve python benchmarks/serve.py --record
 run serve_load python benchmarks/serve_load.py "${GPT:--}"
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600

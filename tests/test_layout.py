@@ -17,7 +17,7 @@ Graph = dict[str, set[str]]  # module -> modules that it imports, ours and other
 
 LESSONS = {  # each with the lessons that it builds on
     "tokenizer": {"bpe"}, "bpe": set(), "gpt": {"generate"}, "generate": set(), "compiled": set(),
-    "batching": {"generate"}, "speculative": {"generate", "batching"},
+    "batching": {"generate"}, "speculative": {"generate", "batching"}, "quantize": set(),
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
     "encoder": set(), "beam": {"generate"}, "seq2seq": {"encoder", "generate", "beam"},
     "retrieval": set(), "xlnet": set(),

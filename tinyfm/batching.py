@@ -302,7 +302,7 @@ class Batch:
     def __init__(self, model, never: Sequence[int] = (), prefix_bytes: int = 0):
         """never: ids that are not drawn. prefix_bytes: the size of the prefix cache."""
         self.model = model.eval()
-        self.device = model.head.weight.device
+        self.device = next(model.parameters()).device
         self.never = torch.tensor(list(never), dtype=torch.long, device=self.device)
         self.prefixes = PrefixCache(prefix_bytes)
         self.texts: list[Text] = []

@@ -151,7 +151,7 @@ def complete(
     """
     beams = beams or Beams()
     check_prompts(prompts, model.config.vocab_size)
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     longest = max(map(len, prompts))
     room = model.config.context_length - longest
     if room < 1:

@@ -262,7 +262,7 @@ def stream(
     """
     sampling = sampling or Sampling()
     context = model.config.context_length
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     rows = [list(prompt) for prompt in prompts]
     check_prompts(rows, model.config.vocab_size)
     generators = [row_generator(sampling.seed, i) for i in range(len(rows))]

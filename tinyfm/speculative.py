@@ -104,7 +104,7 @@ class Reader:
 
     def __init__(self, model):
         self.model = model
-        self.device = model.head.weight.device
+        self.device = next(model.parameters()).device
         self.start = 0  # first token that the model sees
         self.cache = RowCache(model.config, self.device)
 
@@ -134,7 +134,7 @@ def read_plainly(model, tokens: list[int], prompt_length: int) -> Tensor:
     first = prompt_length
     while visible_from(first, context) < start:
         first += 1
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     cache = KVCache(model.config, len(tokens) - start, torch.zeros(1, device=device).long())
     pieces = [tokens[start:first], *([token] for token in tokens[first:])]
     for piece in pieces:
@@ -341,7 +341,7 @@ def stream(
     texts = []
     for i, prompt in enumerate(prompts):
         if draft is None:
-            own = NgramDraft(model.config.vocab_size, model.head.weight.device)
+            own = NgramDraft(model.config.vocab_size, next(model.parameters()).device)
         else:
             own = ModelDraft(draft, never)
         generator = generate.row_generator(sampling.seed, i)

@@ -9,7 +9,7 @@ texts STR. So the kinds of text that a field may hold have names here:
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -56,3 +56,6 @@ Names = Annotated[tuple[str, ...], named("NAME ...")]
 DataPaths = Annotated[tuple[str, ...], named("PATH ...")]
 Numbers = Annotated[tuple[int, ...], named("INT ...")]
 RunPaths = Annotated[tuple[str, ...], named("RUN ...")]
+
+# int4-gptq: int4 by second-order rounding, for which the run's training data are read
+Quantize = Literal["none", "int8", "int4", "int4-gptq"]

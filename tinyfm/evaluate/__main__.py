@@ -19,6 +19,8 @@ Other questions, which need no training:
     --task reviews.csv [--shots 4]       a GPT: classes by likelihood, after labelled examples
     --task scripts                       CLIP: classes by their names
 
+With --quantize, a further column has the scores of the same model in int8 or int4.
+
 What was measured on the run's own data is also kept in its folder, as evaluation.json, for the
 model card of its export.
 
@@ -28,6 +30,7 @@ model card of its export.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -43,9 +46,10 @@ from torch import nn
 
 from data import pictures, tables
 from data.report import Report
+from tinyfm import quantize
 from tinyfm.common import device as devices
 from tinyfm.common import files
-from tinyfm.common.config import DataPath, FilePath, GivenRun, Name, PicturePath
+from tinyfm.common.config import DataPath, FilePath, GivenRun, Name, PicturePath, Quantize
 from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
 from tinyfm.evaluate import likelihood, metrics, overlap
@@ -79,6 +83,7 @@ class Options:
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # number format of matrix products
+    quantize: Quantize = "none"  # format of the matrices: measure the model in it, too
 
 
 # ---- measures of the run's own data -------------------------------------------------------------
@@ -104,7 +109,10 @@ def rebuild_start(opened: OpenRun) -> tuple[str, nn.Module]:
 
 @torch.inference_mode()
 def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
-    """{measure: {"untrained" or "before": ..., "reached": ..., and baselines}}."""
+    """{measure: {"untrained" or "before": ..., "reached": ..., and baselines}}.
+
+    With --quantize, the quantised model has a column too, and the bytes of the weights a row.
+    """
     run = opened.run
     device = devices.choose_device(options.device)
     dtype = devices.choose_dtype(options.dtype, device)
@@ -121,14 +129,22 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
             "now held out",
             file=sys.stderr,
         )
+    models = [rebuild_start(opened), ("reached", opened.model)]
+    if options.quantize != "none":
+        smaller = copy.deepcopy(opened.model)
+        run_dir.quantize_run(opened, smaller, options.quantize, data)
+        models.append((options.quantize, smaller))
     table = {}
-    for column, model in (rebuild_start(opened), ("reached", opened.model)):
+    for column, model in models:
         model.to(device)
         run.get_ready(model, data)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = run.losses(model, data) | run.measure(opened, model, data, options)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
+    if options.quantize != "none":
+        for column, model in models[1:]:
+            table.setdefault("megabytes of weights", {})[column] = quantize.count_bytes(model) / 1e6
     for column, scores in run.baselines(data).items():
         for name, value in scores.items():
             table[name][column] = value
@@ -224,6 +240,7 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
         if name not in opened.run.QUESTIONS:
             raise ValueError(f"--{name} is not for a run of family {opened.run.family}")
     if asked:
+        run_dir.quantize_run(opened, opened.model, options.quantize)
         opened.model.to(devices.choose_device(options.device))
     table = {}
     for name, path in asked.items():

@@ -16,14 +16,17 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from tinyfm import adapt
+from tinyfm import adapt, quantize
 from tinyfm.common import files, folders, schema
+from tinyfm.common.config import Quantize
+from tinyfm.common.seeds import row_generators
 from tinyfm.recipes import registry
 from tinyfm.recipes.base import OpenRun, Preset, Run
 from tinyfm.training import checkpoint
@@ -436,3 +439,47 @@ def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
             adapt.load_adapter(opened.model, tensors, run.adapt, run.adapter, name, run.base_hash)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+# ---- fewer bits ----------------------------------------------------------------------------------
+
+CALIBRATION_ROWS = 64  # rows of the training data for which int4-gptq rounds
+
+
+def calibration(opened: OpenRun, model: nn.Module, data: Any) -> Callable[[], None]:
+    """A function that runs a model of this run on the first rows of its training data."""
+    run = opened.run
+    run.get_ready(model, data)
+    n = min(CALIBRATION_ROWS, run.train.batch_size)
+    device = next(model.parameters()).device
+
+    def calibrate() -> None:
+        for step in range(CALIBRATION_ROWS // n):
+            batch = data.batch(step, slice(0, n))
+            generators = row_generators(run.train.seed, step, range(n))
+            model.loss({k: v.to(device) for k, v in batch.items()}, generators)
+
+    return calibrate
+
+
+def quantize_run(opened: OpenRun, model: nn.Module, how: Quantize, data: Any = None) -> None:
+    """Quantise the model of a run, in place, as --quantize says; "none" changes nothing.
+
+    Its adapters are merged first, but for a soft prompt, which stays as it is. data: those of the
+    run, if they are open already. Raises ValueError as quantize.quantize does, and for int4-gptq if
+    the data cannot be opened.
+    """
+    if how == "none":
+        return
+    with contextlib.suppress(ValueError):  # a soft prompt cannot be merged
+        adapt.merge(model)
+    calibrate = None
+    if how == "int4-gptq":
+        calibrate = calibration(opened, model, data or opened.run.open_data())
+    eight = quantize.quantize(model, how.removesuffix("-gptq"), calibrate)
+    if eight:
+        print(
+            f"{len(eight)} layers, such as {eight[0]}, have 8 bits: int4 has groups of "
+            f"{quantize.GROUP} inputs, which do not divide their width",
+            file=sys.stderr,
+        )

@@ -32,10 +32,10 @@ import torch
 import tyro
 
 import tinyfm.common.startup as startup
-from tinyfm import adapt, compiled
+from tinyfm import adapt, compiled, quantize
 from tinyfm.calc import estimate
 from tinyfm.common import device as devices
-from tinyfm.common.config import FolderPath, Name, RunPaths, Text, Texts
+from tinyfm.common.config import FolderPath, Name, Quantize, RunPaths, Text, Texts
 from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
 from tinyfm.recipes import run_dir
@@ -77,6 +77,7 @@ class Options:
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     # number format of the weights; bfloat16 needs half the memory and is faster
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"  # format of the matrices: less memory, and faster texts on a CPU
     max_rows: int = 16  # texts that a run writes at once
     max_waiting: int = 256  # requests that wait for a place; further ones are refused
     max_tokens: int = 32_768  # most tokens of a text
@@ -118,7 +119,9 @@ def open_runs(options: Options) -> list[Served]:
     for path, run in zip(options.runs, opened):
         with contextlib.suppress(ValueError):  # a soft prompt cannot be merged
             adapt.merge(run.model)
+        run_dir.quantize_run(run, run.model, options.quantize)
         run.model.to(device, dtype).eval()
+        quantize.pack(run.model)
         if run.run.family == "text2image":
             run.model.tokenizer = run.tokenizer
         served.append(serve_run(run, path, {other.name for other in served}))

@@ -57,7 +57,7 @@ def visible(model: GPT, ids: list[int]) -> list[int]:
 @torch.inference_mode()
 def next_logits(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> Tensor:
     """The logits of the next token, float32 (V,); -inf where an id stands for no token."""
-    tokens = torch.tensor([visible(model, ids)], device=model.head.weight.device)
+    tokens = torch.tensor([visible(model, ids)], device=next(model.parameters()).device)
     logits = model.head(model.hidden(tokens)[:, -1]).float()[0]
     never = tokenizer.without_token(model.config.vocab_size)
     if never:
@@ -92,7 +92,7 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> Tensor:
 
     hook = block.register_forward_pre_hook(catch)
     try:
-        model.hidden(torch.tensor([ids], device=model.head.weight.device))
+        model.hidden(torch.tensor([ids], device=next(model.parameters()).device))
     except Stop:
         x, angles, mask = caught[:3]
     finally:
