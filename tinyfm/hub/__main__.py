@@ -2,9 +2,11 @@
 
     python -m tinyfm.hub runs/gpt exported
     python -m tinyfm.hub runs/poems adapter --adapter --base-name exported
+    python -m tinyfm.hub runs/gpt --gguf gpt.gguf --quantize int4
 
 The first command writes a whole model, with any adapter merged; the second writes a LoRA alone.
-Both add a model card, README.md, with what the run's record says (recipes/card.py).
+Both add a model card, README.md, with what the run's record says (recipes/card.py). The third
+writes one file for llama.cpp.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from tinyfm.adapt import chat, peft
 from tinyfm.adapt.heads import Classifier
 from tinyfm.common.console import run_command
 from tinyfm.hub import card as hub_card
-from tinyfm.hub import classifier, clip, stable_diffusion
+from tinyfm.hub import classifier, clip, gguf, stable_diffusion
 from tinyfm.recipes import card
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.run_dir import open_run
@@ -77,15 +79,37 @@ def how_to_open_encoder(model: nn.Module, folder: str) -> str:
     return f'\ntransformers opens it by pipeline("fill-mask", "{folder}")'
 
 
+def merge_adapter(opened: OpenRun) -> None:
+    """Make the run's adapter part of its weights. Raises ValueError for a soft prompt."""
+    if opened.run.adapt == "prompt":
+        raise ValueError(
+            f"{opened.folder} adapts its base by a soft prompt, which no other library has; "
+            f"export the base, {opened.run.init_from}, or train with --adapt lora"
+        )
+    adapt.merge(opened.model)
+
+
+def export_gguf(opened: OpenRun, options: argparse.Namespace) -> str:
+    """Write a GPT as one file for llama.cpp; return a line that says so."""
+    if opened.run.family not in ("gpt", "chat"):
+        raise ValueError(
+            f"--gguf is for a GPT; a run of family {opened.run.family} has no such file"
+        )
+    merge_adapter(opened)
+    name = opened.folder.resolve().parent.name
+    arguments = (opened.tokenizer, options.gguf, name, options.quantize, options.overwrite)
+    gguf.save(opened.model, *arguments)
+    size = Path(options.gguf).stat().st_size / 1e6
+    return (
+        f"wrote the {opened.weights} weights of {opened.folder} to {options.gguf}, {size:.1f} MB\n"
+        f"llama.cpp opens it by llama-completion -m {options.gguf} -p TEXT"
+    )
+
+
 def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     """Write the whole model of a run; return lines that say so, and what opens it."""
     model = opened.model
-    if opened.run.adapt == "prompt":
-        raise ValueError(
-            f"{opened.folder} adapts its base by a soft prompt, which transformers does not have; "
-            f"export the base, {opened.run.init_from}, or train with --adapt lora"
-        )
-    adapt.merge(model)
+    merge_adapter(opened)
     line = f"wrote the {opened.weights} weights of {opened.folder} to {options.folder}"
     tokenizer = opened.tokenizer
     if tokenizer:
@@ -120,9 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "trained with --model.stem patch, a denoiser (ddpm) with --model.patch-size 1.",
     )
     parser.add_argument("run", metavar="RUN", help="a run directory, such as runs/gpt")
-    parser.add_argument("folder", metavar="FOLDER", help="the folder to write")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="the folder to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model or adapter in the folder"
+    )
+    parser.add_argument(
+        "--gguf", metavar="FILE", help="write a GPT as one file for llama.cpp, and no folder"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=gguf.FILE_TYPES,
+        default="none",
+        help="with --gguf: write the matrices in 8 or 4 bits, Q8_0 or Q4_0",
     )
     parser.add_argument(
         "--adapter", action="store_true", help="write only the run's LoRA, in peft's layout"
@@ -144,8 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.base_name and not options.adapter:
         parser.error("--base-name is for an adapter: add --adapter")
+    if bool(options.gguf) == bool(options.folder) or (options.gguf and options.adapter):
+        parser.error("name the folder to write, or the file for llama.cpp with --gguf FILE")
+    if options.quantize != "none" and not options.gguf:
+        parser.error(f"--quantize {options.quantize} is for a GGUF file: add --gguf FILE")
     try:
         opened = open_run(options.run)
+        if options.gguf:
+            print(export_gguf(opened, options))
+            return
         base = ""
         if options.adapter:
             base = options.base_name or opened.run.init_from
