@@ -25,6 +25,7 @@ from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes import run_dir
+from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint, distributed
 from tinyfm.training.distributed import is_shard, local
@@ -37,6 +38,7 @@ GPT_TINY = GPTConfig(
     61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True, zero_init=False
 )
 ENCODER = EncoderConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, zero_init=False)
+SEQ2SEQ = Seq2SeqConfig(61, context_length=8, n_layer=2, n_head=2, d_model=16, zero_init=False)
 AUTOENCODER = AutoencoderConfig(
     image_size=8, channels=(4, 8), n_block=1, groups=2, latent_channels=2
 )
@@ -62,6 +64,7 @@ FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
     "encoder": lambda: Encoder(ENCODER),
     "electra": lambda: Encoder(replace(ENCODER, objective="electra")),
+    "seq2seq": lambda: Seq2Seq(SEQ2SEQ),
     "clip": lambda: CLIP(CLIP_TINY),
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
@@ -105,8 +108,10 @@ class Random:
                 values[name] = torch.randn(zeros.shape, generator=g)
             else:
                 values[name] = torch.randint(61, zeros.shape, generator=g)
+            if name == "mask":  # rows that are filled up
+                values[name] = torch.arange(8) <= values[name][:, :1] % 8
             if name == "targets":  # rows with more and with fewer of them
-                values[name][values["tokens"] > 20] = -100
+                values[name][values[next(iter(values))] > 20] = -100
         return {name: value[part] for name, value in values.items()}
 
     def val_batches(self, rows):
