@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import sample
 import train
 from data import pictures
-from tinyfm import generate, speculative, tokenizer
+from tinyfm import beam, generate, speculative, tokenizer
 from tinyfm.common import device as machine
 from tinyfm.common import files, folders
 from tinyfm.evaluate import __main__ as evaluate
@@ -480,6 +480,26 @@ def test_a_draft_changes_no_greedy_text(tiny_run, capsys, fails):
     classifier = dataclasses.replace(opened, model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="is a run of family gpt: a draft is a smaller run"):
         gpt.drafted(dataclasses.replace(opened, draft=classifier), sample.Options(""), None)
+
+
+def test_beams_write_the_likeliest_text(tiny_run, tmp_path, capsys, fails):
+    path = tmp_path / "text.txt"
+    words = ["--prompt", "The with", "--beams", 3, "--max-new-tokens", 12]
+    assert call(sample, tiny_run, *words, "--length-penalty", 0.5, "--out", path) == 0
+    printed = capsys.readouterr().out
+    opened = run_dir.open_run(str(tiny_run))
+    own = opened.tokenizer
+    beams = beam.Beams(3, 0.5, max_new_tokens=12, stop_tokens=(own.eot,))
+    never = own.without_token(opened.model.config.vocab_size)
+    (found,) = beam.complete(opened.model, [own.encode("The with")], beams, never)
+    assert printed == path.read_text(encoding="utf-8") == f"The with{own.decode(found)}\n"
+
+    assert "--temperature draws a text" in fails(sample, tiny_run, *words, "--temperature", 0)
+    assert "leave out -n 2" in fails(sample, tiny_run, *words, "-n", 2)
+    assert "does not know --stop" in fails(sample, tiny_run, *words, "--stop", "x")
+    assert "beams is 0; use 1 " in fails(sample, tiny_run, "--prompt", "a", "--beams", 0)
+    message = fails(sample, tiny_run, "--prompt", "a", "--length-penalty", 2)
+    assert "--length-penalty is for a search: add --beams" in message
 
 
 def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):

@@ -248,6 +248,8 @@ def beams_of(options: Any, stop_tokens: tuple[int, ...] = ()) -> Beams | None:
 
     Raises ValueError beside options that draw texts.
     """
+    if options.beams < 1:
+        raise ValueError(f"beams is {options.beams}; use 1 for none, or 2 and more to search")
     if options.beams == 1:
         if options.length_penalty != 1:
             raise ValueError("--length-penalty is for a search: add --beams 4")
