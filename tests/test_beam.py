@@ -118,6 +118,7 @@ def test_the_context_ends_a_text_and_never_is_never(pair):
         ({"width": 0}, "width is 0; it must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"length_penalty": 1e9}, "length_penalty is 1000000000.0; use -20 to 20"),
     ],
 )
 def test_settings_that_do_not_fit(fields, message):

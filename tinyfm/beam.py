@@ -49,8 +49,8 @@ class Beams:
         for name in ("width", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty is {self.length_penalty}; use 1, or 0 for none")
+        if not abs(self.length_penalty) <= 20:
+            raise ValueError(f"length_penalty is {self.length_penalty}; use -20 to 20, 0 for none")
 
 
 class Row:
@@ -64,7 +64,8 @@ class Row:
         self.ended: list[tuple[float, list[int]]] = []  # (score, text), best first
 
     def advance(self, log_p: Tensor) -> list[tuple[int, int]]:
-        """Go on by one token. log_p (beams, V): ln p of each token after each beam.
+        """Go on by one token. log_p (beams, V): ln p of each token after each beam, -inf for one
+        that no text may have.
 
         Returns (index of the beam that it continues, token) for each new beam; none at the end.
         """
@@ -134,7 +135,7 @@ def beam_search(
             if new:
                 going_on.append(row)
         if not going_on:
-            return [row.ended[0][1] for row in rows]
+            return [row.ended[0][1] if row.ended else [] for row in rows]
         running = going_on
         device = logits.device
         logits = step(torch.tensor(parents, device=device), torch.tensor(tokens, device=device))

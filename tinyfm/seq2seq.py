@@ -555,7 +555,6 @@ class Seq2Seq(nn.Module):
         the number of targets, and metrics["nats"] the mean without smoothing. Nothing is random but
         dropout: the generators are not used.
         """
-        config = self.config
         targets = batch["targets"]
         counted = targets != -100
         mask = batch.get("mask")
@@ -567,18 +566,15 @@ class Seq2Seq(nn.Module):
         memory = self.remember(batch["source"], mask)
         logits = self.head(self.decode(batch["inputs"], memory, rows)).float()  # (n, V)
 
-        counted = rows.pack(counted)
-        targets = rows.pack(targets).clamp(min=0)
-        total = logits.logsumexp(-1)  # ln of the sum that softmax divides by, (n,)
-        nats = total - logits.gather(1, targets[:, None])[:, 0]
-        loss = nats
-        if self.training and config.label_smoothing:
-            eps = config.label_smoothing
-            loss = (1 - eps) * nats + eps * (total - logits.mean(-1))
+        targets = rows.pack(targets)
         weight = counted.sum()
         divisor = weight.clamp(min=1)
-        metrics = {"weight": weight, "nats": (nats * counted).sum().detach() / divisor}
-        return (loss * counted).sum() / divisor, metrics
+        nats = F.cross_entropy(logits, targets, reduction="sum") / divisor
+        loss = nats
+        if self.training and self.config.label_smoothing:
+            eps = self.config.label_smoothing
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=eps) / divisor
+        return loss, {"weight": weight, "nats": nats.detach()}
 
     # ---- generation ----
 
