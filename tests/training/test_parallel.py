@@ -33,6 +33,7 @@ from tinyfm.training.log import Logbook
 from tinyfm.training.muon import Muon
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer
+from tinyfm.xlnet import XLNet, XLNetConfig
 
 GPT_TINY = GPTConfig(
     61, context_length=8, n_layer=2, n_head=2, d_model=16, tied=True, zero_init=False
@@ -65,6 +66,7 @@ FAMILIES = {
     "encoder": lambda: Encoder(ENCODER),
     "electra": lambda: Encoder(replace(ENCODER, objective="electra")),
     "seq2seq": lambda: Seq2Seq(SEQ2SEQ),
+    "xlnet": lambda: XLNet(XLNetConfig(61, 8, n_layer=2, n_head=2, d_model=16, segments=True)),
     "clip": lambda: CLIP(CLIP_TINY),
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),

@@ -1,11 +1,12 @@
 """Measure a trained run:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
 A GPT: nats per token and bits per byte of its validation and test texts. An encoder: nats per
-hidden token, which compare with no GPT's, and the share that it guesses. An encoder-decoder: nats
-per token of its targets, and what it writes: the share of words and phones that are wrong, or exact
-matches and chrF. CLIP: zero-shot classification among all names of each held-out split, retrieval
-of captions and images, and classification from image features alone. Diffusion: the distance of its
-samples from real pictures. Text-to-image: the share of pictures that show what their prompt says. A
+hidden token, which compare with no GPT's, and the share that it guesses. XLNet: the same, and bits
+per byte from left to right, which compare with a GPT's. An encoder-decoder: nats per token of its
+targets, and what it writes: the share of words and phones that are wrong, or exact matches and
+chrF. CLIP: zero-shot classification among all names of each held-out split, retrieval of captions
+and images, and classification from image features alone. Diffusion: the distance of its samples
+from real pictures. Text-to-image: the share of pictures that show what their prompt says. A
 classifier: accuracy and calibration. Next to each figure stands that of the same model before
 training, or of the run it started from, and for features that of the raw pixels: only the
 difference was learned. Losses and accuracies have an interval of 95% in parentheses, over the

@@ -125,7 +125,7 @@ def draw_masks(words: list[str], order: list[int], path: str) -> None:
         "query stream, where predicted": query_mask(ranks, places)[0] & may_ask,
     }
     size = 2 + 0.4 * len(words)
-    figure = new_figure(2 * size, size)
+    figure = new_figure(2 * size, size + 1)
     for axes, (name, may_look) in zip(figure.subplots(1, 2), panels.items()):
         axes.pcolormesh(may_look, cmap="Blues", vmax=1.5, edgecolors="lightgrey")
         axes.set_title(name)

@@ -18,6 +18,7 @@ from tinyfm.gpt import GPT
 from tinyfm.serve.requests import BadRequest
 from tinyfm.text2image import TextToImage
 from tinyfm.tokenizer import encode_captions
+from tinyfm.xlnet import XLNet
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Served:
             return frozenset({"complete", "embed"} | chat)
         if isinstance(model, CLIP) and model.config.loss != "simclr":
             return frozenset({"embed", "classify", "search"})
-        if isinstance(model, Encoder):
+        if isinstance(model, Encoder | XLNet):
             return frozenset({"embed"})
         if isinstance(model, Classifier):
             return frozenset({"classify"})
@@ -72,7 +73,7 @@ ADVICE = {
     "complete": "continue texts: name a run of a GPT",
     "chat": "chat: use /v1/completions to continue a text, or teach a run to answer first, "
     "python train.py gpt --task chat --init-from RUN --out runs/chat",
-    "embed": "embed texts: name a GPT, an encoder or a CLIP",
+    "embed": "embed texts: name a GPT, an encoder, an XLNet or a CLIP",
     "classify": "classify: name a run of --task classify, or a CLIP with labels",
     "search": "search pictures: name a CLIP that was trained with captions",
     "draw": "draw what a text says: name a text2image run",

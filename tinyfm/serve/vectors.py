@@ -1,10 +1,10 @@
 """Vectors and what follows from them: /v1/embeddings, /v1/classify and /v1/search.
 
-A GPT or an encoder embeds a text as the mean of its last layer's states, a CLIP by its text tower;
-all as unit vectors, so that their product is the cosine. Each text is embedded alone, so its vector
-does not depend on the others of the request. A search compares the vector of a text, or of a
-picture, with those of all pictures of the run's data, or of the folder that the server was given
-(`--pictures`). These are embedded at the first search and kept.
+A GPT, an encoder or an XLNet embeds a text as the mean of its last layer's states, a CLIP by its
+text tower; all as unit vectors, so that their product is the cosine. Each text is embedded alone,
+so its vector does not depend on the others of the request. A search compares the vector of a text,
+or of a picture, with those of all pictures of the run's data, or of the folder that the server was
+given (`--pictures`). These are embedded at the first search and kept.
 """
 
 from __future__ import annotations
