@@ -111,7 +111,7 @@ class Reader:
     def read(self, tokens: list[int], n: int) -> Tensor:
         """Logits (n, V) that follow each of the last n tokens.
 
-        Between two calls, tokens may change among the last n of the first call, and new ones come.
+        Those before the last n must be the same as in earlier calls, as far as these went.
         """
         start = visible_from(len(tokens), self.model.config.context_length)
         if start != self.start:

@@ -72,12 +72,13 @@ def test_the_figures_are_those_that_evaluate_measured(tiny_run, tmp_path, capsys
     assert "kWh, if the computer drew 50 W on average, which is an assumption" in found.text
 
     # Of another step, or damaged.
-    other = printed | {"run": {"step": 3, "weights": "model"}}
+    other = printed | {"run": {"step": 3, "weights": "model"}, "options": {}}
     record.write_text(json.dumps(other), encoding="utf-8")
     assert "Not measured on test data" in str(card.describe(open_run(str(tiny_run)), "x"))
     record.write_text("{}", encoding="utf-8")
     assert call(hub, tiny_run, tmp_path / "x") == 1
-    assert "evaluation.json is damaged: delete it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "evaluation.json: intervals is missing; delete the file" in error
     record.unlink()
 
 

@@ -8,7 +8,7 @@
     # Title
     ## Heading ...                   the sections of Mitchell et al. 2019, Model Cards
 
-What stands in a card, recipes/card.py reads from the record of a run.
+recipes/card.py reads the content of a card from the record of a run.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Run:
     LOSS_ROWS: ClassVar[int] = 8
     # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
     UNTRAINED: ClassVar[tuple[str, ...]] = ()
-    ABOUT: ClassVar[About] = About()
+    ABOUT: ClassVar[About] = About()  # for the model card of an export
 
     # ---- training -------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from data import passages, ratings, words
 from data.report import counted
@@ -52,18 +52,35 @@ DATA = {
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-def read_evaluation(opened: OpenRun) -> dict[str, Any]:
-    """What evaluate measured of these weights; {} if it has not, or of other weights."""
+class Interval(TypedDict):
+    low: float | None  # None where there are too few examples
+    high: float | None
+    of: str  # what it is over, such as "513 documents"
+
+
+class Evaluation(TypedDict):
+    """What evaluation.json says."""
+
+    run: dict  # step and weights
+    scores: dict[str, dict[str, float | None]]  # measure -> column -> value
+    intervals: dict[str, dict[str, Interval]]
+    options: dict  # of the command, where they change what is measured
+
+
+def read_evaluation(opened: OpenRun) -> Evaluation | None:
+    """What evaluate measured of these weights; None if it has not, or of other weights.
+
+    Raises ValueError for a file that is damaged.
+    """
     path = opened.folder.parent / EVALUATION
     if not path.is_file():
-        return {}
-    found = files.read_json(path)
+        return None
     try:
-        same = found["run"]["step"] == opened.meta["step"]
-        same = same and found["run"]["weights"] == opened.weights
-        return found if same and isinstance(found["scores"], dict) else {}
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it, and evaluate the run again") from None
+        found = files.read_record(path, Evaluation)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the file, and evaluate the run again") from error
+    measured = (found["run"].get("step"), found["run"].get("weights"))
+    return found if measured == (opened.meta["step"], opened.weights) else None
 
 
 def describe_data(opened: OpenRun) -> str:
@@ -88,7 +105,7 @@ def describe_data(opened: OpenRun) -> str:
     return "\n".join(lines)
 
 
-def describe_results(opened: OpenRun, evaluation: dict[str, Any]) -> str:
+def describe_results(opened: OpenRun, evaluation: Evaluation | None) -> str:
     """A table with intervals; or the scores of validation, and how to measure test."""
     if not evaluation:
         rows = [[k, f"{v:.4g}"] for k, v in opened.meta.items() if k != "step"]
@@ -99,16 +116,16 @@ def describe_results(opened: OpenRun, evaluation: dict[str, Any]) -> str:
         return f"{missing}\n\n{table(['measure', 'value'], rows)}"
     rows = []
     for measure, values in evaluation["scores"].items():
-        own = evaluation.get("intervals", {}).get(measure, {}).get("reached", {})
-        interval = "none"
-        if own.get("low") is not None:
-            interval = f"{own['low']:.4g} to {own['high']:.4g}"
-        start = next((values[name] for name in ("before", "untrained") if name in values), None)
-        rows.append([measure, show(start), show(values["reached"]), interval, own.get("of", "")])
+        own = evaluation["intervals"].get(measure, {}).get("reached")
+        interval = ["none", ""]
+        if own and own["low"] is not None and own["high"] is not None:
+            interval = [f"{own['low']:.4g} to {own['high']:.4g}", own["of"]]
+        start = values.get("before", values.get("untrained"))
+        rows.append([measure, show(start), show(values.get("reached")), *interval])
     head = ["measure", "before training", "reached", "95% interval", "over"]
     text = table(head, rows)
     text += "\n\nAn interval is over examples, not over seeds: this is one run, of one seed."
-    if evaluation.get("options"):
+    if evaluation["options"]:
         text += f" Measured with the options {evaluation['options']}."
     return text
 
@@ -184,7 +201,7 @@ def describe(opened: OpenRun, name: str, base: str = "", watts: float = WATTS) -
         head["base_model"] = base
     head["tags"] = ["tinyfm", run.family]
     if evaluation:
-        scores = {k: row["reached"] for k, row in evaluation["scores"].items()}
+        scores = {k: row.get("reached") for k, row in evaluation["scores"].items()}
         scores = {k: v for k, v in scores.items() if v is not None}
         data = Path(run.data.path).name or run.data.path
         head["model-index"] = model_index(name, about.task or run.family, data, scores)

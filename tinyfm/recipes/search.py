@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ def write_index(
     tensors = {}
     if opened:
         record["weights"] = identity(opened)
+        print(f"{counted(len(passages), 'passages')} to read by the model", file=sys.stderr)
         vectors = embed(opened, [passage["text"] for passage in passages])
         tensors["mean"] = vectors.mean(0)
         tensors["passages"] = F.normalize(vectors - tensors["mean"], dim=1)
