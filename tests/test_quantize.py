@@ -38,7 +38,9 @@ from tinyfm.quantize import (
     round_weight,
     unpack_nibbles,
 )
+from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.serve import __main__ as serve
+from tinyfm.xlnet import XLNet, XLNetConfig
 
 SMALL = GPTConfig(vocab_size=41, context_length=96, n_layer=2, n_head=2, d_model=32, d_ff=64)
 
@@ -146,6 +148,17 @@ def test_a_packed_product_is_the_obvious_one(kind, outputs, bias):
     torch.testing.assert_close(layer(x.bfloat16()).float(), obvious, rtol=0.02, atol=0.02)
 
 
+def test_a_width_that_the_packed_product_cannot_read_stays_plain():
+    """torch's product for int8 would read past the end of its rows."""
+    plain = nn.Sequential(nn.Linear(24, 8), nn.Linear(32, 8)).eval()
+    quantize(plain, "int8")
+    pack(plain)
+    assert plain[0].packed is None
+    x = normal(2, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(plain[0](x), x @ plain[0].weight.T + plain[0].bias)
+
+
 # ---- models -------------------------------------------------------------------------------------
 
 CLIP_CONFIG = CLIPConfig(
@@ -163,6 +176,8 @@ MODELS = {
     "encoder": lambda: Encoder(WORDS),
     "clip": lambda: CLIP(CLIP_CONFIG),
     "diffusion": lambda: Diffusion(DIFFUSION),
+    "seq2seq": lambda: Seq2Seq(Seq2SeqConfig(vocab_size=40, n_layer=1, n_head=2, d_model=32)),
+    "xlnet": lambda: XLNet(XLNetConfig(vocab_size=40, n_layer=1, n_head=2, d_model=32)),
 }
 
 

@@ -4,10 +4,10 @@ To write a token, a model reads all its weights from memory, and waits for them 
 computes (see compiled.py). With fewer bits a weight, it waits less, and takes up less memory. A
 weight w becomes a whole number q and a step s that many weights share:
 
-    w is stored as q,    w ~ s q,    s = (largest |w| of those that share it) / (largest |q|)
+    w is stored as q,    r = s q is used in its place,    s = (largest |w|) / (largest |q|)
 
-This is absmax rounding: without it, one large weight would be cut off. The fewer weights share a
-step, the smaller their errors. Here
+This is absmax rounding: the largest of the weights that share a step just fits. The fewer weights
+share a step, the smaller their errors. Here
 
     int8   one step for each row of a matrix, that is, for each output (Dettmers et al. 2022,
            LLM.int8(), section 2.1): q = -127 ... 127, 8 bits a weight
@@ -15,27 +15,28 @@ step, the smaller their errors. Here
            4 + 16 / 32 = 4.5 bits a weight
 
 Outputs of a layer matter, not its weights. Second-order rounding (GPTQ: Frantar et al. 2023)
-chooses q so that the outputs for example inputs change least. For a row w of the matrix W and the
-example inputs X (n, K), the squared error is a quadratic form:
+chooses q so that the outputs for example inputs change least. For a row w of the matrix W, its
+rounded form r, and the example inputs X (n, K), the squared error is a quadratic form:
 
-    |X w' - X q'|^2 = (w - q) H (w - q)',    H = X' X    (K, K)
+    |X w' - X r'|^2 = (w - r) H (w - r)',    H = X' X    (K, K)
 
-Inputs are rounded one after the other. The error of input j is made good by the inputs j+1 ... that
-are not rounded yet (Frantar et al. 2023, eq. 2; Hassibi and Stork 1993):
+The weights of a row are rounded one after the other. Those that are not rounded yet, j + 1 ..., are
+changed so that they make up for the error of weight j (Frantar et al. 2023, eq. 2; Hassibi and
+Stork 1993):
 
-    w_rest = w_rest - (w_j - q_j) / [H_F^-1]_jj  [H_F^-1]_j,rest    F: j and the rest
+    w_rest = w_rest - (w_j - r_j) / [H_F^-1]_jj  [H_F^-1]_j,rest    F: j and the rest
 
 Every row needs the same inverses, those of the lower right corners H_F. The Cholesky factor of H^-1
 holds a row of each (`round_second_order`; the same without this trick: `round_one_by_one`).
 
-What is quantised: the linear layers, and the embedding tables, in the models of all families. Of
-int4, tables and output heads have 8 bits: a step of a table belongs to one token, and a head's
-errors go into the logits unmended. A head that is tied to its table stays so. Convolutions, norms
+What is quantised: the linear layers and the embedding tables, in the models of all families. In
+int4, tables and output heads keep 8 bits, because no later layer can make up for an error in the
+logits, and a table is not a product. A head that is tied to its table stays so. Convolutions, norms
 and biases keep their format.
 
 Letters: O outputs, K inputs, g inputs in a group, G = K / g groups, n example inputs or rows.
-Left out: fewer steps for large inputs (LLM.int8()'s outliers; AWQ, Lin et al. 2024), which matter
-in models of billions of weights; quantised activations, caches and training.
+Left out: care for inputs that are much larger than the others, which models of billions of weights
+need (the outliers of LLM.int8(); AWQ, Lin et al. 2024); quantised activations, caches and training.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from torch import Tensor, nn
 KINDS = ("int8", "int4")
 GROUP = 32  # inputs of an output that share a step in int4
 DAMPING = 0.01  # share of the mean of H's diagonal that is added to it, as in the paper
+KERNEL_WIDTH = 32  # inputs that torch's products read at once, also past the end of a row
 LONG = 64  # tokens read at once, for which the obvious product is faster than that of `pack`
 
 # ---- rounding -----------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def round_second_order(W: Tensor, H: Tensor, group: int) -> tuple[Tensor, Tensor
 
 
 def output_errors(W: Tensor, q: Tensor, steps: Tensor, H: Tensor) -> Tensor:
-    """The squared error (w - q) H (w - q)' of each output, (O,)."""
+    """The squared error (w - r) H (w - r)' of each output, (O,)."""
     difference = W.to(H.dtype) - spread(q, steps).to(H.dtype)
     return (difference @ H * difference).sum(1)
 
@@ -155,7 +157,7 @@ def round_weight(W: Tensor, H: Tensor | None, group: int) -> tuple[Tensor, Tenso
     if H is None:
         return q, steps
     other_q, other_steps = round_second_order(W, H, group)
-    # Errors made good one after the other are rarely, but sometimes, larger in the end.
+    # What is best for one weight after the other need not be best for all of them.
     better = output_errors(W, other_q, other_steps, H) < output_errors(W, q, steps, H)
     q = torch.where(better[:, None], other_q, q)
     return q, torch.where(better[:, None], other_steps, steps)
@@ -189,7 +191,8 @@ class Weight(nn.Module):
     def __init__(self, q: Tensor, steps: Tensor, kind: str):
         super().__init__()
         self.kind = kind
-        self.group = q.size(1) // steps.size(1)
+        self.width = q.size(1)
+        self.group = self.width // steps.size(1)
         numbers = q.to(torch.int8) if kind == "int8" else pack_nibbles(q, self.group)
         self.register_buffer("numbers", numbers)
         self.register_buffer("steps", steps.bfloat16())
@@ -267,10 +270,13 @@ def pack(model: nn.Module) -> None:
     Those read the whole numbers themselves, 1 or 1/2 byte a weight, where the obvious product
     first writes 4 bytes a weight. Inputs and outputs are bfloat16, sums float32. Each row of x is
     computed in the same way, whatever the other rows. On another device, or without a vector unit
-    for them, the model stays as it is. A layer in int4 takes half a byte a weight more.
+    for them, the model stays as it is, and so does a layer whose width is no multiple of 32. A
+    layer in int4 takes half a byte a weight more.
     """
     for layer in model.modules():
         if not isinstance(layer, QuantizedLinear) or layer.quantized.numbers.device.type != "cpu":
+            continue
+        if layer.quantized.width % KERNEL_WIDTH:
             continue
         if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             product = int8_product if layer.quantized.kind == "int8" else int4_product

@@ -105,6 +105,9 @@ def write_value(value: Any) -> tuple[int, bytes]:
             return 6, struct.pack("<f", value)
         case str():
             return 8, write_string(value)
+    # A list. Its whole numbers have a sign, unlike a single one.
+    if value and isinstance(value[0], int):
+        return 9, struct.pack(f"<IQ{len(value)}i", 5, len(value), *value)
     parts = [write_value(each) for each in value]
     kind = parts[0][0] if parts else 8
     return 9, struct.pack("<IQ", kind, len(parts)) + b"".join(data for _, data in parts)
