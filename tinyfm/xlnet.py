@@ -9,8 +9,8 @@ hidden. XLNet (Yang et al. 2019) keeps the chain rule, which needs no masks, and
 In each row z is drawn at random, so a token learns to be predicted from any set of others. The text
 itself is not permuted: every token keeps its position, and z only says what may be looked at.
 
-The first tokens of z have next to no context, and teach little. So only the last 1/K of them are
-predicted, and the others are given (eq. 5, K = 6). One number a token says all of this, its order:
+The first tokens of z have next to no context, and teach little. So only the last one in six is
+predicted, and the others are given (eq. 5). One number a token says all of this, its order:
 
     0            the token is given; all tokens may look at it
     1, 2, ...    the tokens that are predicted, in this order
@@ -32,8 +32,10 @@ For the sentence "the cat sat on" with the orders 0 2 0 1 (`picture` draws it fo
     sat  0   #    .    #    .
     on   1   #    .    #    #      #    .    #    .        p(on | the, sat)
 
-If several tokens have the same order, each is predicted as if the others stayed hidden: that is how
-BERT fills masks. With the orders 0, 1, 2, ... the model reads from left to right, as a GPT does.
+Given tokens look at one another, whatever their place in z, as in the authors' code: they are all
+known when the first token is predicted. If several tokens have the same order, each is predicted as
+if the others stayed hidden: that is how BERT fills masks. With the orders 0, 1, 2, ... the model
+reads from left to right, as a GPT does.
 
 Attention knows positions by the distance i - j alone (Dai et al. 2019, section 3.3):
 
@@ -48,7 +50,8 @@ see `remember`.
 
 Letters: B batch, T tokens, M tokens in memory, S = M + T keys, P places that are predicted, R = S +
 T distances, D model width, N heads, K head width, F feed-forward width, V vocabulary.
-Left out: the distances in both directions for rows that are read backwards (`bi_data`).
+Left out: rows that are read backwards (`bi_data`), the largest distance (`clamp_len`), an equal
+reach for all tokens (`same_length`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Text and random orders -> batches: what XLNet learns from.
 
 A row is a window of T tokens, cut from all documents in a row as batches/text.py cuts them for a
-GPT. For each row a permutation of its places is drawn. The last 1/K of the permutation is predicted
-in its order, the rest is given (Yang et al. 2019, eq. 5; K = 6). The end-of-text token is a token
-like any other: nothing is masked, so the rows are text as it is.
+GPT. For each row a permutation of its places is drawn. Its last part, one place in six, is
+predicted in its order, the rest is given (Yang et al. 2019, eq. 5). The end-of-text token is a
+token like any other: nothing is masked, so the rows are text as it is.
 
 With spans, neighbouring tokens are predicted together, as a token whose neighbours are all given is
 easy to guess. (The paper has spans of up to 5 tokens, section 3.1.)
@@ -16,7 +16,7 @@ The order of sample i follows from (seed, i) alone, so that a batch is a pure fu
 step), see order.py. Validation and test have orders that never change, so that losses can be
 compared, whatever a run's seed.
 
-Legend: B batch, T tokens of a row, M tokens of memory, P predicted tokens of a row, n documents.
+Legend: B batch, T tokens of a row, M tokens of memory, P predicted tokens of a row, n windows.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class PermutedConfig(TextConfig):
 def draw_order(allowed: np.ndarray, config: PermutedConfig, rng: np.random.Generator) -> np.ndarray:
     """The order of each token of a row, int64 (T,): 0 if it is given, or else 1, 2, ...
 
-    allowed: bool (T,), the places that may be predicted; at least one of these is. Without memory,
-    one token of the row at least is given.
+    allowed: bool (T,), the places that may be predicted. At least one of them is. But without a
+    memory, one token of the row is always given.
     """
     order = np.zeros(len(allowed), dtype=np.int64)
     places = np.flatnonzero(allowed)

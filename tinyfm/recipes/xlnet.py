@@ -163,7 +163,7 @@ RUNS = (XLNetRun, XLNetClassifyRun)
 
 PRESETS = {
     "xlnet": Preset(
-        "XLNet in small: documentation in random orders, a few minutes on two cores",
+        "XLNet in small: documentation in random orders, five minutes on one core",
         XLNetRun(
             # The tokenizer of the `gpt` preset: no mask is needed.
             model=XLNetConfig(
