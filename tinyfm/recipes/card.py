@@ -117,11 +117,12 @@ def describe_results(opened: OpenRun, evaluation: Evaluation | None) -> str:
     rows = []
     for measure, values in evaluation["scores"].items():
         own = evaluation["intervals"].get(measure, {}).get("reached")
-        interval = ["none", ""]
+        interval = "none"
         if own and own["low"] is not None and own["high"] is not None:
-            interval = [f"{own['low']:.4g} to {own['high']:.4g}", own["of"]]
+            interval = f"{own['low']:.4g} to {own['high']:.4g}"
+        over = own["of"] if own else ""
         start = values.get("before", values.get("untrained"))
-        rows.append([measure, show(start), show(values.get("reached")), *interval])
+        rows.append([measure, show(start), show(values.get("reached")), interval, over])
     head = ["measure", "before training", "reached", "95% interval", "over"]
     text = table(head, rows)
     text += "\n\nAn interval is over examples, not over seeds: this is one run, of one seed."
