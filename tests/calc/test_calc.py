@@ -362,6 +362,11 @@ def test_training_in_fp8_keeps_bf16_and_serving_takes_half():
         ask("llama3-8b", "--gpu", "a100", "--dtype", "fp8")
 
 
+def test_weights_in_fewer_bits():
+    """8.03 billion weights in 8 bits, and in 4.5."""
+    assert "weights in int8: 8.03 GB; in int4: 4.517 GB" in ask("llama3-8b")
+
+
 def test_every_tpu_has_a_bandwidth():
     """TPU v3: 900 GB/s (cloud.google.com/tpu/docs/v3)."""
     assert gpus.get("tpu-v3").bandwidth == 900

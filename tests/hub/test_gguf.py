@@ -3,6 +3,8 @@
 import gguf
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import call, normal, random_weights
 from gguf.quants import quantize as peer_quantize
 
@@ -12,6 +14,8 @@ from tinyfm.hub import __main__ as hub
 from tinyfm.hub.gguf import FORMATS, encode_tensor, save
 from tinyfm.recipes.gpt import STYLES
 
+transformers.logging.set_verbosity_error()
+TEXT = "naïve 中文 🙂  two  spaces\n\ndef f(x):\n    return 12345 + x"
 FORMAT = {"int8": gguf.GGMLQuantizationType.Q8_0, "int4": gguf.GGMLQuantizationType.Q4_0}
 
 
@@ -34,13 +38,30 @@ def build(style: str, kind: str, text: str) -> tuple[GPT, tokenizer.Tokenizer]:
         STYLES[style] if style else {"zero_init": False, "n_kv_head": 1, "d_head": 128}
     )  # as transformers assumes
     # Some ids have no token.
-    config = GPTConfig(own.vocab_size + 3, 64, 2, 2, d_model=64, d_ff=256, **options)
+    config = GPTConfig(own.vocab_size + 3, 1024, 2, 2, d_model=64, d_ff=256, **options)
     return random_weights(lambda: GPT(config)), own
 
 
 @pytest.fixture(scope="module")
 def words(text):
     return text.read_text(encoding="utf-8")[:8000]
+
+
+@pytest.mark.parametrize("style, kind", [("", "sentencepiece"), ("gpt2", "bpe"), ("gpt2", "bytes")])
+@torch.no_grad()
+def test_transformers_reads_the_same_model(style, kind, words, tmp_path):
+    model, own = build(style, kind, words)
+    save(model, own, tmp_path / "a.gguf", "a")
+    found = {"gguf_file": "a.gguf"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **found).eval()
+    ids = torch.tensor([own.encode(words[:40])[:30]])
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+    if kind != "bytes":  # transformers needs a merge
+        peer = transformers.AutoTokenizer.from_pretrained(tmp_path, **found)
+        for each in (words[100:300], TEXT):
+            # It puts a space before the first word, whatever the file says.
+            start = " " if kind == "sentencepiece" else ""
+            assert peer.encode(each, add_special_tokens=False) == own.encode(start + each)
 
 
 def test_a_file_is_read_back(words, tmp_path):
@@ -50,10 +71,12 @@ def test_a_file_is_read_back(words, tmp_path):
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "qwen3" and fields["general.name"] == "my run"
     assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
-    assert fields["qwen3.attention.key_length"] == 128 and fields["qwen3.context_length"] == 64
+    assert fields["qwen3.attention.key_length"] == 128 and fields["qwen3.context_length"] == 1024
     assert fields["qwen3.attention.head_count_kv"] == 1 and fields["qwen3.rope.freq_base"] == 10_000
     tokens = fields["tokenizer.ggml.tokens"]
     kinds = fields["tokenizer.ggml.token_type"]
+    # llama.cpp refuses other whole numbers.
+    assert reader.fields["tokenizer.ggml.token_type"].types[1] == gguf.GGUFValueType.INT32
     assert len(tokens) == model.config.vocab_size
     assert tokens[own.eot] == "<|endoftext|>" and kinds[own.eot] == gguf.TokenType.CONTROL
     assert kinds[tokens.index("<0x41>")] == gguf.TokenType.BYTE
