@@ -9,6 +9,7 @@ from conftest import call, normal, random_weights
 from gguf.quants import quantize as peer_quantize
 
 from tinyfm import tokenizer
+from tinyfm.adapt import chat
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
 from tinyfm.hub.gguf import FORMATS, encode_tensor, save
@@ -34,9 +35,8 @@ def test_blocks_have_the_bytes_of_the_gguf_package(kind):
 
 def build(style: str, kind: str, text: str) -> tuple[GPT, tokenizer.Tokenizer]:
     own = tokenizer.train(kind, [text] * 3, 257 if kind == "bytes" else 400)
-    options = (
-        STYLES[style] if style else {"zero_init": False, "n_kv_head": 1, "d_head": 128}
-    )  # as transformers assumes
+    # transformers assumes heads of 128 in a Qwen3, and 1024 positions in a GPT-2.
+    options = STYLES.get(style, {"n_kv_head": 1, "d_head": 128})
     # Some ids have no token.
     config = GPTConfig(own.vocab_size + 3, 1024, 2, 2, d_model=64, d_ff=256, **options)
     return random_weights(lambda: GPT(config)), own
@@ -66,10 +66,12 @@ def test_transformers_reads_the_same_model(style, kind, words, tmp_path):
 
 def test_a_file_is_read_back(words, tmp_path):
     model, own = build("", "sentencepiece", words)
+    own.chat_template = chat.JINJA
     save(model, own, tmp_path / "a.gguf", "my run", "int4")
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "qwen3" and fields["general.name"] == "my run"
+    assert fields["tokenizer.chat_template"] == chat.JINJA
     assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
     assert fields["qwen3.attention.key_length"] == 128 and fields["qwen3.context_length"] == 1024
     assert fields["qwen3.attention.head_count_kv"] == 1 and fields["qwen3.rope.freq_base"] == 10_000

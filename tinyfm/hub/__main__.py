@@ -96,6 +96,8 @@ def export_gguf(opened: OpenRun, options: argparse.Namespace) -> str:
             f"--gguf is for a GPT; a run of family {opened.run.family} has no such file"
         )
     merge_adapter(opened)
+    if opened.run.task == "chat":
+        opened.tokenizer.chat_template = chat.JINJA
     name = opened.folder.resolve().parent.name
     arguments = (opened.tokenizer, options.gguf, name, options.quantize, options.overwrite)
     gguf.save(opened.model, *arguments)

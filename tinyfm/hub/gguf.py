@@ -300,6 +300,8 @@ def save(
         spec = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
     fields |= {"general.file_type": FILE_TYPES[quantize], "general.quantization_version": 2}
     fields |= tokenizer_fields(spec, tokenizer.eot, model.config.vocab_size)
+    if tokenizer.chat_template:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
     tensors = []
     for each, tensor in named_tensors(model, kind).items():
         x = np.asarray(tensor.float().numpy() if isinstance(tensor, Tensor) else tensor)
