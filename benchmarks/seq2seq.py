@@ -185,6 +185,7 @@ def compare_speed(options: argparse.Namespace) -> str:
         T5Config(
             vocab_size=options.vocabulary, d_model=width, d_kv=width // heads, d_ff=4 * width,
             num_layers=layers, num_heads=heads, dropout_rate=0.1,
+            decoder_start_token_id=0, pad_token_id=0,
         )
     ).train()  # fmt: skip
     small = SimpleNamespace(vocab_size=4096, context_length=context, start_id=0, end_id=1)

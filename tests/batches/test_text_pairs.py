@@ -134,11 +134,13 @@ def test_letters_and_phones_are_tokens(tmp_path):
 
 
 def test_a_learned_vocabulary_is_of_both_sides(path):
-    model = SimpleNamespace(vocab_size=280, context_length=40, start_id=0, end_id=1)
+    model = SimpleNamespace(vocab_size=300, context_length=40, start_id=0, end_id=1)
     data = prepare(path, model=model, tokenizer="")
-    assert data.tokenizer.vocab_size == 280
+    assert data.tokenizer.vocab_size == 300
     text = "12 abcabc"
     assert data.tokenizer.decode(data.tokenizer.encode(text)) == text
+    with pytest.raises(ValueError, match=r"--model\.vocab-size 4096"):
+        prepare(path, tokenizer="bpe", model=SimpleNamespace(vocab_size=68))
     with pytest.raises(ValueError, match=r"--model\.end-id 256"):
         prepare(path, model=model)  # bytes
 

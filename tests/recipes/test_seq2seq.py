@@ -135,6 +135,9 @@ def test_an_absent_package_is_one_command(capsys, monkeypatch, tmp_path):
 def test_sample_pronounces_the_words_of_the_prompt(capsys):
     assert call(sample, "words", "--prompt", "Bat\n bate") == 0
     assert capsys.readouterr().out.splitlines() == ["B AE T", "B EY T"]
+    assert call(sample, "words", "--prompt", "bat bate", "--beams", "3", "--out", "said.txt") == 0
+    assert capsys.readouterr().out.splitlines() == ["B AE T", "B EY T"]
+    assert Path("said.txt").read_text(encoding="utf-8") == "B AE T\nB EY T\n"
     assert call(sample, "words", "--prompt", "bat", "-n", "3", "--temperature", "2") == 0
     drawn = capsys.readouterr().out
     assert len(drawn.splitlines()) == 3
@@ -157,6 +160,7 @@ def test_sample_fills_gaps(capsys):
         ("words", ("--prompt", "bät"), "'bät' has 'ä', which the model has never seen"),
         ("words", ("--prompt", "b" * 16), "has 17 tokens with the one that ends it"),
         ("words", ("--prompt", "bat", "--stop", "x"), "--stop is not for a run of family seq2seq"),
+        ("words", ("--prompt", "bat", "--beams", "2", "-n", "2"), "leave out -n 2"),
         ("spans", ("--prompt", "the cat"), "has no mask: write [MASK]"),
         ("spans", ("--prompt", "[MASK]" * 5), "has 5 masks, and the model fills at most"),
         ("own", ("--prompt", "7 dogs"), "'7 dogs' has 'd'"),
@@ -199,6 +203,9 @@ def test_the_measures_of_words(capsys):
         (ids,) = opened.model.generate(torch.from_numpy(source)[None], sampling=greedy())
         wrong += data.tokenizer.decode(ids) not in pair.targets
     assert scores["test_words_wrong"]["reached"] == pytest.approx(wrong / len(own.pairs))
+    assert call(evaluate, "words", "--beams", "3", "--json") == 0
+    searched = json.loads(capsys.readouterr().out)["scores"]["test_words_wrong"]["reached"]
+    assert abs(searched - wrong / len(own.pairs)) < 0.1
 
 
 def greedy():
@@ -220,6 +227,13 @@ def test_the_measures_of_other_data(capsys):
     assert call(evaluate, "spans", "--json") == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert list(scores) == ["val_loss", "test_loss"]
+
+
+@pytest.mark.parametrize("run", ["own", "spans"])
+def test_what_training_has_of_the_held_out_text(run, capsys):
+    assert call(evaluate, "overlap", run, "--json") == 0
+    splits = [own["split"] for own in json.loads(capsys.readouterr().out)]
+    assert splits == ["validation", "test"]
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------

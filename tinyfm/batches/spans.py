@@ -37,7 +37,7 @@ from torch import Tensor
 from data.report import counted
 from data.splits import HELD_OUT, SPLITS
 from tinyfm.batches.text import LEARNED_TOKENIZERS, NAMES, TextConfig, TextData
-from tinyfm.batches.text_pairs import TextPairConfig, check_end, collate
+from tinyfm.batches.text_pairs import TextPairConfig, check_end, check_room, collate
 from tinyfm.tokenizer import Tokenizer
 
 # ---- which tokens are hidden ---------------------------------------------------------------------
@@ -168,6 +168,7 @@ class SpanData:
         """
         shape = longest_shape(config, model.context_length)
         kind = config.kind
+        check_room(kind, model.vocab_size)
         source = TextConfig(config.text, kind, config.val_fraction, config.cache)
         tokens = model.vocab_size
         if kind in LEARNED_TOKENIZERS:

@@ -59,6 +59,7 @@ NOT_PREDICTED = -100  # the target where there is none, as in torch's cross-entr
 FORMAT = 1  # of a prepared folder, and of the splits
 PAIRS = "pairs.jsonl"
 NEVER_A_LETTER = "\0"
+FEWEST_TOKENS = 300  # of a learned vocabulary
 PAD = "<pad>"  # stands for START, too
 END = "</s>"
 
@@ -209,6 +210,15 @@ def check_end(tokenizer: Tokenizer, end_id: int) -> None:
         )
 
 
+def check_room(kind: str, vocab_size: int) -> None:
+    """Raise ValueError if a vocabulary is too small to be learned: it has all bytes, and more."""
+    if kind in LEARNED_TOKENIZERS and vocab_size < FEWEST_TOKENS:
+        raise ValueError(
+            f"--model.vocab-size {vocab_size} is too small for {kind}: use --model.vocab-size 4096 "
+            "--model.context-length 128, say"
+        )
+
+
 def unread(tokenizer: Tokenizer, text: str) -> list[str]:
     """The characters of a text that the tokenizer drops, as `letters` does with unknown ones."""
     if tokenizer.encode(NEVER_A_LETTER):  # it spells any character
@@ -255,6 +265,7 @@ def build(
 
 def prepare_folder(config: TextPairConfig, vocab_size: int) -> Path:
     """The folder with these pairs and their tokenizer; it is built if it does not exist."""
+    check_room(config.kind, vocab_size)
     identity = f"{config.kind} {vocab_size}"
     if config.kind == LETTERS:
         identity = config.kind

@@ -28,6 +28,10 @@ from data.report import Report, counted
 from data.splits import HELD_OUT, TRAIN, Overlap, share_of
 from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches import chat, labelled, text
+from tinyfm.batches.masked import MaskedData
+from tinyfm.batches.permuted import PermutedData
+from tinyfm.batches.spans import SpanData
+from tinyfm.batches.text_pairs import TextPairData
 from tinyfm.tokenizer import ByteTokenizer
 
 PICTURE_SIZE = 32  # rows and columns in which pictures are compared
@@ -72,13 +76,16 @@ def open_named(path: str) -> Any:
 
 
 def read_rows(data: Any, split: str) -> Iterator[list[int]]:
-    """The token ids of each document or passage of a split, or of the answers of each row."""
+    """The token ids of each document, passage or source of a split, or of each row's answers."""
     if isinstance(data, chat.ChatData):
         for row in data.split(split).rows:
             yield row.ids[row.trained].tolist()
     elif isinstance(data, labelled.TaskData):
         for ids in data.inputs[split]:
             yield ids.tolist()
+    elif isinstance(data, TextPairData):
+        for ids in data.splits[split].sources:
+            yield ids[:-1].tolist()
     else:
         found = data.split(split)
         ends = [*found.starts[1:], len(found) - 1]
@@ -91,7 +98,7 @@ def read_texts(data: Any, split: str) -> Iterator[str]:
 
     Raises ValueError for pictures.
     """
-    if not isinstance(data, (chat.ChatData, labelled.TaskData, text.TextData)):
+    if not isinstance(data, (chat.ChatData, labelled.TaskData, TextPairData, text.TextData)):
         raise ValueError("overlap compares texts, and these data are pictures")
     if data.tokenizer is None:
         raise ValueError("overlap compares texts, and these data are pictures")
@@ -121,9 +128,13 @@ def measure_images(data: Any) -> tuple[dict[str, int], str]:
     return pair_files.near_training(data.splits), pair_files.describe_near(data.splits)
 
 
-def without_prompt(data: Any) -> Any:
-    """The data that a soft prompt stands before."""
-    return data.data if isinstance(data, PromptedData) else data
+def plain_data(data: Any) -> Any:
+    """The data behind a soft prompt, and the text of which batches hide a part."""
+    if isinstance(data, PromptedData):
+        data = data.data
+    if isinstance(data, (MaskedData, PermutedData, SpanData)):
+        data = data.text
+    return data
 
 
 # ---- the shares ----------------------------------------------------------------------------------
@@ -152,8 +163,8 @@ def measure(data: Any, trained_on: dict[str, Any]) -> list[Shares]:
 
     trained_on: name -> data whose training split was read; the first are `data` themselves.
     """
-    data = without_prompt(data)
-    trained_on = {name: without_prompt(source) for name, source in trained_on.items()}
+    data = plain_data(data)
+    trained_on = {name: plain_data(source) for name, source in trained_on.items()}
     is_chat = isinstance(data, chat.ChatData)
     held_out = {split: list(read_texts(data, split)) for split in HELD_OUT}
     overlaps = {split: Overlap(texts) for split, texts in held_out.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,6 +61,7 @@ SCORED = 1000  # pairs of validation that are guessed at each evaluation
 SHOWN = 8  # pairs in a sample
 AT_ONCE = 256  # sources that are read together
 MASK = re.compile(r"\[MASK\]|<mask>")
+DRAW_OPTIONS = frozenset(vars(Sampling())) - {"max_new_tokens", "stop_tokens"}  # of sample.py
 UNITS = {WORDS: "words", TRANSLATION: "strings"}  # of others: pairs
 EXAMPLES = {
     WORDS: "give a word, as in --prompt foundation",
@@ -165,7 +166,7 @@ class Seq2SeqRun(Run):
     data: TextPairConfig = field(default_factory=TextPairConfig)
 
     family: ClassVar[str] = "seq2seq"
-    SAMPLE_OPTIONS = frozenset(vars(Sampling())) | BEAM_OPTIONS | {"prompt"}
+    SAMPLE_OPTIONS = DRAW_OPTIONS | BEAM_OPTIONS | {"prompt"}
     ABOUT = About(
         task="text2text-generation",
         use="It writes the target for a source of the kind that its pairs have.",
@@ -250,15 +251,23 @@ class Seq2SeqRun(Run):
         model = opened.model
         never = self.never(opened.tokenizer)
         sources = encode_prompt(self, opened.tokenizer, options.prompt or "")
+        limit = self.model.context_length
         beams = beams_of(options)
-        if beams or (options.n is None and options.sampling == Sampling()):
+        if beams:
+            beams = replace(beams, max_new_tokens=limit)
             found = [[ids] for ids in write(model, sources, never, beams)]
+        elif options.n is None and options.sampling == Sampling():
+            found = [[ids] for ids in write(model, sources, never)]
         else:
             n = options.n or 1
-            found = [write(model, [source] * n, never, options.sampling) for source in sources]
+            draw = replace(options.sampling, max_new_tokens=limit)
+            found = [write(model, [source] * n, never, draw) for source in sources]
+        lines = []
         for source, texts in zip(sources, found):
-            for ids in texts:
-                print(self.shown(opened.tokenizer, source, ids))
+            lines += [self.shown(opened.tokenizer, source, ids) for ids in texts]
+        print("\n".join(lines))
+        if options.out:
+            Path(options.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def shown(self, tokenizer: Tokenizer, source: Sequence[int], ids: Sequence[int]) -> str:
         """What was written, as text; spans stand where they were hidden."""
