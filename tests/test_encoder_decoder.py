@@ -11,6 +11,7 @@ from conftest import random_weights
 from tinyfm.calc import trace
 from tinyfm.generate import Sampling
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig, bucket, sinusoids
+from tinyfm.training.parallel import checkpoint_activations
 
 V, S, T = 23, 9, 7
 T5 = Seq2SeqConfig(
@@ -140,6 +141,19 @@ def test_smoothed_loss_is_that_of_torch_and_parts_add_up():
     assert model.loss(batch)[0].item() == 0
 
 
+def test_recomputed_activations_change_no_gradient():
+    """The keys and values of the source are computed inside the blocks, so these can be recomputed
+    and sharded one by one."""
+    gradients = []
+    for recompute in (False, True):
+        model = build(T5).train()
+        if recompute:
+            checkpoint_activations(model)
+        model.loss(random_batch())[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_it_learns_to_reverse():
     torch.manual_seed(0)
     config = replace(PAPER, n_layer=1, d_model=64, d_head=16, tied=False, label_smoothing=0)
@@ -205,6 +219,7 @@ def test_flops_are_those_that_are_counted(name):
 @pytest.mark.parametrize(
     ("tokens", "mask", "message"),
     [
+        (torch.ones(1, 0).long(), None, r"no source in \(1, 0\) tokens"),
         (torch.ones(1, 13).long(), None, "13 tokens exceed context_length 12"),
         (torch.tensor([[1, V]]), None, f"token id {V} is not one of the model's, 0 ... {V - 1}"),
         (

@@ -494,6 +494,10 @@ class Seq2Seq(nn.Module):
 
     def read(self, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Rows]:
         """The states of the real tokens of a source, (n, D), and the Rows they are a list of."""
+        if source.numel() == 0:
+            raise ValueError(
+                f"there is no source in {tuple(source.shape)} tokens; give one at least"
+            )
         if mask is not None and not mask.any(1).all():
             row = int((~mask.any(1)).nonzero()[0])
             raise ValueError(f"source {row} is empty; end each source with the end-of-text token")
@@ -509,8 +513,8 @@ class Seq2Seq(nn.Module):
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:
         """Source tokens (B, S) -> their states (B, S, D), 0 at padding.
 
-        mask (B, S): True for real tokens, or None if all are. Raises ValueError for a row without
-        any, and as `embed` does.
+        mask (B, S): True for real tokens, or None if all are. Raises ValueError without a source,
+        for a row without a real token, and as `embed` does.
         """
         states, rows = self.read(source, mask)
         return rows.unpack(states)

@@ -761,6 +761,13 @@ FILES = (
     "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "bytes.json"
 )  # fmt: skip
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Files of published tokenizers that are not read, and what to do.
+NOT_READ = {
+    "spiece.model": "transformers writes a tokenizer.json for it: "
+    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    "source.spm": "Marian has a SentencePiece model for each of its two languages; "
+    "encode with transformers' MarianTokenizer, and pass the ids to the model",
+}
 
 
 def from_spec(spec: dict, end: str | None) -> Tokenizer:
@@ -807,4 +814,8 @@ def load(folder: str | Path) -> Tokenizer:
     try:
         return from_files({path.name: path.read_bytes() for path in paths if path.is_file()})
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder}: {error}") from error
+        problem = str(error)
+        for name, advice in NOT_READ.items():
+            if (Path(folder) / name).is_file():
+                problem = f"{name} is not read; {advice}"
+        raise ValueError(f"{folder}: {problem}") from error

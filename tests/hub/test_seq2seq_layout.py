@@ -170,6 +170,16 @@ def test_a_tokenizer_ends_each_source(tmp_path):
     assert tokenizer.load(tmp_path).encode("two") == [*b"two"]
 
 
+def test_tokenizers_that_are_not_read(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")  # Marian has one too
+    for name, advice in (("spiece.model", "writes a tokenizer.json"), ("source.spm", "Marian")):
+        path = tmp_path / name
+        path.write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"{name} is not read; .*{advice}"):
+            tokenizer.load(tmp_path)
+        path.unlink()
+
+
 def test_files_that_store_more_than_weights(tmp_path):
     """Copies of the tied table, sinusoids in half precision, T5's unused bias."""
     save_reference("2017", tmp_path / "2017")
