@@ -146,6 +146,9 @@ def test_a_packed_product_is_the_obvious_one(kind, outputs, bias):
     plain.bfloat16()
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x.bfloat16()).float(), obvious, rtol=0.02, atol=0.02)
+    x = x[:, 0].bfloat16()
+    got = layer(x)
+    assert torch.equal(layer(x[3]), got[3]) and torch.equal(layer(x.T.contiguous().T), got)
 
 
 def test_a_width_that_the_packed_product_cannot_read_stays_plain():

@@ -238,7 +238,7 @@ class QuantizedLinear(nn.Module):
         stop_training(self)
         if self.packed is None or (x.dim() > 2 and x.size(-2) >= LONG):
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        y = self.packed(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
+        y = self.packed(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -294,7 +294,7 @@ def int8_product(weight: Weight) -> Callable[[Tensor], Tensor]:
             # as_strided: it keeps x in memory.
             row = x[0].float().as_strided((q.size(1),), (1,))
             return ((q * row).sum(-1) * steps)[None].bfloat16()
-        return torch._weight_int8pack_mm(x.bfloat16(), q, steps)
+        return torch._weight_int8pack_mm(x.bfloat16().contiguous(), q, steps)
 
     return product
 
