@@ -115,21 +115,23 @@ def nearest(sources: list[str], known: list[str]) -> list[int]:
 
     Like: the cosine between the counts of these runs, weighted by ln(n / texts that have it).
     """
-    counts = [count_ngrams(text.lower(), 3) for text in known]
-    there: dict[str, list[tuple[int, int]]] = {}
-    for number, own in enumerate(counts):
-        for run, count in own.items():
+    there: dict[str, list[tuple[int, int]]] = {}  # run -> texts that have it, and how often
+    for number, text in enumerate(known):
+        for run, count in count_ngrams(text.lower(), 3).items():
             there.setdefault(run, []).append((number, count))
+    places = {run: np.array(texts).T for run, texts in there.items()}  # (2, n) each
     weights = {run: math.log(len(known) / len(texts)) for run, texts in there.items()}
-    norms = np.array(
-        [1e-9 + math.sqrt(sum((weights[r] * c) ** 2 for r, c in own.items())) for own in counts]
-    )
+    squares = np.zeros(len(known))
+    for run, (numbers, counts) in places.items():
+        squares[numbers] += (weights[run] * counts) ** 2
+    norms = np.sqrt(squares) + 1e-9
     found = []
     for source in sources:
         likeness = np.zeros(len(known))
         for run, count in count_ngrams(source.lower(), 3).items():
-            for number, own in there.get(run, []):
-                likeness[number] += weights[run] ** 2 * count * own
+            if run in places:
+                numbers, counts = places[run]
+                likeness[numbers] += weights[run] ** 2 * count * counts
         found.append(int((likeness / norms).argmax()))
     return found
 

@@ -257,6 +257,15 @@ def test_classify_texts_by_what_the_encoder_reads(adapt, tmp_path, capsys):
     assert capsys.readouterr().out.split()[1] in ("a", "b")
 
 
+def test_features_do_not_depend_on_padding():
+    model = run_dir.open_run("spans").model
+    rows = [[*b"a cat"], [*b"some log", 256], [*b"x" * 99]]
+    together = recipe.features(model, rows)
+    for row, own in zip(rows, together):
+        states = model.encode(torch.tensor([row[:16]]))[0]
+        assert torch.allclose(own, states.mean(0), atol=1e-5)
+
+
 def test_words_are_learned_further_by_lora(tmp_path):
     few = ["--train.steps", "2", "--train.eval-every", "0", "--train.batch-size", "8"]
     out = ["--data.cache", "cache", "--out", tmp_path / "lora"]

@@ -11,7 +11,6 @@ The model writes greedily, the likeliest token each time, unless it is told to s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.splits import HELD_OUT, TEST, VAL
-from tinyfm.adapt.heads import Batch, Reader
+from tinyfm.adapt.heads import Batch, Reader, read_rows
 from tinyfm.batches.spans import SpanData, find_sentinels, longest_shape
 from tinyfm.batches.text_pairs import (
     NOT_PREDICTED,
@@ -50,6 +49,7 @@ from tinyfm.recipes.base import (
     write_texts_file,
 )
 from tinyfm.recipes.classify import TextClassifyRun
+from tinyfm.recipes.hidden import MASK
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -60,7 +60,6 @@ Data = TextPairData | SpanData
 SCORED = 1000  # pairs of validation that are guessed at each evaluation
 SHOWN = 8  # pairs in a sample
 AT_ONCE = 256  # sources that are read together
-MASK = re.compile(r"\[MASK\]|<mask>")
 DRAW_OPTIONS = frozenset(vars(Sampling())) - {"max_new_tokens", "stop_tokens"}  # of sample.py
 UNITS = {WORDS: "words", TRANSLATION: "strings"}  # of others: pairs
 EXAMPLES = {
@@ -153,6 +152,11 @@ def state_of_source(model: Seq2Seq, batch: Batch) -> Tensor:
     real = batch["mask"]
     states = model.encode(batch["tokens"], real).float()  # (B, T, D), 0 at padding
     return states.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def features(model: Seq2Seq, rows: Sequence[Sequence[int]], at_once: int = 32) -> Tensor:
+    """`state_of_source` of rows of token ids, float32 (n, D), on the CPU; see read_rows."""
+    return read_rows(state_of_source, model, rows, at_once)
 
 
 # ---- training -----------------------------------------------------------------------------------
