@@ -73,7 +73,7 @@ def test_a_table_replaces_the_one_between_its_marks(nanogpt, tmp_path):
 def test_the_page_has_the_marks_that_the_scripts_write_to():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
-    marks += ("encoder films", "encoder speed")
+    marks += ("encoder films", "encoder speed", "preference functions", "preference films")
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]

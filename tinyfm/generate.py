@@ -252,20 +252,23 @@ def stream(
     sampling: Sampling | None = None,
     use_cache: bool = True,
     never: Sequence[int] = (),
+    generators: list[torch.Generator] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every row, step by step; None for a row that has met a stop token.
 
     Prompts may differ in length. The model is put into evaluation mode. use_cache=False reads the
     whole text again for each token: the slow, obvious way to the same tokens. never: ids that are
-    not drawn, such as those without a token (`Tokenizer.without_token`). Raises ValueError as
-    check_prompts and choose do.
+    not drawn, such as those without a token (`Tokenizer.without_token`). generators: one for each
+    row, in place of those that sampling.seed gives. Raises ValueError as check_prompts and choose
+    do.
     """
     sampling = sampling or Sampling()
     context = model.config.context_length
     device = next(model.parameters()).device
     rows = [list(prompt) for prompt in prompts]
     check_prompts(rows, model.config.vocab_size)
-    generators = [row_generator(sampling.seed, i) for i in range(len(rows))]
+    if generators is None:
+        generators = [row_generator(sampling.seed, i) for i in range(len(rows))]
     running = [True] * len(rows)
     cache = None
     starts: list[int] = []  # first token of each row that is in the cache

@@ -15,7 +15,7 @@ A role counts only after an EOT, and no message can contain one: the tokenizer e
 content are encoded separately. So "assistant:" is always the same tokens, and the tokens after it,
 with the EOT that ends the turn, are those that sampling generates: these are trained on.
 
-Left out: tools, other models' templates, preferences (RLHF, DPO).
+Left out: tools, other models' templates. preference.py is the next step of Ouyang et al.
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
     table = {}
     for column, model in models:
         model.to(device)
+        run.use_others(model, data, lambda: run_dir.open_same_base(run), run_dir.open_run)
         run.get_ready(model, data)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = run.losses(model, data) | run.measure(opened, model, data, options)

@@ -45,7 +45,7 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
     if (Path(folder) / "model_index.json").is_file():
         return f'\ndiffusers opens it by DiffusionPipeline.from_pretrained("{folder}")'
     match opened.run.family:
-        case "gpt" | "chat":
+        case "gpt" | "chat" | "dpo" | "grpo":
             return f'\ntransformers opens it by pipeline("text-generation", "{folder}")'
         case "encoder":
             return how_to_open_encoder(opened.model, folder)

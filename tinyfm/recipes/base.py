@@ -57,7 +57,8 @@ class Run:
     resume: bool = False  # continue from the last checkpoint in that folder
     dry_run: bool = False  # print the cost of training and the settings, then stop
     json: bool = False  # with --dry-run: print both as JSON
-    task: Name = ""  # fine-tune for a task instead of pretraining: classify or chat
+    # fine-tune for a task instead of pretraining: classify, chat, reward, dpo or grpo
+    task: Name = ""
     # start from this run: it supplies the weights, the sizes and the tokenizer
     init_from: RunPath = may_change("")
     # which weights to train: all, LoRA, biases and norms, the head, or a soft prompt
@@ -82,6 +83,8 @@ class Run:
     LOSS_ROWS: ClassVar[int] = 8
     # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
     UNTRAINED: ClassVar[tuple[str, ...]] = ()
+    # Whether the model is more than the family's: heads on a trunk. It is no base for other runs.
+    has_heads: ClassVar[bool] = False
     ABOUT: ClassVar[About] = About()  # for the model card of an export
 
     # ---- training -------------------------------------------------------------------------------
@@ -106,6 +109,19 @@ class Run:
     def facts_of(self, data: Any) -> dict[str, Any]:
         """Fields of the run that follow from its data, such as the classes of a task."""
         return {}
+
+    def use_others(
+        self,
+        model: nn.Module,
+        data: Any,
+        open_base: Callable[[], OpenRun],
+        open_run: Callable[[str], OpenRun],
+    ) -> None:
+        """Let model and data use other runs, before training or evaluation.
+
+        open_base() gives the run that this one starts from, open_run(NAME) any other. Raises
+        ValueError if one is gone or does not fit.
+        """
 
     def get_ready(self, model: nn.Module, data: Any) -> None:
         """Prepare model and data for each other, once the model has its weights."""

@@ -34,6 +34,7 @@ DATA = {
     ),
     "passages": ("passages of Wikipedia", passages.PACKAGE.licence),
     "stdlib": ("source code of Python's standard library", PYTHON),
+    "functions": ("functions of Python's standard library, to be completed", PYTHON),
     "packages": ("source code of Python's standard library, with the package as class", PYTHON),
     "words": ("English words and how they are spoken", words.PACKAGE.licence),
     "translation": ("texts of programs and their translations", "GPL and others, by program"),

@@ -38,6 +38,7 @@ class ClassifyRun(Run):
     task: str = "classify"
     classes: Suppress[dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
+    has_heads: ClassVar[bool] = True
     FACTS = (*Run.FACTS, "classes")
     trunk_run: ClassVar[type[Run]]  # the family's run type for pretraining
     reader: ClassVar[Reader]  # how to read features from its model

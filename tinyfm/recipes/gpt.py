@@ -1,4 +1,4 @@
-"""The recipe of language models: pretraining, chat, classification of texts, distillation."""
+"""The recipe of language models: pretraining, distillation, chat, classification, preferences."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from tinyfm.recipes.base import (
     write_texts_file,
 )
 from tinyfm.recipes.classify import TextClassifyRun
+from tinyfm.recipes.preference import DPORun, GRPORun, RewardRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
@@ -351,7 +352,28 @@ class GPTClassifyRun(TextClassifyRun):
     )
 
 
-RUNS = (GPTRun, ChatRun, GPTClassifyRun)
+class Writer:
+    """What a fine-tuned run can do because its model is a GPT that writes."""
+
+    SAMPLE_OPTIONS = GPTRun.SAMPLE_OPTIONS
+    QUESTIONS = GPTRun.QUESTIONS
+    UNTRAINED = GPTRun.UNTRAINED
+    ABOUT = GPTRun.ABOUT
+    sample = GPTRun.sample
+    classify_untrained = GPTRun.classify_untrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTDPORun(Writer, DPORun):
+    """Let a GPT prefer the better answers of pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTGRPORun(Writer, GRPORun):
+    """Let a GPT learn from the rewards of its answers."""
+
+
+RUNS = (GPTRun, ChatRun, GPTClassifyRun, RewardRun, GPTDPORun, GPTGRPORun)
 
 # ---- presets ------------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def from_base(run: Run, usual: Run, base: OpenRun) -> dict[str, Any]:
     usual: the preset's run. Raises ValueError if the base is of another family, or an option asks
     for another size or tokenizer than the base has.
     """
-    if base.run.base_family != run.base_family or "classes" in base.run.FACTS:
+    if base.run.base_family != run.base_family or base.run.has_heads:
         raise ValueError(
             f"--init-from {run.init_from} is a run of family {base.run.family}, "
             f"not {run.base_family}"
@@ -255,6 +255,7 @@ def build_model(plan: Plan, data: Any) -> nn.Module:
         run.take_parts(model, **plan.given, **trained)
     if plan.teacher:
         run.learn_from(model, data, plan.teacher)
+    run.use_others(model, data, lambda: plan.base, run_dir.open_run)
     return model
 
 

@@ -88,9 +88,16 @@ ADAPTED = {  # the fewer weights are trained, the further each one has to move
 }
 
 
-def halve_rates(optim: OptimConfig) -> OptimConfig:
-    """Learning rates to continue with: the full ones would soon undo the pretraining."""
-    return dataclasses.replace(optim, lr=optim.lr / 2, muon_lr=optim.muon_lr / 2)
+# Tasks that may not move far from their base.
+NEAR = {
+    "dpo": TrainConfig(steps=100, batch_size=32, eval_every=25),
+    "grpo": TrainConfig(steps=100, batch_size=16, eval_every=25),
+}
+
+
+def scale_rates(optim: OptimConfig, factor: float) -> OptimConfig:
+    """The same with other learning rates: the full ones would soon undo what was learnt before."""
+    return dataclasses.replace(optim, lr=optim.lr * factor, muon_lr=optim.muon_lr * factor)
 
 
 def get_preset(name: str, task: str = "", adapt: str = "full", init_from: str = "") -> Preset:
@@ -104,9 +111,12 @@ def get_preset(name: str, task: str = "", adapt: str = "full", init_from: str = 
         run_type = find_task(run.family, task)
         optim = ADAPTED.get(adapt, FULL)
         train = TrainConfig(steps=300, batch_size=32, eval_every=100)
+        if task in NEAR:
+            optim = scale_rates(optim, 0.1)
+            train = NEAR[task]
         return Preset(preset.about, run_type(model=run.model, optim=optim, train=train))
     if adapt == "full":
-        optim = halve_rates(run.optim) if init_from else run.optim
+        optim = scale_rates(run.optim, 0.5) if init_from else run.optim
     else:
         optim = ADAPTED.get(adapt, FULL)
     if optim == run.optim:

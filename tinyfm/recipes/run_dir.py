@@ -431,7 +431,7 @@ def add_adapters(opened: OpenRun, paths: Sequence[str]) -> None:
     for i, path in enumerate(paths):
         folder = checkpoint.find(path)
         run = read_run(folder / "config.json")
-        if run.adapt == "full" or run.base_family != opened.run.family or "classes" in run.FACTS:
+        if run.adapt == "full" or run.base_family != opened.run.family or run.has_heads:
             raise ValueError(f"{path} is no adapter for a run of family {opened.run.family}")
         tensors = files.load_tensors(folder)
         name = f"adapter{i}"

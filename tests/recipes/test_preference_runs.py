@@ -1,0 +1,189 @@
+"""The tasks reward, dpo and grpo: train, resume, adapt, measure, sample; and what users mistype."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import call
+
+import sample
+import train
+from tinyfm.common import files
+from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.hub import __main__ as hub
+from tinyfm.recipes import run_dir
+
+BASE = """gpt --data.path text.txt --data.tokenizer bytes --data.cache cache --model.vocab-size 257
+--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32
+--train.batch-size 8 --train.micro-batch-size 0 --train.steps 30 --train.eval-every 0"""
+TASK = """--init-from base --train.batch-size 8 --train.micro-batch-size 4 --train.eval-every 10
+--train.log-every 1 --train.dtype float32 --data.val-fraction 0.25"""
+STEPS = {"reward": 20, "dpo": 20, "grpo": 20, "lora": 10}
+MORE = {
+    "reward": ("--task", "reward", "--data.path", "pairs.jsonl"),
+    "dpo": ("--task", "dpo", "--data.path", "pairs.jsonl", "--data.cache", "cache"),
+    "grpo": (
+        *("--task", "grpo", "--data.path", "prompts.jsonl", "--data.reward", "positive"),
+        *("--data.judge", "reward", "--grpo.max-new-tokens", "6", "--grpo.beta", "0.01"),
+    ),
+}
+MORE["lora"] = (*MORE["grpo"], "--adapt", "lora")
+WORDS = ("cat", "dog", "sun", "sea", "tree", "road")
+
+
+def write(name: str, rows: list[dict]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, no_forecast) -> Path:
+    """A folder with a base, pairs of which those with "oo" are better, and a run of each task."""
+    place = tmp_path_factory.mktemp("preference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        lines = [f"the {word} is {how}" for word in WORDS for how in ("good", "a bad one")]
+        Path("text.txt").write_text("\n\n".join(lines * 8), encoding="utf-8")
+        prompts = [f"the {word}{mark}" for word in WORDS for mark in ("", "?", "!", ",")]
+        write("prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+        better = {"chosen": " is good", "rejected": " is a bad one"}
+        write("pairs.jsonl", [{"prompt": prompt, **better} for prompt in prompts])
+        assert call(train, *BASE.split(), "--out", "base") == 0
+        for name, words in MORE.items():
+            steps = ("--train.steps", STEPS[name])
+            assert call(train, "gpt", *TASK.split(), *steps, *words, "--out", name) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
+def fails(capsys):
+    def run(module, *words) -> str:
+        capsys.readouterr()
+        assert call(module, *words) == 1
+        return capsys.readouterr().err
+
+    return run
+
+
+def rows_of(run: str | Path) -> list[dict]:
+    lines = Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def first_and_last(run: str) -> tuple[dict, dict]:
+    scores = [row for row in rows_of(run) if "val_loss" in row]
+    return scores[0], scores[-1]
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+def test_pairs_are_learned():
+    for name in ("reward", "dpo"):
+        first, last = first_and_last(name)
+        assert last["val_loss"] < first["val_loss"] - 0.1
+        assert first["val_margin"] == pytest.approx(0, abs=1e-4)
+        assert last["val_accuracy"] == 1 and last["val_margin"] > 0.3
+    first, last = first_and_last("dpo")
+    assert first["val_kl"] == pytest.approx(0, abs=1e-5)
+    assert last["val_kl"] > 0 and 0 < last["val_distinct_2"] <= 1
+
+
+@pytest.mark.parametrize("name", ["grpo", "lora"])
+def test_grpo_raises_the_reward_and_measures_the_kl(name):
+    first, last = first_and_last(name)
+    assert first["val_kl"] == pytest.approx(0, abs=1e-5)
+    assert last["val_kl"] > 0.01
+    assert last["val_reward"] > first["val_reward"]
+    assert {"val_positive", "val_distinct_2"} < last.keys()
+    losses = [row["loss"] for row in rows_of(name) if "loss" in row]  # minus the reward, nearly
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_a_run_that_stopped_goes_the_same_way(name, tmp_path):
+    out = tmp_path / name
+    shutil.copytree(name, out)
+    shutil.rmtree(out / "step-000020")
+    (out / "latest").write_text("step-000010\n", encoding="utf-8")
+    assert call(train, "--resume", "--out", out) == 0
+    scores = ("loss", "val_loss", "val_kl", "val_margin", "val_reward")
+    whole, again = ([{k: row.get(k) for k in scores} for row in rows_of(o)] for o in (name, out))
+    assert again[-len(whole) :] == whole
+    resumed = files.load_tensors(out / "step-000020")
+    for key, weight in files.load_tensors(Path(name, "step-000020")).items():
+        assert weight.equal(resumed[key])
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def test_sample_continues_texts_and_gives_rewards(capsys):
+    for name in ("dpo", "grpo", "lora"):
+        assert call(sample, name, "--prompt", "the cat", "--max-new-tokens", "5") == 0
+        assert capsys.readouterr().out.startswith("the cat")
+    rewards = []
+    for text in ("the cat is good", "the cat is a bad one"):
+        assert call(sample, "reward", "--prompt", text) == 0
+        rewards.append(float(capsys.readouterr().out))
+    assert rewards[0] > rewards[1]
+
+
+def test_evaluate_measures_reward_and_kl_before_and_after(capsys):
+    assert call(evaluate, "grpo", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    own = scores["scores"]
+    assert own["test_kl"]["before"] == pytest.approx(0, abs=1e-5)
+    assert own["test_kl"]["reached"] > 0
+    assert own["val_reward"]["reached"] > own["val_reward"]["before"]
+    assert scores["intervals"]["val_positive"]["reached"]["of"] == "3 answers"
+    assert call(evaluate, "dpo", "--json") == 0
+    own = json.loads(capsys.readouterr().out)["scores"]
+    assert own["val_accuracy"]["reached"] == 1 and own["val_kl"]["reached"] > 0
+    assert call(evaluate, "reward", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["test_accuracy"]["reached"] == 1
+
+
+def test_a_policy_is_a_gpt_for_the_hub(tmp_path, capsys):
+    hub.main(["grpo", str(tmp_path / "exported")])
+    assert 'pipeline("text-generation"' in capsys.readouterr().out
+
+
+# ---- what users mistype --------------------------------------------------------------------------
+
+
+def test_wrong_input_is_refused_in_one_sentence(fails, tmp_path):
+    out = ("--out", tmp_path / "out")
+    start = ("gpt", *TASK.split(), *out)
+    assert "add --init-from RUN" in fails(train, "gpt", "--task", "dpo", *out)
+    parses = ("--task", "grpo", "--data.path", "prompts.jsonl", "--grpo.max-new-tokens")
+    message = fails(train, *start, *parses, "32")
+    assert "--grpo.max-new-tokens 32" in message and "context of 32" in message
+    message = fails(train, *start, *parses, "8")
+    assert "the reward is constant" in message and "--grpo.group" in message
+    message = fails(train, *start, *MORE["grpo"], "--data.judge", "dpo")
+    assert "--data.judge dpo is a run of family dpo" in message and "--task reward" in message
+    message = fails(train, *start, *MORE["dpo"], "--data.tokenizer", "cache")
+    assert "the tokenizer comes from base" in message
+    message = fails(train, *start, *MORE["dpo"], "--init-from", "reward")
+    assert "a run of family reward, not gpt" in message
+    message = fails(train, *start, *MORE["dpo"], "--adapt", "prompt")
+    assert "use lora or full" in message
+    message = fails(train, *start, *MORE["grpo"], "--train.parallel", "fsdp")
+    assert "leave both out" in message
+    assert "give the text to judge" in fails(sample, "reward")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_needs_the_reference(fails, folder):
+    base = Path("base").rename("elsewhere")
+    try:
+        assert "base" in fails(evaluate, "dpo")
+    finally:
+        base.rename("base")
+    assert run_dir.open_run("dpo").run.task == "dpo"

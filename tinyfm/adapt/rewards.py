@@ -1,0 +1,89 @@
+"""Rewards of answers: one that is checked, and one that a reward model gives (preference.py).
+
+A reward is a function of answers with three attributes:
+
+    name   of the share of answers with a reward above 0
+    end    what ends an answer, besides the end-of-text token: a pattern of bytes
+    whole  whether the prompt belongs to what is judged
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from tinyfm.adapt.preference import Answer, RewardModel, pad_rows
+from tinyfm.tokenizer import Tokenizer
+
+
+def is_function(source: str) -> bool:
+    """Whether this is one function that compiles, with more of a body than a docstring.
+
+    It is compiled and never executed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings
+            tree = ast.parse(source)
+            compile(source, "<answer>", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return False
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    function = tree.body[0]
+    return len(function.body) > (ast.get_docstring(function) is not None)
+
+
+class Parses:
+    """1 if what follows a signature and docstring makes a function that Python's compiler accepts.
+
+    The answer ends before the first line that is not indented. If its tokens are used up before,
+    its last line, which may be unfinished, does not count.
+    """
+
+    name = "parses"
+    end = re.compile(rb"\n(?=\S)")
+    whole = True
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        rewards = []
+        for answer in answers:
+            text = answer.text
+            if not answer.ended:
+                text = text[: text.rfind("\n") + 1]
+            rewards.append(float(is_function(answer.before + text)))
+        return rewards
+
+
+class Judge:
+    """The reward of a reward model, which reads an answer with its own tokenizer.
+
+    whole: the prompt is the beginning of what is judged, as of a sentence. Texts that are too long
+    for the model lose their end.
+    """
+
+    name = "positive"
+    end = re.compile(rb"\n")
+
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer, whole: bool = True):
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.whole = whole
+
+    @torch.no_grad()
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        rows = []
+        starts = []
+        most = self.model.config.context_length
+        for answer in answers:
+            prompt = "" if self.whole else answer.before
+            text = answer.before + answer.text if self.whole else answer.text
+            start = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
+            row = [*start, *self.tokenizer.encode(text), self.tokenizer.eot]
+            rows.append(row[:most])
+            starts.append(min(len(start), most - 1))
+        return self.model(*pad_rows(rows, starts).values()).tolist()
