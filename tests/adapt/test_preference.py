@@ -189,18 +189,21 @@ def test_a_reward_model_learns_what_is_preferred_and_keeps_the_middle_at_zero():
 
 
 class Says:
-    """1 for answers that contain a letter."""
+    """1 for answers that contain a letter; or a constant."""
 
     name = "says"
     end = re.compile(rb"\n")
+    value = None
 
     def __call__(self, answers):
+        if self.value is not None:
+            return [self.value] * len(answers)
         return ["e" in answer.text for answer in answers]
 
 
 def policy_that_says(beta: float = 0.0) -> GroupPolicy:
     model = tiny(GroupPolicy, GRPOConfig(group=16, beta=beta, max_new_tokens=6))
-    model.guide = Guide(tiny(), BYTES, Says(), Says.end)
+    model.guide = Guide(tiny(), BYTES, Says())
     return model
 
 
@@ -304,7 +307,7 @@ def test_impossible_rewards_are_named():
     with pytest.raises(ValueError, match="the reward of 'hello' is nan"):
         score_answers(lambda answers: [math.nan], [answer])
     model = policy_that_says()
-    model.guide = model.guide._replace(reward=lambda answers: [2] * len(answers))
+    model.guide.reward.value = 2
     with pytest.raises(ValueError, match=r"the reward is constant: 16 answers .* 2 to the first"):
         check_differences(model, prompt_batch(2), seed=0)
 

@@ -67,7 +67,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -265,11 +265,43 @@ class RewardModel(nn.Module):
         return {"tokens": tokens, "mask": torch.ones_like(tokens[..., 1:], dtype=torch.bool)}
 
 
+# ---- what a policy writes and follows -----------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a model has written after a prompt."""
+
+    prompt: list[int]  # ids, the end-of-text token first
+    tokens: list[int]  # ids of the answer, with the one that ended it
+    before: str  # the prompt's text
+    text: str  # the answer's, without what ended it
+    ended: bool  # or the number of tokens was used up
+
+
+class Reward(Protocol):
+    """A function of answers; rewards.py has two."""
+
+    name: str  # of the share of answers with a reward above 0
+    end: re.Pattern[bytes]  # what ends an answer, besides the end-of-text token
+
+    def __call__(self, answers: Sequence[Answer]) -> Sequence[float]: ...
+
+
+class Guide(NamedTuple):
+    """What a policy stays near, and what it follows."""
+
+    reference: GPT
+    tokenizer: Tokenizer
+    reward: Reward | None = None
+
+
 # ---- DPO and IPO --------------------------------------------------------------------------------
 
 
 class PairPolicy(GPT):
     """A GPT that learns from pairs, whose batch["reference"] (B, 2) is ln q of both answers."""
+
+    guide: Guide  # for evaluation alone; a tuple, so the reference's weights are not the model's
 
     def __init__(self, config: GPTConfig, settings: DPOConfig | None = None):
         super().__init__(config)
@@ -298,16 +330,6 @@ class PairPolicy(GPT):
 
 
 # ---- answers ------------------------------------------------------------------------------------
-
-
-class Answer(NamedTuple):
-    """What a model has written after a prompt."""
-
-    prompt: list[int]  # ids, the end-of-text token first
-    tokens: list[int]  # ids of the answer, with the one that ended it
-    before: str  # the prompt's text
-    text: str  # the answer's, without what ended it
-    ended: bool  # or the number of tokens was used up
 
 
 def draw_answers(
@@ -358,9 +380,6 @@ def batch_answers(answers: Sequence[Answer]) -> Batch:
     return pad_rows(rows, [len(answer.prompt) for answer in answers])
 
 
-Reward = Callable[[Sequence[Answer]], Sequence[float]]
-
-
 def score_answers(reward: Reward, answers: Sequence[Answer]) -> Tensor:
     """The rewards of answers, float32 (n,). Raises ValueError for one that is not finite."""
     rewards = torch.tensor([float(value) for value in reward(answers)])
@@ -383,22 +402,13 @@ def distinct(rows: Sequence[Sequence[Any]], n: int = 2) -> float:
 # ---- GRPO ---------------------------------------------------------------------------------------
 
 
-class Guide(NamedTuple):
-    """What a policy follows: the reference it stays near, and the reward of its answers."""
-
-    reference: GPT
-    tokenizer: Tokenizer
-    reward: Reward
-    end: re.Pattern[bytes] | None  # where an answer ends
-
-
 class GroupPolicy(GPT):
     """A GPT that learns from the rewards of what it writes; `guide` says which.
 
     A batch has "prompts", int64 (B, P), filled up on the right, and "lengths" (B,).
     """
 
-    guide: Guide  # a tuple, so the reference's weights are not the model's
+    guide: Guide  # a tuple, as in PairPolicy
 
     def __init__(self, config: GPTConfig, settings: GRPOConfig | None = None):
         super().__init__(config)
@@ -417,7 +427,7 @@ class GroupPolicy(GPT):
             own += [torch.Generator().manual_seed(seed) for seed in seeds]
         guide = self.guide
         most = self.settings.max_new_tokens
-        answers = draw_answers(self, guide.tokenizer, prompts, own, most, guide.end)
+        answers = draw_answers(self, guide.tokenizer, prompts, own, most, guide.reward.end)
         return answers, score_answers(guide.reward, answers).view(-1, group)
 
     def loss(self, batch: Batch, generators=None) -> tuple[Tensor, Batch]:

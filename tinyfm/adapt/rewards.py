@@ -1,10 +1,8 @@
-"""Rewards of answers: one that is checked, and one that a reward model gives (preference.py).
+"""Rewards of answers (preference.py): one that is checked, and one that a reward model gives.
 
-A reward is a function of answers with three attributes:
-
-    name   of the share of answers with a reward above 0
-    end    what ends an answer, besides the end-of-text token: a pattern of bytes
-    whole  whether the prompt belongs to what is judged
+A reward that is checked cannot be deceived about what it checks. A model may still find an answer
+that nobody meant: the shortest function that compiles is `pass`. So look at the answers too, and at
+how varied they are.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ class Parses:
 
     name = "parses"
     end = re.compile(rb"\n(?=\S)")
-    whole = True
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         rewards = []

@@ -228,7 +228,7 @@ class DPORun(PairRun):
         """Give the data what the reference says of the pairs, and keep it to measure the KL."""
         base = open_base().model
         data.add_reference(partial(frozen_log_probs, base), adapt.base_hash(base))
-        model.guide = Guide(base, data.tokenizer, None, None)
+        model.guide = Guide(base, data.tokenizer)
 
     def differences(self, model: PairPolicy, data: PairData, split: str) -> np.ndarray:
         batches = data.split_batches(split, self.train.batch_size)
@@ -330,7 +330,7 @@ class GRPORun(PreferenceRun):
         A model that is about to be trained has the weights of its base: its answers must differ.
         """
         reward = self.open_reward(data, open_run)
-        model.guide = Guide(open_base().model, data.tokenizer, reward, reward.end)
+        model.guide = Guide(open_base().model, data.tokenizer, reward)
         if model.training:
             batch = data.collate(data.prompts(TRAIN)[:CHECKED])
             check_differences(model, batch, self.train.seed)
@@ -342,7 +342,7 @@ class GRPORun(PreferenceRun):
         prompts = data.prompts(split)[: most or None]
         seed = self.train.seed
         tokens = self.grpo.max_new_tokens
-        return answer_prompts(model, data.tokenizer, prompts, seed, tokens, model.guide.end)
+        return answer_prompts(model, data.tokenizer, prompts, seed, tokens, model.guide.reward.end)
 
     def scores_of(self, model: GroupPolicy, answers: Sequence[Answer], name: str) -> Scores:
         """The share of answers with a reward above 0, the mean reward, the KL, and variety."""
