@@ -404,14 +404,14 @@ PRESETS = {
             model=Seq2SeqConfig(
                 vocab_size=68,
                 context_length=32,
-                n_layer=2,
+                n_layer=3,
                 n_head=4,
-                d_model=256,
+                d_model=128,
                 position="sinusoid",
                 attention_scale=0,
             ),
             optim=OptimConfig(lr=0.01, muon_lr=0.02, warmup_steps=20, decay_fraction=0.7),
-            train=TrainConfig(steps=3000, batch_size=128, eval_every=1000),
+            train=TrainConfig(steps=4000, batch_size=128, eval_every=1000),
         ),
     ),
 }
