@@ -222,8 +222,9 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Weight, bias: Tensor | None):
         super().__init__()
         self.quantized = weight
+        self.outputs = len(weight.numbers)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.packed: Callable[[Tensor], Tensor] | None = None  # see pack
+        self.packed: tuple[Tensor, Tensor] | None = None  # see pack
 
     @property
     def weight(self) -> Tensor:
@@ -238,7 +239,12 @@ class QuantizedLinear(nn.Module):
         stop_training(self)
         if self.packed is None or (x.dim() > 2 and x.size(-2) >= LONG):
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        y = self.packed(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1).to(x.dtype)
+        rows = x.reshape(-1, x.size(-1))
+        if self.quantized.kind == "int8":
+            y = int8_product(rows, *self.packed)
+        else:
+            y = int4_product(rows, *self.packed, self.quantized.group)[:, : self.outputs]
+        y = y.reshape(*x.shape[:-1], self.outputs).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -279,41 +285,35 @@ def pack(model: nn.Module) -> None:
         if layer.quantized.width % KERNEL_WIDTH:
             continue
         if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            product = int8_product if layer.quantized.kind == "int8" else int4_product
-            layer.packed = product(layer.quantized)
+            layer.packed = pack_weight(layer.quantized)
 
 
-def int8_product(weight: Weight) -> Callable[[Tensor], Tensor]:
-    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int8."""
-    q = weight.numbers
-    steps = weight.steps.bfloat16().flatten()
-
-    def product(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and len(x) == 1:
-            # A loop over W for the compiler, as in compiled.few_rows_linear, which also says why
-            # as_strided: it keeps x in memory.
-            row = x[0].float().as_strided((q.size(1),), (1,))
-            return ((q * row).sum(-1) * steps)[None].bfloat16()
-        return torch._weight_int8pack_mm(x.bfloat16().contiguous(), q, steps)
-
-    return product
-
-
-def int4_product(weight: Weight) -> Callable[[Tensor], Tensor]:
-    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int4."""
-    outputs = len(weight.numbers)
-    missing = -outputs % 16  # the kernel computes 16 outputs at once
+def pack_weight(weight: Weight) -> tuple[Tensor, Tensor]:
+    """Numbers and steps as int8_product or int4_product read them."""
+    steps = weight.steps.bfloat16()
+    if weight.kind == "int8":
+        return weight.numbers, steps.flatten()
+    missing = -len(steps) % 16  # the kernel computes 16 outputs at once
     q = F.pad(weight.integers().int() + 8, (0, 0, 0, missing))
-    steps = F.pad(weight.steps.bfloat16(), (0, 0, 0, missing)).T  # (G, O)
-    packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+    steps = F.pad(steps, (0, 0, 0, missing)).T  # (G, O)
     steps_and_zeros = torch.stack((steps, torch.zeros_like(steps)), -1).contiguous()
+    return torch._convert_weight_to_int4pack_for_cpu(q, 1), steps_and_zeros
 
-    def product(x: Tensor) -> Tensor:
-        x = x.bfloat16().contiguous()
-        y = torch._weight_int4pack_mm_for_cpu(x, packed, weight.group, steps_and_zeros)
-        return y[:, :outputs]
 
-    return product
+def int8_product(x: Tensor, q: Tensor, steps: Tensor) -> Tensor:
+    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int8."""
+    if torch.compiler.is_compiling() and len(x) == 1:
+        # A loop over W for the compiler, as in compiled.few_rows_linear, which also says why
+        # as_strided: it keeps x in memory.
+        row = x[0].float().as_strided((q.size(1),), (1,))
+        return ((q * row).sum(-1) * steps)[None].bfloat16()
+    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), q, steps)
+
+
+def int4_product(x: Tensor, packed: Tensor, steps_and_zeros: Tensor, group: int) -> Tensor:
+    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int4; O is a multiple of 16."""
+    x = x.bfloat16().contiguous()
+    return torch._weight_int4pack_mm_for_cpu(x, packed, group, steps_and_zeros)
 
 
 # ---- models -------------------------------------------------------------------------------------
