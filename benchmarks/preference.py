@@ -57,7 +57,7 @@ from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.preference import answer_prompts
 
 DPO_BETAS = (0.5, 0.1, 0.03)
-GRPO_BETAS = (0.2, 0.04, 0.01)
+GRPO_BETAS = (0.2, 0.02)
 TEST_PROMPTS = 400  # at most, in the order of their hashes
 Rows = dict[str, "Row"]
 
@@ -235,10 +235,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of DPO and of GRPO")
     parser.add_argument("--base-steps", type=int, default=1000, help="of the base")
     parser.add_argument("--judge-steps", type=int, default=300, help="of a reward model")
-    parser.add_argument("--prompts", type=int, default=1000, help="prompts for DPO's pairs")
-    parser.add_argument(
-        "--answers", type=int, default=16, help="to a prompt, for best-of-n and DPO"
-    )
+    parser.add_argument("--prompts", type=int, default=500, help="prompts for DPO's pairs")
+    parser.add_argument("--answers", type=int, default=8, help="to a prompt, for best-of-n and DPO")
     parser.add_argument("--work", default="runs/preference-benchmark", help="folder of the runs")
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()

@@ -273,6 +273,14 @@ def test_answers_end_and_leave_the_model_in_its_mode():
     assert alone[0].tokens == answers[1].tokens
 
 
+def test_the_calculators_count_a_pair_as_two_rows_and_a_prompt_as_its_group():
+    for model, rows in ((tiny(PairPolicy), 2), (tiny(GroupPolicy), 8)):
+        assert model.flops_per_row() == rows * tiny().flops_per_row()
+        batch = model.example_batch(3)
+        assert len(batch["tokens"]) == 3 * rows
+        assert torch.equal(model.loss(batch)[0], tiny().loss(batch)[0])
+
+
 # ---- rewards -------------------------------------------------------------------------------------
 
 START = 'def f(x):\n    """Add one."""\n'

@@ -255,7 +255,6 @@ def build_model(plan: Plan, data: Any) -> nn.Module:
         run.take_parts(model, **plan.given, **trained)
     if plan.teacher:
         run.learn_from(model, data, plan.teacher)
-    run.use_others(model, data, lambda: plan.base, run_dir.open_run)
     return model
 
 
@@ -328,6 +327,7 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     torch.manual_seed(run.train.seed)
     model = build_model(plan, data)
     costs = estimate.describe(model, run.optim, run.train)
+    run.use_others(model, data, lambda: plan.base, run_dir.open_run)
     trainer = make_trainer(plan, model, data, record, world)
     # Resume, or note the settings in the new folder.
     if run.resume:
