@@ -114,6 +114,19 @@ def test_a_lora_learns_from_rewards_too():
     assert all(".lora." in name for name in tensors)
 
 
+def test_a_policy_of_pairs_answers_prompts_that_leave_room_for_it():
+    opened = run_dir.open_run("dpo")
+    data = opened.run.open_data()
+    long = data.splits["val"][0]._replace(chosen=[256] * 31, start=29)
+    data.splits["val"].append(long)
+    answers = opened.run.answers(opened.model, data, "val")
+    assert len(answers) == len(data.splits["val"]) - 1
+    assert max(len(answer.tokens) for answer in answers) <= 16  # half of the context
+    data.splits["val"] = [long]  # then what there is: three tokens
+    answers = opened.run.answers(opened.model, data, "val", most=8)
+    assert {len(answer.tokens) for answer in answers} <= {1, 2, 3} and len(answers) == 8
+
+
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_a_run_that_stopped_goes_the_same_way(name, tmp_path):
     out = tmp_path / name

@@ -235,17 +235,20 @@ class DPORun(PairRun):
         return over_batches(model.margins, model, batches)
 
     def answers(self, model: GPT, data: PairData, split: str, most: int = 0) -> list[Answer]:
-        """Answers to the prompts of a split, all or `most` of them.
+        """Answers to the prompts of a split that leave room for one, all or `most` of them.
 
         Without prompts, SHOWN texts from their start.
         """
+        context = self.model.context_length
+        tokens = min(PAIR_TOKENS, context // 2)
         prompts = data.prompts(split)
+        shortest = min(prompts, key=len)
+        tokens = min(tokens, context - len(shortest))
+        prompts = [ids for ids in prompts if len(ids) + tokens <= context]
         if len(prompts) == 1:
             prompts = prompts * SHOWN
         prompts = prompts[: most or None]
-        longest = max(map(len, prompts))
-        tokens = min(PAIR_TOKENS, self.model.context_length - longest)
-        return answer_prompts(model, data.tokenizer, prompts, self.train.seed, max(1, tokens))
+        return answer_prompts(model, data.tokenizer, prompts, self.train.seed, tokens)
 
     def score(self, model: PairPolicy, data: PairData) -> Scores:
         answers = self.answers(model, data, VAL, SHOWN)
