@@ -53,8 +53,8 @@ is that of ln p. If all answers of a group have the same reward, it teaches noth
 Why the loss draws the answers: the data are a function of (seed, step) and know no weights. The
 loss has the weights, and a random generator for each row. A row is a prompt, and its group is drawn
 from its generator. So an update does not depend on how a batch is cut, and a resumed run draws the
-same answers. That holds as far as the products of a row do not depend on the other rows: rarely, a
-rounding makes a draw fall on another token.
+same answers. That holds as far as the products of a row do not depend on the other rows: now and
+then, a rounding makes a draw fall on another token, and two ranks write another answer than one.
 
 Letters: B rows, n answers, T tokens, D width.
 Left out: conversations, several updates from the same answers, a value network, rewards of single
