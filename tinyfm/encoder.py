@@ -186,7 +186,7 @@ def rotary_tables(config: EncoderConfig, theta: float) -> tuple[Tensor, Tensor]:
     """
     table = torch.empty(config.context_length, config.K // 2)
     if table.is_meta:  # shapes alone: arithmetic there loads PyTorch's compiler, for a second
-        return table, table
+        return table, torch.empty_like(table)
     exponent = torch.arange(0, config.K, 2, dtype=torch.float32) / config.K
     positions = torch.arange(config.context_length, dtype=torch.float32)
     angles = positions[:, None] / theta**exponent

@@ -186,7 +186,7 @@ def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of each position and pair, float32 (context_length, K/2)."""
     table = torch.empty(config.context_length, config.K // 2)
     if table.is_meta:  # shapes alone: arithmetic there loads PyTorch's compiler, for a second
-        return table, table
+        return table, torch.empty_like(table)
     angles = torch.arange(config.context_length)[:, None] * rope_frequencies(config)
     return angles.cos(), angles.sin()
 
