@@ -50,7 +50,8 @@ SMALL = {
     "--data.val-fraction 0.01",
     "encoder": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path my.txt "
     "--data.tokenizer bytes --model.vocab-size 258 --data.val-fraction 0.01",
-    "xlnet": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32",
+    "xlnet": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 32 "
+    "--data.path my.txt --data.tokenizer bytes --model.vocab-size 258 --data.val-fraction 0.01",
     "seq2seq": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path pairs.tsv "
     "--data.tokenizer letters",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
