@@ -72,12 +72,13 @@ class Options:
     adapter: RunPaths = ()  # runs that adapted one of these: use their changes
     pictures: FolderPath = ""  # pictures for a CLIP to search (default: those of its data)
     runs_folder: FolderPath = "runs"  # where the page finds runs to compare, trained or training
-    compile: bool = False  # write faster on a CPU, after seconds to start
+    # compile the models that write: the first text waits half a minute, small models gain nothing
+    compile: bool = False
     raw: bool = False  # use the weights of the last step, even if averaged ones were kept
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     # number format of the weights; bfloat16 needs half the memory and is faster
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Quantize = "none"  # format of the matrices: less memory, and faster texts on a CPU
+    quantize: Quantize = "none"  # format of the matrices; int8 and int4 take less memory
     max_rows: int = 16  # texts that a run writes at once
     max_waiting: int = 256  # requests that wait for a place; further ones are refused
     max_tokens: int = 32_768  # most tokens of a text
