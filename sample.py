@@ -75,7 +75,7 @@ class Common:
     device: Name = "auto"  # device to compute on: cpu, cuda, mps, or auto
     # number format of the weights; bfloat16 needs half the memory and is faster
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Quantize = "none"  # format of the matrices: less memory, and faster texts on a CPU
+    quantize: Quantize = "none"  # format of the matrices; int8 and int4 take less memory
     # file to write: texts also go there, and pictures become this PNG (default: sample.png or
     # found.png, with a number if there is one)
     out: FilePath = ""
