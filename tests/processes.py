@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,10 @@ CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in METHODS el
 CONTEXT.set_forkserver_preload(
     ["torch", "torch._dynamo", "torch.distributed.checkpoint", "tyro", "einops", "PIL.Image"]
 )
+
+# To start a process also asks all others whether they have ended. Two threads that ask at once
+# would both read the one message that says how, and the second would find nothing: status 255.
+ONE_ASKS = threading.Lock()
 
 
 def become(words: Sequence[str], cwd: str, env: dict[str, str], outputs: tuple[str, str]) -> None:
@@ -52,16 +58,21 @@ class Process(NamedTuple):
 
     def wait(self, seconds: float) -> int:
         """Wait for its end and return its exit status. Kills it and raises TimeoutError if late."""
-        self.running.join(seconds)
-        if self.running.is_alive():
+        if not connection.wait([self.running.sentinel], seconds):
             self.running.kill()
             raise TimeoutError(f"no end after {seconds} s: {self.said()}")
-        return self.running.exitcode
+        with ONE_ASKS:
+            self.running.join()
+            return self.running.exitcode
+
+    def is_alive(self) -> bool:
+        with ONE_ASKS:
+            return self.running.is_alive()
 
     def wait_for(self, text: str, seconds: float) -> None:
         """Wait until `text` is in its stdout, or it has ended, or the time is up."""
         end = time.monotonic() + seconds
-        while text not in self.said()[0] and self.running.is_alive() and time.monotonic() < end:
+        while text not in self.said()[0] and self.is_alive() and time.monotonic() < end:
             time.sleep(0.02)
 
 
@@ -74,5 +85,6 @@ def start(words: Sequence[str], folder: Path, cwd: Path, env: dict[str, str]) ->
     names = tuple(map(str, outputs))
     words = [str(word) for word in words]
     running = CONTEXT.Process(target=become, args=(words, str(cwd), {**os.environ, **env}, names))
-    running.start()
+    with ONE_ASKS:
+        running.start()
     return Process(running, outputs)
