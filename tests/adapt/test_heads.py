@@ -18,12 +18,13 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt
+from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt, xlnet
 from tinyfm.recipes.classify import score_batches
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices
 from tinyfm.training.trainer import TrainConfig, Trainer
+from tinyfm.xlnet import XLNet, XLNetConfig
 
 CLASSES = {"topic": ("a", "b", "c"), "tone": ("good", "bad")}
 TEXT = GPTConfig(257, context_length=24, n_layer=1, n_head=2, d_model=16, zero_init=False)
@@ -51,10 +52,19 @@ NOISE = DiffusionConfig(
     groups=4,
 )
 WORDS = EncoderConfig(258, context_length=24, n_layer=2, n_head=2, d_model=32)
-BODIES = {GPT: TEXT, Encoder: WORDS, CLIP: CLIPS, Autoencoder: LATENTS, Diffusion: NOISE}
+ORDERS = XLNetConfig(257, context_length=24, n_layer=2, n_head=2, d_model=32, segments=True)
+BODIES = {
+    GPT: TEXT,
+    Encoder: WORDS,
+    XLNet: ORDERS,
+    CLIP: CLIPS,
+    Autoencoder: LATENTS,
+    Diffusion: NOISE,
+}
 READERS = {
     GPT: gpt.GPTClassifyRun.reader,
     Encoder: encoder.EncoderClassifyRun.reader,
+    XLNet: xlnet.XLNetClassifyRun.reader,
     CLIP: clip.CLIPClassifyRun.reader,
     Autoencoder: autoencoder.AutoencoderClassifyRun.reader,
     Diffusion: ddpm.DDPMClassifyRun.reader,
@@ -106,7 +116,7 @@ def test_features_are_standardised_and_depend_on_their_own_row_alone(kind):
     assert not torch.allclose(x[3], x[2], atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", [GPT, Encoder])
+@pytest.mark.parametrize("kind", [GPT, Encoder, XLNet])
 def test_features_do_not_depend_on_padding(kind):
     model = classifier(body_of(kind))
     tokens = torch.randint(257, (2, 10), generator=torch.Generator().manual_seed(0))

@@ -126,9 +126,8 @@ class Classifier(nn.Module):
         self.outer = (*body.outer, "heads")  # trained by AdamW, not by Muon
         # Freeze the parts that the features do not depend on. A tied weight appears once, under its
         # first name: that of the token table, which is read.
-        unread = tuple(f"{part}." for part in reader.unread)
         for name, parameter in body.named_parameters():
-            if f"{name}.".startswith(unread):
+            if any(f".{part}." in f".{name}." for part in reader.unread):
                 parameter.requires_grad_(False)
         width = reader.width(body.config)
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())

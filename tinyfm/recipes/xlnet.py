@@ -153,7 +153,8 @@ class XLNetClassifyRun(TextClassifyRun):
         read=state_of_text,
         inputs=("tokens", "mask"),
         width=lambda config: config.d_model,
-        unread=("head", "query_start"),
+        # A text is one segment, and what all keys add to a score changes no softmax.
+        unread=("head", "query_start", "segment_bias", "segment_embedding"),
     )
 
 
