@@ -147,7 +147,9 @@ def test_a_run_that_stopped_goes_the_same_way(name, tmp_path):
 
 def test_sample_continues_texts_and_gives_rewards(capsys):
     for name in ("dpo", "grpo", "lora"):
-        assert call(sample, name, "--prompt", "the cat", "--max-new-tokens", "5") == 0
+        words = (name, "--prompt", "the cat", "--max-new-tokens", "5")
+        assert call(sample, *words) == 0
+        assert call(sample, *words, "--quantize", "int4-gptq") == 0  # it computes the run's loss
         assert capsys.readouterr().out.startswith("the cat")
     rewards = []
     for text in ("the cat is good", "the cat is a bad one"):
@@ -171,9 +173,12 @@ def test_evaluate_measures_reward_and_kl_before_and_after(capsys):
     assert json.loads(capsys.readouterr().out)["scores"]["test_accuracy"]["reached"] == 1
 
 
-def test_a_policy_is_a_gpt_for_the_hub(tmp_path, capsys):
+def test_a_policy_is_a_gpt_for_the_hub(fails, tmp_path, capsys):
     hub.main(["grpo", str(tmp_path / "exported")])
     assert 'pipeline("text-generation"' in capsys.readouterr().out
+    hub.main(["dpo", "--gguf", str(tmp_path / "dpo.gguf")])
+    assert (tmp_path / "dpo.gguf").read_bytes()[:4] == b"GGUF"
+    assert "family reward" in fails(hub, "reward", "--gguf", tmp_path / "a.gguf")
 
 
 # ---- what users mistype --------------------------------------------------------------------------

@@ -91,9 +91,9 @@ def merge_adapter(opened: OpenRun) -> None:
 
 def export_gguf(opened: OpenRun, options: argparse.Namespace) -> str:
     """Write a GPT as one file for llama.cpp; return a line that says so."""
-    if opened.run.family not in ("gpt", "chat"):
+    if opened.run.base_family != "gpt" or opened.run.has_heads:
         raise ValueError(
-            f"--gguf is for a GPT; a run of family {opened.run.family} has no such file"
+            f"--gguf is for a GPT that writes; a run of family {opened.run.family} has no such file"
         )
     merge_adapter(opened)
     if opened.run.task == "chat":

@@ -449,6 +449,7 @@ CALIBRATION_ROWS = 64  # rows of the training data for which int4-gptq rounds
 def calibration(opened: OpenRun, model: nn.Module, data: Any) -> Callable[[], None]:
     """A function that runs a model of this run on the first rows of its training data."""
     run = opened.run
+    run.use_others(model, data, lambda: open_same_base(run), open_run)
     run.get_ready(model, data)
     n = min(CALIBRATION_ROWS, run.train.batch_size)
     device = next(model.parameters()).device
