@@ -87,7 +87,21 @@ class Options:
     quantize: Quantize = "none"  # format of the matrices: measure the model in it, too
 
 
+def quantized_form(opened: OpenRun, options: Options, data: Any = None) -> dict[str, nn.Module]:
+    """{"int8": a copy of the run's model in int8}, or as --quantize says; {} without the option.
+
+    data: those of the run, if they are open already.
+    """
+    if options.quantize == "none":
+        return {}
+    model = copy.deepcopy(opened.model)
+    run_dir.quantize_run(opened, model, options.quantize, data)
+    return {options.quantize: model}
+
+
 # ---- measures of the run's own data -------------------------------------------------------------
+
+SIZE = "megabytes of weights"  # the row that --quantize adds
 
 
 def rebuild_start(opened: OpenRun) -> tuple[str, nn.Module]:
@@ -130,13 +144,10 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
             "now held out",
             file=sys.stderr,
         )
-    models = [rebuild_start(opened), ("reached", opened.model)]
-    if options.quantize != "none":
-        smaller = copy.deepcopy(opened.model)
-        run_dir.quantize_run(opened, smaller, options.quantize, data)
-        models.append((options.quantize, smaller))
+    before, start = rebuild_start(opened)
+    smaller = quantized_form(opened, options, data)
     table = {}
-    for column, model in models:
+    for column, model in {before: start, "reached": opened.model, **smaller}.items():
         model.to(device)
         run.use_others(model, data, lambda: run_dir.open_same_base(run), run_dir.open_run)
         run.get_ready(model, data)
@@ -144,9 +155,9 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
             scores = run.losses(model, data) | run.measure(opened, model, data, options)
         for name, value in scores.items():
             table.setdefault(name, {})[column] = value
-    if options.quantize != "none":
-        for column, model in models[1:]:
-            table.setdefault("megabytes of weights", {})[column] = quantize.count_bytes(model) / 1e6
+    if smaller:
+        forms = {"reached": opened.model, **smaller}
+        table[SIZE] = {column: quantize.count_bytes(model) / 1e6 for column, model in forms.items()}
     for column, scores in run.baselines(data).items():
         for name, value in scores.items():
             table[name][column] = value
@@ -233,7 +244,8 @@ QUESTIONS = {"text": score_text, "choices": answer_choices, "task": answer_task}
 def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
     """{measure: {"reached": ...}} of the questions in the options; {} if there are none.
 
-    Raises ValueError for a question that the family cannot answer.
+    With --quantize, the quantised model has a column too. Raises ValueError for a question that the
+    family cannot answer.
     """
     asked = {name: getattr(options, name) for name in QUESTIONS if getattr(options, name)}
     if options.shots and ("few-shot" not in opened.run.UNTRAINED or "task" not in asked):
@@ -241,13 +253,15 @@ def answer(opened: OpenRun, options: Options) -> dict[str, Scores]:
     for name in asked:
         if name not in opened.run.QUESTIONS:
             raise ValueError(f"--{name} is not for a run of family {opened.run.family}")
-    if asked:
-        run_dir.quantize_run(opened, opened.model, options.quantize)
-        opened.model.to(devices.choose_device(options.device))
+    if not asked:
+        return {}
+    device = devices.choose_device(options.device)
     table = {}
-    for name, path in asked.items():
-        for measure, value in QUESTIONS[name](opened, path, options).items():
-            table[f"{name} {path}: {measure}"] = {"reached": value}
+    for column, model in {"reached": opened.model, **quantized_form(opened, options)}.items():
+        own = replace(opened, model=model.to(device))
+        for name, path in asked.items():
+            for measure, value in QUESTIONS[name](own, path, options).items():
+                table.setdefault(f"{name} {path}: {measure}", {})[column] = value
     return table
 
 
@@ -335,7 +349,8 @@ def to_record(opened: OpenRun, table: dict[str, Scores]) -> dict[str, Any]:
 def keep(opened: OpenRun, options: Options, table: dict[str, Scores]) -> None:
     """Write evaluation.json into the folder of the run, for its model card (recipes/card.py).
 
-    A checkpoint that was copied away from its run has no such folder.
+    The row SIZE is left out: it is no score. A checkpoint that was copied away from its run has no
+    such folder.
     """
     folder = opened.folder.parent
     if not (folder / "config.json").is_file():
@@ -346,6 +361,7 @@ def keep(opened: OpenRun, options: Options, table: dict[str, Scores]) -> None:
     scores = {
         name: {k: float(v) if math.isfinite(v) else None for k, v in row.items()}
         for name, row in table.items()
+        if name != SIZE
     }
     record = to_record(opened, table) | {"scores": scores, "options": given}
     try:
