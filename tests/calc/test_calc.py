@@ -363,8 +363,9 @@ def test_training_in_fp8_keeps_bf16_and_serving_takes_half():
 
 
 def test_weights_in_fewer_bits():
-    """8.03 billion weights in 8 bits, and in 4.5."""
+    """8.03 billion weights in 8 bits, and in 4.5. Convolutions keep their format."""
     assert "weights in int8: 8.03 GB; in int4: 4.517 GB" in ask("llama3-8b")
+    assert "int8" not in ask("resnet-50")
 
 
 def test_every_tpu_has_a_bandwidth():

@@ -153,12 +153,13 @@ def training_lines(estimate: Estimate) -> list[str]:
 def serving_lines(estimate: Estimate) -> list[str]:
     rows = rows_text(1, estimate.network)
     n = estimate.network.parameters
-    fewer = (  # as quantize.py stores them
-        f"  weights in int8: {short(n)}B; in int4: {short(4.5 / 8 * n)}B, and more for the "
-        "table and the head, which keep 8 bits"
-    )
-    head = f"to serve {rows} ({estimate.assumed.dtype}):"
-    return [head, *memory_lines(estimate.serving), fewer]
+    lines = [f"to serve {rows} ({estimate.assumed.dtype}):", *memory_lines(estimate.serving)]
+    if estimate.network.unit == "token":  # other networks have convolutions: quantize.py
+        lines.append(
+            f"  weights in int8: {short(n)}B; in int4: {short(4.5 / 8 * n)}B, and more for the "
+            "table and the head, which keep 8 bits"
+        )
+    return lines
 
 
 def flops_lines(estimate: Estimate) -> list[str]:
