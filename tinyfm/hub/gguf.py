@@ -28,10 +28,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tinyfm.bpe import GPT2_PATTERN
 from tinyfm.common.files import fsync
+from tinyfm.common.folders import temporary_name
 from tinyfm.hub.gpt import choose_architecture, resolve
 from tinyfm.hub.layout import check_tokenizer, name_pairs, translate
 from tinyfm.hub.text_steps import LLAMA3_PATTERN, QWEN2_PATTERN
@@ -126,7 +128,7 @@ def write_file(path: Path, fields: dict[str, Any], tensors: Iterable[tuple]) -> 
         head += write_string(name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
         head += struct.pack("<IQ", number, place)
         place += len(data) + -len(data) % ALIGNMENT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(head + bytes(-len(head) % ALIGNMENT))
@@ -169,7 +171,7 @@ def tokenizer_fields(spec: dict, end: int, vocab_size: int) -> dict[str, Any]:
     merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model.get("merges", [])]
     kinds = dict.fromkeys(ids.values(), NORMAL)
     pattern = find_pattern(spec["pre_tokenizer"])
-    prefix = json.dumps(spec["normalizer"] or "").count('"Prepend"') > 0
+    prefix = '"Prepend"' in json.dumps(spec["normalizer"])
     if ids and pattern in PATTERNS:
         fields = {"model": "gpt2", "pre": PATTERNS[pattern]}
         fields["merges"] = [" ".join(merge) for merge in merges]
@@ -269,9 +271,7 @@ def named_tensors(model: nn.Module, kind: str) -> dict[str, Tensor]:
     if kind == "gpt2":
         for name in [name for name in tensors if ".attn_q." in name]:
             parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
-            tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(
-                [part.float().numpy() for part in parts]
-            )
+            tensors[name.replace("attn_q", "attn_qkv")] = torch.cat(parts)
     return tensors
 
 
@@ -304,11 +304,11 @@ def save(
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     tensors = []
     for each, tensor in named_tensors(model, kind).items():
-        x = np.asarray(tensor.float().numpy() if isinstance(tensor, Tensor) else tensor)
-        own = quantize
+        x = tensor.float().numpy()
+        form = quantize
         if x.ndim == 1 or each in PLAIN:
-            own = "none"
-        elif own == "int4" and each in TABLES:
-            own = "int8"
-        tensors.append((each, x.shape, *encode_tensor(x, own)))
+            form = "none"
+        elif form == "int4" and each in TABLES:
+            form = "int8"
+        tensors.append((each, x.shape, *encode_tensor(x, form)))
     write_file(path, fields, tensors)
