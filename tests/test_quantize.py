@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tinyfm.compiled import compile_decoding
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.evaluate.__main__ import SIZE
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.quantize import (
     LONG,
@@ -230,6 +232,8 @@ def test_what_cannot_be_quantised():
     model = small_gpt()
     with pytest.raises(ValueError, match=r"'int3'.*int8 or int4"):
         quantize(model, "int3")
+    with pytest.raises(ValueError, match=r"16 inputs.*32, 64, 128"):
+        quantize(model, "int4", group=16)
     adapt.apply(model, "lora", adapt.AdapterConfig())
     with pytest.raises(ValueError, match=r"blocks.0.attention.q.*not merged"):
         quantize(model, "int8")
@@ -309,8 +313,18 @@ def test_the_command_compares_a_model_with_its_quantised_form(how, tiny_run, cap
     scores = json.loads(capsys.readouterr().out)["scores"]
     row = scores["test_bpb"]
     assert row[how] != row["reached"] and row[how] == pytest.approx(row["reached"], abs=0.02)
-    size = scores["megabytes of weights"]
+    size = scores[SIZE]
     assert size[how] < (0.35 if how == "int8" else 0.32) * size["reached"]
+    kept = json.loads((Path(tiny_run) / "evaluation.json").read_text(encoding="utf-8"))["scores"]
+    assert kept["test_bpb"][how] == row[how] and kept.keys() == scores.keys() - {SIZE}
+
+
+def test_a_question_is_asked_of_both_forms(tiny_run, tmp_path, capsys):
+    file = tmp_path / "a.txt"
+    file.write_text("the list of words", encoding="utf-8")
+    assert call(evaluate, tiny_run, "--text", file, "--quantize", "int4", "--json") == 0
+    row = json.loads(capsys.readouterr().out)["scores"][f"text {file}: bits per byte"]
+    assert row["int4"] != row["reached"] and row["int4"] == pytest.approx(row["reached"], abs=0.02)
 
 
 def test_a_lora_is_merged_first(tiny_run, text, tmp_path, capsys):

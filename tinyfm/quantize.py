@@ -49,9 +49,10 @@ from torch import Tensor, nn
 
 KINDS = ("int8", "int4")
 GROUP = 32  # inputs of an output that share a step in int4
+GROUPS = (32, 64, 128)  # those that torch's product can read
 DAMPING = 0.01  # share of the mean of H's diagonal that is added to it, as in the paper
 KERNEL_WIDTH = 32  # inputs that torch's products read at once, also past the end of a row
-LONG = 64  # tokens read at once, for which the obvious product is faster than that of `pack`
+LONG = 64  # from so many tokens at once, the obvious product is faster than that of `pack`
 
 # ---- rounding -----------------------------------------------------------------------------------
 
@@ -140,15 +141,15 @@ def round_second_order(W: Tensor, H: Tensor, group: int) -> tuple[Tensor, Tensor
     return q, steps
 
 
+def spread(q: Tensor, steps: Tensor) -> Tensor:
+    """The weights that whole numbers q (O, K) and their steps (O, G) stand for, float32 (O, K)."""
+    return (q.float().unflatten(1, (steps.size(1), -1)) * steps.float()[..., None]).flatten(1)
+
+
 def output_errors(W: Tensor, q: Tensor, steps: Tensor, H: Tensor) -> Tensor:
     """The squared error (w - r) H (w - r)' of each output, (O,)."""
     difference = W.to(H.dtype) - spread(q, steps).to(H.dtype)
     return (difference @ H * difference).sum(1)
-
-
-def spread(q: Tensor, steps: Tensor) -> Tensor:
-    """The weights that whole numbers q (O, K) and their steps (O, G) stand for, float32 (O, K)."""
-    return (q.float().unflatten(1, (steps.size(1), -1)) * steps.float()[..., None]).flatten(1)
 
 
 def round_weight(W: Tensor, H: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
@@ -161,6 +162,28 @@ def round_weight(W: Tensor, H: Tensor | None, group: int) -> tuple[Tensor, Tenso
     better = output_errors(W, other_q, other_steps, H) < output_errors(W, q, steps, H)
     q = torch.where(better[:, None], other_q, q)
     return q, torch.where(better[:, None], other_steps, steps)
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+def int8_product(x: Tensor, q: Tensor, steps: Tensor) -> Tensor:
+    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int8."""
+    if torch.compiler.is_compiling() and len(x) == 1:
+        # A loop over W for the compiler, as in compiled.few_rows_linear, which also says why
+        # as_strided: it keeps x in memory.
+        row = x[0].float().as_strided((q.size(1),), (1,))
+        return ((q * row).sum(-1) * steps)[None].bfloat16()
+    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), q, steps)
+
+
+def int4_product(x: Tensor, packed: Tensor, steps_and_zeros: Tensor, group: int) -> Tensor:
+    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int4 from `pack_weight`.
+
+    O is rounded up to a multiple of 16.
+    """
+    x = x.bfloat16().contiguous()
+    return torch._weight_int4pack_mm_for_cpu(x, packed, group, steps_and_zeros)
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -197,10 +220,11 @@ class Weight(nn.Module):
         self.register_buffer("numbers", numbers)
         self.register_buffer("steps", steps.bfloat16())
 
-    def integers(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Whole numbers of these rows, int8 (.., K)."""
-        numbers = self.numbers[rows]
-        return numbers if self.kind == "int8" else unpack_nibbles(numbers, self.group)
+    def integers(self) -> Tensor:
+        """The whole numbers, int8 (O, K)."""
+        if self.kind == "int8":
+            return self.numbers
+        return unpack_nibbles(self.numbers, self.group)
 
     def all(self) -> Tensor:
         """The matrix (O, K) in float32."""
@@ -263,29 +287,11 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         stop_training(self)
-        rows = self.quantized.integers(ids).float() * self.quantized.steps[ids].float()
+        rows = self.quantized.numbers[ids].float() * self.quantized.steps[ids].float()
         return rows.to(self.zero.dtype)
 
 
-# ---- products -----------------------------------------------------------------------------------
-
-
-def pack(model: nn.Module) -> None:
-    """Let the linear layers of a quantised model use torch's products for CPUs, in place.
-
-    Those read the whole numbers themselves, 1 or 1/2 byte a weight, where the obvious product
-    first writes 4 bytes a weight. Inputs and outputs are bfloat16, sums float32. Each row of x is
-    computed in the same way, whatever the other rows. On another device, or without a vector unit
-    for them, the model stays as it is, and so does a layer whose width is no multiple of 32. A
-    layer in int4 takes half a byte a weight more.
-    """
-    for layer in model.modules():
-        if not isinstance(layer, QuantizedLinear) or layer.quantized.numbers.device.type != "cpu":
-            continue
-        if layer.quantized.width % KERNEL_WIDTH:
-            continue
-        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            layer.packed = pack_weight(layer.quantized)
+# ---- packing ------------------------------------------------------------------------------------
 
 
 def pack_weight(weight: Weight) -> tuple[Tensor, Tensor]:
@@ -300,20 +306,23 @@ def pack_weight(weight: Weight) -> tuple[Tensor, Tensor]:
     return torch._convert_weight_to_int4pack_for_cpu(q, 1), steps_and_zeros
 
 
-def int8_product(x: Tensor, q: Tensor, steps: Tensor) -> Tensor:
-    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int8."""
-    if torch.compiler.is_compiling() and len(x) == 1:
-        # A loop over W for the compiler, as in compiled.few_rows_linear, which also says why
-        # as_strided: it keeps x in memory.
-        row = x[0].float().as_strided((q.size(1),), (1,))
-        return ((q * row).sum(-1) * steps)[None].bfloat16()
-    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), q, steps)
+def pack(model: nn.Module) -> None:
+    """Let the linear layers of a quantised model use torch's products for CPUs, in place.
 
-
-def int4_product(x: Tensor, packed: Tensor, steps_and_zeros: Tensor, group: int) -> Tensor:
-    """x (n, K) -> x W' (n, O), in bfloat16, for a weight in int4; O is a multiple of 16."""
-    x = x.bfloat16().contiguous()
-    return torch._weight_int4pack_mm_for_cpu(x, packed, group, steps_and_zeros)
+    Those read the whole numbers themselves, 1 or 1/2 byte a weight, where the obvious product
+    first writes 4 bytes a weight. Inputs and outputs are bfloat16, sums float32. Each row of x is
+    computed in the same way, whatever the other rows. On another device, or without a vector unit
+    for them, the model stays as it is, and so does a layer whose width is no multiple of 32. A
+    layer in int4 takes half a byte a weight more.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return
+    for layer in model.modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        weight = layer.quantized
+        if weight.numbers.device.type == "cpu" and weight.width % KERNEL_WIDTH == 0:
+            layer.packed = pack_weight(weight)
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -352,6 +361,22 @@ def is_outer(name: str, model: nn.Module) -> bool:
     return any(part in getattr(model, "outer", ()) for part in name.split("."))
 
 
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(each, QuantizedLinear) for each in model.modules())
+
+
+def check_layers(model: nn.Module, linear: dict[str, nn.Linear], tables: dict) -> None:
+    """Raise ValueError as `quantize` does, before anything is changed."""
+    if not linear:
+        found = "it is quantised already" if is_quantized(model) else "it has no linear layer"
+        raise ValueError(f"this {type(model).__name__} cannot be quantised: {found}")
+    for name, layer in (linear | tables).items():
+        if hasattr(layer, "lora"):
+            raise ValueError(f"{name} has an adapter that is not merged: quantise without it")
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite: they are damaged")
+
+
 def quantize(
     model: nn.Module,
     kind: str,
@@ -365,11 +390,15 @@ def quantize(
     a step of int4, 32, 64 or 128. Returns the names of the layers that have 8 bits in int4 because
     the groups do not divide their width.
 
-    Raises ValueError for a model without a layer to quantise, with an adapter that is not merged,
-    or with weights that are not finite.
+    Raises ValueError for another kind or group, for groups that divide no layer's width, and for a
+    model without a layer to quantise, with an adapter that is not merged, or with weights that are
+    not finite.
     """
     if kind not in KINDS:
         raise ValueError(f"the kind of quantisation is {kind!r}; use {' or '.join(KINDS)}")
+    if group not in GROUPS:
+        sizes = ", ".join(map(str, GROUPS))
+        raise ValueError(f"the groups have {group} inputs; use one of {sizes}")
     linear = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
     tables = {name: each for name, each in model.named_modules() if type(each) is nn.Embedding}
     check_layers(model, linear, tables)
@@ -416,19 +445,3 @@ def quantize(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return others
-
-
-def check_layers(model: nn.Module, linear: dict[str, nn.Linear], tables: dict) -> None:
-    """Raise ValueError as `quantize` does, before anything is changed."""
-    if not linear:
-        found = "it is quantised already" if is_quantized(model) else "it has no linear layer"
-        raise ValueError(f"this {type(model).__name__} cannot be quantised: {found}")
-    for name, layer in (linear | tables).items():
-        if hasattr(layer, "lora"):
-            raise ValueError(f"{name} has an adapter that is not merged: quantise without it")
-        if not layer.weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite: they are damaged")
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(each, QuantizedLinear) for each in model.modules())
