@@ -60,6 +60,21 @@ def test_attention_by_hand(padding):
     torch.testing.assert_close(y, torch.tensor([[own, 1 - own], [1 - own, own]]))
 
 
+def test_on_a_cpu_bfloat16_lists_have_few_lengths():
+    """Padding fills a list up to a multiple of 128, or to the whole batch, and is dropped again."""
+    g = torch.Generator().manual_seed(0)
+    for rows in (3, 12, 20, 40):
+        mask = torch.arange(T) < torch.randint(1, T, (rows, 1), generator=g)
+        x = torch.randn(rows, T, 2, generator=g)
+        with torch.autocast("cpu", torch.bfloat16):
+            filled = Rows(mask, mask.shape)
+        listed = filled.pack(x)
+        assert filled.unpack(listed).equal(x * mask[..., None])
+        assert listed[: mask.sum()].equal(Rows(mask, mask.shape).pack(x))
+        assert len(listed.unique(dim=0)) == len(listed)  # padding, and no token twice
+        assert len(listed) == min(128 * math.ceil(mask.sum() / 128), rows * T)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_changes_nothing(name):
     model = build(CONFIGS[name])

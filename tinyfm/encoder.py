@@ -157,11 +157,19 @@ class Rows:
     def __init__(self, mask: Tensor | None, shape: tuple[int, int]):
         """mask: True for real tokens (B, T), or None if all are."""
         self.shape = shape
-        self.index = None  # places of the real tokens in the flat batch, (n,)
+        self.index = None  # places of the listed tokens in the flat batch, (n,)
+        self.real = 0  # so many of these are real, the first ones
         self.keys = None  # True for tokens to attend to, (B, 1, 1, T)
         if mask is not None and not mask.all():
-            self.index = mask.flatten().nonzero()[:, 0]
+            flat = mask.flatten()
+            self.index = flat.nonzero()[:, 0]
+            self.real = len(self.index)
             self.keys = mask[:, None, None]
+            if mask.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                # For bfloat16 a CPU compiles each matrix product for its n, which takes longer than
+                # the product. Some padding makes n a multiple of 128, so that few n occur.
+                padding = (~flat).nonzero()[: -self.real % 128, 0]
+                self.index = torch.cat((self.index, padding))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (n, D)."""
@@ -172,7 +180,7 @@ class Rows:
         """(n, D) -> (B, T, D), 0 at padding."""
         if self.index is not None:
             empty = x.new_zeros(math.prod(self.shape), x.size(1))
-            x = empty.index_copy(0, self.index, x)
+            x = empty.index_copy(0, self.index[: self.real], x[: self.real])
         return x.unflatten(0, self.shape)
 
 
