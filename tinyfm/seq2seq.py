@@ -573,12 +573,16 @@ class Seq2Seq(nn.Module):
         targets = rows.pack(targets)
         weight = counted.sum()
         divisor = weight.clamp(min=1)
-        nats = F.cross_entropy(logits, targets, reduction="sum") / divisor
+        log_p = logits.log_softmax(-1)
+        nats = F.nll_loss(log_p, targets, reduction="sum")
         loss = nats
         if self.training and self.config.label_smoothing:
             eps = self.config.label_smoothing
-            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=eps) / divisor
-        return loss, {"weight": weight, "nats": nats.detach()}
+            spread = -log_p.sum(-1).masked_fill(targets == -100, 0).sum()
+            loss = (1 - eps) * nats + spread * (eps / self.config.vocab_size)
+        loss = loss / divisor
+        nats = nats.detach() / divisor
+        return loss, {"weight": weight, "nats": nats}
 
     # ---- generation ----
 
