@@ -15,9 +15,9 @@ length are together. In an epoch the rows come in the random order of order.py. 
 pools of POOL batches; the rows of a pool are sorted by length, cut into batches, and these are
 shuffled. A batch is still a pure function of (seed, step): only its pool has to be sorted.
 
-So the rows of a batch are less alike than any rows of equal length, and more alike than random
-ones; and as a loss is the mean over the targets of a batch, a token of a short row counts more than
-one of a long row. Published systems fill batches up to a number of tokens instead.
+This has a price: the rows of a batch are more alike than random ones. And as a loss is the mean
+over the targets of a batch, a token of a short row counts more than one of a long row. Published
+systems fill batches up to a number of tokens instead.
 
 Legend: B batch, S tokens of the longest source, T tokens of the longest target. Left out: batches
 of a number of tokens, and pairs larger than memory.
@@ -394,13 +394,15 @@ class TextPairData:
             split.pairs.append(pair)
         notes = []
         if too_long:
-            pairs = counted(too_long, "pairs")
             notes.append(
-                f"{pairs} left out, longer than --model.context-length {context_length} tokens"
+                f"{counted(too_long, 'pairs')} left out, longer than --model.context-length "
+                f"{context_length} tokens"
             )
         if unknown:
-            pairs = counted(unknown, "pairs")
-            notes.append(f"{pairs} left out, written with letters that training does not have")
+            notes.append(
+                f"{counted(unknown, 'pairs')} left out, written with letters that training does "
+                "not have"
+            )
         return notes
 
     @classmethod

@@ -63,9 +63,8 @@ decoder.distance_bias.table    -                                        decoder.
 decoder.norm                   model.decoder.layer_norm                 decoder.final_layer_norm
 head                           lm_head                                  lm_head
 """  # noqa: E501
-LOGITS_BIAS = (
-    "final_logits_bias"  # Marian's and Pegasus's name of head.bias, which has (1, V) there
-)
+# Marian's and Pegasus's name of head.bias, which has the shape (1, V) there.
+LOGITS_BIAS = "final_logits_bias"
 # Stored tensors that are no weights: tables of sinusoids, and a bias that no class of T5 uses.
 SINUSOIDS = re.compile(r"\.embed_positions\.weight$")
 UNUSED = re.compile(r"\.EncDecAttention\.relative_attention_bias\.weight$")

@@ -94,8 +94,13 @@ def write(
     for first in range(0, len(order), AT_ONCE):
         numbers = order[first : first + AT_ONCE]
         source, mask = fill_up([sources[i] for i in numbers], model.config.pad_id)
-        source, mask = torch.from_numpy(source).to(device), torch.from_numpy(mask).to(device)
-        for i, ids in zip(numbers, answer(source, mask, how, never=never)):
+        texts = answer(
+            torch.from_numpy(source).to(device),
+            torch.from_numpy(mask).to(device),
+            how,
+            never=never,
+        )
+        for i, ids in zip(numbers, texts):
             found[i] = ids
     return found
 
