@@ -76,6 +76,15 @@ def test_options_out_of_range(options):
         PermutedConfig(**options)
 
 
+def test_rows_and_memories_that_do_not_fit(path):
+    with pytest.raises(ValueError, match=r"--model.context-length 1: .* use 2 or more"):
+        PermutedData.prepare(PermutedConfig(str(path)), 257, 1, 4, 0)
+    most = len(prepare(path).text.train) - 1 - T
+    prepare(path, memory=most).batch(0)
+    with pytest.raises(ValueError, match=rf"--data.memory {most + 1}: .* use at most {most}, or"):
+        prepare(path, memory=most + 1)
+
+
 # ---- batches -------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from data.splits import SPLITS
 from tinyfm.batches import text
 from tinyfm.batches.masked import NOT_PREDICTED
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.xlnet import places_of
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,24 @@ class PermutedData:
         seed: int,
         segments: bool = False,
     ) -> PermutedData:
-        """Open the text of `config`. It is prepared first if it has not been before."""
-        length = config.memory + context_length
-        data = TextData.prepare(config, vocab_size, length, batch_size, seed)
+        """Open the text of `config`. It is prepared first if it has not been before.
+
+        Raises ValueError for rows in which nothing could be predicted, and for a memory that is
+        longer than the text.
+        """
+        if context_length == 1 and not config.memory:
+            raise ValueError(
+                "--model.context-length 1: one token of each row is given, so none is left to "
+                "predict; use 2 or more, or add --data.memory"
+            )
+        data = TextData.prepare(config, vocab_size, context_length, batch_size, seed)
+        most = len(data.train) - 1 - context_length
+        if config.memory > most:
+            raise ValueError(
+                f"--data.memory {config.memory}: the training text has {len(data.train):,} tokens; "
+                f"use at most {most}, or more text"
+            )
+        data.context_length += config.memory
         return cls(data, config, segments)
 
     def collate(
@@ -124,17 +140,15 @@ class PermutedData:
         there = order > 0
         if counted is not None:
             there &= counted
-        P = max(1, int(there.sum(1).max()))
-        places = np.argsort(~there, axis=1, kind="stable")[:, :P]
-        places = np.where(np.take_along_axis(there, places, axis=1), places, -1)
         targets = np.where(there, tokens, NOT_PREDICTED)
-        fields = {"tokens": tokens, "order": order, "targets": targets, "places": places}
+        fields = {"tokens": tokens, "order": order, "targets": targets}
         if before is not None and before.shape[1]:
             fields["before"] = before
         if self.segments:
             ends = tokens == self.tokenizer.eot
             fields["segments"] = np.cumsum(ends, axis=1) - ends
-        return {name: torch.tensor(array) for name, array in fields.items()}
+        batch = {name: torch.tensor(array) for name, array in fields.items()}
+        return batch | {"places": places_of(batch["targets"])}
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
         """`rows` of the global batch of `step`, with the fields of `collate`."""
@@ -173,7 +187,7 @@ class PermutedData:
     def split_batches(self, name: str, rows: int) -> Iterator[dict[str, Tensor]]:
         """All text of a split, `rows` windows at a time, with orders that never change.
 
-        With a memory, the first M tokens of the split are read only.
+        The first M tokens of the split are memory alone, and are not predicted.
         """
         tokens = self.split(name).tokens
         M = self.memory_of(name)
