@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import processes
 import torch
 
 import train
+from tinyfm.common import files
 
 ROOT = Path(__file__).parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
@@ -115,6 +117,28 @@ def write_documents(folder: Path) -> None:
         starts = draw.integers(len(words), size=6)
         runs = [" ".join(words[start : start + 4]) for start in starts]
         (folder / f"{i}.txt").write_text(f"{i} " + ", ".join(runs), encoding="utf-8")
+
+
+def write_labelled_texts(path: Path) -> None:
+    """Write a table of 60 short texts of two classes, which differ in their words."""
+    lines = ["text,label"]
+    for i in range(60):
+        lines.append(f"{i} {'the cat sat' if i % 2 else 'some log'} {i * i},{'ab'[i % 2]}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def assert_it_resumes(run: str, out: Path, steps: int) -> None:
+    """A run of so many steps that is resumed half-way ends with the same losses and weights."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / f"step-{steps:06}")
+    (out / "latest").write_text(f"step-{steps // 2:06}\n", encoding="utf-8")
+    assert call(train, "--resume", "--out", out) == 0
+    losses, again = ([row["loss"] for row in rows_of(o) if "loss" in row] for o in (run, out))
+    assert again == losses
+    weights = files.load_tensors(Path(run, f"step-{steps:06}"))
+    resumed = files.load_tensors(out / f"step-{steps:06}")
+    assert weights.keys() == resumed.keys()
+    assert all(weight.equal(resumed[key]) for key, weight in weights.items())
 
 
 def edit_json(path: Path, **fields) -> None:

@@ -2,21 +2,19 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, rows_of, write_documents
+from conftest import assert_it_resumes, call, rows_of, write_documents, write_labelled_texts
 from transformers import pipeline
 
 import sample
 import train
 from tinyfm.batches.masked import NOT_PREDICTED
 from tinyfm.calc import __main__ as calc
-from tinyfm.common import files
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.hub import __main__ as hub
@@ -62,17 +60,7 @@ def test_it_learns_and_a_run_that_stopped_goes_the_same_way(name, tmp_path):
     scores = [row for row in rows if "val_loss" in row]
     assert scores[-1]["val_accuracy"] > scores[0]["val_accuracy"]
     assert ("val_detection" in scores[0]) == (name == "electra")
-    # Resume from half-way.
-    out = tmp_path / name
-    shutil.copytree(name, out)
-    shutil.rmtree(out / "step-000040")
-    (out / "latest").write_text("step-000020\n", encoding="utf-8")
-    assert call(train, "--resume", "--out", out) == 0
-    again = [row["loss"] for row in rows_of(out) if "loss" in row]
-    assert again == losses
-    weights = files.load_tensors(Path(name, "step-000040"))
-    resumed = files.load_tensors(out / "step-000040")
-    assert all(weight.equal(resumed[key]) for key, weight in weights.items())
+    assert_it_resumes(name, tmp_path / name, 40)
 
 
 def test_a_smaller_model_learns_from_a_trained_one(tmp_path):
@@ -184,10 +172,7 @@ def test_a_row_with_its_guesses():
 @pytest.mark.parametrize("adapt", ["full", "lora", "head"])
 def test_classify_texts_from_a_pretrained_encoder(adapt, tmp_path, capsys):
     table = tmp_path / "t.csv"
-    lines = ["text,label"]
-    for i in range(60):
-        lines.append(f"{i} {'the cat sat' if i % 2 else 'some log'} {i * i},{'ab'[i % 2]}")
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_labelled_texts(table)
     base = "electra" if adapt == "head" else "mlm"
     words = ["--task", "classify", "--data.path", table, "--init-from", base, "--adapt", adapt]
     words += ["--train.steps", "40", "--train.batch-size", "16", "--train.eval-every", "0"]

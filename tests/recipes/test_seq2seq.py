@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import assert_it_resumes, call, rows_of
 
 import sample
 import train
 from data import wheels, words
 from tinyfm.calc import __main__ as calc
-from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.recipes import run_dir
 from tinyfm.recipes import seq2seq as recipe
@@ -89,30 +87,16 @@ def there(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-def rows_of(run: str | Path) -> list[dict]:
-    lines = Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
 def test_it_learns_and_a_run_that_stopped_goes_the_same_way(tmp_path):
     rows = rows_of("words")
-    losses = [row["loss"] for row in rows if "loss" in row]
     scores = [row for row in rows if "val_loss" in row]
     assert scores[0]["val_words_wrong"] == 1
     assert scores[-1]["val_words_wrong"] < 0.2
     assert scores[-1]["val_phones_wrong"] <= scores[-1]["val_words_wrong"]
-    out = tmp_path / "words"
-    shutil.copytree("words", out)
-    shutil.rmtree(out / "step-000080")
-    (out / "latest").write_text("step-000040\n", encoding="utf-8")
-    assert call(train, "--resume", "--out", out) == 0
-    assert [row["loss"] for row in rows_of(out) if "loss" in row] == losses
-    weights = files.load_tensors(Path("words", "step-000080"))
-    resumed = files.load_tensors(out / "step-000080")
-    assert all(weight.equal(resumed[key]) for key, weight in weights.items())
+    assert_it_resumes("words", tmp_path / "words", 80)
 
 
 def test_a_dry_run_and_the_calculator_know_it(capsys):
