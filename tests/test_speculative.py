@@ -25,7 +25,7 @@ def rows_of(model, prompts, sampling, **options) -> list[list[int]]:
 
 
 def small_draft(model: GPT) -> GPT:
-    """A draft that is often right: the model with a little noise, and a context of its own."""
+    """A draft that is often right: the model with a little noise, and a shorter context."""
     draft = loud(dtype=torch.float32, **VARIANTS["rope"] | {"context_length": 11})
     own = model.state_dict()
     for name, p in draft.named_parameters():

@@ -112,15 +112,24 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     return logits
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The probabilities (B, V) of the next token, from its logits (B, V).
+def find_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(the largest logit, its token) of each row, (B,) each, from logits (B, V).
 
-    p = softmax(logits / temperature), filtered. Temperature 0 gives the likeliest token
-    probability 1. Raises ValueError if the largest logit of a row is infinite or not a number.
+    Raises ValueError if the largest logit of a row is infinite or not a number.
     """
     largest, likeliest = logits.max(-1)
     if not largest.isfinite().all():
         raise ValueError("the model's logits are not finite; its weights are damaged or diverged")
+    return largest, likeliest
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities (B, V) of the next token, from its logits (B, V).
+
+    p = softmax(logits / temperature), filtered. Temperature 0 gives the likeliest token
+    probability 1. Raises ValueError as `find_likeliest` does.
+    """
+    largest, likeliest = find_likeliest(logits)
     if sampling.temperature == 0:
         return F.one_hot(likeliest, logits.size(-1)).float()
     logits = logits.float() - largest[:, None]  # at most 0
@@ -142,12 +151,11 @@ def draw(p: Tensor, generators: list[torch.Generator]) -> Tensor:
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token per row, (B,), from logits (B, V); row i uses only generators[i].
 
-    Temperature 0 takes the likeliest token. Raises ValueError as `distribution` does.
+    Temperature 0 takes the likeliest token. Raises ValueError as `find_likeliest` does.
     """
-    p = distribution(logits, sampling)
     if sampling.temperature == 0:
-        return p.argmax(-1)
-    return draw(p, generators)
+        return find_likeliest(logits)[1]
+    return draw(distribution(logits, sampling), generators)
 
 
 # ---- key/value cache ----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap draft proposes tokens, and the model checks them all in one pass.
 
 To write one token, a GPT reads all its weights from memory; to read five tokens at once takes
-little longer. So a draft proposes n tokens x_1 ... x_n, each drawn from a distribution q_i of its
-own, and one pass of the model over them gives its p_1 ... p_{n+1}. Then, from the left
+little longer. So a draft proposes n tokens x_1 ... x_n, and draws each x_i from its distribution
+q_i. One pass of the model over them gives the model's p_1 ... p_{n+1}. Then, from the left
 (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2):
 
     accept x_i with probability min(1, p_i(x_i) / q_i(x_i))
@@ -99,7 +99,7 @@ def shape_logits(
 class Reader:
     """Reads a text that grows, and whose last tokens may be taken back.
 
-    What the cache holds of them is then overwritten. A context that slides is read again.
+    Their keys and values in the cache are then overwritten. A context that slides is read again.
     """
 
     def __init__(self, model):
@@ -323,9 +323,9 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """generate.stream with drafts: yield the next token of every row; None for one that stopped.
 
-    Each row is a text of its own, with its own passes and random stream. draft: a smaller model;
-    None looks n-grams up. n_draft: tokens that are proposed for one pass. pack: take as much memory
-    again, for faster passes on a CPU. counts: is counted on. Raises ValueError as generate.stream
+    The model reads each row alone, and each has its own random stream. draft: a smaller model; None
+    means n-grams. n_draft: tokens that are proposed for one pass. pack: take as much memory again,
+    for faster passes on a CPU. counts: what the rows add to. Raises ValueError as generate.stream
     and check_draft do, and for n_draft below 1.
     """
     sampling = sampling or Sampling()
