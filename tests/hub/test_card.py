@@ -1,5 +1,6 @@
 """The model card of an export: a head that the hub reads, the run's figures, what is missing."""
 
+import dataclasses
 import json
 import re
 from importlib import import_module
@@ -87,9 +88,33 @@ def test_hours_and_energy_come_from_the_speeds(tiny_run):
     rows = (tiny_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, rows) if "tokens_per_s" in row]
     seconds = sum(4 * 32 / row["tokens_per_s"] for row in rows)  # one row of metrics a step
-    assert card.training_hours(opened, 4 * 32) == pytest.approx(seconds / 3600)
+    unit, speeds = card.read_speeds(opened)
+    assert (unit, card.units_in_row(opened, unit)) == ("tokens", 32)
+    assert card.training_hours(speeds, 4 * 32) == pytest.approx(seconds / 3600)
     with pytest.raises(ValueError, match="--watts is -1"):
         card.describe(opened, "x", watts=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "in_row"),
+    [("gpt-classify", "texts", 1), ("clip", "images", 1), ("gpt-chat", "tokens", 0)],
+)
+def test_hours_count_in_the_unit_of_the_data(name, unit, in_row, runs, monkeypatch):
+    """A row of a classifier is a text, though its model counts tokens; chats differ in length."""
+    monkeypatch.chdir(runs.parent)
+    opened = open_run(f"runs/{name}")
+    assert card.read_speeds(opened)[0] == unit
+    assert card.units_in_row(opened, unit) == in_row
+    cost = card.describe_cost(opened, 100)
+    assert (f"{unit} in all" in cost) == ("hours of training steps" in cost) == (in_row > 0)
+
+
+def test_shakespeare_has_no_split_of_its_source(tiny_run):
+    opened = open_run(str(tiny_run))
+    data = dataclasses.replace(opened.run.data, path="shakespeare")
+    opened = dataclasses.replace(opened, run=dataclasses.replace(opened.run, data=data))
+    assert "a share of 0.1 is held out" in card.describe_data(opened)
+    assert "public domain" in card.describe_data(opened)
 
 
 def test_a_card_of_somebody_else_is_kept(tmp_path):

@@ -1,8 +1,8 @@
 """What the model card of a run says, from the run's own record (hub/card.py writes it).
 
-Its settings are in config.json, its speed in metrics.jsonl, and what it reaches on held-out data in
-evaluation.json, which `python -m tinyfm.evaluate RUN` writes. A fact that the record lacks is said
-to be missing.
+Its settings are in config.json, its speed in metrics.jsonl, and its scores on held-out data in
+evaluation.json, which `python -m tinyfm.evaluate RUN` writes. If the record lacks a fact, the card
+says so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypedDict
 
 from data import passages, ratings, words
 from data.report import counted
+from tinyfm.batches.text import TextConfig, is_prepared
 from tinyfm.calc import estimate
 from tinyfm.common import files
 from tinyfm.hub.card import Card, model_index, table
@@ -48,6 +49,10 @@ DATA = {
     name: (f"{name}: {RATED}", ratings.PACKAGE.licence)
     for name in ("films", "products", "editorials", "tweets")
 }  # fmt: skip
+
+
+# Named data without a split: --data.val-fraction holds out a share, as of the trainer's own data.
+SHARED_OUT = ("shakespeare",)
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -92,8 +97,10 @@ def describe_data(opened: OpenRun) -> str:
     own = Path(path).name or path  # no folders of this machine
     what, licence = DATA.get(path, (f"the trainer's own data, `{own}`", "not recorded"))
     splits = "as the record of the data source says"
-    if path in DATA:
+    if path in DATA and path not in SHARED_OUT:
         splits = f"by a fixed rule, which stands in tinyfm's `data/` for `{path}`"
+    elif is_prepared(path):
+        splits = "as `data/prepare.py` drew them"
     elif hasattr(run.data, "val_fraction"):
         share = run.data.val_fraction
         splits = f"a share of {share:g} is held out, half of it for validation and half for test"
@@ -136,15 +143,36 @@ def show(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
-def training_hours(opened: OpenRun, units_per_step: int) -> float:
-    """Hours of training steps, by the speeds in metrics.jsonl; 0 if it has none."""
+def read_speeds(opened: OpenRun) -> tuple[str, dict[int, float]]:
+    """(the unit of the data, {step: units per second}), by metrics.jsonl; the unit "" without any.
+
+    Tokens, texts, pairs, ...: the model may count in another unit than its data.
+    """
+    unit = ""
+    speeds = {}
+    for row in read_metrics(opened.folder.parent / METRICS):
+        for name, value in row.items():
+            if name.endswith("_per_s") and value > 0 and row["step"] <= opened.meta["step"]:
+                unit = name.removesuffix("_per_s")
+                speeds[row["step"]] = value
+    return unit, speeds
+
+
+def units_in_row(opened: OpenRun, unit: str) -> int:
+    """Units of the data in a row of a batch; 0 if the record does not say how many."""
+    if unit != "tokens":
+        return 1 if unit else 0
+    windows = isinstance(opened.run.data, TextConfig)  # other rows of tokens differ in length
+    return opened.model.config.context_length if windows else 0
+
+
+def training_hours(speeds: dict[int, float], units_per_step: int) -> float:
+    """Hours of the training steps up to each step of `speeds`, in units per second."""
     seconds = 0.0
     last = 0
-    for row in read_metrics(opened.folder.parent / METRICS):
-        speeds = [value for name, value in row.items() if name.endswith("_per_s")]
-        if speeds and speeds[0] > 0 and row["step"] <= opened.meta["step"]:
-            seconds += (row["step"] - last) * units_per_step / speeds[0]
-            last = row["step"]
+    for step in sorted(speeds):
+        seconds += (step - last) * units_per_step / speeds[step]
+        last = step
     return seconds / 3600
 
 
@@ -152,11 +180,13 @@ def describe_cost(opened: OpenRun, watts: float) -> str:
     """Settings, FLOPs, hours and energy."""
     run = opened.run
     step = opened.meta["step"]
-    unit, units_per_row = estimate.data_unit(opened.model)
-    units_per_step = run.train.batch_size * units_per_row
+    unit, speeds = read_speeds(opened)
+    units_per_step = run.train.batch_size * units_in_row(opened, unit)
+    read = f"- {counted(step, 'steps')} of {counted(run.train.batch_size, 'rows')}"
+    if units_per_step:
+        read += f": {counted(step * units_per_step, unit)} in all, with repetitions"
     lines = [
-        f"- {counted(step, 'steps')} of {counted(run.train.batch_size, 'rows')}: "
-        f"{counted(step * units_per_step, unit + 's')} in all, those read twice counted twice.",
+        f"{read}.",
         f"- Optimizer {run.optim.optimizer}, learning rate {run.optim.lr:g}, seed "
         f"{run.train.seed}; all settings are in the run's config.json.",
     ]
@@ -168,7 +198,7 @@ def describe_cost(opened: OpenRun, watts: float) -> str:
     if cost:
         flops = f"{cost.flops_per_step * step:.3g}" if cost.flops_per_step else "not known"
         lines.append(f"- {counted(cost.parameters, 'parameters')}; FLOPs, calculated: {flops}.")
-    hours = training_hours(opened, units_per_step)
+    hours = training_hours(speeds, units_per_step)
     if hours:
         lines.append(
             f"- {hours:.3g} hours of training steps, without evaluations. Energy: "
