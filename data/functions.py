@@ -9,18 +9,14 @@ model that was trained on the source code never read those that are held out.
 """
 
 import ast
-import textwrap
+import io
+import re
 import warnings
 from collections.abc import Iterator
 
 from data import command, stdlib
 from data.report import Report, counted
 from data.splits import SPLITS, Document
-
-
-def version() -> str:
-    """A name for the exact prompts: it changes if they do."""
-    return f"functions-1 {stdlib.version()}"
 
 
 def prompts_of(source: str) -> Iterator[tuple[str, str]]:
@@ -32,13 +28,14 @@ def prompts_of(source: str) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in strings
         tree = ast.parse(source)
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source, newline=None).readlines()  # cut as Python does, not at form feeds
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
         if ast.get_docstring(node) and node.body[0].lineno > node.lineno:
             prompt = "".join(lines[node.lineno - 1 : node.body[0].end_lineno])
-            yield node.name, textwrap.dedent(prompt)
+            # A docstring may begin further left than its function: those lines stay.
+            yield node.name, re.sub(rf"(?m)^[ \t]{{{node.col_offset}}}", "", prompt)
 
 
 def documents(report: Report | None = None) -> Iterator[Document]:

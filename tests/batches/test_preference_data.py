@@ -156,11 +156,21 @@ class Shape:
 
 def g(x): "Short."; return x
 '''
+FURTHER_LEFT = '''
+class Shape:
+\f
+    def area(self):
+        """Its area,
+in metres."""
+        return 0
+'''
 
 
 def test_prompts_of_functions_end_with_their_docstring(monkeypatch):
     expected = 'def area(self):\n    """Its area,\n    in metres."""\n'
     assert list(functions.prompts_of(SOURCE)) == [("area", expected)]
+    left = 'def area(self):\n    """Its area,\nin metres."""\n'
+    assert list(functions.prompts_of(FURTHER_LEFT)) == [("area", left)]
     found = [Document(SOURCE, VAL, "m:Shape"), Document(SOURCE, VAL, "m:2"), Document("if", TEST)]
     monkeypatch.setattr(functions.stdlib, "documents", lambda: iter(found))
     report = Report()
