@@ -240,8 +240,9 @@ def main() -> None:
     parser.add_argument("--work", default="runs/preference-benchmark", help="folder of the runs")
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
-    if min(options.seeds, options.steps, options.base_steps // 3, options.prompts) < 1:
-        parser.error("the numbers must be at least 1, and --base-steps at least 3")
+    numbers = (options.seeds, options.steps, options.judge_steps, options.prompts)
+    if min(*numbers, options.base_steps // 3, options.answers // 2) < 1:
+        parser.error("use at least 1, for --base-steps at least 3, for --answers at least 2")
     ceiling = ""
     if options.part == "films":
         test = [row for row in ratings.rows("films") if row.split == TEST]  # says what is missing
