@@ -83,7 +83,7 @@ class Run:
     LOSS_ROWS: ClassVar[int] = 8
     # Ways to classify without training: "zero-shot", "few-shot" (with examples in the prompt).
     UNTRAINED: ClassVar[tuple[str, ...]] = ()
-    # Whether the model is more than the family's: heads on a trunk. It is no base for other runs.
+    # Whether the model is the family's with heads on top. Then it is no base for other runs.
     has_heads: ClassVar[bool] = False
     ABOUT: ClassVar[About] = About()  # for the model card of an export
 
@@ -119,8 +119,8 @@ class Run:
     ) -> None:
         """Let model and data use other runs, before training or evaluation.
 
-        open_base() gives the run that this one starts from, open_run(NAME) any other. Raises
-        ValueError if one is gone or does not fit.
+        The model is on its device. open_base() gives the run that this one starts from,
+        open_run(NAME) any other. Raises ValueError if one is gone or does not fit.
         """
 
     def get_ready(self, model: nn.Module, data: Any) -> None:

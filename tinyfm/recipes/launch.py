@@ -327,8 +327,8 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     torch.manual_seed(run.train.seed)
     model = build_model(plan, data)
     costs = estimate.describe(model, run.optim, run.train)
-    run.use_others(model, data, lambda: plan.base, run_dir.open_run)
     trainer = make_trainer(plan, model, data, record, world)
+    run.use_others(trainer.model, data, lambda: plan.base, run_dir.open_run)
     # Resume, or note the settings in the new folder.
     if run.resume:
         run_dir.check_same(files.read_json(out / "config.json"), record, run)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -225,9 +224,14 @@ class DPORun(PairRun):
         open_base: Callable[[], OpenRun],
         open_run: Callable[[str], OpenRun],
     ) -> None:
-        """Give the data what the reference says of the pairs, and keep it to measure the KL."""
+        """Give the data the reference's log-probabilities, and keep it to measure the KL."""
         base = open_base().model
-        data.add_reference(partial(frozen_log_probs, base), adapt.base_hash(base))
+        device = next(model.parameters()).device
+
+        def log_probs(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return frozen_log_probs(base, tokens.to(device), mask.to(device))
+
+        data.add_reference(log_probs, adapt.base_hash(base))
         model.guide = Guide(base, data.tokenizer)
 
     def differences(self, model: PairPolicy, data: PairData, split: str) -> np.ndarray:
@@ -237,13 +241,12 @@ class DPORun(PairRun):
     def answers(self, model: GPT, data: PairData, split: str, most: int = 0) -> list[Answer]:
         """Answers to the prompts of a split that leave room for one, all or `most` of them.
 
-        Without prompts, SHOWN texts from their start.
+        If there is one prompt, such as the empty one, SHOWN answers to it.
         """
         context = self.model.context_length
-        tokens = min(PAIR_TOKENS, context // 2)
         prompts = data.prompts(split)
-        shortest = min(prompts, key=len)
-        tokens = min(tokens, context - len(shortest))
+        shortest = min(map(len, prompts))
+        tokens = min(PAIR_TOKENS, context // 2, context - shortest)
         prompts = [ids for ids in prompts if len(ids) + tokens <= context]
         if len(prompts) == 1:
             prompts = prompts * SHOWN
@@ -330,11 +333,11 @@ class GRPORun(PreferenceRun):
     ) -> None:
         """Give the model its reference and its reward.
 
-        A model that is about to be trained has the weights of its base: its answers must differ.
+        When training starts, the model has the weights of its base: its answers must differ.
         """
         reward = self.open_reward(data, open_run)
         model.guide = Guide(open_base().model, data.tokenizer, reward)
-        if model.training:
+        if model.training and not self.resume:
             batch = data.collate(data.prompts(TRAIN)[:CHECKED])
             check_differences(model, batch, self.train.seed)
 
