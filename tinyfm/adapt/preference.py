@@ -53,8 +53,8 @@ is that of ln p. If all answers of a group have the same reward, it teaches noth
 Why the loss draws the answers: the data are a function of (seed, step) and know no weights. The
 loss has the weights, and a random generator for each row. A row is a prompt, and its group is drawn
 from its generator. So an update does not depend on how a batch is cut, and a resumed run draws the
-same answers. That holds as far as the products of a row do not depend on the other rows: now and
-then, a rounding makes a draw fall on another token, and two ranks write another answer than one.
+same answers. One limit: how the products of a row are rounded may depend on the other rows. Now and
+then a draw then falls on another token, and two ranks write another answer than one.
 
 Letters: B rows, n answers, T tokens, D width.
 Left out: conversations, several updates from the same answers, a value network, rewards of single
@@ -105,7 +105,8 @@ class DPOConfig:
 class GRPOConfig:
     group: int = 8  # answers to each prompt, which are compared with each other
     beta: float = 0.04  # weight of the KL to the reference
-    epsilon: float = 0.2  # the ratio of new to old probability gains only up to 1 + epsilon
+    # PPO's bound of the ratio; it changes nothing as long as each batch makes one update, as here
+    epsilon: float = 0.2
     max_new_tokens: int = 64  # largest number of tokens of an answer
 
     def __post_init__(self):

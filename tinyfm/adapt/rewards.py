@@ -27,7 +27,7 @@ def is_function(source: str) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in strings
             tree = ast.parse(source)
-            compile(source, "<answer>", "exec")
+            compile(tree, "<answer>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return False
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):

@@ -56,7 +56,7 @@ class PairConfig:
     tokenizer: FolderPath = ""  # folder with a saved tokenizer (default: that of the base run)
     # share of your own pairs held out, half for validation and half for test
     val_fraction: float = 0.1
-    # folder for what the reference says of the pairs
+    # folder for the reference's log-probabilities of the answers
     cache: FolderPath = may_change("data/cache")
 
     def __post_init__(self):
@@ -69,7 +69,7 @@ class PairConfig:
 class PromptConfig:
     """Which prompts to answer, and for which reward."""
 
-    # parses: functions that Python's parser and compiler accept; positive: what --data.judge likes
+    # parses: 1 for a function that Python's compiler accepts; positive: the reward of --data.judge
     reward: Literal["parses", "positive"] = "parses"
     judge: RunPath = ""  # run of --task reward that gives the reward "positive"
     # functions (of Python's standard library), films or other rated sentences, or your own jsonl
