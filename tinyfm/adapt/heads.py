@@ -62,6 +62,11 @@ def count_places(rows: int, grid: int) -> int:
     return min(grid, rows) ** 2
 
 
+def normalise(x: Tensor) -> Tensor:
+    """Features (B, D) with mean 0 and standard deviation WIDTH / D."""
+    return F.layer_norm(x, x.shape[1:]) * WIDTH / x.size(1)
+
+
 def mean_state(gpt: nn.Module, batch: Batch) -> Tensor:
     """A GPT's features: the mean of the last layer's states over the tokens of each text.
 
@@ -163,8 +168,7 @@ class Classifier(nn.Module):
     def features(self, batch: Batch) -> Tensor:
         """A batch of batches/labelled.py -> (B, D), float32: mean 0, deviation WIDTH / D."""
         self.check(batch)
-        x = self.reader.read(self.body, batch).float()
-        return F.layer_norm(x, x.shape[1:]) * WIDTH / x.size(1)
+        return normalise(self.reader.read(self.body, batch).float())
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """Logits (B, number of classes) of each head, float32."""

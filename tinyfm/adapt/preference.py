@@ -75,11 +75,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfm import generate
+from tinyfm.adapt.heads import normalise
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
-WIDTH = 256  # features have the deviation WIDTH / D, as in heads.py
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,7 @@ class RewardModel(nn.Module):
         states = self.body.hidden(tokens)[:, 1:].float()  # of the targets
         own = mask[..., None]
         mean = (states * own).sum(1) / own.sum(1).clamp(min=1)  # (n, D)
-        features = F.layer_norm(mean, mean.shape[1:]) * WIDTH / mean.size(1)
-        return self.heads[0](features).squeeze(1).float()
+        return self.heads[0](normalise(mean)).squeeze(1).float()
 
     def pair_rewards(self, batch: Batch) -> Tensor:
         """(B, 2): of the better answer and of the other."""
