@@ -382,7 +382,7 @@ class PromptData:
             else:
                 self.splits[split].append([tokenizer.eot, *ids])
         if lost:
-            report.note(f"{counted(lost, 'prompts')} longer than {room} tokens")
+            report.note(f"{counted(lost, 'prompts')} longer than {counted(room, 'tokens')}")
         # Validation reads the first ones of a split: they are in an order by their hashes.
         for split, rows in self.splits.items():
             self.splits[split] = [rows[i] for i in hash_order([repr(ids).encode() for ids in rows])]
