@@ -40,6 +40,7 @@ from tinyfm.quantize import (
     round_weight,
     unpack_nibbles,
 )
+from tinyfm.recipes import run_dir
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.serve import __main__ as serve
 from tinyfm.xlnet import XLNet, XLNetConfig
@@ -325,6 +326,14 @@ def test_a_question_is_asked_of_both_forms(tiny_run, tmp_path, capsys):
     assert call(evaluate, tiny_run, "--text", file, "--quantize", "int4", "--json") == 0
     row = json.loads(capsys.readouterr().out)["scores"][f"text {file}: bits per byte"]
     assert row["int4"] != row["reached"] and row["int4"] == pytest.approx(row["reached"], abs=0.02)
+
+
+def test_second_order_rounding_needs_the_data(tiny_run):
+    opened = run_dir.open_run(str(tiny_run))
+    data = replace(opened.run.data, path="gone.txt")
+    opened = replace(opened, run=replace(opened.run, data=data))
+    with pytest.raises(ValueError, match=r"gone.txt.*training data.*int4 does without"):
+        run_dir.quantize_run(opened, opened.model, "int4-gptq")
 
 
 def test_a_lora_is_merged_first(tiny_run, text, tmp_path, capsys):

@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
+from data.report import counted
 from tinyfm import adapt, quantize
 from tinyfm.common import files, folders, schema
 from tinyfm.common.config import Quantize
@@ -476,11 +477,15 @@ def quantize_run(opened: OpenRun, model: nn.Module, how: Quantize, data: Any = N
         adapt.merge(model)
     calibrate = None
     if how == "int4-gptq":
-        calibrate = calibration(opened, model, data or opened.run.open_data())
+        try:
+            calibrate = calibration(opened, model, data or opened.run.open_data())
+        except ValueError as error:
+            advice = "int4-gptq reads the training data of the run; int4 does without"
+            raise ValueError(f"{error}. {advice}") from error
     eight = quantize.quantize(model, how.removesuffix("-gptq"), calibrate)
     if eight:
         print(
-            f"{len(eight)} layers, such as {eight[0]}, have 8 bits: int4 has groups of "
-            f"{quantize.GROUP} inputs, which do not divide their width",
+            f"{counted(len(eight), 'layers')} in 8 bits, such as {eight[0]}: int4 has groups of "
+            f"{quantize.GROUP} inputs, which do not divide the width",
             file=sys.stderr,
         )
