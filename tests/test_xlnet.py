@@ -56,6 +56,9 @@ def test_the_picture_of_the_lesson():
     start = next(i for i, line in enumerate(lines) if "g looks at" in line)
     for line, own in zip(lines[start:], drawn):
         assert line.split("  p(")[0].rstrip() == f"    {own}"
+    # The columns also stand in line if an order has two digits.
+    title, _, *lines = xlnet.picture(["a"] * 11, range(11)).splitlines()
+    assert [line.index("#") for line in lines] == [title.index("h looks")] * 11
 
 
 def test_a_prediction_depends_on_what_is_earlier_in_the_order_alone():

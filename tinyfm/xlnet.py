@@ -50,8 +50,8 @@ see `remember`.
 
 Letters: B batch, T tokens, M tokens in memory, S = M + T keys, P places that are predicted, R = S +
 T distances, D model width, N heads, K head width, F feed-forward width, V vocabulary.
-Left out: rows that are read backwards (`bi_data`), the largest distance (`clamp_len`), an equal
-reach for all tokens (`same_length`).
+Left out: rows that are read backwards (`bi_data`), the largest distance (`clamp_len`),
+the same number of keys for all tokens (`same_length`).
 """
 
 from __future__ import annotations
@@ -124,19 +124,26 @@ def picture(words: Sequence[str], order: Sequence[int]) -> str:
     h = content_mask(ranks)[0].tolist()
     g = query_mask(ranks, torch.arange(len(words))[None])[0].tolist()
     widths = [max(1, len(word)) for word in words]
+    titles = ("h looks at", "g looks at")
 
     def line_up(cells: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).ljust(10)
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths))
+        return line.ljust(len(titles[0]))
 
     def marks(may_look: Sequence[bool]) -> str:
         return line_up(["#" if may else "." for may in may_look])
 
-    blank = " " * (max(widths) + 6)
-    heads = ("h looks at".ljust(len(line_up(words))), "g looks at")
-    lines = [blank + "     ".join(heads), blank + "     ".join((line_up(words), line_up(words)))]
+    digits = len(str(max(order)))
+    blank = " " * (max(widths) + digits + 5)
+    columns = line_up(words)
+    lines = [
+        f"{blank}{titles[0].ljust(len(columns))}     {titles[1]}",
+        f"{blank}{columns}     {columns}",
+    ]
     for i, word in enumerate(words):
         own = marks(g[i]) if order[i] else ""
-        lines.append(f"{word.ljust(max(widths))}  {order[i]}   {marks(h[i])}     {own}")
+        rank = str(order[i]).rjust(digits)
+        lines.append(f"{word.ljust(max(widths))}  {rank}   {marks(h[i])}     {own}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -180,7 +187,7 @@ def shift(x: Tensor) -> Tensor:
 
 
 class View(NamedTuple):
-    """What the queries of one stream look at, the same in every layer."""
+    """Which keys the queries of one stream may look at. It is the same in every layer."""
 
     places: Tensor | None  # of the queries, (B, P); None: at all T places
     allowed: Tensor | None  # True where a query may look at a key, (B, P, S); None: everywhere
@@ -188,7 +195,7 @@ class View(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What a layer's queries are compared with; both streams share it."""
+    """Keys and values of one layer, which both streams share."""
 
     k: Tensor  # keys of the content, (B, N, S, K)
     v: Tensor  # values, (B, N, S, K)
@@ -224,7 +231,7 @@ class Attention(nn.Module):
         return Keys(k, v, self.split(self.r(distances)))
 
     def forward(self, x, keys, view):
-        """States of one stream (B, P, D) -> what is added to them, (B, P, D)."""
+        """States of one stream (B, P, D) -> their update, (B, P, D)."""
         q = self.split(self.q(x))  # (B, N, P, K)
         content = (q + self.content_bias[:, None]) @ keys.k.mT  # (B, N, P, S)
         position = (q + self.position_bias[:, None]) @ keys.r.mT  # (B, N, P, R)
@@ -271,7 +278,7 @@ class Block(nn.Module):
         """(h (B, T, D), g (B, P, D)) -> the same after this layer; g may be None.
 
         memory: the content states of earlier tokens that entered this layer, (B, M, D), or None.
-        content_view None: h is needed no more, and is None afterwards.
+        content_view None: h is not needed after this layer, and None is returned for it.
         """
         states = h if memory is None else torch.cat((memory, h), dim=1)  # (B, S, D)
         keys = self.attention.keys(states, distances)
@@ -285,7 +292,7 @@ class Block(nn.Module):
 
 
 class States(NamedTuple):
-    """What a forward pass gives."""
+    """The states that a forward pass computes."""
 
     content: Tensor | None  # states of the content stream after the last layer, (B, T, D)
     query: Tensor | None  # states of the query stream after it, (B, P, D)
@@ -295,10 +302,10 @@ class States(NamedTuple):
 def remember(states: States, memory: list[Tensor] | None, most: int) -> list[Tensor]:
     """The memory for the next piece of a text: (B, M, D) for each layer, without gradients.
 
-    These are the last `most` content states that entered the layer, of this piece and of its own
-    memory. If `most` is the length of the text so far, then reading in pieces gives the states of
-    reading at once, where no token may look at a later piece. With fewer, a layer looks back `most`
-    tokens, and n layers n times as far.
+    These are the last `most` content states that entered the layer, in this piece or in its memory.
+    If `most` is the length of the text so far, then reading in pieces gives the states of reading
+    at once, where no token may look at a later piece. With fewer, a layer looks back `most` tokens,
+    and n layers n times as far.
     """
     if most < 1:
         raise ValueError(f"most is {most}; a memory has at least 1 token, or is None")
@@ -331,7 +338,7 @@ class XLNet(nn.Module):
         "token_embedding", "query_start", "head", "content_bias", "position_bias", "segment_bias",
         "segment_embedding",
     )  # fmt: skip
-    one_in = 6  # of so many tokens one is predicted, in example_batch
+    one_in = 6  # example_batch predicts one token in so many
 
     def __init__(self, config: XLNetConfig):
         super().__init__()
@@ -385,9 +392,9 @@ class XLNet(nn.Module):
         mask: Tensor | None,
         segments: Tensor | None,
     ) -> View:
-        """The View of a stream, with all memory visible and of segment 0.
+        """The View of a stream. All memory may be looked at, and belongs to segment 0.
 
-        allowed (B, P, T): by the order, or None.
+        allowed (B, P, T): True where the order lets a query look at a token; None: everywhere.
         """
         if mask is not None:
             allowed = mask[:, None] if allowed is None else allowed & mask[:, None]
@@ -415,8 +422,8 @@ class XLNet(nn.Module):
         order (B, T): int64, 0 for given tokens; None: all are given. places (B, P): where queries
         are. mask (B, T): True for real tokens, or None if all are. segments (B, T): a number for
         each; equal ones mean the same segment. memory: of `remember`. With places, the content
-        stream ends before the last layer, after which it would be read by none. Raises ValueError
-        for ids and segments that the model does not have.
+        stream ends before the last layer, as nothing would read it afterwards. Raises ValueError
+        for ids that the model does not have, and for segments if it has none.
         """
         config = self.config
         if segments is not None and not config.segments:
@@ -446,7 +453,8 @@ class XLNet(nn.Module):
     ) -> Tensor:
         """Tokens (B, T), all given -> content states (B, T, D) after the last layer, 0 at padding.
 
-        Classifiers and search read them (adapt/heads.py).
+        Classifiers and search read them (adapt/heads.py). The loss of pretraining does not: there
+        the last layer updates queries alone, and learns what suits them.
         """
         states = self.streams(tokens, mask=mask, segments=segments).content
         return states if mask is None else states * mask[..., None]
@@ -489,9 +497,9 @@ class XLNet(nn.Module):
         batch: "tokens" (B, T), the text; "order" (B, T), int64; "targets" (B, T), the tokens whose
         order is above 0, and -100 elsewhere; "mask" (B, T), True for real tokens, if there is
         padding; "segments" (B, T), if the model has them; "before" (B, M), if there is a memory:
-        the tokens in front of the row, which are read first. "places" (B, P), the places of the
-        targets, and -1 where a row has fewer, spares a GPU a wait. Nothing is drawn from the
-        generators.
+        the tokens in front of the row, which are read first. "places" (B, P), if they are known:
+        the places of the targets, and -1 where a row has fewer. (To count them, the CPU would wait
+        for a GPU.) Nothing is drawn from the generators.
         """
         places, logits = self.logits_of_targets(batch)
         real = places >= 0
