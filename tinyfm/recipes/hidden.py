@@ -1,8 +1,8 @@
 """What the recipes of encoders and of XLNet share: both predict tokens that are hidden from them.
 
-The loss is the mean of -ln p over the hidden tokens, in nats. The same tokens of validation and of
-test are hidden in every run. Such a loss, and what one calls pseudo-perplexity, is no perplexity of
-a text and cannot be compared with a GPT's: the model reads the text on both sides of the token.
+The loss is the mean of -ln p over the hidden tokens, in nats. Runs with the same data options hide
+the same tokens of validation and of test. Neither this loss nor its exponential, which is called
+pseudo-perplexity, can be compared with a GPT's: the model reads the text on both sides of a token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXAMPLE = 'write [MASK] where a word is missing, as in --prompt "The [MASK] stat
 
 
 class Found(NamedTuple):
-    """What a model says about the hidden tokens of a split, n of them."""
+    """A model's predictions of the n hidden tokens of a split."""
 
     nats: np.ndarray  # -ln p of each hidden token, float64 (n,)
     hits: np.ndarray  # whether it is the most likely one, bool (n,)

@@ -1,7 +1,7 @@
 """The recipe of XLNet: pretraining on tokens in random order, and classification of texts.
 
-The loss is that of the tokens which are last in each order, as in training; see hidden.py for what
-it can be compared with. But the model is a language model in any order, in that of a GPT too. So
+The loss is that of the tokens which are last in each order, as in training. It cannot be compared
+with a GPT's (hidden.py). But XLNet is a language model in any order, and so in that of a GPT:
 `python -m tinyfm.evaluate` also reads the held-out texts from left to right. These bits per byte
 can be compared with a GPT's on the same data: every token but the first is predicted once, from
 those in front of it. (A GPT trains on nothing else; here it is one order among many, and one in
@@ -74,13 +74,14 @@ class XLNetRun(HiddenTokensRun):
         return model(tokens, order, places[None])[0]
 
     def losses(self, model: XLNet, data: PermutedData) -> Scores:
-        """Nats per predicted token of both held-out texts, the share that is guessed, and bits per
-        byte from left to right; the intervals are over documents."""
+        """The scores of `scores_of_documents`, and bits per byte from left to right, for both
+        held-out texts.
+
+        The intervals are over documents.
+        """
         scores = super().losses(model, data)
         for name in HELD_OUT:
             split = data.split(name)
-            if not len(split.starts):
-                continue
             batches = data.left_to_right(name, self.train.batch_size)
             bits = guess_hidden(model, batches).nats / math.log(2)  # of all tokens but the first
             by_document = np.add.reduceat(bits, split.starts)
