@@ -18,9 +18,18 @@ COLUMNS = ("source", "target")
 INDEX_MB = 16
 
 
+def find(path: str) -> Path:
+    """The table at a path. Raises ValueError if there is none."""
+    table = Path(path).expanduser()
+    if not table.is_file() or not tables.kind_of(table):
+        kinds = ", ".join(tables.SUFFIXES)
+        raise ValueError(f"{path} is not a file of pairs: give a {kinds}")
+    return table
+
+
 def version(path: str) -> str:
     """A name for the exact pairs: it changes if the file does."""
-    return f"text-pairs-1 {reading.fingerprint(reading.find(path))}"
+    return f"text-pairs-1 {reading.fingerprint([find(path)])}"
 
 
 def as_text(value: object) -> str:
@@ -35,10 +44,7 @@ def rows(path: str, report: Report | None = None) -> dict[str, list[str]]:
     """
     if report is None:
         report = Report()
-    table = Path(path).expanduser()
-    if not table.is_file() or not tables.kind_of(table):
-        kinds = ", ".join(tables.SUFFIXES)
-        raise ValueError(f"{path} is not a file of pairs: give a {kinds}")
+    table = find(path)
     seen = dedupe.Seen(INDEX_MB)
     found: dict[str, list[str]] = {}
     for place, line in tables.records(table, report):

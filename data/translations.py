@@ -147,7 +147,7 @@ def catalogues(language: str, system: bool) -> dict[str, bytes]:
     if system:
         found |= dict(system_catalogues(language))
     if not found:
-        where = f"{SYSTEM}/{language} and in " if system else ""
+        where = f"{SYSTEM}/{language} or in " if system else ""
         raise ValueError(f"no catalogue of {language!r} in {where}a package: {GRAMPS.command}")
     return found
 

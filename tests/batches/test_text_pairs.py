@@ -85,8 +85,9 @@ def test_tables_that_are_refused(tmp_path, content, message):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         prepare(path)
-    with pytest.raises(ValueError, match=r"not a file of pairs: give a \.csv"):
-        table.rows(str(tmp_path))
+    for no_table in (tmp_path, tmp_path / "none.tsv"):
+        with pytest.raises(ValueError, match=r"not a file of pairs: give a \.csv"):
+            prepare(no_table)
 
 
 def test_the_order_of_a_table_changes_no_split(path):
