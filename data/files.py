@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from data import command, reading, tables
-from data.report import Report, counted, show
+from data.report import Report, counted, printable, show
 
 
 def version(path: str) -> str:
@@ -66,6 +66,12 @@ def documents(path: str, report: Report | None = None) -> Iterator[str]:
 
     Raises ValueError if no file matches, or none of them can be used.
     """
+    for _, text in named_documents(path, report):
+        yield text
+
+
+def named_documents(path: str, report: Report | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of what `documents` reads: the file, and for a table the row too."""
     if report is None:
         report = Report()
     found = reading.find(path, report)
@@ -84,7 +90,7 @@ def documents(path: str, report: Report | None = None) -> Iterator[str]:
                 continue
             report.note_replaced(replaced, name)
             report.used += 1
-            yield text
+            yield printable(name), text
         for note, count in notes.items():
             report.note(f"{count:,} {note} in {file.name}")
     if not report.used:

@@ -14,7 +14,7 @@ from tinyfm.recipes import search
 TEXTS = {
     "cats.txt": "Cats sleep in the sun. " * 3,
     "dogs.txt": "Dogs dig holes and bury bones in the garden. " * 2,
-    "ships.txt": "Ships cross the sea. " * 40,
+    "ships.txt": "Ships cross the sea.\n" * 40,
 }
 
 
@@ -41,8 +41,8 @@ def with_vectors(texts, tiny_run, tmp_path_factory):
 
 def test_a_text_is_cut_at_spaces():
     text = "  a b\nc  d e "
-    assert search.cut(text, 2) == ["a b", "c  d", "e"]
-    assert search.cut(text, 5) == ["a b\nc  d e"]
+    assert search.cut(text, 2) == [(1, "a b"), (2, "c  d"), (2, "e")]
+    assert search.cut(text, 5) == [(1, "a b\nc  d e")]
     assert search.cut(" ", 5) == []
 
 
@@ -52,10 +52,13 @@ def test_what_was_asked_is_found_by_words(texts, tmp_path, capsys):
     assert "in " + str(out) in capsys.readouterr().out
     assert call("search", out, "Who buries bones?", "-n", 1) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("1. document ")
+    assert printed.startswith(f"1. {(texts / 'dogs.txt').as_posix()}\n")
     assert "Dogs dig holes" in printed and "Cats" not in printed
     assert call("search", out, "xylophone") == 0
     assert "no passage has a word of it" in capsys.readouterr().out
+    names = [passage["name"] for passage in search.open_index(out).passages]
+    ships = (texts / "ships.txt").as_posix()
+    assert names[2:] == [f"{ships}, from line {line}" for line in (1, 11, 21, 31)]
     assert call("index", texts, out, "--overwrite") == 0
     assert files.read_json(out / "index.json")["passages"] == 4
 
@@ -96,6 +99,15 @@ def test_mistakes(texts, with_vectors, tiny_run, tmp_path):
     assert "the question is empty" in call("search", plain, " ")
     assert "no run directory nowhere" in call("index", texts, tmp_path / "x", "--run", "nowhere")
     assert "nowhere" in call("index", tmp_path / "nowhere", tmp_path / "x")
+    own = plain / "index.html"  # a folder of somebody else may have an index.json too
+    own.write_text("mine", encoding="utf-8")
+    assert "also has index.html" in call("index", texts, plain, "--overwrite")
+    assert own.exists()
     (plain / "passages.jsonl").write_text("", encoding="utf-8")
     assert "has 0 passages, not 4: index again" in call("search", plain, "cats")
+    (plain / "passages.jsonl").write_text("{", encoding="utf-8")
+    message = call("search", plain, "cats")
+    assert "plain is damaged" in message and message.endswith("index again")
+    (plain / "passages.jsonl").unlink()
+    assert "is no index; choose another folder" in call("index", texts, plain, "--overwrite")
     assert not (tmp_path / "x").exists()

@@ -96,8 +96,8 @@ def window_starts(index: np.ndarray, n_tokens: int, length: int, seed: int) -> n
 
 def read_files(path: str, report: Report) -> Iterator[Document]:
     """The documents of the user's files."""
-    for text in files.documents(path, report):
-        yield Document(text)
+    for name, text in files.named_documents(path, report):
+        yield Document(text, name=name)
 
 
 def find_source(path: str):

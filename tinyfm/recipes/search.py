@@ -6,9 +6,10 @@
     python -m tinyfm search runs/index "open a file for writing" --by both
 
 An index is a folder: index.json says what it was made of, passages.jsonl has the passages, and
-vectors.safetensors their unit vectors (N, E), if a run was given. These are the means of the
-model's last states, less the mean of all passages, which all texts share. Pretraining alone makes
-poor vectors for search (benchmarks/README.md), so a search is by words unless it is told otherwise.
+vectors.safetensors has the vectors, if a run was given. The vector of a passage is the mean of the
+model's last states, less the mean over all passages, scaled to length 1: (N, E). Pretraining alone
+makes poor vectors for search (benchmarks/README.md), so a search is by words unless --by says
+otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tinyfm.retrieval import BM25, fuse, nearest
 WORDS = 150  # of a passage at most
 PASSAGES = "passages.jsonl"
 RECORD = "index.json"
+VECTORS = "vectors"
 DEEP = 100  # passages of each ranking that are fused
 BY = ("words", "vectors", "both")
 
@@ -54,7 +56,7 @@ class Record(TypedDict):
 class Passage(TypedDict):
     """A line of passages.jsonl."""
 
-    name: str  # of its document
+    name: str  # of its document, and the line there if the document has several passages
     text: str
 
 
@@ -87,12 +89,18 @@ def embed(opened: OpenRun, texts: Sequence[str]) -> Tensor:
 # ---- making an index -----------------------------------------------------------------------------
 
 
-def cut(text: str, words: int) -> list[str]:
-    """A text in pieces of at most so many words, split at spaces."""
-    ends = [found.end() for found in re.finditer(r"\S+", text)]
-    starts = [0, *ends[words - 1 : -1 : words]]
+def cut(text: str, words: int) -> list[tuple[int, str]]:
+    """[(first line, piece)] of a text, in pieces of at most so many words, split at spaces."""
+    starts = [found.start() for found in re.finditer(r"\S+", text)][::words]
     stops = [*starts[1:], len(text)]
-    return [text[a:b].strip() for a, b in zip(starts, stops) if text[a:b].strip()]
+    pieces = []
+    line = 1
+    last = 0
+    for start, stop in zip(starts, stops):
+        line += text.count("\n", last, start)
+        last = start
+        pieces.append((line, text[start:stop].strip()))
+    return pieces
 
 
 def read_passages(path: str, words: int) -> list[Passage]:
@@ -102,10 +110,27 @@ def read_passages(path: str, words: int) -> list[Passage]:
     found: list[Passage] = []
     for document in documents(report=report):
         name = document.name or f"document {report.used}"
-        found += [{"name": name, "text": piece} for piece in cut(document.text, words)]
+        pieces = cut(document.text, words)
+        for line, piece in pieces:
+            place = f"{name}, from line {line:,}" if len(pieces) > 1 else name
+            found.append({"name": place, "text": piece})
     if not found:
         raise ValueError(f"{path} has no text to search: {report}")
     return found
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise ValueError if a folder has other files than those of an index: they would be lost."""
+    others = {path.name for path in out.iterdir()} - {RECORD, PASSAGES, f"{VECTORS}.safetensors"}
+    if others:
+        raise ValueError(
+            f"{out} also has {min(others)}, which is no part of an index; choose another folder"
+        )
+
+
+def is_index(folder: Path) -> bool:
+    """Whether the folder has the files of an index."""
+    return (folder / RECORD).is_file() and (folder / PASSAGES).is_file()
 
 
 def write_index(
@@ -118,10 +143,12 @@ def write_index(
     """
     if words < 1:
         raise ValueError(f"--words is {words}; it must be at least 1")
-    if out.exists() and not (out / RECORD).is_file():
+    if out.exists() and not is_index(out):
         raise ValueError(f"{out} exists, and is no index; choose another folder")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} is an index already; choose another folder, or add --overwrite")
+    if out.exists():
+        check_replaceable(out)
     opened = open_embedder(run) if run else None
     passages = read_passages(path, words)
     record = Record(path=path, passages=len(passages), run=run, weights="")
@@ -138,7 +165,7 @@ def write_index(
         lines = [json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages]
         (folder / PASSAGES).write_text("".join(lines), encoding="utf-8")
         if tensors:
-            files.save_tensors(folder, "vectors", tensors)
+            files.save_tensors(folder, VECTORS, tensors)
         files.write_json(folder / RECORD, record)
     return len(passages)
 
@@ -175,13 +202,17 @@ class Index:
 def open_index(folder: Path, vectors: bool = False, run: str = "") -> Index:
     """Read an index, with its vectors or without. run: where their model is, if it was moved.
 
-    Raises ValueError for a folder that is none, and for a model that did not make its vectors.
+    Raises ValueError for a folder that is no index or is damaged, and for a model that did not make
+    its vectors.
     """
-    if not (folder / RECORD).is_file():
+    if not is_index(folder):
         raise ValueError(f"{folder} is no index: make one, python -m tinyfm index PATH {folder}")
-    record = files.read_record(folder / RECORD, Record)
-    lines = (folder / PASSAGES).read_bytes().splitlines()
-    passages = [schema.check(schema.parse_json(line), Passage, PASSAGES) for line in lines]
+    try:
+        record = files.read_record(folder / RECORD, Record)
+        lines = (folder / PASSAGES).read_bytes().splitlines()
+        passages = [schema.check(schema.parse_json(line), Passage, PASSAGES) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged: {error}; index again") from error
     if len(passages) != record["passages"]:
         problem = f"{folder / PASSAGES} has {len(passages)} passages, not {record['passages']}"
         raise ValueError(f"{problem}: index again")
@@ -196,7 +227,7 @@ def open_index(folder: Path, vectors: bool = False, run: str = "") -> Index:
             f"{folder} was made by other weights or another tokenizer than those of "
             f"{index.opened.folder}: index again with --run {run or record['run']}"
         )
-    tensors = files.load_tensors(folder, "vectors")
+    tensors = files.load_tensors(folder, VECTORS)
     index.mean = tensors["mean"]
     index.vectors = tensors["passages"]
     if len(index.vectors) != len(passages):
