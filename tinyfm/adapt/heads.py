@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 WIDTH = 256  # with this many features, they have a standard deviation of 1
 SMOOTHING = 0.1  # probability that the label shares with all classes, in training
@@ -92,7 +93,8 @@ def read_rows(
     cut = [list(row[: model.config.context_length]) for row in rows]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
     found = torch.empty(len(cut), model.config.d_model)
-    for first in range(0, len(order), at_once):
+    batches = range(0, len(order), at_once)
+    for first in tqdm(batches, "reading", unit=" batches", leave=False, delay=2, disable=None):
         numbers = order[first : first + at_once]
         T = max(1, len(cut[numbers[-1]]))
         tokens = torch.zeros(len(numbers), T, dtype=torch.long, device=device)
