@@ -105,8 +105,6 @@ class DPOConfig:
 class GRPOConfig:
     group: int = 8  # answers to each prompt, which are compared with each other
     beta: float = 0.04  # weight of the KL to the reference
-    # PPO's bound of the ratio; it changes nothing as long as each batch makes one update, as here
-    epsilon: float = 0.2
     max_new_tokens: int = 64  # largest number of tokens of an answer
 
     def __post_init__(self):
@@ -115,8 +113,6 @@ class GRPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; it must be 0 or above")
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be between 0 and 1")
 
 
 # ---- formulas -----------------------------------------------------------------------------------
@@ -140,7 +136,9 @@ def ipo(h: Tensor, beta: float) -> Tensor:
 PAIR_LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {"dpo": dpo, "ipo": ipo}
 
 
-def clipped_gain(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
+def clipped_gain(
+    log_p: Tensor, old_log_p: Tensor, advantages: Tensor, epsilon: float = 0.2
+) -> Tensor:
     """PPO's gain of each token (n, T); advantages (n, 1)."""
     ratio = (log_p - old_log_p).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
@@ -452,7 +450,7 @@ class GroupPolicy(GPT):
         if not self.training:
             return -goal, {}
         advantages = group_advantages(rewards).to(device).view(-1, 1)
-        gain = clipped_gain(log_p, log_p.detach(), advantages, self.settings.epsilon)
+        gain = clipped_gain(log_p, log_p.detach(), advantages)
         loss = mean(beta * kl - gain)
         return loss + (-goal - loss).detach(), {}
 
