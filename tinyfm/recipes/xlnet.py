@@ -123,7 +123,7 @@ def draw_masks(words: list[str], order: list[int], path: str) -> None:
     may_ask = ranks[0, :, None] > 0  # a given token has no query
     panels = {
         "content stream": content_mask(ranks)[0],
-        "query stream, where predicted": query_mask(ranks, places)[0] & may_ask,
+        "query stream,\nwhere predicted": query_mask(ranks, places)[0] & may_ask,
     }
     size = 2 + 0.4 * len(words)
     figure = new_figure(2 * size, size + 1)
