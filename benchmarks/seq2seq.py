@@ -1,11 +1,11 @@
 """Measure encoder-decoders: pronunciation, translation, and how fast they train.
 
-    python benchmarks/seq2seq.py words [--minutes 10] [--seeds 3]
-    python benchmarks/seq2seq.py translation [--minutes 10] [--seeds 3]
+    python benchmarks/seq2seq.py words [--steps N] [--seeds 3]
+    python benchmarks/seq2seq.py translation [--steps N] [--seeds 3]
     python benchmarks/seq2seq.py speed [--rows 64]
 
-words: the preset is trained for so many minutes on this machine, with each seed, and pronounces all
-test words of the CMU dictionary, without stress. A word is wrong unless it is one of its
+words: the preset is trained with each seed, for its own number of steps or for N, and pronounces
+all test words of the CMU dictionary, without stress. A word is wrong unless it is one of its
 pronunciations; so the published figures count, too. They are of another version and another random
 split of the same dictionary, and their systems were trained until they got no better. Further
 options are those of train.py, for a larger model: --model.d-model 512.
@@ -38,7 +38,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.encoder import TRIAL_STEPS, steps_in, train
+from benchmarks.encoder import train
 from benchmarks.results import measure
 from benchmarks.timing import by_turns, describe_machine, record, training_step
 from data.splits import TEST, TRAIN, VAL
@@ -47,6 +47,7 @@ from tinyfm.common.device import keep_freed_memory
 from tinyfm.evaluate.metrics import count_ngrams
 from tinyfm.recipes.seq2seq import guess_scores
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
+from tinyfm.training.log import METRICS, read_metrics
 
 BEAMS = 4
 PUBLISHED = {  # of cmusphinx/g2p-seq2seq, README: share of words wrong, CMUdict without stress
@@ -55,7 +56,7 @@ PUBLISHED = {  # of cmusphinx/g2p-seq2seq, README: share of words wrong, CMUdict
 }
 TRANSLATION = (
     *("--data.path", "translation", "--data.language", "de"),
-    *("--model.vocab-size", "4096", "--model.context-length", "128"),
+    *("--model.vocab-size", "4096", "--model.context-length", "128", "--train.steps", "1500"),
 )
 
 
@@ -63,18 +64,21 @@ TRANSLATION = (
 
 
 def train_seeds(work: Path, what: str, options: argparse.Namespace, more: list[str]) -> list[Path]:
-    """A run of each seed, of so many minutes."""
+    """A run of each seed."""
     common = ["seq2seq", *more, "--train.eval-every", "0"]
-    trial = train(work / f"trial-{what}", *common, "--train.steps", str(TRIAL_STEPS))
-    steps = str(steps_in(options.minutes, trial))
+    if options.steps:
+        common += ["--train.steps", str(options.steps)]
     return [
-        train(
-            work / f"{what}-{seed}",
-            *common,
-            *("--train.steps", steps, "--train.seed", str(seed)),
-        )
+        train(work / f"{what}-{seed}", *common, "--train.seed", str(seed))
         for seed in range(options.seeds)
     ]
+
+
+def took(runs: list[Path]) -> str:
+    """How long training was: "4,000 steps each, in 10.1 to 10.4 minutes"."""
+    logs = [read_metrics(run / METRICS) for run in runs]
+    minutes = sorted((rows[-1]["time"] - rows[0]["time"]) / 60 for rows in logs)
+    return f"{logs[0][-1]['step']:,} steps each, in {minutes[0]:.1f} to {minutes[-1]:.1f} minutes"
 
 
 def cell(found: list[dict], name: str, factor: float) -> str:
@@ -104,7 +108,7 @@ def compare_words(options: argparse.Namespace, more: list[str]) -> str:
     lines, about = rows_of(runs, ("test_words_wrong", "test_phones_wrong"))
     lines += [f"| {name} | {value} |  |" for name, value in PUBLISHED.items()]
     head = ["| on test, wrong, in % | words | phones |", "|---|---|---|"]
-    return "\n".join([f"{about} of test\n", *head, *lines]) + "\n"
+    return "\n".join([f"{took(runs)}; {about} of test\n", *head, *lines]) + "\n"
 
 
 # ---- translation without a model -----------------------------------------------------------------
@@ -160,7 +164,8 @@ def compare_translation(options: argparse.Namespace, more: list[str]) -> str:
     cells = " | ".join(cell([baseline(data)], name, 100) for name in names)
     lines.append(f"| the nearest training string's | {cells} |")
     head = ["| English to German, on test | exact, % | chrF, of 100 |", "|---|---|---|"]
-    return "\n".join([f"{about} of test; {data.description}\n", *head, *lines]) + "\n"
+    about = f"{took(runs)}; {about} of test; {data.description}\n"
+    return "\n".join([about, *head, *lines]) + "\n"
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -237,7 +242,7 @@ def compare_speed(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("words", "translation", "speed"))
-    parser.add_argument("--minutes", type=float, default=10, help="of each training")
+    parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--work", default="runs/seq2seq-benchmark", help="folder of the runs")
     parser.add_argument("--rows", type=int, default=64, help="speed: pairs in a batch")
@@ -250,15 +255,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
     keep_freed_memory()
-    head = f"{describe_machine()}; {options.minutes:g} minutes of training each"
     if options.what == "words":
         table = compare_words(options, more)
     elif options.what == "translation":
         table = compare_translation(options, more)
     else:
         table = compare_speed(options)
-        head = describe_machine()
-    text = f"{head}\n\n{table}"
+    text = f"{describe_machine()}\n\n{table}"
     print(text)
     if options.record:
         record(f"seq2seq {options.what}", text)
