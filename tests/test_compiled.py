@@ -63,13 +63,17 @@ OTHER_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHER_BLOCKS)
-def test_other_blocks_can_be_compiled_too(kind, monkeypatch, capsys):
+@pytest.fixture
+def captured_only(monkeypatch):
     """torch captures the same graphs, and runs them itself: its compiler takes seconds for each."""
     compiler = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compiler(f, backend="eager", **options)
     )
+
+
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+def test_other_blocks_can_be_compiled_too(kind, captured_only, capsys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(97, 64, 1, 4, d_model=32, **OTHER_BLOCKS[kind] | {"zero_init": False}))
     prompts = [[5, 6, 7], [8] * 9]
@@ -77,4 +81,15 @@ def test_other_blocks_can_be_compiled_too(kind, monkeypatch, capsys):
     expected = complete(model, prompts, s)
     compile_decoding(model)
     assert complete(model, prompts, s) == expected
+    assert "continuing without it" not in capsys.readouterr().out
+
+
+def test_models_do_not_share_what_is_compiled(captured_only, capsys):
+    """torch compiles a function eight times at most: here once, and each model needs that."""
+    limits = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        for width in (16, 32):
+            model = GPT(GPTConfig(97, 64, 2, 4, d_model=width))
+            compile_decoding(model)
+            complete(model, [[5, 6, 7]], Sampling(max_new_tokens=3))
     assert "continuing without it" not in capsys.readouterr().out
