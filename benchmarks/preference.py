@@ -5,10 +5,11 @@
         [--seeds 3] [--steps 100] [--base-steps 1000] [--record]
 
 For each seed a base is trained: on the source code of the standard library, or on passages of
-Wikipedia and then on film sentences. It answers prompts of the training split, several answers to
-each, and the answers with the highest and the lowest reward are the pairs for DPO. GRPO learns from
-the same prompts and the same reward. Best-of-n needs no training. Every row of the table answers
-the same prompts of test, which no training read.
+Wikipedia and then on film sentences. --base RUN starts all seeds from that run instead. The base
+answers prompts of the training split, several answers to each, and the answers with the highest and
+the lowest reward are the pairs for DPO. GRPO learns from the same prompts and the same reward.
+Best-of-n needs no training. Every row of the table answers the same prompts of test, which no
+training read.
 
 functions: an answer counts if the function compiles. films: two reward models learn from two halves
 of the rated sentences. The first one trains, and chooses the best of n; the second says how many
@@ -179,7 +180,10 @@ def make_pairs(path: Path, base: OpenRun, data: PromptData, reward, options) -> 
 def compare(part: str, seed: str, options: argparse.Namespace, more: list[str]) -> Rows:
     """All ways with one seed."""
     work = Path(options.work)
-    start = {"functions": code_base, "films": film_base}[part](work, seed, options, more)
+    if options.base:
+        start = Path(options.base)
+    else:
+        start = {"functions": code_base, "films": film_base}[part](work, seed, options, more)
     base = run_dir.open_run(str(start))
     task = ["--data.reward", "parses"]
     rewards = Rewards(Parses(), Parses())
@@ -234,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=100, help="of DPO and of GRPO")
     parser.add_argument("--base-steps", type=int, default=1000, help="of the base")
+    parser.add_argument("--base", help="a trained run to start all seeds from")
     parser.add_argument("--judge-steps", type=int, default=300, help="of a reward model")
     parser.add_argument("--prompts", type=int, default=500, help="prompts for DPO's pairs")
     parser.add_argument("--answers", type=int, default=8, help="to a prompt, for best-of-n and DPO")
@@ -251,7 +256,9 @@ def main() -> None:
     Path(options.work).mkdir(parents=True, exist_ok=True)
     found = [compare(options.part, str(i), options, more) for i in range(options.seeds)]
     what = "compile" if options.part == "functions" else "are positive"
-    text = f"{describe_machine()}\n\n{table(what, found)}\n{ceiling}"
+    steps = f"{options.steps} steps of DPO and GRPO"
+    start = "one base for all seeds" if options.base else "a base for each seed"
+    text = f"{describe_machine()}; {steps}, {start}\n\n{table(what, found)}\n{ceiling}"
     print(text)
     if options.record:
         record(f"preference {options.part}", text)
