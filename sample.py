@@ -20,6 +20,8 @@
   python sample.py runs/ddpm -n 4 --film                       # step by step
   python sample.py runs/text2image --prompt "serif latin capital letter q"
   python sample.py runs/text2image --prompt "sans digit two" --init-image a.png
+  python sample.py runs/vq -n 8 --out rebuilt.png              # and codes
+  python sample.py runs/dalle --prompt "serif latin capital letter q"
 
 An option that is for one family stands under its name.
 """
@@ -65,7 +67,7 @@ from tinyfm.speculative import DRAFT_TOKENS
 class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
     # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; seq2seq:
-    # word to say, or line to translate; CLIP: what to find; text2image: what to draw
+    # word to say, or line to translate; CLIP: what to find; text2image, dalle: what to draw
     prompt: MaybeText = None
     # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
     # candidates for a [MASK] (default: 5)
@@ -114,9 +116,9 @@ class ForXLNet:
 
 @dataclass(frozen=True)
 class ForPictures:
-    """Options for a CLIP or a classifier of pictures."""
+    """Options for a CLIP, a classifier of pictures, or a VQ-VAE."""
 
-    image: FilePath = ""  # picture to name or to classify
+    image: FilePath = ""  # picture to name, to classify, or to rebuild
     # names for a CLIP to choose from, with commas between them; or a file with one name a line
     labels: Text = ""
 
@@ -132,7 +134,7 @@ class ForDiffusion:
 
 @dataclass(frozen=True)
 class ForTextToImage:
-    """Options for text2image."""
+    """Options for text2image; --guidance for dalle too."""
 
     guidance: float = 3.0  # how closely to follow the prompt; 1 = no guidance
     init_image: FilePath = ""  # picture to change

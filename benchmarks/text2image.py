@@ -103,7 +103,7 @@ class Drawer:
     def draw(self, sampler: str, steps: int, guidance: float) -> torch.Tensor:
         """A picture for each prompt, (B, C, H, W)."""
         texts = [f"{style} {name}" for style, name in self.prompts]
-        return sheets.illustrate(self.model, texts, steps, sampler=sampler, guidance=guidance)
+        return sheets.illustrate(self.model, texts, steps=steps, sampler=sampler, guidance=guidance)
 
 
 def open_drawer(path: str) -> Drawer:

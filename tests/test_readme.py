@@ -57,6 +57,9 @@ SMALL = {
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32",
     "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",
+    "vq": "--model.channels 8 8 16 --model.groups 4 --data.val-images 8",
+    "dalle": "--vq runs/vq --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
+    "--data.val-images 8",
     "ddpm": "--model.channels 8 16 --model.attend False True --model.n-head 2 --model.groups 4 "
     "--data.val-images 8 --data.path letters",
     "text2image": "--autoencoder runs/first --clip runs/clip "

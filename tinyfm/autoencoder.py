@@ -309,6 +309,10 @@ class Autoencoder(nn.Module):
         """Latents (B, Z, h, w) -> images (B, C, H, W), not clamped to [-1, 1]."""
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
 
+    def rebuild(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> the same decoded from the means of their latents."""
+        return self.decode(self.encode(images)[0])
+
     def standardise(self, z: Tensor) -> Tensor:
         """Latents with about mean 0 and variance 1, as diffusion needs them."""
         return (z - self.latent_mean) * self.latent_scale

@@ -18,12 +18,13 @@ from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt, xlnet
+from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt, vq, xlnet
 from tinyfm.recipes.classify import score_batches
 from tinyfm.tokenizer import ByteTokenizer
 from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices
 from tinyfm.training.trainer import TrainConfig, Trainer
+from tinyfm.vq import VQVAE, VQConfig
 from tinyfm.xlnet import XLNet, XLNetConfig
 
 CLASSES = {"topic": ("a", "b", "c"), "tone": ("good", "bad")}
@@ -41,6 +42,7 @@ CLIPS = CLIPConfig(
     text_head=2,
     embed_dim=8,
 )
+CODES = VQConfig(image_size=16, channels=(8, 16), latent_channels=3, groups=4)
 LATENTS = AutoencoderConfig(image_size=16, channels=(8, 16), latent_channels=3, groups=4)
 NOISE = DiffusionConfig(
     image_size=16,
@@ -59,6 +61,7 @@ BODIES = {
     XLNet: ORDERS,
     CLIP: CLIPS,
     Autoencoder: LATENTS,
+    VQVAE: CODES,
     Diffusion: NOISE,
 }
 READERS = {
@@ -67,6 +70,7 @@ READERS = {
     XLNet: xlnet.XLNetClassifyRun.reader,
     CLIP: clip.CLIPClassifyRun.reader,
     Autoencoder: autoencoder.AutoencoderClassifyRun.reader,
+    VQVAE: vq.VQClassifyRun.reader,
     Diffusion: ddpm.DDPMClassifyRun.reader,
 }
 

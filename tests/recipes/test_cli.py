@@ -140,11 +140,8 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(rf"[\d,]+ parameters{trained}; .* (MB|GiB) .* FLOP, about {time}", costs)
     if name in PUBLISHED:
         assert costs.startswith(f"{PUBLISHED[name]} parameters")
-    if name in ("text2image", "text2image-small"):  # the parts that would be trained first
-        assert len(parts) == 2
-        assert [part.split("runs/")[1] for part in parts] == [f"{name}-autoencoder", f"{name}-clip"]
-    else:
-        assert parts == []
+    first = [f"{name}-{part}" for part in registry.find_preset(name).run.PARTS]  # trained first
+    assert [part.split("runs/")[1] for part in parts] == first
     assert not list(tmp_path.iterdir())
 
 

@@ -42,7 +42,7 @@ PIXELS = f"""{PICTURES} --model.image-size 8 --model.in-channels 3 --model.chann
 DENOISER = f"""{PICTURES} --autoencoder runs/text2image-autoencoder --clip runs/text2image-clip
 --model.diffusion.channels 8 16 --model.diffusion.groups 4 --model.diffusion.n-head 2
 --optim.ema-half-life 5"""
-SMALL = {  # preset -> options; text2image finds its parts trained
+SMALL = {  # preset -> options; those with parts find them trained
     "gpt": f"{TEXT} --model.d-model 48",
     "encoder": f"{TEXT} --model.vocab-size 258 --model.d-model 48",  # a row for the mask
     "xlnet": f"{TEXT} --model.n-head 2 --model.d-model 48",
@@ -52,6 +52,9 @@ SMALL = {  # preset -> options; text2image finds its parts trained
     "autoencoder": f"{PIXELS} --model.beta-warmup-steps 10",
     "ddpm": f"""{PIXELS} --model.attend False True --model.n-head 2 --optim.ema-half-life 5
     --optim.lr 8e-3""",
+    "vq": f"{PIXELS} --model.n-code 32 --model.dead-after 5",
+    "dalle": f"""{PICTURES} --vq runs/vq --data.tokenizer bytes --model.text-vocab-size 257
+    --model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.text-length 8""",
     "text2image-autoencoder": f"{PIXELS} --model.latent-channels 2",
     "text2image-clip": f"{CLIP} --model.memory-after 10",
     "text2image": DENOISER,
@@ -63,6 +66,11 @@ SMALL = {  # preset -> options; text2image finds its parts trained
     "gpt2-124m": GPU,
     "gpt2-1.5b": f"{GPU} --model.n-layer 2",
     "llama-1b": f"{GPU} --model.d-ff 64 --model.n-kv-head 1",
+}
+PARTS = {
+    "dalle": ("vq",),
+    "text2image": ("text2image-autoencoder", "text2image-clip"),
+    "text2image-small": ("text2image-autoencoder", "text2image-clip"),
 }
 BY_MUON = ("gpt", "clip", "ddpm", "text2image")
 WORDS = "the model reads a text and says which word of it comes next after these"
@@ -122,24 +130,22 @@ def there(folder, no_forecast, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-def find_parts() -> None:
-    """Train the parts of text2image, if this test runs alone."""
-    for part in ("text2image-autoencoder", "text2image-clip"):
+def find_parts(preset: str) -> None:
+    """Train the parts of a preset, if its test runs alone."""
+    for part in PARTS.get(preset, ()):
         if not Path("runs", part).exists():
             losses(part)
 
 
 @pytest.mark.parametrize("preset", SMALL)
 def test_losses_are_those_recorded(preset, there):
-    if preset in ("text2image", "text2image-small"):
-        find_parts()
+    find_parts(preset)
     assert losses(preset) == pytest.approx(recorded()["adamw"][preset], rel=1e-5)
 
 
 @pytest.mark.parametrize("preset", BY_MUON)
 def test_the_first_steps_of_muon_are_those_recorded(preset, there):
-    if preset == "text2image":
-        find_parts()
+    find_parts(preset)
     assert losses(preset, MUON) == pytest.approx(recorded()["muon"][preset], rel=2e-3)
 
 

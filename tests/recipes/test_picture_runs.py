@@ -27,6 +27,8 @@ STEPS = 50
 SIZES = {
     "autoencoder": """autoencoder --model.image-size 8 --model.in-channels 3 --model.channels 8 16
     --model.groups 4 --model.latent-channels 2 --model.beta-warmup-steps 10 --optim.lr 1e-2""",
+    "vq": """vq --model.image-size 8 --model.in-channels 3 --model.channels 8 16 --model.groups 4
+    --model.latent-channels 4 --model.n-code 32 --model.dead-after 5 --optim.lr 1e-2""",
     "ddpm": """ddpm --model.image-size 8 --model.patch-size 1 --model.in-channels 3
     --model.channels 8 16 --model.groups 4 --model.attend False True --model.n-head 2
     --optim.lr 1e-2 --optim.ema-half-life 5""",
@@ -86,6 +88,15 @@ def test_an_autoencoder_learns_in_fifty_steps(runs):
         assert 0 < row["val_active"] <= 2 * 4 * 4
     with open_image(runs["autoencoder"] / "samples" / f"step-{STEPS:06d}.png") as grid:
         assert grid.size == (8 * 65 + 1, 4 * 65 + 1)  # 16 validation pictures, each above its copy
+
+
+def test_a_vq_vae_learns_and_uses_its_codes(runs):
+    first, *_, last = evaluations(runs["vq"])
+    assert last["val_reconstruction"] < 0.5 * first["val_reconstruction"]
+    assert last["val_unused"] < 20 and 3 < last["val_perplexity"] <= 32
+    terms = ("val_reconstruction", "val_codebook", "val_commitment")
+    whole = sum(factor * last[name] for factor, name in zip((1, 1, 0.25), terms))
+    assert last["val_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_diffusion_learns_in_fifty_steps(runs):

@@ -246,8 +246,8 @@ def test_colour_changes_the_recipe_of_the_autoencoder():
     grey = registry.get_preset("text2image").run
     painted = dataclasses.replace(grey, data=dataclasses.replace(grey.data, color=True))
     usual = registry.get_preset("text2image-autoencoder").run
-    grey = grey.part_run("autoencoder", usual, grey.model.autoencoder)
-    painted = painted.part_run("autoencoder", usual, painted.model.autoencoder)
+    grey = grey.part_run("autoencoder", usual, {})
+    painted = painted.part_run("autoencoder", usual, {})
     assert painted.model == dataclasses.replace(grey.model, in_channels=3, groups=1)
     assert painted.optim.kernels and not grey.optim.kernels
     assert painted.train == dataclasses.replace(grey.train, steps=500)
@@ -258,11 +258,11 @@ def test_a_part_has_settings_that_suit_the_data_and_the_other_part(arguments, pa
     words = [*arguments[:-2], "--clip", "", "--out", tmp_path / "x", "--data.template", "my {}"]
     _, _, run = train.read_arguments([str(word) for word in words])
     preset = registry.get_preset("text2image-clip")
-    part = run.part_run("clip", preset.run, run.model.autoencoder)
+    part = run.part_run("clip", preset.run, {})
     assert part.data.template == "my {}"
     assert part.train.batch_size == 16  # 60 pictures, of which 36 train
     letters = dataclasses.replace(run, data=dataclasses.replace(run.data, path="letters"))
-    part = letters.part_run("clip", preset.run, run.model.autoencoder)
+    part = letters.part_run("clip", preset.run, {})
     assert part.train.batch_size == 256
     dry = dataclasses.replace(run, dry_run=True)
     plan = launch.resolve("text2image", preset, dry, distributed.World())
@@ -443,7 +443,7 @@ def drawings(monkeypatch):
 
 def test_perfect_drawings_score_like_real_ones(drawings):
     config = SimpleNamespace(color=False, cache="")
-    scores = generated.measure(Copier(), drawings, config, 2.0, judge.JudgeConfig())
+    scores = generated.measure(Copier(), drawings, config, {}, judge.JudgeConfig())
     ceiling = "the judge on unseen real drawings"
     assert scores[f"{ceiling}, characters: character"] == 0.5
     assert scores[f"{ceiling}, held-out characters: character"] == 0.25
@@ -472,11 +472,11 @@ def test_held_out_characters_are_drawn(drawings, run, tmp_path, capsys, monkeypa
         return generate(self, prompts)
 
     monkeypatch.setattr(Copier, "generate", recorded)
-    generated.draw_held_out(Copier(), drawings, False, 2.0, str(tmp_path / "x.png"))
+    generated.draw_held_out(Copier(), drawings, False, {}, str(tmp_path / "x.png"))
     held_out = generated.prompts_of(drawings)["held-out characters"]
     assert batches == [[f"{style} {name}" for style, name in held_out]]
     assert open_image(tmp_path / "x.png").width > 3 * 32
-    generated.draw_held_out(Copier(), drawings, True, 2.0, str(tmp_path / "y.png"))
+    generated.draw_held_out(Copier(), drawings, True, {}, str(tmp_path / "y.png"))
     assert all(" on " in prompt for prompt in batches[1])
     message = refusal(capsys, evaluate, run, "--picture", tmp_path / "z.png")
     assert "text-to-image on letters" in message
@@ -484,6 +484,6 @@ def test_held_out_characters_are_drawn(drawings, run, tmp_path, capsys, monkeypa
 
 def test_right_colours_are_all_recognised(drawings):
     config = SimpleNamespace(color=True, cache="")
-    scores = generated.measure(Copier(), drawings, config, 2.0, judge.JudgeConfig())
+    scores = generated.measure(Copier(), drawings, config, {}, judge.JudgeConfig())
     for name in generated.PROMPT_SETS:
         assert scores[f"{name}: both"] == 1

@@ -345,7 +345,7 @@ def test_drawings_are_those_of_sample_py(client, server):
         extra_body={"steps": 3, "seed": 4, "sampler": "euler", "guidance": 2.0},
     )  # fmt: skip
     model = server.runs["text2image"].model
-    expected = sheets.illustrate(model, ["a cat"] * 2, 3, 4, sampler="euler", guidance=2.0)
+    expected = sheets.illustrate(model, ["a cat"] * 2, 4, steps=3, sampler="euler", guidance=2.0)
     assert np.array_equal(np.stack([*map(image_of, found.data)]), pixels_of(expected))
     found = client.images.generate(model="ddpm", prompt="", extra_body={"steps": 2, "seed": 4})
     sheet = sheets.samples(server.runs["ddpm"].model, 1, "dpm++", 2, 4)

@@ -151,7 +151,7 @@ def test_a_film_ends_with_the_picture_of_sample_py(server, client):
     asked = {"model": "text2image", "prompt": "red", "steps": 4, "guidance": 2.0, "seed": 3}
     moments = events_of(client.post("/api/draw", json=asked))
     model = server.runs["text2image"].model
-    (expected,) = sheets.illustrate(model, ["red"], 4, 3, guidance=2.0, sampler="dpm++")
+    (expected,) = sheets.illustrate(model, ["red"], 3, steps=4, guidance=2.0, sampler="dpm++")
     assert [moment["step"] for moment in moments] == [0, 1, 2, 3, 4]
     assert np.array_equal(pixels_of(moments[-1]["state"]), as_pixels(expected))
     asked = {"model": "ddpm", "steps": 3, "seed": 3}

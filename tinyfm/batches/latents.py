@@ -6,8 +6,11 @@ next to the prepared pictures. Its name depends on the pictures and on the autoe
 They are the means of the encoder's distribution: its noise is far smaller than the noise that the
 denoiser is trained to remove.
 
+A language model that writes pictures needs their codes, the integers of a VQ-VAE. They are stored
+in the same way, as int32.
+
 Legend: B batch, T tokens, C channels, H W rows and columns of a picture, Z latent channels, h w
-rows and columns of a latent.
+rows and columns of a latent, N codes of a picture.
 """
 
 from __future__ import annotations
@@ -57,11 +60,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_latents(path: Path, rows: int) -> np.ndarray:
-    """float16 (rows, Z, h, w), mapped from a file. Raises ValueError if it is damaged."""
+def open_latents(path: Path, rows: int, dtype: type) -> np.ndarray:
+    """(rows, ...) of this dtype, mapped from a file. Raises ValueError if it is damaged."""
     try:
         latents = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
-        if (latents.dtype, latents.ndim, len(latents)) != (np.float16, 4, rows):
+        if (latents.dtype, len(latents)) != (dtype, rows):
             raise ValueError(f"it holds {latents.dtype} {latents.shape}, not {rows} latents")
     except Exception as error:  # numpy's reader raises many kinds for a damaged file
         advice = "delete it, and the next run will write it again"
@@ -70,11 +73,12 @@ def open_latents(path: Path, rows: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
-    """Latents of images, float16 (B, Z, h, w), mapped from a file. It is written if it is absent.
+def encode(model: nn.Module, images: np.ndarray, path: Path, dtype: type) -> np.ndarray:
+    """Latents (B, Z, h, w) or codes (B, N) of images, as dtype, mapped from a file. It is written
+    if it is absent.
 
-    images: uint8 (B, C, H, W). model.encode_images turns float32 in [-1, 1] into latents. Raises
-    ValueError if the file exists and is damaged.
+    images: uint8 (B, C, H, W). model.encode_images encodes float32 in [-1, 1]. Raises ValueError if
+    the file exists and is damaged.
     """
     if not path.exists():
         device = next(model.parameters()).device
@@ -82,7 +86,7 @@ def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
         z = []
         for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None):
             x = torch.tensor(part, device=device) / 127.5 - 1  # (ROWS, C, H, W)
-            z.append(model.encode_images(x).half().cpu().numpy())  # (ROWS, Z, h, w)
+            z.append(model.encode_images(x).cpu().numpy().astype(dtype))
         temporary = path.with_name(f".{path.name}-{os.getpid()}")
         try:
             with open(temporary, "wb") as file:
@@ -90,7 +94,7 @@ def encode(model: nn.Module, images: np.ndarray, path: Path) -> np.ndarray:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)  # left over if the disk is full
-    return open_latents(path, len(images))
+    return open_latents(path, len(images), dtype)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -102,14 +106,21 @@ class LatentData(PairData):
     latents: dict[str, np.ndarray] | None = None  # of the splits that training reads
     val_images: int
 
+    FIELD = "latents"  # of a batch
+    PART = "autoencoder"  # of the model, whose weights decide the latents
+    STORED = np.float16
+    READ = torch.float32
+
     def encode_all(self, model: nn.Module, config: LatentConfig) -> None:
         """Encode the splits that training reads, or open the latents of an earlier run."""
-        content = f"{self.fingerprint} {fingerprint(model.autoencoder)}"
+        content = f"{self.fingerprint} {fingerprint(getattr(model, self.PART))}"
         name = hashlib.sha256(content.encode()).hexdigest()[:12]
-        path = Path(config.cache, f"latents-{name}")
+        path = Path(config.cache, f"{self.FIELD}-{name}")
         train_and_val = list(self.splits)[:2]
         self.latents = {
-            split: encode(model, self.splits[split].images, path.with_suffix(f".{i}.npy"))
+            split: encode(
+                model, self.splits[split].images, path.with_suffix(f".{i}.npy"), self.STORED
+            )
             for i, split in enumerate(train_and_val)
         }
 
@@ -123,8 +134,8 @@ class LatentData(PairData):
         batch = self.splits[split].batch(index)
         if split not in (self.latents or {}):
             return {"images": batch["images"], "tokens": batch["tokens"]}
-        latents = torch.from_numpy(self.latents[split][index]).float()
-        return {"latents": latents, "tokens": batch["tokens"]}
+        latents = torch.from_numpy(self.latents[split][index]).to(self.READ)
+        return {self.FIELD: latents, "tokens": batch["tokens"]}
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """`rows` of the global batch of `step`, with the fields of `read`."""
@@ -136,3 +147,12 @@ class LatentData(PairData):
         order = fixed_order(len(self.splits[split].labels))[: self.val_images]
         for first in range(0, len(order), rows):
             yield self.read(split, order[first : first + rows])
+
+
+class CodeData(LatentData):
+    """The same with the codes of a VQ-VAE: {"codes": int64 (B, N), "tokens": int64 (B, T)}."""
+
+    FIELD = "codes"
+    PART = "vq"
+    STORED = np.int32
+    READ = torch.int64

@@ -52,7 +52,7 @@ def split_range(n: int) -> list[range]:
     return [range(first, min(n, first + AT_ONCE)) for first in range(0, n, AT_ONCE)]
 
 
-# ---- the autoencoder ----------------------------------------------------------------------------
+# ---- autoencoders -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -64,8 +64,7 @@ def reconstructions(model: nn.Module, images: Tensor) -> Sheet:
     device = next(model.parameters()).device
     columns = min(8, len(images))
     images = images[: len(images) // columns * columns]
-    mean, _ = model.encode(images.to(device))
-    rebuilt = model.decode(mean).float().cpu()
+    rebuilt = model.rebuild(images.to(device)).float().cpu()
     rows = []
     for originals, copies in zip(images.split(columns), rebuilt.split(columns)):
         rows += [originals, copies]
@@ -135,25 +134,23 @@ def film(model: nn.Module, n: int, sampler: str, steps: int, seed: int) -> Sheet
 # ---- text to image ------------------------------------------------------------------------------
 
 
-def illustrate(
-    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **options
-) -> Tensor:
+def illustrate(model: nn.Module, prompts: Sequence[str], seed: int = 0, **options) -> Tensor:
     """One picture per prompt, (B, C, H, W) on the CPU.
 
-    options: those of TextToImage.generate. Raises ValueError as it does.
+    options: those of the model's `generate`. Raises ValueError as it does.
     """
     drawn = []
     for part in split_range(len(prompts)):
         generators = row_generators(seed, 0, part)
         texts = [prompts[i] for i in part]
-        drawn.append(model.generate(texts, steps=steps, generators=generators, **options))
+        drawn.append(model.generate(texts, generators=generators, **options))
     return torch.cat(drawn).cpu()
 
 
-def prompted(
-    model: nn.Module, prompts: Sequence[str], steps: int, seed: int = 0, **options
-) -> Sheet:
+def prompted(model: nn.Module, prompts: Sequence[str], seed: int = 0, **options) -> Sheet:
     """The pictures of `illustrate` in rows of 8, with their prompts as titles."""
-    images = illustrate(model, prompts, steps, seed, **options)
-    about = f"{counted(len(prompts), 'pictures')} in {counted(steps, 'steps')}"
+    images = illustrate(model, prompts, seed, **options)
+    about = counted(len(prompts), "pictures")
+    if "steps" in options:
+        about += f" in {counted(options['steps'], 'steps')}"
     return Sheet(images, min(8, len(prompts)), about, tuple(prompts))

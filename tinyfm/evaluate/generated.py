@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,15 +40,17 @@ from data import glyphs
 from data.near import NEAR
 from tinyfm.batches.latents import LatentConfig, LatentData
 from tinyfm.batches.order import fixed_order
-from tinyfm.batches.pairs import ImageData
+from tinyfm.batches.pairs import GLYPHS, ImageConfig, ImageData
 from tinyfm.common import sheets
 from tinyfm.common.seeds import row_generators
+from tinyfm.dalle import DALLE
 from tinyfm.ddpm import Diffusion
 from tinyfm.evaluate import judge
 from tinyfm.evaluate.judge import Judge, JudgeConfig, Pictures, agreement, as_pixels, indices
 from tinyfm.evaluate.metrics import NO_INTERVAL, Measured, jackknife_error, student_t, wilson
 from tinyfm.evaluate.zero_shot import ROWS, share
 from tinyfm.text2image import TextToImage
+from tinyfm.vq import VQVAE, count_codes, perplexity
 
 SAMPLER = "dpm++"
 STEPS = 20
@@ -135,11 +138,12 @@ def copies(images: Pictures, train_images: Pictures, threshold: float = NEAR) ->
 
 
 @torch.no_grad()
-def rebuild(model: TextToImage, images: Tensor, noisy: bool = False) -> Tensor:
+def rebuild(model: TextToImage | DALLE, images: Tensor, noisy: bool = False) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1], encoded and decoded by the model's autoencoder.
 
-    The latents are the encoder's means or, if `noisy`, draws from its Gaussians. A model of latents
-    that copies a training picture draws its latents, and so the decoded picture, not the original.
+    The latents are the encoder's means or, if `noisy`, draws from its Gaussians; codes are never
+    draws. A model of latents or codes that copies a training picture draws these, and so the
+    decoded picture, not the original.
     """
     device = next(model.parameters()).device
     parts = []
@@ -262,27 +266,38 @@ def real_drawings(prompts: StyledNames) -> Tensor:
 # ---- the measures of a run ----------------------------------------------------------------------
 
 
+def denoising(guidance: float) -> dict[str, Any]:
+    """The options of TextToImage.generate with which its drawings are measured."""
+    return {"steps": STEPS, "sampler": SAMPLER, "guidance": guidance}
+
+
+def name_ceilings(ceilings: dict[str, dict[str, Measured]]) -> dict[str, Measured]:
+    """The ceilings of a judge as measures of a run."""
+    return {
+        f"the judge on unseen real drawings, {question}: {key}": value
+        for question, own in ceilings.items()
+        for key, value in own.items()
+    }
+
+
 def measure(
-    model: TextToImage,
+    model: TextToImage | DALLE,
     data: LatentData,
     config: LatentConfig,
-    guidance: float,
+    how: dict[str, Any],
     judged_by: JudgeConfig,
     samples: int = 0,
 ) -> dict[str, float]:
     """{measure: value} of a text-to-image model: shares, and Frechet distances to real drawings.
 
-    samples: prompts of each set to draw, at random; 0 = all.
+    how: options of model.generate. samples: prompts of each set to draw, at random; 0 = all.
     """
     network, ceilings = judge.load_or_train(config.cache, judged_by)
-    scores = {}
-    for question, own in ceilings.items():
-        for key, value in own.items():
-            scores[f"the judge on unseen real drawings, {question}: {key}"] = value
+    scores = name_ceilings(ceilings)
 
     # What a copy is compared with: the training pictures, as they are and as they are decoded.
     if not config.color:
-        train_images = as_pixels(data.train.images, model.config.autoencoder.in_channels)
+        train_images = as_pixels(data.train.images, data.train.images.shape[1])
         known = torch.cat((train_images, rebuild(model, train_images)))
         some = train_images[fixed_order(len(train_images))[:CONTROLS]]
         share_found = copies(rebuild(model, some, noisy=True), known)
@@ -293,7 +308,7 @@ def measure(
         styles = [style for style, _ in prompts]
         names = [name for _, name in prompts]
         captions, inks, papers = captions_of(prompts, config.color)
-        images = sheets.illustrate(model, captions, STEPS, sampler=SAMPLER, guidance=guidance)
+        images = sheets.illustrate(model, captions, **how)
 
         # Colours, or copies.
         if config.color:
@@ -363,12 +378,50 @@ def measure_samples(
     }
 
 
+def measure_rebuilt(
+    model: VQVAE, data: ImageData, config: ImageConfig, judged_by: JudgeConfig, count: int = 0
+) -> dict[str, float]:
+    """{measure: value} of the test pictures as a VQ-VAE rebuilds them from their codes: what the
+    judge reads in them, and beside it in the pictures as they are.
+
+    count: pictures of each test split, at random; 0 = all that the judge can read. Your own
+    pictures, and coloured ones, give {}.
+    """
+    if config.path not in GLYPHS or config.color:
+        return {}
+    network, ceilings = judge.load_or_train(config.cache, judged_by)
+    scores = name_ceilings(ceilings)
+    device = next(model.parameters()).device
+    for what, split in list(data.splits.items())[2:]:
+        candidates = judge.CHARACTERS
+        if what == glyphs.HELD_OUT_CHARACTERS:
+            candidates = network.names
+        known = {*candidates}
+        order = fixed_order(len(split.labels)).tolist()
+        rows = [i for i in order if split.labels[i] in known][: count or None]
+        names = [split.labels[i] for i in rows]
+        styles = [style_in(split.captions[i][0], split.labels[i]) for i in rows]
+        images = as_pixels(split.images[rows], 1)
+        rebuilt = []
+        counts = torch.zeros(model.config.n_book, model.config.n_code)
+        for part in images.split(ROWS):
+            codes = model.encode(part.to(device))
+            rebuilt.append(model.decode(codes).float().cpu())
+            counts += count_codes(codes, model.config.n_code)
+        for of, pictures in (("rebuilt", torch.cat(rebuilt)), ("real", images)):
+            found = judge.prompt_following(network, pictures, names, styles, candidates)
+            for key in ("character", "style"):
+                scores[f"{what}, {of}: {key}"] = found[key]
+        for q, used in enumerate(counts):
+            scores[f"{what}: perplexity of codebook {q}"] = float(perplexity(used))
+    return scores
+
+
 def draw_held_out(
-    model: TextToImage, data: LatentData, color: bool, guidance: float, path: str
+    model: TextToImage | DALLE, data: LatentData, color: bool, how: dict[str, Any], path: str
 ) -> None:
     """Write a sheet of held-out characters, which were in training in no style, to a PNG file."""
     prompts = prompts_of(data)["held-out characters"]
     rows = np.sort(np.random.default_rng(0).permutation(len(prompts))[:SHOWN])
     captions, _, _ = captions_of([prompts[i] for i in rows], color)
-    sheet = sheets.prompted(model, captions, STEPS, sampler=SAMPLER, guidance=guidance)
-    sheet.save(path)
+    sheets.prompted(model, captions, **how).save(path)

@@ -59,6 +59,8 @@ def how_to_open(opened: OpenRun, folder: str) -> str:
             return f"\ntransformers opens it by {call}"
         case "autoencoder":
             return f'\ndiffusers opens it by AutoencoderKL.from_pretrained("{folder}")'
+        case "vq":
+            return f'\ndiffusers opens it by VQModel.from_pretrained("{folder}")'
         case "text2image":
             beyond = stable_diffusion.beyond_stable_diffusion(opened.model, opened.tokenizer)
             return (
@@ -127,8 +129,8 @@ def export_model(opened: OpenRun, options: argparse.Namespace) -> str:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"a run of family {opened.run.family} has no published layout; those that have: gpt, "
-            "chat, encoder, seq2seq, xlnet, clip, autoencoder, ddpm, text2image, and classifiers "
-            "of texts"
+            "chat, encoder, seq2seq, xlnet, clip, autoencoder, vq, ddpm, text2image, and "
+            "classifiers of texts"
         )
     if opened.run.family == "clip":
         clip.check_expressible(model.config)

@@ -1,4 +1,4 @@
-"""U-Nets and autoencoders in the layout of diffusers, to and from ours.
+"""U-Nets, autoencoders and VQ-VAEs in the layout of diffusers, to and from ours.
 
 The tables are the content. ..._NAME_TABLE: the names of the places in the network; RESNET,
 ATTENTION and TRANSFORMER: the names of the layers at a place. ..._FIELD_TABLE: the names of the
@@ -192,6 +192,31 @@ AUTOENCODER_DEFAULTS = {
     "latents_mean": None,
     "latents_std": None,
 }
+VQ_FIELD_TABLE = """
+image_size       sample_size
+in_channels      in_channels
+in_channels      out_channels
+channels         block_out_channels
+n_block          layers_per_block
+latent_channels  latent_channels
+groups           norm_num_groups
+attention        mid_block_add_attention
+n_code           num_vq_embeddings
+"""
+# Without scaling_factor and lookup_from_codebook, which do not change what the network computes.
+VQ_DEFAULTS = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "latent_channels": 3,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "num_vq_embeddings": 256,
+    "act_fn": "silu",
+    "norm_type": "group",
+}
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -342,6 +367,27 @@ def write_autoencoder(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKL"} | raw | autoencoder_types(len(config.channels))
 
 
+def read_vq(kind: str, raw: dict, config_cls: type) -> Any:
+    """Return the VQConfig for the config.json of a VQModel, the only `kind`."""
+    values = read_settings(raw, VQ_FIELD_TABLE, VQ_DEFAULTS, config_cls)
+    layout.require(raw, autoencoder_types(len(values["channels"])))
+    width = raw.get("vq_embed_dim")
+    if width not in (None, values["latent_channels"]):
+        refuse("vq_embed_dim", width, f"latent_channels, {values['latent_channels']}")
+    return config_cls(**values)
+
+
+def write_vq(config: Any) -> dict[str, Any]:
+    """Return config.json of a VQConfig. Raises ValueError for several codebooks."""
+    if config.n_book > 1:
+        raise ValueError(
+            f"n_book is {config.n_book}; diffusers' VQModel has one codebook: train with "
+            "--model.n-book 1"
+        )
+    raw = write_settings(config, VQ_FIELD_TABLE, VQ_DEFAULTS)
+    return {"_class_name": "VQModel"} | raw | autoencoder_types(len(config.channels))
+
+
 # ---- tensors ------------------------------------------------------------------------------------
 
 
@@ -369,6 +415,11 @@ def unet_names(config: Any) -> dict[str, str]:
 def autoencoder_names() -> dict[str, str]:
     """Our modules -> theirs, for an autoencoder."""
     return all_names(AUTOENCODER_NAME_TABLE, ATTENTION)
+
+
+def vq_names() -> dict[str, str]:
+    """Our modules -> theirs, for a VQ-VAE."""
+    return autoencoder_names() | {"quantizer.codebooks.*": "quantize.embedding"}
 
 
 def new_name(name: str) -> str:
@@ -447,3 +498,16 @@ def save_autoencoder(model: nn.Module, folder: str | Path, overwrite: bool = Fal
     autoencoder, as AutoencoderKL is variational, or if the folder holds a model already, unless
     overwrite."""
     save_weights(model, write_autoencoder(model), autoencoder_names(), Path(folder), overwrite)
+
+
+def load_vq(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -> nn.Module:
+    """Load the VQ-VAE of a folder. Arguments and errors as for `load_unet`."""
+    folder = Path(folder)
+    config = read(folder / "config.json", ["VQModel"], read_vq, config_cls)
+    return load_weights(cls, config, vq_names(), folder, dtype)
+
+
+def save_vq(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+    """Write a folder for `load_vq` and diffusers. Raises ValueError for several codebooks, or if
+    the folder holds a model already, unless overwrite."""
+    save_weights(model, write_vq(model.config), vq_names(), Path(folder), overwrite)

@@ -185,10 +185,7 @@ def plan_parts(
     for option in run.PARTS:
         if getattr(run, option):
             given[option] = open_part(option, getattr(run, option))
-    # Other parts are trained on pictures of the size that the autoencoder takes.
-    autoencoder = run.model.autoencoder
-    if "autoencoder" in given:
-        autoencoder = given["autoencoder"].run.model
+    configs = {option: part.run.model for option, part in given.items()}
     if len(given) < len(run.PARTS) and not run.dry_run:
         run.check_parts()
     first = {}
@@ -196,7 +193,7 @@ def plan_parts(
         if option not in given:
             name = f"{preset}-{option}"
             usual = registry.find_preset(name)
-            part = run.part_run(option, usual.run, autoencoder)
+            part = run.part_run(option, usual.run, configs)
             part = replace(part, dry_run=run.dry_run)
             first[option] = resolve(name, usual, part, world, part=True)
     return given, first

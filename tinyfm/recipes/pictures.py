@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import pictures
-from data.splits import TEST, VAL
+from data import captioned, pictures
+from data.report import Report, counted
+from data.splits import TEST, TRAIN, VAL
 from tinyfm.adapt.heads import Classifier, predictions
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
-from tinyfm.batches.pairs import ImageConfig, ImageData, PairData
+from tinyfm.batches.pairs import GLYPHS, ImageConfig, ImageData, PairData
 from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
 from tinyfm.common.sheets import Sheet
@@ -116,6 +117,65 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
         return {"images": images / 127.5 - 1}
 
 
+# ---- parts that are trained first ---------------------------------------------------------------
+
+
+def training_rows(run: Run) -> int:
+    """Number of your own pictures that a run will train on, if all can be read.
+
+    Raises ValueError if there are none, or none with the captions it needs.
+    """
+    listed = captioned.pairs(run.data.path, Report(), run.data.template)
+    splits = captioned.choose_splits(listed, run.data.val_fraction)
+    return list(splits.values()).count(TRAIN)
+
+
+def halve_batch(part: Run) -> Run:
+    """A part's run with its batch halved until your own pictures fill two of them.
+
+    Raises ValueError as `training_rows` does.
+    """
+    if part.data.path in GLYPHS:
+        return part
+    rows = training_rows(part)
+    batch_size = part.train.batch_size
+    while batch_size > max(2, rows // 2):
+        batch_size //= 2
+    return replace(part, train=replace(part.train, batch_size=batch_size))
+
+
+def check_rows(run: Run) -> None:
+    """Raise ValueError if your own pictures do not fill a batch: before any part is trained."""
+    if run.data.path in GLYPHS:
+        return
+    rows = training_rows(run)
+    if 2 <= rows < run.train.batch_size:
+        advice = f"use --train.batch-size <= {rows}, or add pairs"
+        raise ValueError(
+            f"{counted(rows, 'training pictures')}, {run.train.batch_size} in a batch: {advice}"
+        )
+
+
+def part_of(run: Run, option: str, usual: Run, model: dict[str, Any], data: dict[str, Any]) -> Run:
+    """The run that trains a part of `run`: on the same pictures, device and seed, in OUT-OPTION.
+
+    usual: the preset of the part. model, data: fields that differ from it. A run that is in that
+    folder already is resumed, or used as it is if it is complete.
+    """
+    own = {name: getattr(run.data, name) for name in ("path", "color", "val_fraction", "cache")}
+    train = {name: getattr(run.train, name) for name in ("seed", "device", "dtype")}
+    out = f"{run.out}-{option}"
+    part = replace(
+        usual,
+        model=replace(usual.model, **model),
+        data=replace(usual.data, **own, **data),
+        train=replace(usual.train, **train),
+        out=out,
+        resume=Path(out).exists(),
+    )
+    return part if run.dry_run else halve_batch(part)
+
+
 # ---- output -------------------------------------------------------------------------------------
 
 
@@ -145,6 +205,14 @@ def save_sheet(sheet: Sheet, options: Any) -> None:
 def spread_rows(count: int, n: int) -> np.ndarray:
     """n row numbers, evenly spread over 0 ... count - 1."""
     return np.linspace(0, count - 1, n).astype(int)
+
+
+# ---- input --------------------------------------------------------------------------------------
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, C) -> (1, C, H, W) in [-1, 1]."""
+    return torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 # ---- prompts ------------------------------------------------------------------------------------

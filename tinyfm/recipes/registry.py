@@ -23,6 +23,8 @@ RECIPES = (
     "tinyfm.recipes.autoencoder",
     "tinyfm.recipes.ddpm",
     "tinyfm.recipes.text2image",
+    "tinyfm.recipes.vq",
+    "tinyfm.recipes.dalle",
 )
 
 # Other names of presets.

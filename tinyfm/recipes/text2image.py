@@ -9,13 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from data import captioned, pictures
-from data.report import Report, counted
-from data.splits import TRAIN
+from data import pictures
 from tinyfm import tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
 from tinyfm.batches.latents import LatentConfig, LatentData
@@ -30,9 +26,12 @@ from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
 from tinyfm.recipes.clip import CLIPRun
 from tinyfm.recipes.ddpm import loss_by_level
 from tinyfm.recipes.pictures import (
+    check_rows,
+    part_of,
     save_sheet,
     save_step_sheet,
     spread_rows,
+    to_images,
     warn_if_cut,
     warn_if_unseen,
     write_words,
@@ -103,7 +102,7 @@ class TextToImageRun(Run):
         """Draw captions of the validation split."""
         rows = spread_rows(len(data.val.labels), self.SHOWN)
         prompts = [data.val.captions[i][0] for i in rows]
-        sheet = sheets.prompted(model, prompts, 20, guidance=self.GUIDANCE)
+        sheet = sheets.prompted(model, prompts, steps=20, guidance=self.GUIDANCE)
         return save_step_sheet(sheet, folder, step)
 
     # ---- the parts ------------------------------------------------------------------------------
@@ -118,16 +117,14 @@ class TextToImageRun(Run):
         )
         return TextToImageConfig(diffusion, autoencoder, clip)
 
-    def part_run(self, option: str, usual: Run, autoencoder: AutoencoderConfig) -> Run:
-        """The run that trains a part, on the same pictures, device and seed, in OUT-OPTION.
+    def part_run(self, option: str, usual: Run, given: dict[str, Any]) -> Run:
+        """The run that trains a part, on pictures of the size that the autoencoder takes.
 
-        usual: the preset of the part. autoencoder: the config that the pictures have to suit. A
-        run that is in that folder already is resumed, or used as it is if it is complete.
+        usual: the preset of the part. given: the configs of the parts that are trained already.
         """
-        data = {"cache": self.data.cache}
+        autoencoder = given.get("autoencoder", self.model.autoencoder)
+        data = {}
         model = {"image_size": autoencoder.image_size}
-        for name in ("path", "color", "val_fraction"):
-            data[name] = getattr(self.data, name)
         channels = 3 if self.data.color else autoencoder.in_channels
         if option == "clip":
             data["template"] = self.data.template
@@ -139,29 +136,10 @@ class TextToImageRun(Run):
                 model["groups"] = (
                     1  # in small groups, normalisation would lose a plain paper's colour
                 )
-        train = {name: getattr(self.train, name) for name in ("seed", "device", "dtype")}
-        out = f"{self.out}-{option}"
-        part = replace(
-            usual,
-            model=replace(usual.model, **model),
-            data=replace(usual.data, **data),
-            train=replace(usual.train, **train),
-            out=out,
-            resume=Path(out).exists(),
-        )
-        return part if self.dry_run else halve_batch(part)
+        return part_of(self, option, usual, model, data)
 
     def check_parts(self) -> None:
-        """Raise ValueError if your own pictures do not fill a batch: before any part is trained."""
-        if self.data.path in GLYPHS:
-            return
-        rows = training_rows(self)
-        if 2 <= rows < self.train.batch_size:
-            advice = f"use --train.batch-size <= {rows}, or add pairs"
-            raise ValueError(
-                f"{counted(rows, 'training pictures')}, {self.train.batch_size} in a batch: "
-                f"{advice}"
-            )
+        check_rows(self)
 
     def take_parts(self, model: TextToImage, autoencoder: OpenRun, clip: OpenRun) -> None:
         """Copy the weights of trained parts into the model."""
@@ -188,8 +166,8 @@ class TextToImageRun(Run):
         sheet = sheets.prompted(
             opened.model,
             prompts,
-            options.steps,
             options.sampling.seed,
+            steps=options.steps,
             sampler=options.sampler,
             guidance=options.guidance,
             **given,
@@ -209,44 +187,14 @@ class TextToImageRun(Run):
         if self.data.path not in GLYPHS:
             return {}
         judged_by = judge.config_of(options.judge_steps)
-        scores = generated.measure(
-            model, data, self.data, options.guidance, judged_by, options.samples
-        )
+        how = generated.denoising(options.guidance)
+        scores = generated.measure(model, data, self.data, how, judged_by, options.samples)
         if options.picture and model is opened.model:
-            generated.draw_held_out(model, data, self.data.color, options.guidance, options.picture)
+            generated.draw_held_out(model, data, self.data.color, how, options.picture)
         return scores
 
 
-def training_rows(run: Run) -> int:
-    """Number of your own pictures that a run will train on, if all can be read.
-
-    Raises ValueError if there are none, or none with the captions it needs.
-    """
-    listed = captioned.pairs(run.data.path, Report(), run.data.template)
-    splits = captioned.choose_splits(listed, run.data.val_fraction)
-    return list(splits.values()).count(TRAIN)
-
-
-def halve_batch(part: Run) -> Run:
-    """A part's run with its batch halved until your own pictures fill two of them.
-
-    Raises ValueError as `training_rows` does.
-    """
-    if part.data.path in GLYPHS:
-        return part
-    rows = training_rows(part)
-    batch_size = part.train.batch_size
-    while batch_size > max(2, rows // 2):
-        batch_size //= 2
-    return replace(part, train=replace(part.train, batch_size=batch_size))
-
-
 # ---- pictures given to sample.py ----------------------------------------------------------------
-
-
-def to_images(pixels: np.ndarray) -> Tensor:
-    """uint8 (H, W, C) -> (1, C, H, W) in [-1, 1]."""
-    return torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def read_given(

@@ -98,8 +98,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         optimizers.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay))
         taken = {id(p) for p in hidden}
         params = [p for p in params if id(p) not in taken]
+    # Sharded matrices and those that are whole on each rank: the fused update takes no mixture.
+    shards = [p for p in params if p.ndim >= 2 and is_shard(p)]
+    whole = [p for p in params if p.ndim >= 2 and not is_shard(p)]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": shards, "weight_decay": config.weight_decay},
+        {"params": whole, "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

@@ -89,26 +89,32 @@ def shard(
     Weights are kept in float32 and gathered in `dtype`; gradients are summed in float32.
     shard_size: number of ranks that share one copy, 0 = all.
 
-    A parameter of a single number cannot be cut. Such parameters stay whole on every rank. Those
-    of them that are trained are returned: the caller has to average their gradients.
+    A parameter of a single number cannot be cut. Such parameters stay whole on every rank, and so
+    do those below the names that a model has in `unsharded`. Those of them that are trained are
+    returned: the caller has to average their gradients.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    scalars = {p for p in module.parameters() if p.ndim == 0}
+    names = {name for inner in module.modules() for name in getattr(inner, "unsharded", ())}
+    kept = {
+        p
+        for name, p in module.named_parameters()
+        if p.ndim == 0 or not names.isdisjoint(name.split("."))
+    }
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     mesh = make_mesh(device.type, shard_size)
-    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": scalars}
+    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": kept}
     for block in blocks(module):
         fully_shard(block, **options)
     fully_shard(module, **options)
-    for p in scalars:
+    for p in kept:
         if not p.is_meta:
             p.data = p.data.to(device)
-    return [p for p in module.parameters() if p in scalars and p.requires_grad]
+    return [p for p in module.parameters() if p in kept and p.requires_grad]
 
 
 @contextlib.contextmanager
@@ -180,9 +186,9 @@ class Parallel:
         self.model = model
         self.module = LossModule(model)
         self.sharded = fsdp and joined()
-        self.scalars: list[nn.Parameter] = []
+        self.kept: list[nn.Parameter] = []  # whole on every rank
         if self.sharded:
-            self.scalars = shard(self.module, torch.device(device), dtype, shard_size)
+            self.kept = shard(self.module, torch.device(device), dtype, shard_size)
         else:
             model.to(device)
             if world.size > 1:
@@ -215,8 +221,8 @@ class Parallel:
             self.module.set_requires_gradient_sync(last)
             yield
             if last:
-                for scalar in self.scalars:
-                    total(scalar.grad).div_(self.world.size)
+                for parameter in self.kept:
+                    total(parameter.grad).div_(self.world.size)
         elif last or self.world.size == 1:
             yield
         else:
