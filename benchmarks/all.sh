@@ -68,6 +68,7 @@ run "text2image judge" python benchmarks/text2image.py judge --folds 7
 run "text2image latents" python benchmarks/text2image.py latents
 run "text2image samplers" python benchmarks/text2image.py samplers "${TEXT2IMAGE:--}" --guidance 3
 run "text2image guidance" python benchmarks/text2image.py guidance "${TEXT2IMAGE:--}"
+run prior python benchmarks/prior.py "${TEXT2IMAGE:--}" --record
 run memory python benchmarks/memory.py
 run step_time python benchmarks/step_time.py
 run busy python benchmarks/busy.py --record
