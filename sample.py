@@ -27,6 +27,7 @@ An option that is for one family stands under its name.
 """
 
 import contextlib
+import difflib
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -184,10 +185,9 @@ def read_options() -> Options:
 # ---- the command --------------------------------------------------------------------------------
 
 MOST_SAMPLES = 1 << 16  # more would only fill the memory
+TOO_MUCH = "error: too little memory for that: use smaller numbers"
 # For any family.
-COMMON = {
-    "run", "n", "adapter", "sampling", "raw", "device", "dtype", "quantize", "out", "overwrite",
-}  # fmt: skip
+COMMON = {"run", "adapter", "sampling", "raw", "device", "dtype", "quantize"}
 
 
 def changed(part: object, default: object) -> list[str]:
@@ -195,16 +195,24 @@ def changed(part: object, default: object) -> list[str]:
     return [name for name, value in vars(part).items() if value != getattr(default, name)]
 
 
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
+
+
 def check(options: Options, run: Run) -> None:
-    """Raise ValueError for an option that does not apply to runs of this family."""
+    """Raise ValueError for an option that does nothing for this family, or beside the others."""
+    form, used = run.sample_form(options)
     given = changed(options, Options("")) + changed(options.sampling, generate.Sampling())
     for name in given:
-        if name in COMMON or name in run.SAMPLE_OPTIONS:
+        needed = "out" if name == "overwrite" else name
+        if name in COMMON or needed in used:
             continue
-        flags = [f"--{option.replace('_', '-')}" for option in sorted(run.SAMPLE_OPTIONS)]
+        if needed in run.SAMPLE_OPTIONS:
+            raise ValueError(f"{flag(name)} does nothing {form}: leave it out")
+        flags = [flag(option) for option in sorted(run.SAMPLE_OPTIONS)]
         raise ValueError(
-            f"--{name.replace('_', '-')} is not for a run of family {run.family}: "
-            f"it takes {', '.join(flags)}"
+            f"{flag(name)} is not for a run of family {run.family}: it takes {', '.join(flags)}"
         )
 
 
@@ -236,6 +244,8 @@ def open_run(options: Options) -> OpenRun:
     opened.model.to(device, dtype)
     quantize.pack(opened.model)
     if options.draft not in ("", "ngram"):
+        if difflib.get_close_matches(options.draft, ["ngram"]) and not Path(options.draft).exists():
+            raise ValueError(f"--draft {options.draft} is no run: did you mean --draft ngram?")
         draft = run_dir.open_base(options.draft)
         draft.model.to(device, dtype)
         opened = replace(opened, draft=draft)
@@ -269,7 +279,11 @@ def run_command(out: Output) -> int | str:
     except (ValueError, OSError, Warning) as error:  # a warning under python -W error
         return f"error: {error}"
     except (MemoryError, OverflowError):
-        return "error: too little memory for that: use smaller numbers"
+        return TOO_MUCH
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # the word in torch's messages about memory
+            raise
+        return TOO_MUCH
     except KeyboardInterrupt:
         return 130
     return 141 if out.reader_gone else 0  # 141: as a program that SIGPIPE ends

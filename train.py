@@ -50,7 +50,7 @@ def find_settings(name: str, argv: list[str]) -> tuple[str, Preset, Run]:
     deciding = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     deciding.add_argument("--task", default="")
     deciding.add_argument("--adapt", default="full")
-    deciding.add_argument("--init-from", default="")
+    deciding.add_argument("--init-from", "--init_from", default="")
     deciding.add_argument("--out", default="")
     deciding.add_argument("--resume", action="store_true")
     given, _ = deciding.parse_known_args(argv)
@@ -64,7 +64,10 @@ def find_settings(name: str, argv: list[str]) -> tuple[str, Preset, Run]:
         preset = registry.get_preset(saved_name, run.task, run.adapt, run.init_from)
         return saved_name, preset, dataclasses.replace(run, out=out)
     preset = registry.get_preset(name or "gpt", given.task, given.adapt, given.init_from)
-    return name or "gpt", preset, dataclasses.replace(preset.run, out=out)
+    start = dataclasses.replace(preset.run, out=out)
+    if given.init_from:
+        start = launch.start_from(start, given.init_from)
+    return name or "gpt", preset, start
 
 
 def read_arguments(argv: list[str]) -> tuple[str, Preset, Run]:

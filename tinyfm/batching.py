@@ -147,8 +147,10 @@ class RowCache:
         ]
         return other
 
-    def count_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+    def count_bytes(self, length: int | None = None) -> int:
+        """Bytes of the tensors, or of a `copy` of the first `length` positions."""
+        parts = [x[:, :, :length] for layer in self.layers for x in layer]
+        return sum(x.numel() * x.element_size() for x in parts)
 
 
 def enlarged(old: Tensor, kept: int, least: int) -> Tensor:
@@ -237,14 +239,13 @@ class PrefixCache:
         tokens = tuple(tokens)
         if len(tokens) < self.SHORTEST or tokens in self.entries:
             return
-        kept = cache.copy(len(tokens))
-        size = kept.count_bytes()
+        size = cache.count_bytes(len(tokens))
         if size > self.max_bytes:  # it would drive out all others, and then itself
             return
         for known in list(self.entries):
             if tokens[: len(known)] == known:  # the new entry contains it
                 self.bytes -= self.entries.pop(known).count_bytes()
-        self.entries[tokens] = kept
+        self.entries[tokens] = cache.copy(len(tokens))
         self.bytes += size
         while self.bytes > self.max_bytes:
             _, oldest = self.entries.popitem(last=False)

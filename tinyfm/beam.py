@@ -37,6 +37,8 @@ from torch import Tensor
 
 from tinyfm.generate import KVCache, check_prompts
 
+MOST_BEAMS = 1024  # each keeps the keys and values of a text; more would only fill the memory
+
 
 @dataclass(frozen=True)
 class Beams:
@@ -49,6 +51,8 @@ class Beams:
         for name in ("width", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width > MOST_BEAMS:
+            raise ValueError(f"{self.width} beams are too many: use at most {MOST_BEAMS}")
         if not abs(self.length_penalty) <= 20:
             raise ValueError(f"length_penalty is {self.length_penalty}; use -20 to 20, 0 for none")
 

@@ -310,6 +310,13 @@ def test_checking_runs_nothing(tmp_path):
     assert not place.exists()
 
 
+def test_a_judge_refuses_a_prompt_that_leaves_no_room_for_the_answer():
+    judge = Judge(RewardModel(tiny()), BYTES, whole=False)
+    judge([Answer([], [], "p" * 22, "an answer that loses its end", True)])
+    with pytest.raises(ValueError, match=r"'ppp.*' has 24 tokens for the judge, .* context 24"):
+        judge([Answer([], [], "p" * 23, "a", True)])
+
+
 def test_impossible_rewards_are_named():
     answer = Answer([], [], "", "hello", True)
     with pytest.raises(ValueError, match="the reward of 'hello' is nan"):

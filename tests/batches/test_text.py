@@ -86,6 +86,13 @@ def test_permutation_is_uniform():
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
 
 
+def test_an_index_outside_is_refused():
+    keys = np.arange(6, dtype=np.uint64)
+    for index in (6, -1):
+        with pytest.raises(ValueError, match=rf"index {index} is outside 0 to 5"):
+            permute(np.array([0, index]), 6, keys)
+
+
 def test_shuffle_gives_each_epoch_and_seed_an_order():
     epochs = shuffle(np.arange(300), 100, seed=3).reshape(3, 100)
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs.tolist())

@@ -467,6 +467,7 @@ def test_a_draft_changes_no_greedy_text(tiny_run, capsys, fails):
     message = fails(sample, tiny_run, *words, "ngram", "--compile")
     assert "--compile is for one token at a time, --draft for several" in message
     assert "no run directory nowhere" in fails(sample, tiny_run, *words, "nowhere")
+    assert "did you mean --draft ngram" in fails(sample, tiny_run, *words, "n-grams")
     assert "add it" in fails(sample, tiny_run, "--draft-tokens", 3)
     assert "draft tokens is 0" in fails(sample, tiny_run, *words, "ngram", "--draft-tokens", 0)
     opened = run_dir.open_run(str(tiny_run))
@@ -494,9 +495,45 @@ def test_beams_write_the_likeliest_text(tiny_run, tmp_path, capsys, fails):
     assert "--temperature draws a text" in fails(sample, tiny_run, *words, "--temperature", 0)
     assert "leave out -n 2" in fails(sample, tiny_run, *words, "-n", 2)
     assert "does not know --stop" in fails(sample, tiny_run, *words, "--stop", "x")
+    assert "1000000 beams" in fails(sample, tiny_run, "--prompt", "a", "--beams", 1000000)
     assert "beams is 0; use 1 " in fails(sample, tiny_run, "--prompt", "a", "--beams", 0)
     message = fails(sample, tiny_run, "--prompt", "a", "--length-penalty", 2)
     assert "--length-penalty is for a search: add --beams" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("gpt", {"examples": "a.csv", "out": "b"}, "--out does nothing with --shots"),
+        ("dpo", {"shots": 2, "n": 3}, "-n does nothing with --shots"),
+        ("gpt", {"beams": 2, "draft_tokens": 9}, "--draft-tokens does nothing with --beams"),
+        ("chat", {"chat": True, "prompt": "a"}, "--prompt does nothing with --chat"),
+        ("chat", {"out": "a"}, "--out is not for a run of family chat"),
+        ("reward", {"n": 2}, "-n is not for a run of family reward: it takes --prompt"),
+        ("gpt-classify", {"out": "a"}, "--out is not for a run of family gpt-classify"),
+        ("clip-classify", {"image": "a", "n": 2}, "-n is not for a run of family clip-classify"),
+        ("encoder", {"overwrite": True}, "--overwrite is not for a run of family encoder"),
+        ("xlnet", {"out": "a"}, "--out does nothing without --masks"),
+        ("xlnet", {"overwrite": True}, "--overwrite does nothing without --masks"),
+        ("xlnet", {"masks": True, "n": 2}, "-n does nothing with --masks"),
+        ("clip", {"image": "a", "out": "b"}, "--out does nothing with --image"),
+        ("gpt", {"beams": 2, "out": "a", "overwrite": True}, ""),
+        ("xlnet", {"masks": True, "out": "a"}, ""),
+        ("encoder", {"prompt": "[MASK]", "n": 2}, ""),
+        ("seq2seq", {"n": 2, "out": "a"}, ""),
+        ("clip", {"prompt": "a", "n": 2, "out": "b"}, ""),
+        ("ddpm", {"film": True, "n": 2, "out": "a"}, ""),
+        ("text2image", {"prompt": "a", "n": 2, "out": "b"}, ""),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(family, given, message):
+    run = registry.find_run_type(family)()
+    try:
+        sample.check(sample.Options("run", **given), run)
+    except ValueError as error:
+        assert message and message in str(error)
+    else:
+        assert not message
 
 
 def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):
@@ -697,6 +734,14 @@ def test_a_program_with_a_safe_path(tmp_path, program):
         cwd=tmp_path,
     )
     assert done.returncode == 1 and b"error: there is no " in done.stderr
+
+
+def test_too_little_memory_to_sample(tiny_run, monkeypatch, fails):
+    def run_out(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 2 TiB")
+
+    monkeypatch.setattr(generate, "stream_text", run_out)
+    assert "too little memory for that: use smaller numbers" in fails(sample, tiny_run)
 
 
 def test_interrupted_while_it_generates(tiny_run, monkeypatch):

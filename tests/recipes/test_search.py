@@ -63,6 +63,22 @@ def test_what_was_asked_is_found_by_words(texts, tmp_path, capsys):
     assert files.read_json(out / "index.json")["passages"] == 4
 
 
+def test_an_index_stays_until_the_new_one_is_complete(texts, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    assert search.write_index(str(texts), out) == 4
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", full)
+        assert "No space left" in call("index", texts, out, "--words", 40, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert search.write_index(str(texts), out, words=40, overwrite=True) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
 def test_vectors_find_a_text_by_itself(with_vectors):
     index = search.open_index(with_vectors, vectors=True)
     asked = [passage["text"] for passage in index.passages]

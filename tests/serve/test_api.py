@@ -234,6 +234,16 @@ def test_what_a_run_cannot_do_is_refused_with_advice(client):
     assert client.models.retrieve("chat").abilities == ["chat", "complete", "embed"]
 
 
+def test_a_wrong_method_is_told_the_right_one(server):
+    answer = httpx.get(f"{server.url}/v1/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    assert "use POST" in answer.json()["error"]["message"]
+    assert httpx.post(f"{server.url}/v1/models", json={}).status_code == 405
+    assert httpx.get(f"{server.url}/api/next").headers["allow"] == "POST"
+    assert httpx.get(f"{server.url}/v1/nothing").status_code == 404
+    assert httpx.post(f"{server.url}/v1/completions/", json={}).status_code == 404  # no redirect
+
+
 def test_a_client_that_goes_away_frees_its_rows(server):
     engine = server.engine.models["gpt"]
     body = json.dumps({"prompt": "It was", "n": 8, "max_tokens": 30_000, "stream": True})
@@ -313,6 +323,28 @@ def test_clip_names_a_picture_and_finds_pictures(post, server, pictures):
     assert [entry["caption"] for entry in by_picture] == ["red.png"]
     assert by_picture[0]["score"] == pytest.approx(1, abs=1e-5)
     assert by_picture[0]["image"].startswith("data:image/png;base64,")
+
+
+def test_a_search_waits_for_its_pictures_and_leaves_the_work_to_others(monkeypatch):
+    async def search_twice():
+        done = asyncio.Event()
+        built = []
+
+        async def build_index(engine, run, folder):
+            built.append(run.name)
+            await done.wait()
+            return "pictures"
+
+        monkeypatch.setattr(vectors, "build_index", build_index)
+        indexes = vectors.Indexes(None)
+        run = SimpleNamespace(name="clip")
+        first, second = (asyncio.create_task(indexes.get(run)) for _ in range(2))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        done.set()
+        return await second, built
+
+    assert asyncio.run(search_twice()) == ("pictures", ["clip"])
 
 
 def test_the_vectors_of_a_runs_own_pictures_are_kept(server, tmp_path, monkeypatch):

@@ -17,6 +17,9 @@ import torch
 from tinyfm.adapt.preference import Answer, RewardModel, pad_rows
 from tinyfm.tokenizer import Tokenizer
 
+# What the parser and the compiler raise for a text that is no Python.
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
+
 
 def is_function(source: str) -> bool:
     """Whether this is one function that compiles, with more of a body than a docstring.
@@ -28,7 +31,7 @@ def is_function(source: str) -> bool:
             warnings.simplefilter("ignore")  # about escapes in strings
             tree = ast.parse(source)
             compile(tree, "<answer>", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+    except NOT_PYTHON:
         return False
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
         return False
@@ -71,16 +74,27 @@ class Judge:
         self.tokenizer = tokenizer
         self.whole = whole
 
+    def start(self, before: str) -> list[int]:
+        """The ids in front of what is judged. Raises ValueError if they leave no room for it."""
+        ids = [self.tokenizer.eot, *self.tokenizer.encode("" if self.whole else before)]
+        most = self.model.config.context_length
+        if len(ids) >= most:
+            raise ValueError(
+                f"the prompt {before[:40]!r} has {len(ids)} tokens for the judge, and its context "
+                f"{most}, so it would not read the answer: use shorter prompts, or a judge with a "
+                "longer context"
+            )
+        return ids
+
     @torch.no_grad()
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         rows = []
         starts = []
         most = self.model.config.context_length
         for answer in answers:
-            prompt = "" if self.whole else answer.before
+            start = self.start(answer.before)
             text = answer.before + answer.text if self.whole else answer.text
-            start = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
             row = [*start, *self.tokenizer.encode(text), self.tokenizer.eot]
             rows.append(row[:most])
-            starts.append(min(len(start), most - 1))
+            starts.append(len(start))
         return self.model(*pad_rows(rows, starts).values()).tolist()

@@ -46,8 +46,12 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     few rounds, whose F mixes well and has a key for each round, look random (Luby and Rackoff,
     1988). The network permutes [0, 4**half), the next power of four, rather than [0, size). An
     image outside [0, size) is mapped again until it falls inside ("cycle walking", Black and
-    Rogaway, 2002), which keeps the bijection.
+    Rogaway, 2002), which keeps the bijection. Raises ValueError for an index outside: its images
+    might never fall inside.
     """
+    outside = index[(index < 0) | (index >= size)]
+    if outside.size:
+        raise ValueError(f"index {outside[0]} is outside 0 to {size - 1}: take it modulo {size}")
     half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
 

@@ -203,24 +203,29 @@ def ending_in_order() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path | None]:
+def whole_or_absent(folder: Path, replace: bool = False) -> Iterator[Path | None]:
     """A temporary folder to write to. It gets its final name if the block raises no error.
 
-    One process at a time makes a folder, and the others wait. None if the folder exists by then.
+    One process at a time makes a folder, and the others wait. If the folder exists by then, None;
+    or, to replace it, a temporary folder, and the old one stays until the new one is complete.
     """
-    if folder.exists():
+    if folder.exists() and not replace:
         yield None
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder.parent)
     with ending_in_order(), hold(lock_beside(folder), folder, wait=True):
-        if folder.exists():
+        if folder.exists() and not replace:
             yield None
             return
         temporary = temporary_name(folder)
         temporary.mkdir()
+        old = temporary_name(folder.with_name(f"old-{folder.name}"))
         try:
             yield temporary
+            if folder.exists():
+                os.rename(folder, old)
             os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

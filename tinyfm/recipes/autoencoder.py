@@ -33,7 +33,7 @@ class AutoencoderRun(ImageRun):
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
     family: ClassVar[str] = "autoencoder"
-    SAMPLE_OPTIONS = frozenset({"seed"})
+    SAMPLE_OPTIONS = frozenset({"seed", "n", "out"})
     ABOUT = About(
         library="diffusers",
         use="It turns pictures of the kind that it was trained on into few numbers and back, for "

@@ -15,6 +15,7 @@ its recipe, and add the recipe to registry.RECIPES.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,8 @@ class Run:
     FACTS: ClassVar[tuple[str, ...]] = ("init_from", "base_hash", "adapt", "adapter")
     # Options that name runs whose models become parts of this model. PRESET-OPTION trains a part.
     PARTS: ClassVar[tuple[str, ...]] = ()
-    # Options of sample.py that apply to this family, and of evaluate (--text, --choices, --task).
+    # Options of sample.py that apply to this family, but for those that all have (sample.py's
+    # COMMON); and of evaluate (--text, --choices, --task).
     SAMPLE_OPTIONS: ClassVar[frozenset[str]] = frozenset()
     QUESTIONS: ClassVar[tuple[str, ...]] = ()
     # Rows of the batches over which a loss has its interval; 0 = as in training, for a loss that
@@ -152,6 +154,13 @@ class Run:
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Carry out sample.py's `options`. Raises ValueError for options that make no sense."""
         raise NotImplementedError
+
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        """(what the options ask for, which of SAMPLE_OPTIONS it has a use for).
+
+        For a family whose `sample` does several things, the first part is such as "with --chat".
+        """
+        return "", self.SAMPLE_OPTIONS
 
     def losses(self, model: nn.Module, data: Any) -> Scores:
         """Loss on validation and test as training measures it, and data.metrics of validation.
@@ -286,6 +295,14 @@ def beams_of(options: Any, stop_tokens: tuple[int, ...] = ()) -> Beams | None:
     sampling = options.sampling
     stops = (*sampling.stop_tokens, *stop_tokens)
     return Beams(options.beams, options.length_penalty, sampling.max_new_tokens, stops)
+
+
+def warn_if_longer(opened: OpenRun, text: str, ends: int = 0) -> None:
+    """Say on stderr if the model reads only the start of a text. ends: ids that are added to it."""
+    n = len(opened.tokenizer.encode(text)) + ends
+    most = opened.model.config.context_length
+    if n > most:
+        print(f"the text has {n} tokens: the model reads the first {most}", file=sys.stderr)
 
 
 def print_shares(shares: dict[str, float]) -> None:

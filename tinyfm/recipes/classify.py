@@ -24,7 +24,15 @@ from tinyfm.adapt.heads import Batch, Classifier, Reader, predictions
 from tinyfm.batches import labelled
 from tinyfm.batches.labelled import TaskConfig, TaskData
 from tinyfm.evaluate import metrics
-from tinyfm.recipes.base import About, OpenRun, Run, Scores, print_shares, write_texts_file
+from tinyfm.recipes.base import (
+    About,
+    OpenRun,
+    Run,
+    Scores,
+    print_shares,
+    warn_if_longer,
+    write_texts_file,
+)
 
 # Classes for a model that is built before its data are read, as by --dry-run.
 PLACEHOLDER = {"label": ("yes", "no")}
@@ -134,6 +142,7 @@ class TextClassifyRun(ClassifyRun):
         """The text of --prompt as a batch of one."""
         if not (options.prompt or "").strip():
             raise ValueError("give the text to classify: --prompt TEXT")
+        warn_if_longer(opened, options.prompt)
         ids = opened.tokenizer.encode(options.prompt)[: self.model.context_length]
         tokens = torch.tensor([ids])
         return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}

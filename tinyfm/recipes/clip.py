@@ -46,7 +46,7 @@ class CLIPRun(Run):
     data: PairConfig = field(default_factory=PairConfig)
 
     family: ClassVar[str] = "clip"
-    SAMPLE_OPTIONS = frozenset({"prompt", "image", "labels"})
+    SAMPLE_OPTIONS = frozenset({"prompt", "image", "labels", "n", "out"})
     QUESTIONS = ("task",)
     LOSS_ROWS = 0
     UNTRAINED = ("zero-shot",)
@@ -115,6 +115,11 @@ class CLIPRun(Run):
         )
         pairs = [f"{split.labels[rows[i]]} -> {found[i]}" for i in range(0, n, max(1, n // 3))]
         return f"--- step {step} names: " + "; ".join(pairs[:3])
+
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        if options.image:
+            return "with --image", self.SAMPLE_OPTIONS - {"n", "out"}
+        return "", self.SAMPLE_OPTIONS
 
     @torch.inference_mode()
     def sample(self, opened: OpenRun, options: Any) -> None:

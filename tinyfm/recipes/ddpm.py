@@ -47,7 +47,7 @@ class DDPMRun(ImageRun):
     model: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     family: ClassVar[str] = "ddpm"
-    SAMPLE_OPTIONS = frozenset({"seed", "sampler", "steps", "film"})
+    SAMPLE_OPTIONS = frozenset({"seed", "sampler", "steps", "film", "n", "out"})
     SHOWN: ClassVar[int] = 32
     ABOUT = About(
         task="unconditional-image-generation",

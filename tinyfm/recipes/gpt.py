@@ -47,6 +47,7 @@ from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
 
 SAMPLING_OPTIONS = frozenset(vars(generate.Sampling()))
+CLASSIFYING = frozenset({"prompt", "shots", "examples", "seed"})  # options that it reads
 
 # ---- pretraining --------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class GPTRun(Run):
     UNIT: ClassVar[str] = "documents"  # what the held-out texts are cut into, for intervals
     FACTS = (*Run.FACTS, "teacher", "distil")
     SAMPLE_OPTIONS = SAMPLING_OPTIONS | BEAM_OPTIONS | {
-        "prompt", "stop", "compile", "draft", "draft_tokens", "shots", "examples"
+        "prompt", "n", "out", "stop", "compile", "draft", "draft_tokens", "shots", "examples"
     }  # fmt: skip
     QUESTIONS = ("text", "choices", "task")
     UNTRAINED = ("zero-shot", "few-shot")
@@ -148,6 +149,13 @@ class GPTRun(Run):
         texts = [tokenizer.decode(ids[1:] + row) for ids, row in zip(starts, rows)]
         write_texts_file(folder, step, texts)
         return texts[0].strip()[:300]
+
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        if options.shots or options.examples:
+            return "with --shots and --examples", CLASSIFYING
+        if options.beams > 1:
+            return "with --beams", self.SAMPLE_OPTIONS - {"draft_tokens"}
+        return "", self.SAMPLE_OPTIONS
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Continue --prompt, or classify it after --shots of --examples."""
@@ -262,8 +270,6 @@ def search_text(opened: OpenRun, options: Any, beams: Beams) -> None:
 
 def classify_prompt(opened: OpenRun, options: Any) -> None:
     """Print how probable each label is for the prompt, after labelled examples in the context."""
-    if options.draft:
-        raise ValueError("--draft is for writing, --shots and --examples for classifying: use one")
     if not options.examples:
         raise ValueError("--shots needs labelled examples: --examples FILE")
     if not options.prompt:
@@ -323,6 +329,11 @@ class ChatRun(GPTRun):
         starts = [row.ids[: row.trained.argmax()].tolist()[-length:] for row in data.val[:8]]
         return f"--- step {step}:\n{self.write(model, data.tokenizer, starts, 0.0, folder, step)}"
 
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        if options.chat:
+            return "with --chat", self.SAMPLE_OPTIONS - {"prompt"}
+        return "", self.SAMPLE_OPTIONS
+
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Answer --prompt; or, with --chat, what the user types, until the end of input."""
         if options.chat:
@@ -360,6 +371,7 @@ class Writer:
     UNTRAINED = GPTRun.UNTRAINED
     ABOUT = GPTRun.ABOUT
     sample = GPTRun.sample
+    sample_form = GPTRun.sample_form
     classify_untrained = GPTRun.classify_untrained
 
 

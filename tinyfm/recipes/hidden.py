@@ -145,7 +145,7 @@ def encode_prompt(tokenizer: Tokenizer, mask: int, prompt: str) -> tuple[list[in
 class HiddenTokensRun(Run):
     """Pretrain on text with hidden tokens. A subclass adds `model` and `data`, and two methods."""
 
-    SAMPLE_OPTIONS = frozenset({"prompt"})
+    SAMPLE_OPTIONS = frozenset({"prompt", "n"})
 
     def __post_init__(self):
         if self.adapt == "prompt":

@@ -80,7 +80,7 @@ def resolve(
     base = None
     if run.init_from:
         base = run_dir.open_base(run.init_from)
-        changes |= from_base(run, preset.run, base)
+        changes |= from_base(run, base)
     elif run.adapt != "full":
         raise ValueError(f"--adapt {run.adapt} changes a trained model: add --init-from RUN")
     teacher = None
@@ -111,11 +111,27 @@ def open_data(run: Run, world: distributed.World) -> Any:
         return run.open_data()
 
 
-def from_base(run: Run, usual: Run, base: OpenRun) -> dict[str, Any]:
+def start_from(run: Run, path: str) -> Run:
+    """A preset's run with the sizes and the tokenizer of a base, before the user's options.
+
+    So each option that asks for another value is seen, even for the preset's. A base of another
+    family changes nothing: `from_base` refuses it.
+    """
+    folder = checkpoint.find(path)
+    base = run_dir.read_run(folder / "config.json")
+    if base.base_family != run.base_family or base.has_heads:
+        return run
+    run = replace(run, model=base.model)
+    if hasattr(run.data, "tokenizer"):
+        run = replace(run, data=replace(run.data, tokenizer=str(folder)))
+    return run
+
+
+def from_base(run: Run, base: OpenRun) -> dict[str, Any]:
     """What a run takes from its base: the sizes, the tokenizer, and a hash of the weights.
 
-    usual: the preset's run. Raises ValueError if the base is of another family, or an option asks
-    for another size or tokenizer than the base has.
+    Raises ValueError if the base is of another family, or an option asks for another size or
+    tokenizer than the base has.
     """
     if base.run.base_family != run.base_family or base.run.has_heads:
         raise ValueError(
@@ -125,7 +141,7 @@ def from_base(run: Run, usual: Run, base: OpenRun) -> dict[str, Any]:
     model = base.run.model
     for name, value in vars(run.model).items():
         inherited = getattr(base.run.model, name)
-        if value in (getattr(usual.model, name), inherited):
+        if value == inherited:
             continue
         if name != "dropout":
             raise ValueError(
@@ -135,7 +151,7 @@ def from_base(run: Run, usual: Run, base: OpenRun) -> dict[str, Any]:
         model = replace(model, dropout=value)
     changes = {"model": model, "base_hash": adapt.base_hash(base.model)}
     if hasattr(run.data, "tokenizer"):
-        if run.data.tokenizer not in (usual.data.tokenizer, str(base.folder)):
+        if run.data.tokenizer != str(base.folder):
             raise ValueError(
                 f"--data.tokenizer {run.data.tokenizer}: the tokenizer comes from "
                 f"{run.init_from}; remove this option"

@@ -46,7 +46,7 @@ from tinyfm.batches.preference import SHOWN, PairConfig, PairData, PromptConfig,
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate.metrics import proportion, ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
-from tinyfm.recipes.base import About, OpenRun, Run, Scores, write_texts_file
+from tinyfm.recipes.base import About, OpenRun, Run, Scores, warn_if_longer, write_texts_file
 from tinyfm.tokenizer import Tokenizer
 
 PAIR_TOKENS = 64  # of an answer that is drawn to measure a policy trained on pairs
@@ -175,9 +175,19 @@ class RewardRun(PairRun):
         """Print the reward of --prompt."""
         if not (options.prompt or "").strip():
             raise ValueError("give the text to judge: --prompt TEXT")
+        warn_if_longer(opened, options.prompt, ends=2)
         answer = Answer([], [], "", options.prompt, ended=True)
         (reward,) = Judge(opened.model, opened.tokenizer)([answer])
         print(f"{reward:.4f}")
+
+
+def check_judge(judge: OpenRun, name: str) -> None:
+    """Raise ValueError for a run that gives no rewards. name: how the user named it."""
+    if not isinstance(judge.model, RewardModel):
+        raise ValueError(
+            f"{name} is a run of family {judge.run.family}: give a reward model, of "
+            "python train.py gpt --task reward"
+        )
 
 
 # ---- policies -----------------------------------------------------------------------------------
@@ -317,12 +327,12 @@ class GRPORun(PreferenceRun):
         if self.data.reward == "parses":
             return Parses()
         judge = open_run(self.data.judge)
-        if not isinstance(judge.model, RewardModel):
-            raise ValueError(
-                f"--data.judge {self.data.judge} is a run of family {judge.run.family}: give a "
-                "reward model, of python train.py gpt --task reward"
-            )
-        return Judge(judge.model, judge.tokenizer, data.whole)
+        check_judge(judge, f"--data.judge {self.data.judge}")
+        reward = Judge(judge.model, judge.tokenizer, data.whole)
+        for rows in data.splits.values():
+            for ids in rows:  # a prompt that the judge cannot read is found before training
+                reward.start(data.tokenizer.decode(ids[1:]))
+        return reward
 
     def use_others(
         self,

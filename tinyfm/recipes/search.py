@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,9 +158,7 @@ def write_index(
         vectors = embed(opened, [passage["text"] for passage in passages])
         tensors["mean"] = vectors.mean(0)
         tensors["passages"] = F.normalize(vectors - tensors["mean"], dim=1)
-    if out.exists():
-        shutil.rmtree(out)
-    with folders.whole_or_absent(out) as folder:
+    with folders.whole_or_absent(out, replace=overwrite) as folder:
         lines = [json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages]
         (folder / PASSAGES).write_text("".join(lines), encoding="utf-8")
         if tensors:

@@ -175,7 +175,7 @@ class Seq2SeqRun(Run):
     data: TextPairConfig = field(default_factory=TextPairConfig)
 
     family: ClassVar[str] = "seq2seq"
-    SAMPLE_OPTIONS = DRAW_OPTIONS | BEAM_OPTIONS | {"prompt"}
+    SAMPLE_OPTIONS = DRAW_OPTIONS | BEAM_OPTIONS | {"prompt", "n", "out"}
     ABOUT = About(
         task="text2text-generation",
         use="It writes the target for a source of the kind that its pairs have.",

@@ -56,7 +56,7 @@ class TextToImageRun(Run):
     PARTS: ClassVar[tuple[str, ...]] = ("autoencoder", "clip")
     SAMPLE_OPTIONS = frozenset({
         "prompt", "seed", "sampler", "steps", "guidance", "init_image", "strength", "mask",
-        "upscale",
+        "upscale", "n", "out",
     })  # fmt: skip
     SHOWN: ClassVar[int] = 32
     GUIDANCE: ClassVar[float] = 3.0

@@ -44,7 +44,7 @@ class XLNetRun(HiddenTokensRun):
     data: PermutedConfig = field(default_factory=PermutedConfig)
 
     family: ClassVar[str] = "xlnet"
-    SAMPLE_OPTIONS = frozenset({"prompt", "masks", "seed"})
+    SAMPLE_OPTIONS = frozenset({"prompt", "n", "masks", "seed", "out"})
     ABOUT = About(
         use="It guesses words that are missing, in any order, and is a start for classifiers.",
         limits="Trained to guess one token in a few, it is a poor writer of whole texts. Its "
@@ -89,6 +89,11 @@ class XLNetRun(HiddenTokensRun):
                 by_document, split.bytes, "documents"
             )
         return scores
+
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        if options.masks:
+            return "with --masks", self.SAMPLE_OPTIONS - {"n"}
+        return "without --masks", HiddenTokensRun.SAMPLE_OPTIONS
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Fill the masks of --prompt; with --masks, draw what its tokens may look at."""

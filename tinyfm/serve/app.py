@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tinyfm.serve import completions, images, page_api, vectors
 from tinyfm.serve.engine import Busy, Engine
 from tinyfm.serve.families import Served, find_run
-from tinyfm.serve.guard import Guard, Json, Settings, error_response
+from tinyfm.serve.guard import Guard, Json, Settings, error_response, is_api
 from tinyfm.serve.requests import BadRequest
 
 PAGE = Path(__file__).parent / "page"
@@ -68,9 +68,12 @@ async def answer_busy(request: Request, error: Busy) -> Response:
 async def answer_unknown(request: Request, error: HTTPException) -> Response:
     """No such path, or not by this method."""
     path = request.url.path[:200]
+    headers = error.headers or {}
     problem = f"there is no {request.method} {path}; GET /v1/models lists the runs"
+    if "Allow" in headers:
+        problem = f"{path} is not for {request.method}: use {headers['Allow']}"
     answer = error_response(BadRequest(problem, status=error.status_code))
-    answer.headers.update(error.headers or {})
+    answer.headers.update(headers)
     return answer
 
 
@@ -94,6 +97,16 @@ HANDLERS = {
 
 
 # ---- the application -----------------------------------------------------------------------------
+
+
+class PageFiles(Mount):
+    """The files of the page, at all paths but those of the API: a wrong method there is a 405."""
+
+    def matches(self, scope: Any) -> tuple[Match, Any]:
+        if is_api(scope["path"]):
+            return Match.NONE, {}
+        return super().matches(scope)
+
 
 ROUTES = [
     Route("/v1/models", list_models),
@@ -122,12 +135,13 @@ def create_app(
     finds runs to compare. about: what the page says of the run in a folder, in sentences.
     """
     settings = settings or Settings()
-    page = Mount("/", StaticFiles(directory=PAGE, html=True))
+    page = PageFiles("/", StaticFiles(directory=PAGE, html=True))
     app = Starlette(
         routes=[*ROUTES, *page_api.routes, page],
         middleware=[Middleware(Guard, settings=settings)],
         exception_handlers=HANDLERS,
     )
+    app.router.redirect_slashes = False
     app.state.runs = {run.name: run for run in runs}
     app.state.engine = engine
     app.state.settings = settings

@@ -30,7 +30,7 @@ from tinyfm.adapt.heads import Classifier, mean_state
 from tinyfm.clip import CLIP
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
-from tinyfm.serve.engine import Busy, Engine, call
+from tinyfm.serve.engine import Engine, call
 from tinyfm.serve.families import Served, find_run, warn_about_texts
 from tinyfm.serve.guard import Json, read_json, read_json_or_form, unless_gone
 from tinyfm.serve.requests import (
@@ -44,7 +44,6 @@ from tinyfm.serve.requests import (
 )
 from tinyfm.serve.uploads import read_picture, to_images, to_png
 
-INDEX_SECONDS = 20.0  # that a search waits for the pictures to be embedded
 AT_ONCE = 64  # pictures that are embedded between two tokens of the texts that others wait for
 
 # ---- embeddings ----------------------------------------------------------------------------------
@@ -279,14 +278,12 @@ class Indexes:
         self.tasks: dict[str, asyncio.Task[PictureIndex]] = {}
 
     async def get(self, run: Served) -> PictureIndex:
-        """The index of a run. Raises Busy if it takes too long; the work on it goes on."""
+        """The index of a run. The work on it goes on if a search that waits for it is cancelled."""
         task = self.tasks.get(run.name)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = asyncio.create_task(build_index(self.engine, run, self.folder))
             self.tasks[run.name] = task
-        await asyncio.wait({task}, timeout=INDEX_SECONDS)
-        if not task.done():
-            raise Busy(f"it prepares the pictures of {run.name} for search; ask again in a minute")
+        await asyncio.wait({task})
         return task.result()
 
 
