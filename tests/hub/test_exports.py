@@ -344,7 +344,7 @@ def test_classifiers_that_transformers_does_not_have(tmp_path):
         classifier.save(Classifier(GPT(small), two, GPTClassifyRun.reader), tmp_path)
     one = {"kind": ("cat", "dog")}
     body = Autoencoder(AutoencoderConfig(8, channels=(8, 8), groups=4))
-    with pytest.raises(ValueError, match="body like this Autoencoder"):
+    with pytest.raises(ValueError, match="as this Autoencoder is; those of a GPT"):
         classifier.save(Classifier(body, one, AutoencoderClassifyRun.reader), tmp_path)
     with pytest.raises(ValueError, match=r"--model\.stem patch"):
         classifier.save(Classifier(CLIP(CLIPConfig()), one, CLIPClassifyRun.reader), tmp_path)

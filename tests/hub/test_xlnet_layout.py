@@ -8,7 +8,10 @@ from conftest import assert_equal_weights, count_parameters, edit_json, random_w
 from safetensors.torch import load_file, save_file
 
 from tinyfm import tokenizer
+from tinyfm.adapt.heads import Classifier
 from tinyfm.calc import systems
+from tinyfm.hub import classifier
+from tinyfm.recipes.xlnet import XLNetClassifyRun
 from tinyfm.xlnet import XLNet, XLNetConfig, places_of, remember
 
 transformers.logging.set_verbosity_error()
@@ -125,6 +128,27 @@ def test_a_model_without_segments_is_written_with_vectors_of_zero(tmp_path):
     their_words = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert their_words("the cat sat").input_ids == words.encode("the cat sat")
     assert exported.config.pad_token_id == their_words.pad_token_id == words.eot
+
+
+def test_a_classifier(tmp_path):
+    """It reads the mean state over the real tokens of its context, so the folder holds its code."""
+    config = XLNetConfig(61, 9, n_layer=2, n_head=2, d_model=16)
+    body = random_weights(lambda: XLNet(config), 0.2)
+    ours = Classifier(body, {"label": ("no", "yes")}, XLNetClassifyRun.reader).eval()
+    torch.nn.init.normal_(ours.heads[0].weight)
+    classifier.save(ours, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, trust_remote_code=True
+    )
+    rows = random_rows()
+    with torch.no_grad():
+        cut = {name: rows[name][:, :9] for name in ("tokens", "mask")}
+        expected = theirs(rows["tokens"], rows["mask"].long()).logits
+        torch.testing.assert_close(ours(cut)[0], expected, atol=1e-5, rtol=1e-5)
+    again = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**SIZES))
+    again.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"ForSequenceClassification.*supported: XLNetLMHead"):
+        XLNet.from_pretrained(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", ["xlnet-base", "xlnet-large"])

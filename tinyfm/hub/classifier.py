@@ -1,9 +1,10 @@
 """Classifiers for transformers: the body as its family writes it, and the head.
 
-transformers has classifiers, but none that reads features as adapt/heads.py does: the
-mean over all tokens, normalised, or a grid of places. One of its classes with these weights would
-run and answer at random. So the folder holds the code of the classifier too, modeling_tinyfm.py,
-which transformers reads if it is called with trust_remote_code=True:
+transformers has classifiers, but none that reads features as adapt/heads.py does: the mean over all
+tokens, normalised, or a grid of places. (BERT's reads the first token, XLNet's the last one, each
+through a further layer.) One of its classes with these weights would run and answer at random. So
+the folder holds the code of the classifier too, modeling_tinyfm.py, which transformers reads if it
+is called with trust_remote_code=True:
 
     pipeline("text-classification", "exported", trust_remote_code=True)
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfm.hub import clip, encoder, gpt, layout
+from tinyfm.hub import clip, encoder, gpt, layout, xlnet
 
 CODE = "modeling_tinyfm.py"
 GRID = 4  # rows and columns of places in the features of a picture, at most: recipes/clip.py
@@ -52,6 +53,22 @@ def encoder_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     del raw["architectures"]
     _, tensors = encoder.their_tensors(model, model_type)
     prefix = encoder.ARCHITECTURES[model_type].prefix + "."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return raw, tensors
+
+
+def xlnet_body(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors of an XLNet without its head, as AutoModel names them."""
+    raw = xlnet.write_config(model.config)
+    del raw["architectures"]
+    _, tensors = xlnet.their_tensors(model)
+    if not model.config.segments:
+        tensors |= xlnet.no_segments(model.config)
+    prefix = "transformer."
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -102,6 +119,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
     elif kind == "Encoder":
         raw, tensors = encoder_body(model.body)
         title, auto = "TinyfmTextClassifier", "AutoModelForSequenceClassification"
+    elif kind == "XLNet":
+        raw, tensors = xlnet_body(model.body)
+        title, auto = "TinyfmTextClassifier", "AutoModelForSequenceClassification"
     elif kind == "CLIP":
         raw, tensors = image_body(model.body)
         title, auto = "TinyfmImageClassifier", "AutoModelForImageClassification"
@@ -109,8 +129,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None, overwrite: bool =
         tokenizer = None
     else:
         raise ValueError(
-            f"transformers has no body like this {kind}; it has those of a GPT, of an "
-            "Encoder, and of a CLIP that was trained with --model.stem patch"
+            f"no body of transformers is read as this {kind} is; those of a GPT, an Encoder and "
+            "an XLNet are, and a CLIP that was trained with --model.stem patch"
         )
     tensors = {f"body.{name}": tensor for name, tensor in tensors.items()}
     tensors |= {f"head.{name}": p for name, p in model.heads[0].named_parameters()}

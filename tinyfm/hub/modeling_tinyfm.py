@@ -58,6 +58,8 @@ class TinyfmTextClassifier(TinyfmClassifier):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         T = self.body.config.max_position_embeddings
+        if self.body.config.model_type == "xlnet":  # any length is possible: that of training
+            T = self.body.config.context_length
         if self.body.config.model_type == "roberta":  # positions up to that of padding are unused
             T -= self.body.config.pad_token_id + 1
         mask = attention_mask[:, :T]
