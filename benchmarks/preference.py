@@ -42,6 +42,7 @@ from benchmarks.timing import describe_machine, record
 from data import ratings
 from data.report import Report
 from data.splits import TEST, TRAIN
+from tinyfm.adapt.constitution import best_and_worst
 from tinyfm.adapt.preference import (
     GRPOConfig,
     best_of,
@@ -55,7 +56,7 @@ from tinyfm.batches.preference import PromptConfig, PromptData, rated_pairs
 from tinyfm.evaluate.metrics import Measured, ratio_of_sums
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import OpenRun
-from tinyfm.recipes.preference import answer_prompts
+from tinyfm.recipes.constitution import draw_rounds
 
 DPO_BETAS = (0.5, 0.1, 0.03)
 GRPO_BETAS = (0.2, 0.02)
@@ -123,11 +124,7 @@ def answer_all(opened: OpenRun, data: PromptData, split: str, most: int, times: 
     """`times` rounds of answers to the first `most` prompts of a split."""
     prompts = data.prompts(split)[:most]
     tokens = GRPOConfig().max_new_tokens
-    end = Parses.end if data.path == "functions" else Judge.end
-    return [
-        answer_prompts(opened.model, data.tokenizer, prompts, 1000 + i, tokens, end)
-        for i in range(times)
-    ]
+    return draw_rounds(opened, prompts, times, 1000, tokens, code=data.path == "functions")
 
 
 def share_of(good: np.ndarray) -> Measured:
@@ -166,9 +163,10 @@ def make_pairs(path: Path, base: OpenRun, data: PromptData, reward, options) -> 
         rounds = answer_all(base, data, TRAIN, options.prompts, options.answers)
         scores = np.stack([score_answers(reward, answers).numpy() for answers in rounds], 1)
         pairs = []
-        for i, own in enumerate(scores):
-            best, worst = (rounds[place][i] for place in (own.argmax(), own.argmin()))
-            if own.max() > own.min() and best.text.strip() and worst.text.strip():
+        for drafts, own in zip(zip(*rounds), scores.tolist()):
+            found = best_and_worst(drafts, own)
+            if found:
+                best, worst = found
                 pairs.append({"prompt": best.before, "chosen": best.text, "rejected": worst.text})
         write_jsonl(path, pairs)
     return str(path.resolve())

@@ -8,6 +8,8 @@
     python -m tinyfm search FOLDER TEXT     find the passages that answer a question
     python -m tinyfm.evaluate RUN           measure a run on held-out data
     python -m tinyfm.adapt compare RUN      compare ways to adapt a run to a task
+    python -m tinyfm.adapt constitution RUN make pairs of answers by written principles
+    python -m tinyfm.adapt policies RUN ... compare runs that learned preferences
     python -m tinyfm.hub RUN FOLDER         export a run to the layout of transformers or diffusers
     python -m tinyfm.serve RUN ...          serve runs: an API for OpenAI's clients, and a page
     python -m tinyfm.calc NAME              parameters, memory, FLOPs, time and cost of a model

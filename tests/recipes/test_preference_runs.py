@@ -9,11 +9,17 @@ from conftest import call
 
 import sample
 import train
+from data.report import Report
+from tinyfm.adapt import __main__ as adapt
+from tinyfm.adapt.preference import Answer
+from tinyfm.adapt.rewards import Judge
+from tinyfm.batches.preference import PairConfig, read_pairs
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.gpt import GPTDPORun, GPTGRPORun
+from tinyfm.training import checkpoint
 from tinyfm.training.trainer import TrainConfig
 
 BASE = """gpt --data.path text.txt --data.tokenizer bytes --data.cache cache --model.vocab-size 257
@@ -156,6 +162,8 @@ def test_sample_continues_texts_and_gives_rewards(capsys):
         assert call(sample, "reward", "--prompt", text) == 0
         rewards.append(float(capsys.readouterr().out))
     assert rewards[0] > rewards[1]
+    assert call(sample, "reward", "--prompt", "x" * 99) == 0
+    assert "has 101 tokens: the model reads the first 32" in capsys.readouterr().err
 
 
 def test_evaluate_measures_reward_and_kl_before_and_after(capsys):
@@ -181,6 +189,88 @@ def test_a_policy_is_a_gpt_for_the_hub(fails, tmp_path, capsys):
     assert "family reward" in fails(hub, "reward", "--gguf", tmp_path / "a.gguf")
 
 
+def test_principles_make_pairs_and_answers(fails, tmp_path, capsys):
+    write("rules.jsonl", [
+        {"principle": "It says good.", "judge": "contains good", "keeps": ["good", "bad"]},
+        {"principle": "It is liked.", "judge": "reward"},
+    ])  # fmt: skip
+    out = tmp_path / "pairs.jsonl"
+    words = ("constitution", "base", "--data", "prompts.jsonl", "--max-new-tokens", "16")
+    words += ("--drafts", "6", "--out", out)
+    call(adapt, *words, "--principles", "rules.jsonl")
+    printed = capsys.readouterr().out
+    assert "judge: contains good; 1 of 2 examples right" in printed
+    assert "of 3 test pairs it orders 100% (44% to 100%) as people do" in printed
+    assert f"next: python train.py gpt --task dpo --init-from base --data.path {out}" in printed
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    answers = (tmp_path / "pairs-answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert f"{len(rows)} pairs in" in printed and f"{len(answers)} answers that" in printed
+    judge = run_dir.open_run("reward")
+    score = Judge(judge.model, judge.tokenizer, whole=False)
+
+    def kept(prompt: str, text: str) -> int:
+        (reward,) = score([Answer([], [], prompt, text, True)])
+        return ("good" in text) + (reward > 0)
+
+    assert rows and answers
+    for row in rows:
+        better, worse = (kept(row["prompt"], row[name]) for name in ("chosen", "rejected"))
+        assert better > worse
+    assert all("good" in json.loads(line)["text"] for line in answers)
+    # What train.py makes of the pairs: none is skipped.
+    assert len(list(read_pairs(PairConfig(str(out)), Report()))) == len(rows)
+
+    # The same again, and mistakes.
+    first = out.read_bytes()
+    assert f"{out} exists" in fails(adapt, *words, "--principles", "rules.jsonl")
+    call(adapt, *words, "--principles", "rules.jsonl", "--overwrite")
+    assert out.read_bytes() == first
+    words = (*words[:-1], tmp_path / "other.jsonl")
+    assert "--principles data/principles.jsonl" in fails(adapt, *words)
+    rules = ("--principles", "rules.jsonl")
+    assert "--drafts is 1; use 2" in fails(adapt, *words, *rules, "--drafts", "1")
+    assert "leaves no room" in fails(adapt, *words, *rules, "--max-new-tokens", "32")
+    assert "no folder" in fails(adapt, *words, *rules, "--out", "nowhere/a.jsonl")
+    assert "ends in .jsonl" in fails(adapt, *words, *rules, "--out", "a.txt")
+    assert "family reward: give one that continues" in fails(
+        adapt, words[0], "reward", *words[2:], *rules
+    )
+    write("rules.jsonl", [{"principle": "It is short.", "judge": "words 99"}])
+    assert "one breaks fewer principles: use more --drafts" in fails(adapt, *words, *rules)
+    write("rules.jsonl", [{"principle": "It is liked.", "judge": "dpo"}])
+    assert "the judge dpo is a run of family dpo: give a reward" in fails(adapt, *words, *rules)
+    assert "usage: python -m tinyfm.adapt compare RUN" in fails(adapt, "constitutions")
+
+
+def test_policies_are_compared_on_the_same_prompts(fails, tmp_path, capsys):
+    write("rules.jsonl", [
+        {"principle": "It says good.", "judge": "contains good"},
+        {"principle": "It is short.", "judge": "words 99"},
+    ])  # fmt: skip
+    rules = ("--data", "prompts.jsonl", "--max-new-tokens", "16", "--principles", "rules.jsonl")
+    assert call(adapt, "policies", "dpo", "lora", *rules) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "answers to 1 prompt of test, of prompts.jsonl" in lines
+    columns = "keeps all finished breaks 1 breaks 2 KL distinct bits"
+    assert " ".join(lines[-4].split()) == columns
+    base, dpo, lora = (line.split() for line in lines[-3:])
+    assert (base[1], dpo[1], lora[2]) == ("base", "(dpo,", "lora")
+    opened = run_dir.open_run("base")
+    bits = opened.run.losses(opened.model, opened.run.open_data())["test_bpb"]
+    assert base[-1] == f"{bits:.3f}" != dpo[-1]
+    assert float(base[-3]) == 0 < float(dpo[-3])
+
+    moved = tmp_path / "moved"
+    shutil.copytree("dpo", moved)
+    config = moved / "step-000020" / "config.json"
+    record = files.read_json(config)
+    files.write_json(config, record | {"base_hash": "0" + record["base_hash"][1:]})
+    files.write_json(config.parent / checkpoint.MANIFEST, checkpoint.make_manifest(config.parent))
+    assert "compare runs of one base" in fails(adapt, "policies", "dpo", moved, *rules)
+    assert "base is a run of family gpt: give" in fails(adapt, "policies", "base", *rules)
+    assert "which runs?" in fails(adapt, "policies", *rules)
+
+
 # ---- what users mistype --------------------------------------------------------------------------
 
 
@@ -199,6 +289,10 @@ def test_wrong_input_is_refused_in_one_sentence(fails, tmp_path):
     assert "the tokenizer comes from base" in message
     message = fails(train, *start, *MORE["dpo"], "--init-from", "reward")
     assert "a run of family reward, not gpt" in message
+    message = fails(train, *start, *MORE["dpo"], "--model.n-layer", "2")  # as the preset has
+    assert "--model.n-layer 2: sizes come from base, which has 1" in message
+    message = fails(train, *start, *MORE["dpo"], "--data.tokenizer", "")
+    assert "the tokenizer comes from base" in message
     assert "give the text to judge" in fails(sample, "reward")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="use lora or full"):

@@ -50,7 +50,7 @@ from tinyfm.common.figures import new_figure
 from tinyfm.common.options import parse
 from tinyfm.evaluate import overlap
 from tinyfm.evaluate.metrics import Measured
-from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes import constitution, policies, registry, run_dir
 from tinyfm.recipes.base import OpenRun, Run
 from tinyfm.recipes.classify import score_untrained
 from tinyfm.training.trainer import Trainer
@@ -404,14 +404,22 @@ def compare(options: Options) -> None:
     print(out / "compare.png")
 
 
+COMMANDS = {  # the options, the text of --help, and what carries them out
+    "compare": (Options, __doc__, compare),
+    "constitution": (constitution.Options, constitution.__doc__, constitution.constitution),
+    "policies": (policies.Options, policies.__doc__, policies.policies),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int | str:
-    """Run `compare ...`; return the exit status or the message of an error."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = "python -m tinyfm.adapt compare"
-    if arguments[:1] != ["compare"]:
-        return f"usage: {command} RUN ..."
+    """Run `compare ...` or another of COMMANDS; return the exit status, or what went wrong."""
+    name, *words = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    start = "python -m tinyfm.adapt"
+    if name not in COMMANDS:
+        return "usage: " + "\n       ".join(f"{start} {known} RUN ..." for known in COMMANDS)
+    options, about, carry_out = COMMANDS[name]
     try:
-        compare(parse(Options, __doc__, command, arguments[1:]))
+        carry_out(parse(options, about, f"{start} {name}", words))
     except (ValueError, OSError) as error:
         return f"error: {error}"
     except KeyboardInterrupt:
