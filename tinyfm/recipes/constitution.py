@@ -314,11 +314,15 @@ def constitution(options: Options) -> None:
             "no prompt has two finished drafts of which one breaks fewer principles: use more "
             "--drafts, more --max-new-tokens, or other principles"
         )
-    for path, rows in zip(options.files, (pairs, answers)):
-        write_jsonl(path, rows)
     first, second = options.files
+    write_jsonl(first, pairs)
     print(f"{counted(len(pairs), 'pairs')} in {first}")
-    print(f"{counted(len(answers), 'answers')} that break no principle in {second}")
+    second.unlink(missing_ok=True)
+    if answers:
+        write_jsonl(second, answers)
+        print(f"{counted(len(answers), 'answers')} that break no principle in {second}")
+    else:
+        print("each draft breaks a principle, so there is no answer to fine-tune on")
     print(
         f"next: python train.py gpt --task dpo --init-from {options.run} --data.path {first} "
         "--out runs/constitution"
