@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ class Child:
 
     def __init__(self, tree: Path):
         environment = dict(os.environ, PYTHONPATH=str(tree), OMP_NUM_THREADS="1")
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the checks need pytest alone
         command = [sys.executable, "-m", "course.child", str(ALL_SECONDS)]
         self.process = subprocess.Popen(
             command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -109,32 +110,42 @@ class Child:
         self.process.wait()
 
 
-def run_jobs(jobs: list[Job], seconds: float = SECONDS) -> Iterator[Result]:
-    """The result of each job. A child that hangs or dies is replaced.
+@contextmanager
+def checker(seconds: float = SECONDS) -> Iterator[Callable[[Job], Result]]:
+    """A function that gives the result of a job. A child that hangs or dies is replaced.
 
     Raises ValueError if pytest, which runs the checks, is missing.
     """
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("the checks need a package: pip install pytest")
     child = None
+
+    def run(job: Job) -> Result:
+        nonlocal child
+        child = child or Child(tree)
+        try:
+            return summarise(child.ask(job, seconds))
+        except TimeoutError:
+            reason = f"it did not end within {seconds:.0f} seconds"
+        except ChildProcessError:
+            reason = "the process ended: too much memory, or an exit"
+        child.close()
+        child = None
+        restore(tree, job)
+        return Result("differs", (reason,))
+
     with copied_tree() as tree:
         try:
-            for job in jobs:
-                child = child or Child(tree)
-                try:
-                    yield summarise(child.ask(job, seconds))
-                    continue
-                except TimeoutError:
-                    reason = f"it did not end within {seconds:.0f} seconds"
-                except ChildProcessError:
-                    reason = "the process ended: too much memory, or an exit"
-                child.close()
-                child = None
-                restore(tree, job)
-                yield Result("differs", (reason,))
+            yield run
         finally:
             if child:
                 child.close()
+
+
+def run_jobs(jobs: list[Job], seconds: float = SECONDS) -> Iterator[Result]:
+    """The result of each job, see `checker`."""
+    with checker(seconds) as run:
+        yield from map(run, jobs)
 
 
 def restore(tree: Path, job: Job) -> None:

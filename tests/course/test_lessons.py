@@ -30,8 +30,15 @@ def wrong_answers(exercise, lesson: Lesson, every: bool) -> list:
     return [] if place % 2 else [found[place % len(found)]]
 
 
+@pytest.fixture(scope="module")
+def run():
+    """Runs a job. A child process is shared by all lessons, as it loads torch and pytest."""
+    with check.checker() as run:
+        yield run
+
+
 @pytest.mark.parametrize("lesson", **BY_NAME)
-def test_checks_accept_the_repository_and_nothing_else(lesson, request):
+def test_checks_accept_the_repository_and_nothing_else(lesson, run, request):
     """The module passes; each hole, typical wrong answer and planted fault fails, and says why."""
     every = request.config.getoption("--all-wrong-answers")
     sources = sources_of(lesson)
@@ -51,9 +58,9 @@ def test_checks_accept_the_repository_and_nothing_else(lesson, request):
         text = faults.planted(fault, read(ROOT / fault.module))
         failing[f"fault {number}"] = check.Job({fault.module: text}, lesson, None)
     whole = check.Job({}, lesson, None)
-    passed, *results = check.run_jobs([whole, *failing.values()])
-    assert not passed.reasons, "the repository's code fails its checks"
-    for label, result in zip(failing, results, strict=True):
+    assert not run(whole).reasons, "the repository's code fails its checks"
+    for label, job in failing.items():
+        result = run(job)
         assert result.state == "differs", f"no check fails: {label}"
         assert any(map(str.strip, result.reasons)), f"no reason is given: {label}"
 
