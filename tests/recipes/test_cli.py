@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import importlib
+import inspect
 import json
 import os
 import pickle
@@ -534,6 +536,16 @@ def test_an_option_that_would_do_nothing_is_refused(family, given, message):
         assert message and message in str(error)
     else:
         assert not message
+
+
+def test_options_that_a_family_reads_are_its_own():
+    for recipe in registry.RECIPES:
+        for run_type in importlib.import_module(recipe).RUNS:
+            source = inspect.getsource(run_type.sample)
+            if "options.n " in source:
+                assert "n" in run_type.SAMPLE_OPTIONS, run_type.family
+            if "options.out" in source or "save_sheet" in source:
+                assert "out" in run_type.SAMPLE_OPTIONS, run_type.family
 
 
 def test_a_sample_is_what_the_model_generates(tiny_run, tmp_path, capsys):

@@ -45,7 +45,7 @@ class DALLERun(Run):
     family: ClassVar[str] = "dalle"
     PARTS: ClassVar[tuple[str, ...]] = ("vq",)
     SAMPLE_OPTIONS = frozenset({
-        "prompt", "seed", "guidance", "temperature", "top_k", "top_p", "min_p",
+        "prompt", "seed", "guidance", "temperature", "top_k", "top_p", "min_p", "n", "out",
     })  # fmt: skip
     SHOWN: ClassVar[int] = 32
     GUIDANCE: ClassVar[float] = 3.0

@@ -36,7 +36,7 @@ class VQRun(ImageRun):
     model: VQConfig = field(default_factory=VQConfig)
 
     family: ClassVar[str] = "vq"
-    SAMPLE_OPTIONS = frozenset({"seed", "image"})
+    SAMPLE_OPTIONS = frozenset({"seed", "image", "n", "out"})
     ABOUT = About(
         library="diffusers",
         use="It turns pictures of the kind that it was trained on into integers and back, for a "
@@ -67,6 +67,11 @@ class VQRun(ImageRun):
         """Draw validation pictures above their reconstructions."""
         images = next(data.val_batches(self.SHOWN))["images"]
         return save_step_sheet(sheets.reconstructions(model, images), folder, step)
+
+    def sample_form(self, options: Any) -> tuple[str, frozenset[str]]:
+        if options.image:
+            return "with --image", self.SAMPLE_OPTIONS - {"n", "seed"}
+        return "", self.SAMPLE_OPTIONS
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n held-out pictures, or --image, above their reconstructions; print the codes of the
