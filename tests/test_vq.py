@@ -1,12 +1,15 @@
-"""VQ-VAE: equality with VQModel of diffusers, quantisation and revival by hand, errors."""
+"""VQ-VAE: equality with VQModel of diffusers and the quantiser of EnCodec, quantisation and revival
+by hand, errors."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 from conftest import assert_equal_weights, count_parameters, edit_json, normal, random_weights
 from diffusers import VQModel
+from transformers.models.encodec.modeling_encodec import EncodecResidualVectorQuantizer
 
 from tinyfm.vq import (
     VQVAE,
@@ -107,6 +110,24 @@ def test_folders_that_the_config_cannot_express(fields, message, published, tmp_
 def test_several_codebooks_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"n_book is 2; .*--model.n-book 1"):
         VQVAE(replace(TINY, n_book=2)).save_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_residual_codes_of_sounds_are_those_of_encodec():
+    """Q = 3 codebooks, for vectors along one axis; the first two alone for a lower bandwidth."""
+    torch.manual_seed(0)
+    ours = Quantizer(replace(TINY, n_book=3))
+    config = SimpleNamespace(codebook_size=16, codebook_dim=4, frame_rate=75, num_quantizers=3)
+    theirs = EncodecResidualVectorQuantizer(config)
+    for layer, book in zip(theirs.layers, ours.codebooks):
+        layer.codebook.embed.copy_(book.weight)
+    z = 0.2 * normal(2, 4, 50)
+    codes = theirs.encode(z)  # (Q, B, T)
+    assert torch.equal(ours.encode(z), codes.transpose(0, 1))
+    assert min(len(book.unique()) for book in codes) > 8
+    torch.testing.assert_close(ours.decode(codes.transpose(0, 1)), theirs.decode(codes))
+    fewer = theirs.encode(z, bandwidth=2 * 4 * 75 / 1000)
+    assert torch.equal(ours.encode(z)[:, :2], fewer.transpose(0, 1))
 
 
 # ---- quantisation -------------------------------------------------------------------------------

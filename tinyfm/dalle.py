@@ -47,7 +47,7 @@ from tinyfm.vq import VQVAE, VQConfig
 
 @dataclass(frozen=True)
 class DALLEConfig:
-    n_layer: int = 6  # blocks of the GPT
+    n_layer: int = 4  # blocks of the GPT
     n_head: int = 4  # query heads
     d_model: int = 192  # width of the residual stream
     dropout: float = 0.0  # share of activations set to zero in training

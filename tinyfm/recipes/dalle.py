@@ -147,8 +147,8 @@ PRESETS = {
         "letters as a text says, code by code, with its VQ-VAE: a quarter of an hour in all",
         DALLERun(
             model=DALLEConfig(vq=VQ_PRESETS["vq"].run.model),
-            optim=OptimConfig(lr=2e-3, muon_lr=0.01, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(steps=2400, batch_size=64, eval_every=800),
+            optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=50, decay_fraction=0.6),
+            train=TrainConfig(steps=1800, batch_size=64, micro_batch_size=32, eval_every=600),
         ),
     ),
     "dalle-vq": Preset("the first part of it: as vq", VQ_PRESETS["vq"].run),

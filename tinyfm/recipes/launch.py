@@ -7,10 +7,10 @@ Nothing is trained and no model built before the plan stands. `describe` puts it
 
 A run may start from another of its family, its base (--init-from): it takes the base's weights,
 sizes and tokenizer. A GPT may learn from another's predictions, its teacher's. Some models have
-parts that are other runs: text2image takes an autoencoder and a CLIP. Parts that are not
-given are trained first, in OUT-OPTION, such as runs/text2image-clip. Bases and teachers are never
-trained automatically. A run's checkpoints hold all weights it took: to resume or to open it, the
-other runs are not needed.
+parts that are other runs: text2image takes an autoencoder and a CLIP, dalle a VQ-VAE. Parts that
+are not given are trained first, in OUT-OPTION, such as runs/text2image-clip. Bases and teachers are
+never trained automatically. A run's checkpoints hold all weights it took: to resume or to open it,
+the other runs are not needed.
 """
 
 from __future__ import annotations
