@@ -1,6 +1,6 @@
 """Positions that a model has not seen: ALiBi beside RoPE, trained on short rows, read on long ones.
 
-    python benchmarks/alibi.py [--seeds 3] [--options "--train.steps 20"] [--record]
+    python benchmarks/alibi.py [--seeds 3] [--options "--train.steps 20"] [--picture FILE]
 
 Trains the preset `gpt` on rows of 128 tokens, for two thirds of its steps, with either kind of
 position; one run a seed, ten minutes on two cores in all. Then each model reads the test text in
@@ -10,7 +10,8 @@ more of what stands before them. Press et al. 2022 found that ALiBi gains by tha
 positions fail.
 
 Prints the mean loss over the seeds, in nats per token, the smallest and the largest, and the
-interval of 95% of the median seed over the windows. --record writes the table into README.md.
+interval of 95% of the median seed over the windows. --picture draws the losses of all seeds, and
+--record writes the table into README.md.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import timing
+from tinyfm.common.figures import new_figure, save_figure
 from tinyfm.evaluate.metrics import Measured, ratio_of_sums
 from tinyfm.gpt import GPT
 from tinyfm.recipes import run_dir
 
-POSITIONS = ("alibi", "rope")
+POSITIONS = {"alibi": "C0", "rope": "C1"}  # kind -> colour in the picture
 TRAINED = 128  # tokens of a row in training
 LENGTHS = (128, 192, 256, 384, 512)  # tokens of a row that is read
 SCORED = 64  # tokens at the end of each row
@@ -103,10 +105,28 @@ def table(results: dict[str, list[dict[int, Measured]]]) -> str:
     return "\n".join(lines) + f"\n\nTrained on rows of {TRAINED} tokens; {windows}.\n"
 
 
+def draw(results: dict[str, list[dict[int, Measured]]], path: str) -> None:
+    """A line for each seed: the loss by the tokens of a row."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for kind, seeds in results.items():
+        for number, each in enumerate(seeds):
+            label = kind if number == 0 else None
+            losses = [each[length] for length in LENGTHS]
+            axes.plot(LENGTHS, losses, color=POSITIONS[kind], marker="o", label=label)
+    axes.axvline(TRAINED, color="grey", linestyle=":", label="rows of training")
+    axes.set_xticks(LENGTHS)
+    axes.set_xlabel("tokens of a row")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of runs of each kind")
     parser.add_argument("--options", default="", help="more options for train.py, in one string")
+    parser.add_argument("--picture", help="a file to draw the losses into")
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     if given.seeds < 1:
@@ -125,6 +145,8 @@ def main() -> None:
     head += f"training took {statistics.mean(minutes):.1f} minutes a run"
     text = f"{head}\n\n{table(results)}"
     print(text)
+    if given.picture:
+        draw(results, given.picture)
     if given.record:
         timing.record("alibi", text)
 

@@ -74,7 +74,7 @@ run step_time python benchmarks/step_time.py
 run busy python benchmarks/busy.py --record
 run scale python benchmarks/scale.py --steps 20
 run prepare python benchmarks/prepare.py
-run alibi python benchmarks/alibi.py --record
+run alibi python benchmarks/alibi.py --picture benchmarks/alibi.png --record
 run gpu benchmarks/gpu.sh --record
 if [[ $found == false ]]; then
     echo "there is no benchmark named ${only[*]}; --list shows them"
