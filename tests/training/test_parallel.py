@@ -21,6 +21,7 @@ from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
+from tinyfm.dalle import DALLE, DALLEConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
@@ -33,6 +34,7 @@ from tinyfm.training.log import Logbook
 from tinyfm.training.muon import Muon
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer
+from tinyfm.vq import VQVAE, VQConfig
 from tinyfm.xlnet import XLNet, XLNetConfig
 
 GPT_TINY = GPTConfig(
@@ -61,6 +63,8 @@ DDPM = DiffusionConfig(
     image_size=8, channels=(8, 16), attend=(False, True), n_block=1, n_head=2, groups=4
 )
 LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
+VQ = VQConfig(image_size=8, channels=(4, 8), groups=2, latent_channels=2, n_code=61, dead_after=2)
+DALLE_TINY = DALLEConfig(2, 2, 16, text_vocab_size=61, text_length=8, vq=VQ)
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
     "encoder": lambda: Encoder(ENCODER),
@@ -70,6 +74,8 @@ FAMILIES = {
     "clip": lambda: CLIP(CLIP_TINY),
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
+    "vq": lambda: VQVAE(VQ),
+    "dalle": lambda: DALLE(DALLE_TINY),
     "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
 }
 TRAIN = TrainConfig(
@@ -183,10 +189,10 @@ def train_families(base: Path) -> None:
 
 
 def check_shares(trainer: Trainer) -> None:
-    """All parameters but single numbers are sharded. Frozen ones have no optimizer state."""
-    shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
+    """All parameters are sharded but single numbers and codebooks. Frozen ones have no optimizer
+    state."""
     for name, p in trainer.model.named_parameters():
-        assert is_shard(p) == bool(shapes[name]), name
+        assert is_shard(p) == (p.ndim > 0 and "codebooks" not in name), name
         assert p.requires_grad == (name in trainer.ema.average)
     held = sum(local(p).nbytes for p in trainer.model.parameters())
     assert held < 0.6 * sum(p.nbytes for p in trainer.model.parameters())

@@ -95,9 +95,10 @@ class DALLERun(Run):
         return replace(self.model, vq=vq)
 
     def part_run(self, option: str, usual: Run, given: dict[str, Any]) -> Run:
-        """The run that trains the VQ-VAE. usual: the preset of it."""
-        model = {"image_size": self.model.vq.image_size}
-        model["in_channels"] = 3 if self.data.color else self.model.vq.in_channels
+        """The run that trains the VQ-VAE, of the sizes in --model.vq. usual: the preset of it."""
+        model = dict(vars(self.model.vq))
+        if self.data.color:
+            model["in_channels"] = 3
         return part_of(self, option, usual, model, {})
 
     def check_parts(self) -> None:

@@ -201,7 +201,8 @@ class Trainer:
 
     A model whose loss in training is not that of validation names it in `loss_name`: "loss_...".
 
-    A model whose parameters have bounds has a method `after_step`, which puts them back in range.
+    A model that changes its parameters itself after a step, while their gradients are still there,
+    has a method `after_step`: it puts them back in range, or moves codes that nothing uses.
 
     Raises ValueError if the batch does not divide by the number of processes, or if the device,
     the dtype or TensorBoard is not available.
