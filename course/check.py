@@ -37,7 +37,7 @@ class Job:
 
     files: dict[str, str]
     lesson: Lesson
-    exercise: str | None  # None: all checks of the lesson
+    exercise: str | None  # None: all checks of the lesson, up to the first that fails
 
 
 @dataclass(frozen=True)

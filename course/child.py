@@ -2,14 +2,15 @@
 
 It says "ready", then reads one job a line from its standard input, {"files": {path: text},
 "lesson": folder, "exercise": name or null}. For each it puts the files in place, imports everything
-again, runs the lesson's checks of that exercise (all checks if null), puts the files back, and
-answers with one line on its standard output: [[test, outcome, message], ...].
+again, runs the lesson's checks of that exercise (if null, all checks up to the first that fails),
+puts the files back, and answers with one line on its standard output: [[test, outcome, message],
+...].
 """
 
 from __future__ import annotations
 
-import gc
 import json
+import linecache
 import os
 import sys
 from pathlib import Path
@@ -55,8 +56,15 @@ def explain(excinfo) -> str:
     if isinstance(error, AssertionError):
         return text.split("\nassert ")[0].strip() or "the assertion does not hold"
     where = [frame for frame in excinfo.traceback if "tinyfm" in str(frame.path)]
-    place = f", in {where[-1].name}: {where[-1].statement}".rstrip() if where else ""
+    place = f", in {where[-1].name}: {line_of(where[-1])}".rstrip() if where else ""
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}{place}"
+
+
+def line_of(frame) -> str:
+    """The line that a frame of pytest's tracebacks is in; its `statement` parses the whole file."""
+    path = str(frame.path)
+    linecache.checkcache(path)
+    return linecache.getline(path, frame.lineno + 1).strip()
 
 
 def forget_ours() -> None:
@@ -75,6 +83,9 @@ def run_job(job: dict) -> list[list[str]]:
     reporter = Reporter(job["exercise"])
     tests = str(Path("course") / job["lesson"] / "checks.py")
     options = ["-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider"]
+    options += ["-p", "no:unraisableexception"]  # it collects garbage twice, in 0.3 seconds
+    if not job["exercise"]:
+        options.append("--exitfirst")
     try:
         pytest.main([*options, tests], plugins=[reporter])
     finally:
@@ -92,7 +103,6 @@ def main() -> None:
 
     jobs = os.fdopen(os.dup(0), encoding="utf-8")
     fence.enclose(Path.cwd())
-    gc.freeze()  # pytest collects garbage after each run, and need not search what stays
     print("ready", file=results, flush=True)
     for line in jobs:
         print(json.dumps(run_job(json.loads(line))), file=results, flush=True)
