@@ -1,13 +1,20 @@
 """Search: questions of people and the passages with their answers, by words, by vectors, by both.
 
-    python benchmarks/retrieval.py [RUN ...] [--questions 0] [--record]
+    python benchmarks/retrieval.py --record                  # trains an embedder for each seed
+    python benchmarks/retrieval.py RUN ... [--questions 0]   # measures these runs
 
 The questions are those of BoolQ's test split here (data/passages.py), and all its passages are
-searched; the right one is the passage that the question was asked about. BM25 needs no training.
-Each RUN, of family gpt or encoder, gives vectors: the mean of its last states, not trained for
-search; and joined with BM25 by reciprocal ranks. Prints MRR@10 and the share of questions whose
-passage is the first, with intervals over questions; the difference of the joined ranking to BM25 is
-over the same questions. --record writes the table into README.md.
+searched; the right one is the passage that the question was asked about. BM25 needs no training. A
+RUN is of --task embed, or of family gpt or encoder, whose vectors were not trained for search.
+Without a RUN, for each seed an encoder is pretrained on the passages and then trained as an
+embedder, each for --minutes on this machine; runs are kept in --work, and what is there already is
+not run again.
+
+Two ways to join a ranking by vectors with BM25's: by reciprocal ranks, and by adding the scores
+(tinyfm/retrieval.py). Their weights are chosen by MRR@10 of the validation questions. Prints MRR@10
+and the share of questions whose passage is the first, with intervals over questions; the difference
+to BM25 is over the same questions (a paired bootstrap). For the first embedder, also its widths and
+the recall of the approximate index. --record writes the tables into README.md.
 """
 
 from __future__ import annotations
@@ -17,85 +24,208 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch.nn.functional as F
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import timing
+from benchmarks.encoder import TRIAL_STEPS, steps_in, train
 from data import passages as source
-from data.splits import TEST
-from tinyfm.evaluate.metrics import bootstrap, proportion, ratio_of_sums
-from tinyfm.recipes.search import DEEP, embed, open_embedder
-from tinyfm.retrieval import BM25, fuse, nearest, reciprocal_rank
+from data.splits import TEST, VAL
+from tinyfm.adapt.embedder import Embedder
+from tinyfm.common.device import keep_freed_memory
+from tinyfm.evaluate.metrics import bootstrap, proportion
+from tinyfm.recipes import approximate
+from tinyfm.recipes.embed import DEEP, Scored, mean_rank, ranks_of
+from tinyfm.recipes.search import centred, embed, open_embedder
+from tinyfm.retrieval import BM25, fuse, nearest
 
+BASE = ("encoder", "--data.path", "passages")
+EMBED = ("encoder", "--task", "embed")
+# To choose from: weights of the vectors' ranking beside BM25's 1, and what is added to a rank.
+RANKS = [
+    (share, constant) for share in (0.05, 0.1, 0.2, 0.5, 1.0) for constant in (5.0, 20.0, 60.0)
+]
 Rankings = list[list[int]]
 
 
-def read(limit: int) -> tuple[list[str], list[str], list[int]]:
-    """(passages, questions of the test split, the number of the right passage of each)."""
-    texts = [document.text for document in source.documents()]
-    number = {text: i for i, text in enumerate(texts)}
-    asked = [question for question in source.questions() if question.split == TEST]
+class Asked(NamedTuple):
+    """The questions of a split, and what BM25 says of them."""
+
+    texts: list[str]
+    right: list[int]  # the number of the right passage of each
+    scores: list[np.ndarray]  # of all N passages, for each question
+    rankings: Rankings
+
+
+def read_passages() -> list[str]:
+    return [document.text for document in source.documents()]
+
+
+def ask(index: BM25, passages: Sequence[str], split: str, limit: int) -> Asked:
+    """The questions of a split, the first `limit` or all, with BM25's scores."""
+    number = {text: i for i, text in enumerate(passages)}
+    asked = [question for question in source.questions() if question.split == split]
     asked = asked[: limit or None]
-    return texts, [q.text for q in asked], [number[q.passage] for q in asked]
+    texts = [question.text for question in asked]
+    scores = [index.scores(text) for text in texts]
+    rankings = [index.search(text, DEEP) for text in texts]
+    return Asked(texts, [number[question.passage] for question in asked], scores, rankings)
 
 
-def by_vectors(run: str, texts: Sequence[str], questions: Sequence[str]) -> Rankings:
-    """The DEEP nearest passages of each question, by the vectors of a run."""
-    opened = open_embedder(run)
-    found = embed(opened, texts)
-    mean = found.mean(0)
-    asked = F.normalize(embed(opened, questions) - mean, dim=1)
-    return nearest(asked, F.normalize(found - mean, dim=1), DEEP)[1].tolist()
+# ---- rankings ------------------------------------------------------------------------------------
 
 
-def row(name: str, rankings: Rankings, right: list[int], base: np.ndarray | None) -> list[str]:
-    """The cells of a ranking; base: the reciprocal ranks of BM25, to compare with."""
-    ranks = ranks_of(rankings, right)
+def by_ranks(asked: Asked, near: Rankings, share: float, constant: float) -> np.ndarray:
+    """Reciprocal ranks (n,) of BM25 and vectors, whose rankings are `near`, joined by their ranks.
+
+    share: the weight of the vectors; constant: what is added to a rank.
+    """
+    pairs = zip(asked.rankings, near, strict=True)
+    joined = [fuse(pair, DEEP, (1.0, share), constant) for pair in pairs]
+    return ranks_of(joined, asked.right)
+
+
+def row(name: str, ranks: np.ndarray, base: np.ndarray | None) -> list[str]:
+    """The cells of a ranking by reciprocal ranks; base: those of BM25, to compare with."""
     first = proportion(ranks == 1, "questions")
     more = ""
     if base is not None:
         low, high = bootstrap(ranks - base, np.ones(len(ranks)))
         more = f"{(ranks - base).mean():+.3f} ({low:+.3f} to {high:+.3f})"
-    return [name, str(ratio_of_sums(ranks, np.ones(len(ranks)), "questions")), str(first), more]
+    return [name, str(mean_rank(ranks)), str(first), more]
 
 
-def ranks_of(rankings: Rankings, right: list[int]) -> np.ndarray:
-    """The reciprocal rank of each right passage, float64 (n,)."""
-    pairs = zip(rankings, right, strict=True)
-    return np.array([reciprocal_rank(ranking, number) for ranking, number in pairs])
+class Vectors(NamedTuple):
+    """Unit vectors of a run: of all passages (N, E), and of the questions of both splits."""
+
+    passages: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def read_vectors(run: str, passages: Sequence[str], validation: Asked, test: Asked) -> Vectors:
+    opened = open_embedder(run)
+    found, mean = centred(opened, embed(opened, passages))
+    asked = []
+    for split in (validation, test):
+        own = embed(opened, split.texts) - mean
+        asked.append(torch.nn.functional.normalize(own, dim=1))
+    return Vectors(found, *asked)
+
+
+def rows_of(name: str, vectors: Vectors, validation: Asked, test: Asked) -> list[list[str]]:
+    """The rows of a run: its vectors alone, and joined with BM25 in both ways.
+
+    The weights are chosen on validation.
+    """
+    base = ranks_of(test.rankings, test.right)
+    held_out = (vectors.validation @ vectors.passages.T).numpy()
+    cosines = (vectors.test @ vectors.passages.T).numpy()
+    chosen = Scored(validation.scores, held_out, validation.right)
+    found = Scored(test.scores, cosines, test.right)
+
+    near = nearest(vectors.validation, vectors.passages, DEEP)[1].tolist()
+    share, constant = max(RANKS, key=lambda both: by_ranks(validation, near, *both).mean())
+    near = nearest(vectors.test, vectors.passages, DEEP)[1].tolist()
+    joined = by_ranks(test, near, share, constant)
+    weight = chosen.best_weight()
+    return [
+        row(f"vectors of {name}", found.ranks(0, 1), base),
+        row(f"BM25 and {name}: 1 / ({constant:g} + rank), weight {share:g}", joined, base),
+        row(f"BM25 + {weight:g} cosine of {name}", found.ranks(1, weight), base),
+    ]
+
+
+# ---- smaller and faster --------------------------------------------------------------------------
+
+
+def compare_widths(vectors: Vectors, widths: Sequence[int], test: Asked) -> list[str]:
+    """A table of MRR@10 and of the approximate index, by the width of the vectors."""
+    lines = [
+        "| width | bytes a passage | MRR@10 | exact, ms a question | approximate | recall at 10 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for width in widths:
+        parts = [torch.nn.functional.normalize(v[:, :width], dim=1) for v in vectors]
+        passages, _, asked = (part.contiguous() for part in parts)
+        start = time.perf_counter()
+        near = nearest(asked, passages, DEEP)[1].tolist()
+        exact = 1000 * (time.perf_counter() - start) / len(asked)
+        links = approximate.build(passages)
+        start = time.perf_counter()
+        approximate.search(links, asked, DEEP)
+        walked = 1000 * (time.perf_counter() - start) / len(asked)
+        share = approximate.recall(links, passages, asked)
+        found = ranks_of(near, test.right).mean()
+        lines.append(
+            f"| {width} | {4 * width:,} | {found:.3f} | {exact:.2f} | {walked:.2f} | {share:.3f} |"
+        )
+    return lines
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train_embedder(work: Path, minutes: float, seed: int, more: Sequence[str]) -> str:
+    """An encoder and then an embedder, trained for so many minutes each."""
+    own = ("--train.seed", str(seed), "--train.eval-every", "0")
+    trial = train(work / "trial-base", *BASE, *own, "--train.steps", str(TRIAL_STEPS))
+    steps = str(steps_in(minutes, trial))
+    base = train(work / f"base-{seed}", *BASE, *own, "--train.steps", steps)
+    start = (*EMBED, "--init-from", str(base.resolve()), *own, *more)
+    trial = train(work / "trial-embedder", *start, "--train.steps", str(TRIAL_STEPS))
+    steps = str(steps_in(minutes, trial))
+    return str(train(work / f"embedder-{seed}", *start, "--train.steps", steps))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run of family gpt or encoder")
+    about = "a run of --task embed, or of family gpt or encoder; default: train --seeds embedders"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=about)
+    parser.add_argument("--seeds", type=int, default=3, help="number of embedders to train")
+    parser.add_argument("--minutes", type=float, default=5, help="of each training")
+    parser.add_argument("--work", default="runs/retrieval-benchmark", help="folder of the runs")
     parser.add_argument("--questions", type=int, default=0, help="the first so many; 0 = all")
-    parser.add_argument("--record", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
-    if given.questions < 0:
-        parser.error(f"--questions is {given.questions}; it must be at least 0")
-    texts, questions, right = read(given.questions)
+    parser.add_argument("--record", action="store_true", help="write the tables into README.md")
+    given, more = parser.parse_known_args()
+    if given.questions < 0 or given.seeds < 0:
+        parser.error("--questions and --seeds must be at least 0")
+    keep_freed_memory()
+    passages = read_passages()  # says at once what is missing
+    work = Path(given.work)
+    runs = given.runs
+    head = timing.describe_machine()
+    if not runs and given.seeds:
+        work.mkdir(parents=True, exist_ok=True)
+        runs = [train_embedder(work, given.minutes, seed, more) for seed in range(given.seeds)]
+        head += f"; {given.minutes:g} minutes for the encoder, and as many for the embedder"
     start = time.perf_counter()
-    index = BM25(texts)
+    index = BM25(passages)
     made = time.perf_counter()
-    by_words = [index.search(question, DEEP) for question in questions]
+    test = ask(index, passages, TEST, given.questions)
     searched = time.perf_counter()
-    base = ranks_of(by_words, right)
-    rows = [row("BM25", by_words, right, None)]
-    for run in given.runs:
-        own = by_vectors(run, texts, questions)
-        rows.append(row(f"vectors of {Path(run).name}", own, right, base))
-        both = [fuse(pair, DEEP) for pair in zip(by_words, own, strict=True)]
-        rows.append(row(f"BM25 and {Path(run).name}", both, right, base))
-    head = f"{timing.describe_machine()}; {len(questions):,} questions, {len(texts):,} passages; "
+    validation = ask(index, passages, VAL, given.questions)
+    rows = [row("BM25", ranks_of(test.rankings, test.right), None)]
+    more_lines: list[str] = []
+    for run in runs:
+        vectors = read_vectors(run, passages, validation, test)
+        rows += rows_of(Path(run).name, vectors, validation, test)
+        model = open_embedder(run).model
+        if isinstance(model, Embedder) and not more_lines:
+            more_lines = ["", f"The vectors of {Path(run).name}, cut:", ""]
+            more_lines += compare_widths(vectors, model.widths, test)
+    head += f"; {len(test.texts):,} questions, {len(passages):,} passages; "
     head += f"BM25's index took {made - start:.1f} s, a question "
-    head += f"{1000 * (searched - made) / len(questions):.1f} ms"
+    head += f"{500 * (searched - made) / len(test.texts):.1f} ms"
     lines = ["| ranking | MRR@10 | first | MRR@10 over BM25's |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    text = "\n".join([head, "", *lines]) + "\n"
+    text = "\n".join([head, "", *lines, *more_lines]) + "\n"
     print(text)
     if given.record:
         timing.record("retrieval", text)

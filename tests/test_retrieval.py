@@ -1,13 +1,14 @@
-"""Retrieval: BM25 is its formula, exact search is exact, and fused ranks are those of the paper."""
+"""Retrieval: BM25 is its formula, exact search is exact, rankings are joined as in the papers."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyfm.retrieval import BM25, bm25_score, fuse, nearest, reciprocal_rank, words_of
+from tinyfm.retrieval import BM25, add_scores, bm25_score, fuse, nearest, reciprocal_rank, words_of
 
 PASSAGES = [
     "The cat sat on the mat.",
@@ -70,5 +71,9 @@ def test_search_in_chunks_is_exact(Q, N, k, at_once):
 def test_reciprocal_ranks():
     assert fuse([[7, 8, 9], [9, 7]], 2) == [7, 9]  # 1/61 + 1/62 over 1/63 + 1/61
     assert fuse([[1], [2]], 5) == [1, 2]
+    assert fuse([[1], [2]], 5, (1.0, 1.5)) == [2, 1]
+    words, cosines = np.array([3.0, 2.0, 0.0]), np.array([0.0, 0.5, 0.1])
+    assert add_scores(words, cosines, 1, 3) == [0, 1, 2]
+    assert add_scores(words, cosines, 4, 2) == [1, 0]
     assert reciprocal_rank([4, 5, 6], 6) == pytest.approx(1 / 3)
     assert reciprocal_rank([*range(10), 11], 11) == 0

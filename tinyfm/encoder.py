@@ -160,7 +160,8 @@ class Rows:
         self.index = None  # places of the listed tokens in the flat batch, (n,)
         self.real = 0  # so many of these are real, the first ones
         self.keys = None  # True for tokens to attend to, (B, 1, 1, T)
-        if mask is not None and not mask.all():
+        known = type(mask) is Tensor  # fake tensors, as of the calculators, have no values to read
+        if known and not mask.all():
             flat = mask.flatten()
             self.index = flat.nonzero()[:, 0]
             self.real = len(self.index)

@@ -14,16 +14,19 @@ occurs again counts less each time, up to idf(t) (k1 + 1); k1 says how fast. b s
 passage is expected to contain more of each word.
 
 Vectors of a model compare meanings: the score is the cosine of the two, computed for all passages,
-some at a time, so that memory holds few scores (`nearest`).
+some at a time, so that memory holds few scores (`nearest`). adapt/embedder.py trains such vectors.
 
-Reciprocal rank fusion (Cormack et al. 2009) joins rankings whose scores do not compare: a passage
-gets 1 / (60 + rank) from each, the best one has rank 1.
+Two ways to join them. Reciprocal rank fusion (Cormack et al. 2009) needs no scores: a passage gets
+weight / (60 + rank) from each ranking, the best one has rank 1. A ranking that is much worse than
+the other does harm. Adding the scores, BM25 + weight * cosine, also uses by how much a passage is
+better than the next (Bruch et al. 2023). BM25's scores have no upper bound, so the weight has to be
+chosen: on questions of validation.
 
 MRR@10 measures a ranking: the mean over questions of 1 / rank of the right passage, or 0 if that is
 not among the first 10.
 
 Letters: N passages, Q questions, E width of the vectors, k passages to find.
-Left out: stemming and stop words, an approximate index, training of the vectors.
+Left out: stemming and stop words. An approximate index is in recipes/approximate.py.
 """
 
 from __future__ import annotations
@@ -144,13 +147,28 @@ def nearest(
 # ---- rankings ------------------------------------------------------------------------------------
 
 
-def fuse(rankings: Sequence[Sequence[int]], k: int) -> list[int]:
-    """The k best passages of several rankings together, by reciprocal rank fusion."""
+def fuse(
+    rankings: Sequence[Sequence[int]],
+    k: int,
+    weights: Sequence[float] | None = None,
+    constant: float = FUSION,
+) -> list[int]:
+    """The k best passages of several rankings together, by reciprocal rank fusion.
+
+    weights: of the rankings; None = 1 each. constant: what is added to a rank; the smaller, the
+    more the first places count.
+    """
     scores: dict[int, float] = defaultdict(float)
-    for ranking in rankings:
+    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
         for rank, passage in enumerate(ranking, 1):
-            scores[passage] += 1 / (FUSION + rank)
+            scores[passage] += weight / (constant + rank)
     return sorted(scores, key=lambda passage: (-scores[passage], passage))[:k]
+
+
+def add_scores(words: np.ndarray, cosines: np.ndarray, weight: float, k: int) -> list[int]:
+    """The k passages with the largest BM25 score + weight * cosine; both (N,), of one question."""
+    best = np.argsort(-(words + weight * cosines), kind="stable")[:k]
+    return best.tolist()
 
 
 def reciprocal_rank(ranking: Sequence[int], right: int, cut: int = 10) -> float:

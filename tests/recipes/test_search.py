@@ -80,7 +80,7 @@ def test_an_index_stays_until_the_new_one_is_complete(texts, tmp_path, monkeypat
 
 
 def test_vectors_find_a_text_by_itself(with_vectors):
-    index = search.open_index(with_vectors, vectors=True)
+    index = search.open_index(with_vectors, "vectors")
     asked = [passage["text"] for passage in index.passages]
     assert [found[0] for found in index.by_vectors(asked, 2)] == [0, 1, 2, 3]
     assert [index.search(text, 1, "vectors") for text in asked] == [[0], [1], [2], [3]]
@@ -91,7 +91,7 @@ def test_vectors_find_a_text_by_itself(with_vectors):
 
 def test_an_index_of_another_embedder_is_refused(with_vectors, tiny_run, tmp_path):
     moved = shutil.copytree(tiny_run, tmp_path / "moved")
-    assert len(search.open_index(with_vectors, True, str(moved)).passages) == 4
+    assert len(search.open_index(with_vectors, "both", str(moved)).passages) == 4
     record = files.read_json(with_vectors / "index.json")
     other = shutil.copytree(with_vectors, tmp_path / "other")
     changed = record | {"weights": "0" + record["weights"][1:]}
@@ -120,8 +120,9 @@ def test_mistakes(texts, with_vectors, tiny_run, tmp_path):
     assert "also has index.html" in call("index", texts, plain, "--overwrite")
     assert own.exists()
     (plain / "passages.jsonl").write_text("", encoding="utf-8")
-    assert "has 0 passages, not 4: index again" in call("search", plain, "cats")
-    (plain / "passages.jsonl").write_text("{", encoding="utf-8")
+    message = call("search", plain, "cats")
+    assert "passages.jsonl is gone or was changed" in message and message.endswith("index again")
+    (plain / "index.json").write_text("{", encoding="utf-8")
     message = call("search", plain, "cats")
     assert "plain is damaged" in message and message.endswith("index again")
     (plain / "passages.jsonl").unlink()

@@ -78,6 +78,14 @@ def mean_state(gpt: nn.Module, batch: Batch) -> Tensor:
     return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
+def freeze_unread(body: nn.Module, reader: Reader) -> None:
+    """Freeze the parts of a body that the features do not depend on."""
+    # A tied weight appears once, under its first name: that of the token table, which is read.
+    for name, parameter in body.named_parameters():
+        if any(f".{part}." in f".{name}." for part in reader.unread):
+            parameter.requires_grad_(False)
+
+
 @torch.inference_mode()
 def read_rows(
     read: Callable[[nn.Module, Batch], Tensor],
@@ -131,11 +139,7 @@ class Classifier(nn.Module):
         self.config = body.config
         self.classes = {question: tuple(names) for question, names in classes.items()}
         self.outer = (*body.outer, "heads")  # trained by AdamW, not by Muon
-        # Freeze the parts that the features do not depend on. A tied weight appears once, under its
-        # first name: that of the token table, which is read.
-        for name, parameter in body.named_parameters():
-            if any(f".{part}." in f".{name}." for part in reader.unread):
-                parameter.requires_grad_(False)
+        freeze_unread(body, reader)
         width = reader.width(body.config)
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())
         self.reset_parameters()

@@ -58,7 +58,7 @@ class Run:
     resume: bool = False  # continue from the last checkpoint in that folder
     dry_run: bool = False  # print the cost of training and the settings, then stop
     json: bool = False  # with --dry-run: print both as JSON
-    # fine-tune for a task instead of pretraining: classify, chat, reward, dpo or grpo
+    # fine-tune for a task instead of pretraining: classify, embed, chat, reward, dpo or grpo
     task: Name = ""
     # start from this run: it supplies the weights, the sizes and the tokenizer
     init_from: RunPath = may_change("")

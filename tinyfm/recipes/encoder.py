@@ -1,5 +1,5 @@
-"""The recipe of encoders: pretraining on hidden words (BERT) or on replaced ones (ELECTRA), and
-classification of texts.
+"""The recipe of encoders: pretraining on hidden words (BERT) or on replaced ones (ELECTRA),
+classification of texts, and search.
 
 What is measured of hidden words is in hidden.py. Those that stay as they are count too, and are
 easy.
@@ -29,6 +29,7 @@ from tinyfm.common.seeds import row_generators
 from tinyfm.encoder import Encoder, EncoderConfig, draw, uniform
 from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
 from tinyfm.recipes.classify import TextClassifyRun
+from tinyfm.recipes.embed import EmbedRun
 from tinyfm.recipes.hidden import HiddenTokensRun, state_of_text
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -167,7 +168,22 @@ class EncoderClassifyRun(TextClassifyRun):
     )
 
 
-RUNS = (EncoderRun, EncoderClassifyRun)
+# ---- search -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderEmbedRun(EmbedRun):
+    """Learn vectors of questions and passages."""
+
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+
+    family: ClassVar[str] = "encoder-embed"
+    trunk_run: ClassVar[type[Run]] = EncoderRun
+    reader: ClassVar[Reader] = EncoderClassifyRun.reader
+    states = staticmethod(Encoder.hidden)
+
+
+RUNS = (EncoderRun, EncoderClassifyRun, EncoderEmbedRun)
 
 # ---- presets ------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""The recipe of language models: pretraining, distillation, chat, classification, preferences."""
+"""The recipe of language models: pretraining, distillation, chat, classification, search,
+preferences."""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ from tinyfm.recipes.base import (
     write_texts_file,
 )
 from tinyfm.recipes.classify import TextClassifyRun
+from tinyfm.recipes.embed import EmbedRun
 from tinyfm.recipes.preference import DPORun, GRPORun, RewardRun
 from tinyfm.tokenizer import Tokenizer
 from tinyfm.training.optim import OptimConfig
@@ -363,6 +365,18 @@ class GPTClassifyRun(TextClassifyRun):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GPTEmbedRun(EmbedRun):
+    """Learn vectors of questions and passages."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    family: ClassVar[str] = "gpt-embed"
+    trunk_run: ClassVar[type[Run]] = GPTRun
+    reader: ClassVar[Reader] = GPTClassifyRun.reader
+    states = staticmethod(lambda gpt, tokens, mask: gpt.hidden(tokens))
+
+
 class Writer:
     """What a fine-tuned run can do because its model is a GPT that writes."""
 
@@ -385,7 +399,7 @@ class GPTGRPORun(Writer, GRPORun):
     """Let a GPT learn from the rewards of its answers."""
 
 
-RUNS = (GPTRun, ChatRun, GPTClassifyRun, RewardRun, GPTDPORun, GPTGRPORun)
+RUNS = (GPTRun, ChatRun, GPTClassifyRun, GPTEmbedRun, RewardRun, GPTDPORun, GPTGRPORun)
 
 # ---- presets ------------------------------------------------------------------------------------
 

@@ -96,6 +96,9 @@ NEAR = {
     "grpo": TrainConfig(steps=100, batch_size=16, eval_every=25),
 }
 
+# The more rows a batch of questions has, the more passages each is compared with.
+EMBED = TrainConfig(steps=300, batch_size=128, eval_every=100)
+
 
 def scale_rates(optim: OptimConfig, factor: float) -> OptimConfig:
     """The same with other learning rates: the full ones would soon undo what was learnt before."""
@@ -113,6 +116,8 @@ def get_preset(name: str, task: str = "", adapt: str = "full", init_from: str = 
         run_type = find_task(run.family, task)
         optim = ADAPTED.get(adapt, FULL)
         train = TrainConfig(steps=300, batch_size=32, eval_every=100)
+        if task == "embed":
+            train = EMBED
         if task in NEAR:
             optim = scale_rates(optim, 0.1)
             train = NEAR[task]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyfm.adapt.embedder import Embedder
 from tinyfm.adapt.heads import Classifier
 from tinyfm.adapt.soft_prompt import prompt_ids
 from tinyfm.autoencoder import Autoencoder
@@ -55,7 +56,7 @@ class Served:
             return frozenset({"complete", "embed"} | chat)
         if isinstance(model, CLIP) and model.config.loss != "simclr":
             return frozenset({"embed", "classify", "search"})
-        if isinstance(model, Encoder | XLNet):
+        if isinstance(model, Encoder | XLNet | Embedder):
             return frozenset({"embed"})
         if isinstance(model, Classifier):
             return frozenset({"classify"})
@@ -73,7 +74,7 @@ ADVICE = {
     "complete": "continue texts: name a run of a GPT",
     "chat": "chat: use /v1/completions to continue a text, or teach a run to answer first, "
     "python train.py gpt --task chat --init-from RUN --out runs/chat",
-    "embed": "embed texts: name a GPT, an encoder, an XLNet or a CLIP",
+    "embed": "embed texts: name a GPT, an encoder, an XLNet, a run of --task embed or a CLIP",
     "classify": "classify: name a run of --task classify, or a CLIP with labels",
     "search": "search pictures: name a CLIP that was trained with captions",
     "draw": "draw what a text says: name a text2image run",

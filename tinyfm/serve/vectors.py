@@ -1,10 +1,11 @@
 """Vectors and what follows from them: /v1/embeddings, /v1/classify and /v1/search.
 
-A GPT, an encoder or an XLNet embeds a text as the mean of its last layer's states, a CLIP by its
-text tower; all as unit vectors, so that their product is the cosine. Each text is embedded alone,
-so its vector does not depend on the others of the request. A search compares the vector of a text,
-or of a picture, with those of all pictures of the run's data, or of the folder that the server was
-given (`--pictures`). These are embedded at the first search and kept.
+A GPT, an encoder or an XLNet embeds a text as the mean of its last layer's states, a run of --task
+embed as it was trained to, a CLIP by its text tower; all as unit vectors, so that their product is
+the cosine. Each text is embedded alone, so its vector does not depend on the others of the request.
+A search compares the vector of a text, or of a picture, with those of all pictures of the run's
+data, or of the folder that the server was given (`--pictures`). These are embedded at the first
+search and kept.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from data import captioned, pictures
 from data.report import Report
+from tinyfm.adapt.embedder import Embedder
 from tinyfm.adapt.heads import Classifier, mean_state
 from tinyfm.clip import CLIP
 from tinyfm.common import files
@@ -54,6 +56,8 @@ def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
     model, tokenizer = run.model, run.tokenizer
     ids = tokenizer.encode(text) if isinstance(text, str) else text
     room = model.config.context_length - len(run.front)
+    if isinstance(model, Embedder):
+        room = model.length
     if isinstance(model, CLIP):
         room -= 1 + (tokenizer.bot is not None)
     if not 1 <= len(ids) <= room:
@@ -67,6 +71,9 @@ def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
         start = [] if tokenizer.bot is None else [tokenizer.bot]
         row = torch.tensor([[*start, *ids, tokenizer.eot]], device=model.logit_scale.device)
         vector = model.encode_text(row)[0]
+    elif isinstance(model, Embedder):
+        row = torch.tensor([ids], device=next(model.parameters()).device)
+        vector = model(row, torch.tensor([len(ids)], device=row.device))[0]
     else:
         row = torch.tensor([[*run.front, *ids]], device=next(model.parameters()).device)
         real = torch.ones_like(row, dtype=torch.bool)
