@@ -49,6 +49,7 @@ run "speculative code" python benchmarks/speculative.py code "${CODE:--}" --reco
 run "speculative draft" python benchmarks/speculative.py draft "${DEEP:--}" "${SHALLOW:--}" --record
 run "quantize quality" python benchmarks/quantize.py quality "${GPT:--}" --record
 run "quantize speed" python benchmarks/quantize.py speed --record
+run suites python -m tinyfm.evaluate suites "${GPT:--}" --limit 500 --quantize int8 --run-code
 run serve python benchmarks/serve.py --record
 run serve_load python benchmarks/serve_load.py "${GPT:--}"
 run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe "${MINBPE:--}" --vocab-size 600

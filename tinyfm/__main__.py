@@ -7,6 +7,7 @@
     python -m tinyfm index PATH FOLDER      make passages of a text ready for search
     python -m tinyfm search FOLDER TEXT     find the passages that answer a question
     python -m tinyfm.evaluate RUN           measure a run on held-out data
+    python -m tinyfm.evaluate suites RUN    examine GPTs with published questions
     python -m tinyfm.adapt compare RUN      compare ways to adapt a run to a task
     python -m tinyfm.adapt constitution RUN make pairs of answers by written principles
     python -m tinyfm.adapt policies RUN ... compare runs that learned preferences

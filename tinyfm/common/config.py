@@ -48,6 +48,7 @@ NewFolder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]  # which must be giv
 Text = Annotated[str, named("TEXT")]
 Name = Annotated[str, named("NAME")]
 GivenRun = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+GivenRuns = tyro.conf.Positional[Annotated[tuple[str, ...], named("RUN ...")]]
 MaybeText = Annotated[str | None, named("TEXT")]
 MaybeInt = Annotated[int | None, named("INT")]
 MaybeFloat = Annotated[float | None, named("FLOAT")]

@@ -26,6 +26,7 @@ What was measured on the run's own data is also kept in its folder, as evaluatio
 model card of its export.
 
 `python -m tinyfm.evaluate overlap RUN` says how much of the held-out text training has too.
+`python -m tinyfm.evaluate suites RUN ...` examines GPTs with published questions.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
 from tinyfm.evaluate import likelihood, metrics, overlap
 from tinyfm.evaluate.metrics import Measured, Scores
-from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes import history, registry, run_dir, suites
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.classify import score_untrained
 
@@ -279,18 +280,6 @@ class OverlapOptions:
     json: bool = False  # print JSON
 
 
-def open_data_of(path: str) -> tuple[OpenRun, Any]:
-    """A run and the data that it was trained on. Raises ValueError if they are others today."""
-    opened = run_dir.open_run(path)
-    data = opened.run.open_data()
-    if not run_dir.is_data_of(opened, data):
-        raise ValueError(
-            f"{path} was trained on other data than {opened.run.data.path} gives today: the files "
-            "changed, or an earlier version split them. Train it again"
-        )
-    return opened, data
-
-
 def show_overlap(words: list[str]) -> int:
     """Carry out `overlap` with its options."""
     about = inspect.cleandoc(OverlapOptions.__doc__)
@@ -300,15 +289,8 @@ def show_overlap(words: list[str]) -> int:
         data = overlap.open_named(path)
         trained_on = {path: data}
     else:
-        opened, data = open_data_of(path)
-        trained_on = {path: data}
-        waiting = [opened.run]
-        while waiting:
-            run = waiting.pop()
-            for before in (run.init_from, getattr(run, "teacher", "")):
-                if before and before not in trained_on:
-                    opened, trained_on[before] = open_data_of(before)
-                    waiting.append(opened.run)
+        trained_on = history.open_training_data(path)
+        data = trained_on[path]
     if overlap.has_images(data):
         counts, line = overlap.measure_images(data)
         print(json.dumps(counts) if options.json else line)
@@ -374,6 +356,8 @@ def main() -> int | str:
     try:
         if sys.argv[1:2] == ["overlap"]:
             return show_overlap(sys.argv[2:])
+        if sys.argv[1:2] == ["suites"]:
+            return suites.show(sys.argv[2:])
         options = parse(Options, __doc__, "python -m tinyfm.evaluate")
         if options.samples < 0 or options.samples == 1:
             raise ValueError(f"--samples is {options.samples}; use 0 (as many as usual), 2 or more")

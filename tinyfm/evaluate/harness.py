@@ -31,7 +31,7 @@ from tinyfm.common import device as devices
 from tinyfm.common.config import FilePath, FolderPath, GivenRun, MaybeInt, Name, Names
 from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
-from tinyfm.evaluate import likelihood
+from tinyfm.evaluate import likelihood, suites
 from tinyfm.gpt import GPT
 from tinyfm.recipes import run_dir
 from tinyfm.tokenizer import Tokenizer
@@ -88,7 +88,9 @@ class TinyFM(LM):
     ) -> list[tuple[float, bool]]:
         """(ln p, greedy) of each request's continuation after its context."""
         pairs = [request.args for request in requests]
-        scores = likelihood.score(self.model, self.tokenizer, pairs, rows=self.rows)
+        # In one window, with as much of the context as the continuation leaves room for.
+        length = self.model.config.context_length - len(prompt_ids(self.model))
+        scores = likelihood.score(self.model, self.tokenizer, pairs, length, self.rows)
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(
@@ -120,8 +122,6 @@ class TinyFM(LM):
         """Continue each context up to a stop string or the end of the text.
 
         settings: the harness's names for those of generate.Sampling, and "until", the stop strings.
-        A context is cut on its left: it leaves room for the new tokens, but keeps at least half of
-        the model's context length.
         """
         given = {"temperature": 0.0, **normalize_gen_kwargs(settings)}
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -130,21 +130,7 @@ class TinyFM(LM):
             stop_tokens=(self.tokenizer.eot,),
             **{name: given[name] for name in names if name in given},
         )
-        front = prompt_ids(self.model)  # a soft prompt stands before everything the model reads
-        length = self.model.config.context_length
-        room = max(length - sampling.max_new_tokens, length // 2) - len(front)
-        ids = [self.tokenizer.encode(context) or [self.tokenizer.eot] for context in contexts]
-        rows = [front + row[-room:] for row in ids]
-        streams = [generate.TextStream(given["until"]) for _ in rows]
-        texts = [""] * len(rows)
-        never = self.tokenizer.without_token(self.model.config.vocab_size)
-        for step in generate.stream(self.model, rows, sampling, never=never):
-            for i, token in enumerate(step):
-                data = b"" if token is None else self.tokenizer.token_bytes(token)
-                texts[i] += streams[i].feed(data, token is None)
-            if all(stream.stopped for stream in streams):
-                break
-        return [text + stream.feed(b"", final=True) for text, stream in zip(texts, streams)]
+        return suites.write(self.model, self.tokenizer, contexts, sampling, given["until"])
 
 
 # ---- the command --------------------------------------------------------------------------------
