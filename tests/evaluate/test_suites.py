@@ -220,7 +220,7 @@ def test_runs_are_examined_from_the_command_line(
     monkeypatch.setattr(sandbox, "run", lambda code: "passed" if "return a + b" in code else "x")
     assert call(evaluate, "suites", tiny_run, "--run-code", "--names", "humaneval", "asdiv") == 0
     out = capsys.readouterr().out
-    assert "mean win rate" not in out
+    assert "\nmean win rate" not in out
     lines = dict(line.strip().split("  ", 1) for line in out.splitlines() if "  " in line.strip())
     assert lines["the published functions"].strip() == "100.0"
     assert lines["pass@1 *"].strip() == "0.0 (0.0 to 79.3)"
