@@ -115,6 +115,15 @@ def test_a_vq_run_can_be_given(run, common, tmp_path, capsys):
     assert re.search("letters are 32 x 32 .*--data.color", message)
 
 
+def test_the_sizes_of_the_part_are_options():
+    usual = registry.find_preset("dalle-vq").run
+    words = ["dalle", "--model.vq.n-code", "99", "--train.seed", "3", "--data.color"]
+    _, _, run = train.read_arguments(words)
+    part = run.part_run("vq", usual, {})
+    assert (part.model.n_code, part.model.in_channels, part.train.seed) == (99, 3, 3)
+    assert part.data.color and part.out == "runs/dalle-vq"
+
+
 # ---- sample and evaluate ------------------------------------------------------------------------
 
 

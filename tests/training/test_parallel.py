@@ -21,7 +21,6 @@ from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
-from tinyfm.dalle import DALLE, DALLEConfig
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
@@ -64,7 +63,6 @@ DDPM = DiffusionConfig(
 )
 LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
 VQ = VQConfig(image_size=8, channels=(4, 8), groups=2, latent_channels=2, n_code=61, dead_after=2)
-DALLE_TINY = DALLEConfig(2, 2, 16, text_vocab_size=61, text_length=8, vq=VQ)
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
     "encoder": lambda: Encoder(ENCODER),
@@ -75,7 +73,6 @@ FAMILIES = {
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
     "vq": lambda: VQVAE(VQ),
-    "dalle": lambda: DALLE(DALLE_TINY),
     "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
 }
 TRAIN = TrainConfig(
