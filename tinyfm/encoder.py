@@ -603,8 +603,11 @@ class Encoder(nn.Module):
         """The sum of two means: of the generator's loss over the targets of a row, and of the
         discriminator's over its real tokens, times detection_weight.
 
-        Rows weigh as many as they have real tokens, metrics["weight"] in all. So a batch may be cut
-        anywhere: two means over the whole batch would each need a weight.
+        At the places of the targets the discriminator reads tokens that `draw` takes from the
+        generator's logits, by numbers (B, T) of `uniform`; elsewhere it reads the text. A drawn
+        token that is the right one has replaced nothing. Rows weigh as many as they have real
+        tokens, metrics["weight"] in all. So a batch may be cut anywhere: two means over the whole
+        batch would each need a weight.
         """
         tokens, targets, mask = batch["tokens"], batch["targets"], batch.get("mask")
         B, T = tokens.shape

@@ -327,7 +327,13 @@ class Block(nn.Module):
         return x + self.dropout(sublayer(norm(x)))
 
     def forward(self, x, rows, scores, memory=None, layer=0):
-        """States (n, D) -> (n, D). scores: as in Attention. memory: of a decoder; see Memory."""
+        """States (n, D) -> (n, D): the updates by attention, by cross-attention, and by the MLP.
+
+        scores: as in Attention. memory: of a decoder, or None, and then there is no
+        cross-attention. It gives the keys and values of the target so far (`extend`) and those of
+        the source (`look_up`), whose real tokens alone are attended to (`mask`). layer: the number
+        of this block.
+        """
 
         def attend(x):
             k, v = self.attention.keys_values(x, rows)

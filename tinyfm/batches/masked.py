@@ -135,8 +135,10 @@ def hide(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets) of the ids of a row, int64 (T,) all.
 
-    allowed: bool (T,), the places that may be hidden; special tokens never are. At least one token
-    is hidden, if there is one that may be.
+    allowed: bool (T,), the places that may be hidden; special tokens never are (see Vocabulary).
+    config.hidden is the share of these places that are hidden, rounded; at least one, if there is
+    one. targets have the hidden ids, and NOT_PREDICTED elsewhere. In the inputs, MASKED of the
+    hidden tokens read the mask, RANDOM of them one of vocabulary.drawn, and the rest themselves.
     """
     inputs = ids.copy()
     targets = np.full_like(ids, NOT_PREDICTED)

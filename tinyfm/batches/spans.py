@@ -97,7 +97,9 @@ def hide_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(source (S,), target (T,)) of the ids (L,) of a window, int64; both end with END.
 
-    sentinels: the ids of <0>, <1> and so on, one more than there are spans.
+    The window is a kept part, a hidden span, a kept part, a hidden span, and so on, in sizes that
+    `cut` draws: first those of the kept parts, then those of the spans. sentinels: the ids of <0>,
+    <1> and so on, one more than there are spans: the last one closes the target.
     """
     kept = cut(shape.length - shape.hidden, shape.spans, rng)
     hidden = cut(shape.hidden, shape.spans, rng)
