@@ -200,6 +200,8 @@ def sharded(settings: Settings) -> Rows:
             words += ["--model.vocab-size", "257", "--model.n-layer", "2", "--train.steps", "3"]
             words += ["--train.log-every", "1", "--train.dtype", "float32"]
             words += ["--train.parallel", parallel, "--train.device", settings.device]
+            if settings.tiny:
+                words += ["--train.batch-size", "4", "--model.context-length", "32"]
             done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr.strip().splitlines()[-1])

@@ -3,8 +3,11 @@
 import importlib
 import json
 import math
+import subprocess
 import sys
+from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from conftest import ROOT, count_parameters
@@ -121,9 +124,15 @@ def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
 
 
 @pytest.mark.long
-def test_the_gpu_script_runs_on_a_cpu():
+def test_the_gpu_script_runs_on_a_cpu(monkeypatch, tmp_path):
     """Tiny models: every part gives rows."""
     gpu = importlib.import_module("benchmarks.gpu")
+
+    def run(words, cwd, **capture):
+        process = processes.start(words[1:], tmp_path, cwd, {})
+        return subprocess.CompletedProcess(words, process.wait(100), *process.said())
+
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run))
     settings = gpu.Settings("cpu", tiny=True)
     rows = [row for part in gpu.PARTS.values() for row in part(settings)]
     assert {*gpu.SECONDS} == {*gpu.PARTS}
