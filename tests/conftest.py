@@ -22,8 +22,10 @@ import torch
 
 import train
 from tinyfm.common import files
+from tinyfm.training.log import Logbook
 
 ROOT = Path(__file__).parent.parent
+DRAW = Logbook.draw
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
 --model.d-model 32 --model.context-length 32 --train.batch-size 4 --train.steps 4
@@ -194,6 +196,20 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_drawing():
+    """To draw the loss takes longer than tiny trainings. Processes of their own do draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logbook, "draw", lambda self: None)
+        yield
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """Trainings of this test draw the loss."""
+    monkeypatch.setattr(Logbook, "draw", DRAW)
+
+
 @pytest.fixture(scope="module")
 def no_forecast():
     """What training will cost, said before each run, takes longer than tiny trainings."""
@@ -208,6 +224,15 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "reference.txt"
     path.write_text("\n".join(map(topics.get, sorted(topics)))[:20_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """A folder of prepared data for all processes of this test run: docs take twenty seconds."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder inside that of the run
+        base = base.parent
+    return base / "prepared"
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.hub import __main__ as hub
 from tinyfm.recipes import pictures, registry, run_dir
 
+pytestmark = pytest.mark.usefixtures("no_forecast")
 STEPS = ["--train.steps", "4", "--train.eval-every", "2", "--train.batch-size", "4"]
 REVIEWS = "text,label,tone\n" + "".join(
     f"{word} {i},{label},{tone}\n"
@@ -165,8 +166,9 @@ def test_pictures_are_classified(tmp_path, capsys):
         if value != getattr(CLIPConfig(), name)
     ]
     task = ["clip", "--task", "classify", "--data.path", tmp_path / "pictures", *sizes]
-    learning = ["--optim.lr", "0.02", "--data.val-fraction", "0.3", "--train.steps", "30"]
-    assert call(train, *task, *cache, *STEPS[2:], *learning, "--out", out) == 0
+    learning = ["--optim.lr", "0.02", "--data.val-fraction", "0.3", "--train.batch-size", "4"]
+    learning += ["--train.steps", "30", "--train.eval-every", "15"]
+    assert call(train, *task, *cache, *learning, "--out", out) == 0
     assert lines_of(out / "metrics.jsonl")[-1]["accuracy"] == 1
     capsys.readouterr()
     assert call(sample, out, "--image", tmp_path / "pictures" / "dark" / "0.png") == 0

@@ -21,7 +21,6 @@ from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes import autoencoder, clip, ddpm, encoder, gpt, vq, xlnet
 from tinyfm.recipes.classify import score_batches
 from tinyfm.tokenizer import ByteTokenizer
-from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig, hidden_matrices
 from tinyfm.training.trainer import TrainConfig, Trainer
 from tinyfm.vq import VQVAE, VQConfig
@@ -95,11 +94,6 @@ def rows(model: Classifier, n: int) -> dict[str, torch.Tensor]:
     top = torch.tensor([len(names) for names in model.classes.values()])
     batch["labels"] = (torch.rand(n, len(top), generator=rng) * top).long()
     return batch
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(Logbook, "draw", lambda self: None)
 
 
 # ---- features -----------------------------------------------------------------------------------

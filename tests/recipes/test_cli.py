@@ -62,7 +62,7 @@ def fails(capsys):
 # ---- train.py -----------------------------------------------------------------------------------
 
 
-def test_the_output_and_files_of_a_run(tmp_path, options, capsys):
+def test_the_output_and_files_of_a_run(tmp_path, options, drawing, capsys):
     out = tmp_path / "run"
     assert call(train, *options, "--out", out, "--model.dropout", "0.1") == 0
     printed = capsys.readouterr().out

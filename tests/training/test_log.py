@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from tinyfm.training import log
 
+pytestmark = pytest.mark.usefixtures("drawing")
+
 
 def open_log(run, start=0, first=True, **options) -> log.Logbook:
     return log.Logbook(run, 30, start, first, **options)

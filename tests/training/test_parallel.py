@@ -88,11 +88,6 @@ TRAIN = TrainConfig(
 OPTIM = OptimConfig("adamw", lr=1e-3, warmup_steps=0, ema_half_life=2.0)
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(Logbook, "draw", lambda self: None)
-
-
 class Random:
     """Random batches in the form that a model needs: a function of the step only."""
 

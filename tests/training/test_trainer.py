@@ -18,7 +18,6 @@ from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.training import checkpoint, distributed
-from tinyfm.training.log import Logbook
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig, Trainer, is_spike
 
@@ -36,12 +35,6 @@ def data(text, tmp_path_factory):
     path.write_text(text.read_text(encoding="utf-8")[:730], encoding="utf-8")
     config = TextConfig(str(path), "bytes", cache=str(path.parent / "cache"))
     return TextData.prepare(config, TINY.vocab_size, TINY.context_length, TRAIN.batch_size, seed=0)
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """Drawing is tested elsewhere; here it would take most of the time."""
-    monkeypatch.setattr(Logbook, "draw", lambda self: None)
 
 
 class Wrapped:
