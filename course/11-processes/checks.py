@@ -250,12 +250,12 @@ class Exchange(nn.Module):
         self.said.append("end of no_sync")
 
 
-def a_parallel(size: int, sharded: bool, scalars=()) -> parallel.Parallel:
+def a_parallel(size: int, sharded: bool, kept=()) -> parallel.Parallel:
     result = object.__new__(parallel.Parallel)
     result.world = World(0, size)
     result.sharded = sharded
     result.module = Exchange()
-    result.scalars = list(scalars)
+    result.kept = list(kept)
     return result
 
 
@@ -294,7 +294,7 @@ def test_numbers_that_cannot_be_cut_are_averaged_once(ranks):
 
     def work(rank: int) -> list[float]:
         scalar = nn.Parameter(torch.tensor(1.0))
-        p = a_parallel(2, sharded=True, scalars=[scalar])
+        p = a_parallel(2, sharded=True, kept=[scalar])
         seen = []
         for last in (False, True):
             with p.exchanging(last):
