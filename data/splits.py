@@ -45,14 +45,19 @@ class Document(NamedTuple):
     name: str = ""
 
 
-def split_of(name: str, held_out: float) -> str:
-    """The split of a document by its name or content; `held_out` is the share of both others.
+def number_of(name: str) -> float:
+    """The number u in [0, 1) of a name or content.
 
-    The number u in [0, 1) is made of the first 8 bytes of the SHA-256 of the name in UTF-8, the
-    highest byte first, divided by 2^64.
+    It is made of the first 8 bytes of the SHA-256 of the name in UTF-8, the highest byte first,
+    divided by 2^64.
     """
     digest = hashlib.sha256(name.encode("utf-8")).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_of(name: str, held_out: float) -> str:
+    """The split of a document by its name or content; `held_out` is the share of both others."""
+    u = number_of(name)
     if u < held_out / 2:
         return "val"
     return "test" if u < held_out else TRAIN

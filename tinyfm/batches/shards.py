@@ -63,8 +63,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 # ---- documents -> pieces -------------------------------------------------------------------------
 
 
-def spool(documents: Iterable[Document], path: Path, report: Report) -> tuple[int, int]:
+def spool(
+    documents: Iterable[Document], path: Path, report: Report, near: bool = True
+) -> tuple[int, int]:
     """Copy the documents to a file, without near duplicates; return their number and characters.
+
+    near: False leaves out exact duplicates alone.
 
     A line of the file is JSON, [split, text]. The documents are needed several times, to split
     them, to train a tokenizer and to encode them. Reading them again may take long, and keeping
@@ -80,7 +84,7 @@ def spool(documents: Iterable[Document], path: Path, report: Report) -> tuple[in
             text = document.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             if not text:
                 continue
-            keys = dedupe.keys_of(text, near=True)
+            keys = dedupe.keys_of(text, near)
             if seen.look_up(keys):
                 repeated.append(document.name or " ".join(text[:40].split()))
                 continue
@@ -90,7 +94,8 @@ def spool(documents: Iterable[Document], path: Path, report: Report) -> tuple[in
             file.write(json.dumps([document.split, text]) + "\n")
     if repeated:
         shown = ", ".join(repeated[:3])
-        report.notes.append(f"{counted(len(repeated), 'near duplicates')} left out ({shown}, ...)")
+        kind = "near duplicates" if near else "exact duplicates"
+        report.notes.append(f"{counted(len(repeated), kind)} left out ({shown}, ...)")
     return count, chars
 
 
@@ -281,29 +286,35 @@ def build(
     report: Report,
     make_tokenizer: Callable[[Iterable[str]], object],
     held_out: float,
+    has_words: bool = True,
 ) -> None:
     """Make the folder, and print how large it is.
 
     `make_tokenizer` is given the training documents, which it may learn from. `report` is filled
-    as `documents` are read. Raises ValueError if there is no text.
+    as `documents` are read. has_words: False if runs of words say nothing about these documents, so
+    that neither near duplicates nor overlaps are looked for. Raises ValueError if there is no text.
     """
     start = time.perf_counter()
     with whole_or_absent(folder) as temporary:
         if temporary is None:  # another process has made it meanwhile
             return
         copy = temporary / "documents.jsonl"
-        count, chars = spool(documents, copy, report)
+        count, chars = spool(documents, copy, report, near=has_words)
         if not chars:
             raise ValueError(f"no text for {folder.name}: all documents are empty")
         read_copy = partial(split_documents, copy, count, chars, held_out)
-        shares, removed = measure_overlap(read_copy, whole=count >= MIN_DOCUMENTS)
+        shares = {}
+        removed = set()
+        if has_words:
+            shares, removed = measure_overlap(read_copy, whole=count >= MIN_DOCUMENTS)
 
         def read_kept() -> Iterator[tuple[str, str]]:
             return (pair for i, pair in enumerate(read_copy()) if i not in removed)
 
         tokenizer = make_tokenizer(text for split, text in read_kept() if split == TRAIN)
         manifest = write_shards(temporary, read_kept(), tokenizer, chars)
-        manifest["overlap"] = shares
+        if has_words:
+            manifest["overlap"] = shares
         copy.unlink()
         end_shards(temporary, tokenizer, manifest, str(report))
     tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])
@@ -311,7 +322,8 @@ def build(
     seconds = time.perf_counter() - start
     sizes = f"{megabytes:.1f} MB, {counted(tokens, 'tokens')}, {seconds:.1f} s"
     print(f"{folder}: {sizes}; files: {report}")
-    print(describe_overlap(manifest, len(removed)))
+    if has_words:
+        print(describe_overlap(manifest, len(removed)))
 
 
 def describe_overlap(manifest: dict, removed: int) -> str:

@@ -30,7 +30,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import docs, files, passages, shakespeare, stdlib
+from data import (
+    docs,
+    files,
+    genome,
+    levels,
+    molecules,
+    passages,
+    series,
+    shakespeare,
+    stdlib,
+    tunes,
+)
 from data.report import Report, counted
 from data.splits import HELD_OUT, SPLITS, Document
 from tinyfm import tokenizer as tokenizers
@@ -40,7 +51,21 @@ from tinyfm.batches.shards import FORMAT, VERIFY_TOKENS, Shards, build, read_man
 from tinyfm.common.config import DataPath, FolderPath, Name, may_change
 from tinyfm.training import checkpoint
 
-SOURCES = {"docs": docs, "passages": passages, "stdlib": stdlib, "shakespeare": shakespeare}
+# Texts that are no prose, each with a MODALITY (data/modality.py). To add one, add its module.
+MODALITIES = {
+    "molecules": molecules,
+    "genome": genome,
+    "tunes": tunes,
+    "series": series,
+    "levels": levels,
+}
+SOURCES = {
+    "docs": docs,
+    "passages": passages,
+    "stdlib": stdlib,
+    "shakespeare": shakespeare,
+    **MODALITIES,
+}
 LEARNED_TOKENIZERS = (
     "sentencepiece", "sentencepiece-unigram", "bpe", "wordpiece", "wordpiece-cased"
 )  # fmt: skip
@@ -51,8 +76,8 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 class TextConfig:
     """Which text to read, and how to turn it into tokens."""
 
-    # docs, passages, stdlib, shakespeare, your own text file, folder or "glob", or a folder that
-    # data/prepare.py made
+    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, your own text
+    # file, folder or "glob", or a folder that data/prepare.py made
     path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
     # or a run or folder with a saved tokenizer
@@ -175,7 +200,9 @@ def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
     folder = prepared_folder(config.cache, name, depends_on)
     if not folder.exists():
         report = Report()
-        build(folder, documents(report=report), report, make_tokenizer, config.val_fraction)
+        has_words = config.path not in MODALITIES  # the others leave out duplicates themselves
+        found = documents(report=report)
+        build(folder, found, report, make_tokenizer, config.val_fraction, has_words)
     return folder
 
 

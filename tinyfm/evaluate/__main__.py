@@ -1,6 +1,8 @@
 """Measure a trained run:  python -m tinyfm.evaluate RUN [--json] [--picture out.png]
 
-A GPT: nats per token and bits per byte of its validation and test texts. An encoder: nats per
+A GPT: nats per token and bits per byte of its validation and test texts; on molecules and other
+texts that are no prose also the shares of texts it writes that are valid, unique and novel, beside
+those of real texts and of a Markov model. An encoder: nats per
 hidden token, which compare with no GPT's, and the share that it guesses. XLNet: the same, and bits
 per byte from left to right, which compare with a GPT's. An encoder-decoder: nats per token of its
 targets, and what it writes: the share of words and phones that are wrong, or exact matches and
@@ -70,7 +72,7 @@ class Options:
     # GPT or CLIP: do this task, named as --data.path of train.py --task classify
     task: DataPath = ""
     shots: int = 0  # GPT: labelled examples of --task in the prompt, as many as fit
-    seed: int = 0  # GPT: draws the examples of --shots
+    seed: int = 0  # GPT: draws the examples of --shots, and texts
     # read the run's data from here, and not from where training read them
     data_path: DataPath = ""
     beams: int = 1  # seq2seq: texts that are kept at each step of a search; 1 = no search
@@ -78,7 +80,8 @@ class Options:
     # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
     # it is trained quickly and reads badly
     judge_steps: int = 0
-    # diffusion on letters: pictures to draw for each question, 0 = as many as usual
+    # diffusion on letters: pictures to draw for each question; GPT on molecules and the like: texts
+    # to write; 0 = as many as usual
     samples: int = 0
     # picture to draw; CLIP or classifier: what it confuses; text-to-image: unseen characters
     picture: PicturePath = ""

@@ -319,6 +319,20 @@ def write_step_file(folder: Path, step: int, suffix: str, write: Callable[[Path]
     return path
 
 
+def free_name(name: str, *endings: str) -> str:
+    """The first of sample.png, sample-2.png, sample-3.png, ... that is no file yet.
+
+    endings: of other files with that name, such as ".mid", none of which may be there.
+    """
+    first = Path(name)
+    path = first
+    number = 1
+    while path.exists() or any(path.with_suffix(ending).exists() for ending in endings):
+        number += 1
+        path = first.with_stem(f"{first.stem}-{number}")
+    return str(path)
+
+
 def write_texts_file(folder: Path, step: int, texts: list[str]) -> Path:
     """Write texts to folder/step-NNNNNN.txt, with a line ---- between them."""
     content = "\n----\n".join(texts) + "\n"

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from data import passages, ratings, words
 from data.report import counted
-from tinyfm.batches.text import TextConfig, is_prepared
+from tinyfm.batches.text import MODALITIES, TextConfig, is_prepared
 from tinyfm.calc import estimate
 from tinyfm.common import files
 from tinyfm.hub.card import Card, model_index, table
@@ -48,6 +48,8 @@ DATA = {
 } | {
     name: (f"{name}: {RATED}", ratings.PACKAGE.licence)
     for name in ("films", "products", "editorials", "tweets")
+} | {
+    name: (source.MODALITY.about, source.PACKAGE.licence) for name, source in MODALITIES.items()
 }  # fmt: skip
 
 

@@ -23,10 +23,18 @@ from tinyfm.batches.pairs import PairConfig, PairData
 from tinyfm.clip import CLIP, CLIPConfig
 from tinyfm.common import files
 from tinyfm.evaluate import zero_shot
-from tinyfm.recipes.base import About, Answers, OpenRun, Preset, Run, Scores, write_step_file
+from tinyfm.recipes.base import (
+    About,
+    Answers,
+    OpenRun,
+    Preset,
+    Run,
+    Scores,
+    free_name,
+    write_step_file,
+)
 from tinyfm.recipes.pictures import (
     PictureClassifyRun,
-    free_name,
     spread_rows,
     warn_if_cut,
     warn_if_unseen,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data import labelled as tables
+from data.modality import Modality
 from data.report import Report
 from data.splits import HELD_OUT, TEST, TRAIN
 from tinyfm import beam, compiled, generate, speculative, tokenizer
@@ -29,6 +30,7 @@ from tinyfm.common.config import RunPath
 from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import ratio_of_sums
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.recipes import modalities
 from tinyfm.recipes.base import (
     BEAM_OPTIONS,
     About,
@@ -38,6 +40,7 @@ from tinyfm.recipes.base import (
     Run,
     Scores,
     beams_of,
+    free_name,
     print_shares,
     write_texts_file,
 )
@@ -167,10 +170,28 @@ class GPTRun(Run):
             classify_prompt(opened, options)
             return
         beams = beams_of(options, (opened.tokenizer.eot,))
+        modality = modalities.modality_of(self.data.path)
         if beams:
             search_text(opened, options, beams)
+        elif modality:
+            write_modality(self, modality, opened, options)
         else:
             write_texts(opened, options)
+
+    def measure(self, opened: OpenRun, model: GPT, data: TextData, options: Any) -> Scores:
+        """Of texts that are no prose: how many that the trained model writes are valid."""
+        modality = modalities.modality_of(self.data.path)
+        if modality is None or model is not opened.model:
+            return {}
+        n = options.samples or modalities.SAMPLES
+        return modalities.measure(modality, model, data, n, self.prompt_ids, options.seed)
+
+    def baselines(self, data: TextData) -> dict[str, Scores]:
+        """Of texts that are no prose: the real ones, and those of a Markov model."""
+        modality = modalities.modality_of(self.data.path)
+        if modality is None:
+            return {}
+        return modalities.baselines(modality, data)
 
     def classify_untrained(self, opened: OpenRun, data: TaskData, shots: int) -> Answers:
         """By likelihood, after up to `shots` examples that the seed of the data draws."""
@@ -218,8 +239,11 @@ def drafted(opened: OpenRun, options: Any, counts: speculative.Counts) -> Callab
     )
 
 
-def write_texts(opened: OpenRun, options: Any) -> None:
-    """Print n texts, each with its prompt; the first one is printed while it is written."""
+def write_texts(opened: OpenRun, options: Any, from_start: bool = False) -> list[str]:
+    """Print n texts, each with its prompt; the first one is printed while it is written.
+
+    from_start: the prompt is the start of a document.
+    """
     counts = speculative.Counts()
     write = generate.stream
     if options.draft_tokens != speculative.DRAFT_TOKENS and not options.draft:
@@ -232,15 +256,12 @@ def write_texts(opened: OpenRun, options: Any) -> None:
     prompt = options.prompt or ""
     prompts = [prompt] * (options.n or 1)
     texts = prompts
+    front = prompt_ids(opened.model)
+    if prompt and from_start:
+        front = [*front, opened.tokenizer.eot]
     print(prompt, end="", flush=True)
     stream = generate.stream_text(
-        opened.model,
-        opened.tokenizer,
-        prompts,
-        options.sampling,
-        stops,
-        prompt_ids(opened.model),
-        write,
+        opened.model, opened.tokenizer, prompts, options.sampling, stops, front, write
     )
     for parts in stream:
         texts = [text + part for text, part in zip(texts, parts)]
@@ -252,6 +273,31 @@ def write_texts(opened: OpenRun, options: Any) -> None:
         print(counts, file=sys.stderr)
     if options.out:
         Path(options.out).write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
+    return texts
+
+
+def write_modality(run: GPTRun, modality: Modality, opened: OpenRun, options: Any) -> None:
+    """Print n texts that are no prose, how many are valid, and the files in which they are drawn.
+
+    They are as long as the modality allows, unless --max-new-tokens is given.
+    """
+    prompt = options.prompt or ""
+    start = modality.read_prompt(prompt) if prompt else ""
+    sampling = options.sampling
+    if sampling.max_new_tokens == generate.Sampling().max_new_tokens:
+        sampling = replace(sampling, max_new_tokens=max(1, modality.longest - len(start)))
+    out = Path(options.out or free_name("sample", *modality.endings))
+    files = [out.with_suffix(ending) for ending in modality.endings]
+    text_file = options.out
+    if out in files:  # the text stands beside what is drawn
+        text_file = str(out.with_suffix(".txt"))
+        files.append(out.with_suffix(".txt"))
+    there = [file for file in files if file.exists()]
+    if there and not options.overwrite:
+        raise ValueError(f"{there[0]} exists: choose another --out, or add --overwrite")
+    options = replace(options, sampling=sampling, prompt=start, out=text_file)
+    texts = write_texts(opened, options, from_start=True)
+    modalities.report(modality, prompt, texts, run.open_data, out)
 
 
 def search_text(opened: OpenRun, options: Any, beams: Beams) -> None:
@@ -470,6 +516,22 @@ def sweep_preset(d_model: int) -> Preset:
     return Preset(f"width {d_model}: one of nine sizes for a scaling law", run)
 
 
+def modality_preset(about: str, path: str, context_length: int, steps: int) -> Preset:
+    """A run on texts of a modality, a byte at a time, for one CPU core and ten minutes.
+
+    Their signs are few, so the model is deeper and narrower than for prose: its tables are small.
+    """
+    run = GPTRun(
+        model=GPTConfig(
+            vocab_size=257, context_length=context_length, n_layer=4, n_head=3, d_model=192
+        ),
+        data=TextConfig(path, tokenizer="bytes"),
+        optim=OptimConfig(lr=0.01, muon_lr=0.02, warmup_steps=20, decay_fraction=0.6),
+        train=TrainConfig(steps=steps, batch_size=4096 // context_length, eval_every=steps // 4),
+    )
+    return Preset(about, run)
+
+
 def gpu_run(model: GPTConfig, steps: int, batch_size: int, micro: int, lr: float) -> GPTRun:
     """A run for GPUs: batches of batch_size rows, `micro` rows in a forward pass."""
     train = TrainConfig(steps, batch_size, micro, eval_every=max(1, steps // 20), compile=True)
@@ -487,6 +549,21 @@ PRESETS = {
             train=TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
         ),
         usual="1.67 to 1.69, as three seeds gave",
+    ),
+    "molecules": modality_preset(
+        "a GPT that writes molecules: ten minutes on one core", "molecules", 128, 900
+    ),
+    "genome": modality_preset(
+        "a GPT on the bases of a bacterium's genome: ten minutes on one core", "genome", 256, 900
+    ),
+    "tunes": modality_preset(
+        "a GPT that writes tunes, as notes and sound: ten minutes on one core", "tunes", 256, 900
+    ),
+    "series": modality_preset(
+        "a GPT that forecasts the weather by the hour: five minutes on one core", "series", 256, 450
+    ),
+    "levels": modality_preset(
+        "a GPT that writes levels of a platform game: ten minutes on one core", "levels", 256, 900
     ),
     # A scaling law is fitted to the first eight, and then predicts the large one, which has four
     # times the FLOPs of the eighth: python -m tinyfm.calc sweep.

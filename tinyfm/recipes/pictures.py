@@ -24,7 +24,7 @@ from tinyfm.common import files
 from tinyfm.common.seeds import row_generators
 from tinyfm.common.sheets import Sheet
 from tinyfm.evaluate import zero_shot
-from tinyfm.recipes.base import OpenRun, Run, Scores, write_step_file
+from tinyfm.recipes.base import OpenRun, Run, Scores, free_name, write_step_file
 from tinyfm.recipes.classify import ClassifyRun
 from tinyfm.tokenizer import Tokenizer, encode_captions
 
@@ -183,16 +183,6 @@ def save_step_sheet(sheet: Sheet, folder: Path, step: int) -> str:
     """Write folder/step-NNNNNN.png; return a line about it."""
     path = write_step_file(folder, step, "png", sheet.save)
     return f"--- step {step}: {sheet.about}: {path}"
-
-
-def free_name(name: str) -> str:
-    """The first of sample.png, sample-2.png, sample-3.png, ... that is no file yet."""
-    path = Path(name)
-    number = 1
-    while path.exists():
-        number += 1
-        path = Path(name).with_stem(f"{Path(name).stem}-{number}")
-    return str(path)
 
 
 def save_sheet(sheet: Sheet, options: Any) -> None:

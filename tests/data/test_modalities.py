@@ -1,0 +1,461 @@
+"""Texts that are no prose: what is valid, and the sources. The samples are written by hand."""
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import math
+import re
+import tarfile
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_wheels import publish
+
+from data import genome, levels, molecules, series, tunes, wheels
+from data.report import Report
+from data.splits import SPLITS, TEST, TRAIN, VAL
+from tinyfm.batches.text import MODALITIES
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder of packages."""
+    monkeypatch.setattr(wheels, "FOLDER", tmp_path / "packages")
+    wheels.FOLDER.mkdir()
+    return wheels.FOLDER
+
+
+# ---- molecules -----------------------------------------------------------------------------------
+
+RIGHT = (
+    "C", "CCO", "CC(=O)O", "C#N", "c1ccccc1", "c1cc[nH]c1", "c1ccncc1", "c1ccsc1", "C(C)(C)(C)C",
+    "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "C1CC1", "O=S(=O)(C)C", "ClCBr", "[H]N=C", "c1ccc2ccccc2c1",
+    "c1ccc(-c2ccccc2)cc1", "O=c1cc[nH]cc1", "C1=CC=CC=C1",
+)  # fmt: skip
+WRONG = {
+    "": "no atom",
+    "C1CC": "ring 1 is not closed",
+    "C(C": "not closed",
+    "CC)C": "none opened",
+    "C()C": "none opened, or around nothing",
+    "(C)C": "no atom before",
+    "C==C": "no atom before",
+    "=C": "no atom before",
+    "CC=": "not closed",
+    "C11": "itself",
+    "C1C1": "neighbour",
+    "C=1CC#1": "two kinds",
+    "C(C)(C)(C)(C)C": "C, has 5 bonds, at most 4",
+    "CO(C)C": "O, has 3 bonds, at most 2",
+    "FF(C)": "F, has 2 bonds",
+    "c1cccc1": "double bonds of an aromatic ring",
+    "c1ccnc1": "double bonds of an aromatic ring",
+    "cc": "in no ring",
+    "C[nH]": "in no ring",
+    "CX": "'X' at place 2",
+    "C.C": "'.' at place 2",
+    "C[N+]": "no sign",
+}
+
+
+def test_a_molecule_is_one_whose_rings_and_valences_hold():
+    assert [text for text in RIGHT if molecules.fault(text)] == []
+    for text, what in WRONG.items():
+        assert what in molecules.fault(text), text
+
+
+def test_spellings_of_a_molecule_have_one_key():
+    same = [("CCO", "OCC"), ("c1ccncc1", "n1ccccc1"), ("CC(=O)Nc1ccccc1", "c1ccc(NC(C)=O)cc1")]
+    for one, other in same:
+        assert molecules.key(one) == molecules.key(other)
+        assert molecules.formula(one) == molecules.formula(other)  # else they are not compared
+    for one, other in (("CCO", "COC"), ("C=CC", "CCC"), ("C1CCCCC1", "c1ccccc1")):
+        assert molecules.key(one) != molecules.key(other)
+    known = molecules.MODALITY.known(["OCC", "COC", "CCN"], ["CCO", "CCN"])
+    assert known == [True, False, True]
+
+
+def test_the_splits_of_molecules_are_those_of_their_package(folder, monkeypatch):
+    def csv(texts):
+        return gzip.compress("\n".join(["SMILES", *texts, ""]).encode())
+
+    train = ["C" * n for n in range(1, 400)]
+    test = ["N" * n for n in range(1, 400)]
+    members = {molecules.MEMBER.format("train"): csv(train)}
+    members[molecules.MEMBER.format("test")] = csv(test)
+    publish(monkeypatch, molecules, members)
+    parts = ((TRAIN, "train", 0.0, 0.5), (VAL, "train", 0.5, 0.6), (TEST, "test", 0.0, 0.1))
+    monkeypatch.setattr(molecules, "PARTS", parts)
+    report = Report()
+    found = list(molecules.documents(report))
+    by_split = {split: {d.text for d in found if d.split == split} for split in (TRAIN, VAL, TEST)}
+    assert by_split[TRAIN] | by_split[VAL] < set(train) and by_split[TEST] < set(test)
+    assert not by_split[TRAIN] & by_split[VAL]
+    assert 150 < len(by_split[TRAIN]) < 250 and 20 < len(by_split[VAL]) < 60
+    assert (report.found, report.used) == (798, len(found))
+
+
+@pytest.mark.parametrize("source", MODALITIES.values(), ids=MODALITIES)
+def test_without_the_package_the_command_is_said(source, folder):
+    command = source.PACKAGE.command.replace(str(folder), "data/cache/packages")
+    assert command in re.sub(r" \\\n +", " ", source.__doc__)
+    with pytest.raises(ValueError, match=re.escape(source.PACKAGE.command)):
+        next(source.documents())
+    assert source.PACKAGE.sha256 in source.version()
+    assert source.MODALITY.fault("?") and source.PACKAGE.licence
+
+
+def test_prompts_that_start_nothing_are_refused():
+    cases = [
+        (molecules, "CC(=O)c1cc", ["CC)C", "C==", "CX", "C1C1"]),
+        (genome, "ACGT", ["ACGU", "hello"]),
+        (
+            tunes,
+            "M:6/8\\nL:1/8\\nK:G\\nd|gfg",
+            ["gfg", "M:x\\nL:1/8\\nK:G\\n", "M:6/8\\nL:1/8\\nK:H\\n"],
+        ),
+        (levels, "XX--------------\\nX", ["hello", "X" * 17]),
+    ]
+    for source, right, wrong in cases:
+        assert source.MODALITY.read_prompt(right) == right.replace("\\n", "\n")
+        for prompt in wrong:
+            with pytest.raises(ValueError, match=re.escape(f"--prompt {prompt[:20]!r}"[:-1])):
+                source.MODALITY.read_prompt(prompt)
+
+
+# ---- genome --------------------------------------------------------------------------------------
+
+
+def test_a_stretch_of_a_genome_has_a_long_open_frame():
+    gene = "ATG" + "GCA" * 200
+    stop = "TAACTAATTAGC"  # a stop in each of the six frames, or nearly
+    assert genome.longest_frame("GCATAAGCAGCA") == 4  # the frames of the other strand are open
+    assert genome.longest_frame(genome.other_strand(gene)) == genome.longest_frame(gene)
+    assert genome.other_strand("ACCT") == "AGGT"
+    assert genome.fault(gene + stop * 40) == ""
+    assert genome.fault(stop * 80) == "no reading frame is open for 160 codons"
+    assert "too short" in genome.fault(gene)
+    assert "'N' at place 4" in genome.fault("ACGN")
+
+
+def test_regions_of_a_genome_are_held_out_whole(folder, monkeypatch):
+    monkeypatch.setattr(genome, "REGION", 250)
+    monkeypatch.setattr(genome, "BLOCK", 50)
+    rng = np.random.default_rng(0)
+    bases = "".join(rng.choice(list("ACGT"), size=20 * genome.REGION + 7))
+    lines = [">a genome", *(bases[i : i + 80] for i in range(0, len(bases), 80)), ""]
+    publish(monkeypatch, genome, {genome.MEMBER: gzip.compress("\n".join(lines).encode())})
+    found = list(genome.documents())
+    by_split = {split: [d.text for d in found if d.split == split] for split in SPLITS}
+    assert "".join(by_split[VAL]) == bases[5 * genome.REGION : 6 * genome.REGION]
+    assert "".join(by_split[TEST]) == bases[15 * genome.REGION : 16 * genome.REGION]
+    one, other = by_split[TRAIN][::2], by_split[TRAIN][1::2]
+    assert (
+        "".join(one)
+        == bases[: 5 * genome.REGION]
+        + bases[6 * genome.REGION : 15 * genome.REGION]
+        + (bases[16 * genome.REGION :])
+    )
+    assert [genome.other_strand(text) for text in one] == other
+    known = genome.copied([one[3][5:48], by_split[TEST][0]], by_split[TRAIN])
+    assert known == [True, False]
+
+
+# ---- tunes ---------------------------------------------------------------------------------------
+
+JIG = "M:6/8\nL:1/8\nK:G\nd|gfg d2B|G2G B/c/dB|c>BA z3|(3ABc d2-d3:|"
+
+
+def test_the_notes_of_a_tune_by_hand():
+    """G major has F sharp; c>B is 3/2 and 1/2; (3ABc are three in the time of two."""
+    tune = tunes.parse(JIG.replace(" ", ""))
+    assert tune.metre == Fraction(3, 4)
+    (part,) = tune.parts
+    assert [note.pitch for note in part[1]] == [79, 78, 79, 74, 71]
+    assert [note.length * 8 for note in part[3]] == [Fraction(3, 2), Fraction(1, 2), 1, 3]
+    assert part[3][-1].pitch is None
+    assert [note.length * 8 for note in part[4]] == [Fraction(2, 3)] * 3 + [2, 3]
+    assert [note.tied for note in part[4]] == [False, False, False, True, False]
+    assert tunes.fault(JIG.replace(" ", "")) == "a bar does not add up to the metre"  # 7 of 6
+    assert tunes.describe(JIG.replace(" ", "")) == {"share of right bars": 0.8, "bars": 5}
+    # An accidental holds for its bar; C, is an octave below C.
+    pitches = [n.pitch for n in tunes.parse("M:4/4\nL:1/4\nK:F\n^CCBC,|C=Bc'").notes]
+    assert pitches == [61, 61, 70, 48, 60, 71, 84]
+
+
+FINE = "M:3/4\nL:1/4\nK:Em\nB|e2f|g3|a2g|f2:|B|e3|a3|e2|]\n"
+BAD_TUNES = {
+    FINE.replace("g3", "g2"): "does not add up",
+    FINE.replace("f2:|B", "f2B:|"): "",  # a whole bar at the end of a part
+    FINE.replace("B|e2f", "Be2f|"): "does not add up",  # longer than the metre
+    FINE.replace("a2g", "a2h"): "'h' among the notes",
+    FINE.replace("a2g", "a0g3"): "has no length",
+    FINE.replace("M:3/4\n", ""): "no line M:",
+    FINE.replace("M:3/4", "M:3/5"): "M:3/5 is no metre",
+    FINE.replace("K:Em", "K:H"): "K:H is no key",
+    "M:3/4\nL:1/4\nK:G\ng3|a3|\n": "fewer than 4 bars",
+    "M:3/4\nL:1/4\nK:G\nz3|z3|z3|z3|\n": "fewer than 4 bars",
+    "": "no line M:",
+}
+
+
+def test_a_tune_is_one_whose_bars_add_up():
+    assert tunes.fault(FINE) == ""
+    for text, what in BAD_TUNES.items():
+        found = tunes.fault(text)
+        assert (what in found) if what else not found, (text, found)
+
+
+BOOK = """% A book
+X:1
+T:The Jig
+M:6/8
+L:1/8
+K:G
+"G"dc|B2(A {c}GAB)|~c2d e.d^c | d2B G2A|\\
+B3 !trill![DA]2u:|
+w: words
+
+X:2
+T:The Jig, again
+M:6/8
+L:1/8
+K:A
+ed|c2B ABc|d2e fe^d|e2c A2B|c3 B2:|
+
+X:3
+T:Changes
+M:6/8
+L:1/8
+K:G
+GAB|
+M:2/4
+GA|
+
+X:4
+T:Free
+M:none
+K:G
+GAB
+
+X:5
+T:Short
+M:C
+K:E Minor
+EFGA|
+"""
+
+
+def test_tunes_are_melodies_and_known_in_every_key(folder, monkeypatch):
+    monkeypatch.setattr(tunes, "COPY", 8)
+    publish(monkeypatch, tunes, {"music21/corpus/airdsAirs/a.abc": BOOK.encode(), "b.abc": b"X:1"})
+    report = Report()
+    (found,) = tunes.documents(report)
+    assert found.text == "M:6/8\nL:1/8\nK:G\ndc|B2AGAB|c2ded^c|d2BG2A|B3A2:|\n"
+    assert tunes.fault(found.text) == ""
+    reasons = {reason: len(names) for reason, names in report.skipped.items()}
+    assert reasons["a near duplicate"] == 1  # the same in A
+    assert reasons["it changes its metre, key or voice"] == 1
+    assert reasons["fewer than 9 notes"] == 1
+    assert report.found == 5
+    other = "M:6/8\nL:1/8\nK:A\nGAB|d2ed2e|ed|c2BABc|d2efe^d|e2cA2B|c3B2:|\n"
+    assert tunes.copied([other, FINE], [found.text]) == [True, False]
+
+
+def test_a_tune_becomes_midi_sound_and_a_picture(tmp_path):
+    """Of the MIDI file the bytes of the header and of the first note, by the standard."""
+    tunes.draw([FINE, FINE], tmp_path / "tune.abc")
+    content = (tmp_path / "tune.mid").read_bytes()
+    assert content[:14] == b"MThd\0\0\0\x06\0\0\0\x01\x01\xe0"
+    assert int.from_bytes(content[18:22], "big") == len(content) - 22
+    first = b"\0\xff\x51\x03\x07\xa1\x20" + b"\0\x90\x47\x50" + b"\x83\x60\x80\x47\x50"
+    assert content[22 : 22 + len(first)] == first  # 120 a minute; B for 480 ticks
+    assert content.endswith(b"\xff\x2f\0")
+    with wave.open(str(tmp_path / "tune.wav")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 22_050)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    quarters = 2 * (21 + 2)  # of a tune, and the pause
+    assert len(samples) == pytest.approx(quarters * 0.5 * 22_050, abs=100)
+    # The first second starts with B, 493.9 Hz, for half of it.
+    spectrum = np.abs(np.fft.rfft(samples[:11_025]))
+    assert spectrum.argmax() * 2 == pytest.approx(493.9, abs=2)
+    assert (tmp_path / "tune.png").is_file()
+    assert [tunes.variable(n) for n in (0, 127, 128, 16384)] == [
+        b"\0",
+        b"\x7f",
+        b"\x81\0",
+        b"\x81\x80\0",
+    ]
+    tied = tunes.played([tunes.parse("M:4/4\nL:1/4\nK:C\nC-C2-|CD")])
+    assert [(note.pitch, note.length) for note in tied[:2]] == [(60, 1), (62, Fraction(1, 4))]
+
+
+# ---- series --------------------------------------------------------------------------------------
+
+
+def weather(days: int = 80, gap: int | None = None) -> bytes:
+    """A TMY3 file of a wave with noise, in all columns; sunlight is constant."""
+    rng = np.random.default_rng(0)
+    lines = ["0,place", ",".join(["Date", *series.COLUMNS])]
+    for hour in range(24 * days):
+        values = [10 + 5 * math.sin(hour / 24 * 2 * math.pi) + rng.normal() for _ in range(5)]
+        if hour == gap:
+            values[0] = series.GAP
+        lines.append(",".join(["1", *(f"{value:.2f}" for value in values), "0"]))
+    return "\n".join(lines).encode()
+
+
+def test_series_are_windows_in_order_of_time(folder, monkeypatch):
+    members = dict.fromkeys(series.MEMBERS, weather())
+    members[series.MEMBERS[0]] = weather(gap=100)
+    publish(monkeypatch, series, members)
+    report = Report()
+    found = list(series.documents(report))
+    assert {len(d.text) for d in found} == {192} and not any(series.fault(d.text) for d in found)
+    # Of 80 days 24 are training, with 17 windows of 8 days; the others 21 each.
+    whole = [d for d in found if "703165TY" in d.name and "Dew" in d.name]
+    assert [sum(d.split == split for d in whole) for split in SPLITS] == [17, 21, 21]
+    reasons = {reason: len(names) for reason, names in report.skipped.items()}
+    assert reasons == {"gaps": 5, "a constant past": 2 * 59}
+
+
+def test_forecasts_by_hand():
+    """A past that repeats 0 to 23 each day: its mean error of yesterday is 0 but for rounding."""
+    past = np.tile(np.arange(24.0), 7)
+    mean, scale = series.scale_of(past)
+    assert (mean, scale) == (11.5, 6)
+    letters = series.encode(past, mean, scale)
+    width = 2 * series.LIMIT / series.BINS
+    assert np.abs(series.decode(letters) - (past - 11.5) / 6).max() <= width / 2 + 1e-9
+    assert series.encode(np.array([1e9, -1e9]), 0, 1) == "~!"
+    (guess,) = series.as_yesterday(letters)
+    assert series.errors(guess, [guess]) == {"MASE": 0, "weighted quantile loss": 0}
+    # Yesterday's error on the past is 2 bins, that of the forecast 3: MASE 1.5. All quantiles are
+    # equal, so their loss is the mean of |y - f| over that of |y|.
+    past = "".join(chr(80 + 2 * (day % 2)) * 24 for day in range(7))
+    truth, guess = past + chr(83) * 24, past + chr(80) * 24
+    found = series.errors(truth, [guess])
+    assert found["MASE"] == pytest.approx(1.5)
+    y = abs(series.decode(chr(83))[0])
+    assert found["weighted quantile loss"] == pytest.approx(3 * width / y)
+    quantiles = series.forecast([past + chr(70 + i) * 24 for i in range(11)])
+    assert quantiles[4, 0] == pytest.approx(series.decode(chr(75))[0])
+
+
+def test_a_series_as_prompt_and_its_forecast(tmp_path):
+    numbers = 100 + np.tile(np.arange(24.0), 8)
+    prompt = " ".join(map(str, numbers))
+    start = series.read_prompt(prompt)
+    assert len(start) == series.PAST
+    lines = series.answer(prompt, series.as_yesterday(start) * 3).splitlines()
+    assert len(lines) == 25
+    assert [float(v) for v in lines[24].split()] == pytest.approx([24, 123, 123, 123], abs=0.7)
+    series.draw(series.as_yesterday(start) * 3, tmp_path / "a")
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        ("1 2 3", "has 3 numbers, and a past has 168"),
+        ("5 " * 168, "the series is constant, 5"),
+        ("1 nan " + "3 4 " * 83, "has 1 gap"),
+        ("1 2 x", "such as 12.5 13 12.8"),
+    ],
+)
+def test_a_series_that_cannot_be_forecast(prompt, what):
+    with pytest.raises(ValueError, match=what):
+        series.read_prompt(prompt)
+
+
+# ---- levels --------------------------------------------------------------------------------------
+
+
+def level(*rows: str) -> str:
+    """A piece from its rows, the highest first; rows above are empty."""
+    grid = ["-" * 24] * (16 - len(rows)) + list(rows)
+    return "\n".join("".join(column) for column in zip(*grid[::-1]))
+
+
+GROUND = "X" * 24
+LEVELS = {
+    "": (GROUND,),
+    "a gap that a jump crosses": ("XXXXXXXXX------XXXXXXXXX",),
+    "a wall of four": ("---------X--------------",) * 4 + (GROUND,),
+    "platforms": ("-" * 12 + "=" * 12,) + ("-" * 24,) * 3 + ("=" * 12 + "-" * 12,) + ("-" * 24,),
+}
+NO_LEVELS = {
+    "a gap too wide": ("XXXXX-------------XXXXXX",),
+    "a wall of six": ("---------X--------------",) * 6 + (GROUND,),
+    "spikes": ("-----^^^^^^^^^^^^^^-----", GROUND),
+    "nothing to stand on": ("-" * 24,),
+}
+
+
+def test_a_level_is_one_with_a_path():
+    for name, rows in LEVELS.items():
+        assert levels.fault(level(*rows)) == "", name
+    for name, rows in NO_LEVELS.items():
+        assert levels.fault(level(*rows)) == "there is no path from the left to the right", name
+    assert levels.fault("X") == "1 column, not 24"
+    assert levels.fault(level(GROUND).replace("X", "Q", 1)) == "'Q' in column 1 is no tile"
+    assert levels.fault(level(GROUND)[:-1]) == "column 24 has 15 rows, not 16"
+
+
+STRF = """(supertux-tiles (tiles (width 2) (height 2) (ids 0 1
+ 2 3) (attributes 0 1 3 1024) (image "a.png")))"""
+SECTOR = """; a remark with (
+(supertux-level (name "a (b") (sector (name "main")
+  (snowball (direction "left") (x {x}) (y 416))
+  (tilemap (solid #f) (width 1) (height 1) (tiles 1))
+  (tilemap (solid #t) (speed 1) (width 40) (height 18) (tiles {tiles}))))"""
+
+
+def test_pieces_of_a_level_out_of_a_deb(folder, monkeypatch):
+    grid = np.zeros((18, 40), dtype=int)
+    grid[-3] = 1
+    grid[-6, 10:14] = 2
+    grid[-4, 20] = 3
+    text = SECTOR.format(x=5 * 32 + 3, tiles=" ".join(map(str, grid.ravel())))
+    place = "./usr/share/games/supertux2/levels/world1/{}.stl"
+    members = {levels.TILES: STRF, place.format("a"): text, place.format("b"): "(supertux-level"}
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz") as archive:
+        for name, own in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(own.encode())
+            archive.addfile(entry, io.BytesIO(own.encode()))
+    deb = b"!<arch>\n"
+    for name, own in (
+        (b"debian-binary", b"2.0\n"),
+        (b"odd", b"x"),
+        (b"data.tar.xz", content.getvalue()),
+    ):
+        deb += (
+            name.ljust(48)
+            + str(len(own)).encode().ljust(10)
+            + b"`\n"
+            + own
+            + b"\n" * (len(own) % 2)
+        )
+    package = dataclasses.replace(levels.PACKAGE, sha256=hashlib.sha256(deb).hexdigest())
+    monkeypatch.setattr(levels, "PACKAGE", package)
+    package.path.write_bytes(deb)
+    report = Report()
+    found = list(levels.documents(report))
+    assert [d.name for d in found] == ["world1/a.stl, piece 1", "world1/a.stl, piece 2"]
+    assert (report.found, report.used) == (2, 2)
+    assert report.skipped == {"a bracket is not closed": ["world1/b.stl"]}
+    columns = found[0].text.split("\n")
+    assert columns[0] == "X" + "-" * 15
+    assert columns[10] == "X--=" + "-" * 12
+    assert columns[20] == "X^" + "-" * 14
+    assert columns[5] == "X-e" + "-" * 13
+    assert levels.fault(found[0].text) == ""
+    package.path.write_bytes(b"x" + deb[1:])
+    with pytest.raises(ValueError, match="is not whole, or another file"):
+        next(levels.documents())

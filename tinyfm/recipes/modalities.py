@@ -1,0 +1,194 @@
+"""What a GPT's texts are worth where they are no prose: molecules, tunes, genomes, levels, series.
+
+The model is the GPT of gpt.py, and the text has a MODALITY (data/modality.py), so nothing here
+knows a modality by name. `report` is for sample.py: how many texts are valid, unique and novel, and
+their pictures or sounds. `measure` is the same for evaluate, over more texts, at temperature 1: the
+model's own distribution. Beside it stand the real held-out texts, and those of a Markov model
+(evaluate/markov.py) that has read the same tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from data.modality import Modality
+from data.report import counted
+from data.splits import HELD_OUT, TEST, TRAIN, VAL
+from tinyfm import generate
+from tinyfm.batches.text import MODALITIES, TextData
+from tinyfm.evaluate import metrics
+from tinyfm.evaluate.markov import Markov, choose_order
+from tinyfm.evaluate.metrics import Scores
+from tinyfm.tokenizer import Tokenizer
+
+SAMPLES = 400  # texts that evaluate writes
+FORECASTS = 40  # documents whose rest evaluate forecasts
+GUESSES = 20  # texts for each forecast
+MARKOV_SAMPLES = 200  # texts that a Markov model writes, which is slow
+AT_ONCE = 100  # texts that are written at a time
+SHOWN_FAULTS = 3
+
+
+def modality_of(path: str) -> Modality | None:
+    """The modality of a named source; None for all other texts."""
+    if path in MODALITIES:
+        return MODALITIES[path].MODALITY
+    return None
+
+
+def texts_of(data: TextData, split: str) -> Iterator[str]:
+    """The documents of a split."""
+    own = data.split(split)
+    for start, end in zip(own.starts, [*own.starts[1:], len(own) - 1]):
+        yield data.tokenizer.decode(own.tokens[start + 1 : end].tolist())
+
+
+# ---- valid, unique, novel ------------------------------------------------------------------------
+
+
+def shares(modality: Modality, texts: Sequence[str], training: Sequence[str]) -> Scores:
+    """The shares of texts that are valid, unique and novel, and the means that describe them."""
+    is_valid = np.array([not modality.fault(text) for text in texts])
+    valid = [text for text, fine in zip(texts, is_valid) if fine]
+    different = list({modality.key(text): text for text in valid}.values())
+    scores = {"valid": metrics.proportion(is_valid, modality.unit), "unique": 0.0, "novel": 0.0}
+    if valid:
+        scores["unique"] = len(different) / len(valid)
+        new = ~np.array(modality.known(different, training))
+        scores["novel"] = metrics.proportion(new, f"different valid {modality.unit}")
+    described = [found for found in map(modality.describe, texts) if found]
+    for name in described[0] if described else ():
+        scores[f"mean {name}"] = float(np.mean([own[name] for own in described]))
+    return scores
+
+
+def write(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    starts: Sequence[str],
+    longest: int,
+    front: list[int],
+    seed: int,
+) -> list[str]:
+    """Continue each start, "" for a new text, at temperature 1; return the whole texts.
+
+    longest: tokens to write. front: ids of a soft prompt.
+    """
+    never = tokenizer.without_token(model.config.vocab_size)
+    texts = []
+    for first in range(0, len(starts), AT_ONCE):
+        own = starts[first : first + AT_ONCE]
+        prompts = [[*front, tokenizer.eot, *tokenizer.encode(start)] for start in own]
+        sampling = generate.Sampling(
+            longest, temperature=1.0, stop_tokens=(tokenizer.eot,), seed=seed + first
+        )
+        rows = generate.complete(model, prompts, sampling, never=never)
+        texts += [start + tokenizer.decode(row) for start, row in zip(own, rows)]
+    return texts
+
+
+# ---- forecasts -----------------------------------------------------------------------------------
+
+
+def to_forecast(data: TextData) -> list[str]:
+    """FORECASTS test documents, evenly spread."""
+    texts = list(texts_of(data, TEST))
+    rows = np.linspace(0, len(texts) - 1, min(FORECASTS, len(texts))).astype(int)
+    return [texts[i] for i in rows]
+
+
+def forecast_scores(
+    modality: Modality, documents: Sequence[str], guesses: Sequence[list[str]]
+) -> Scores:
+    """The mean errors of the guesses at the rest of each document."""
+    found = [modality.errors(text, own) for text, own in zip(documents, guesses)]
+    return {
+        name: metrics.ratio_of_sums([own[name] for own in found], np.ones(len(found)), "documents")
+        for name in found[0]
+    }
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
+
+
+def report(
+    modality: Modality, prompt: str, texts: Sequence[str], open_data: Any, out: Path
+) -> None:
+    """Print how many texts are valid, unique and novel, and what they answer; draw the valid ones.
+
+    prompt: as the user wrote it. open_data(): the run's data, for what training has. out: name of
+    the files that are drawn.
+    """
+    faults = Counter(map(modality.fault, texts))
+    valid = [text for text in texts if not modality.fault(text)]
+    try:
+        training = list(texts_of(open_data(), TRAIN))
+    except (ValueError, OSError) as error:
+        print(f"without the data, copies are not known: {error}", file=sys.stderr)
+        training = []
+    found = shares(modality, texts, training)
+    line = f"{counted(len(texts), modality.unit)}: {len(valid)} valid"
+    if valid:
+        line += f", of which {found['unique']:.0%} are unique"
+    if valid and training:
+        line += f", of which {float(found['novel']):.0%} are not in training"
+    print(line, file=sys.stderr)
+    del faults[""]
+    for reason, count in faults.most_common(SHOWN_FAULTS):
+        print(f"{counted(count, modality.unit)} not valid: {reason}", file=sys.stderr)
+    said = modality.answer(prompt, valid) if prompt and valid else ""
+    if said:
+        print(said)
+    if valid and modality.endings:
+        modality.draw(valid, out)
+        print(", ".join(str(out.with_suffix(ending)) for ending in modality.endings))
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+def measure(
+    modality: Modality, model: nn.Module, data: TextData, n: int, front: list[int], seed: int
+) -> Scores:
+    """The shares of n texts of the model, and the errors of its forecasts."""
+    texts = write(model, data.tokenizer, [""] * n, modality.longest, front, seed)
+    scores = shares(modality, texts, list(texts_of(data, TRAIN)))
+    if modality.given:
+        documents = to_forecast(data)
+        starts = [text[: modality.given] for text in documents for _ in range(GUESSES)]
+        rest = modality.longest - modality.given
+        found = write(model, data.tokenizer, starts, rest, front, seed)
+        guesses = [found[i : i + GUESSES] for i in range(0, len(found), GUESSES)]
+        scores |= forecast_scores(modality, documents, guesses)
+    return scores
+
+
+def baselines(modality: Modality, data: TextData) -> dict[str, Scores]:
+    """The shares of the real test texts; and those of a Markov model, with its losses."""
+    training = list(texts_of(data, TRAIN))
+    test = [piece for text in texts_of(data, TEST) for piece in modality.pieces(text)]
+    real = shares(modality, test, training)
+    markov = Markov(data.split(TRAIN).tokens)
+    order = choose_order(markov, data.split(VAL).tokens)
+    eot = data.tokenizer.eot
+    rows = markov.write(MARKOV_SAMPLES, eot, eot, modality.longest, order)
+    scores = shares(modality, [data.tokenizer.decode(row) for row in rows], training)
+    for name in HELD_OUT:
+        split = data.split(name)
+        loss = float(markov.nats(split.tokens)[order].mean())
+        scores[f"{name}_loss"] = loss
+        scores[f"{name}_bpb"] = split.bits_per_byte(loss)
+    columns = {"real": real, f"Markov, order {order}": scores}
+    if modality.given:
+        name, guess = modality.naive
+        documents = to_forecast(data)
+        guesses = [guess(text[: modality.given]) for text in documents]
+        columns[name] = forecast_scores(modality, documents, guesses)
+    return columns
