@@ -14,7 +14,7 @@ perfect in it.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -48,10 +48,11 @@ class Modality:
     # What texts that continue such a prompt say in its own terms; "" for nothing.
     answer: Callable[[str, Sequence[str]], str] = lambda prompt, texts: ""
     # If the rest of a document is to be forecast: how many characters are given of it, the errors
-    # of several guesses at a whole document, and name and guesses of a forecast without a model.
+    # of several guesses at a whole document, and forecasts without a model: {name: the guesses from
+    # what is given, and the training documents}.
     given: int = 0
     errors: Callable[[str, Sequence[str]], dict[str, float]] = lambda document, guesses: {}
-    naive: tuple[str, Callable[[str], list[str]]] = ("", lambda given: [])
+    rivals: dict[str, Callable[[str, Sequence[str]], list[str]]] = field(default_factory=dict)
     # The texts, as long as one that is written, into which a real document is cut to be compared.
     pieces: Callable[[str], list[str]] = lambda text: [text]
     # Draw or play valid texts: write files named as the given path, with these endings.

@@ -62,6 +62,7 @@ HELD_OUT = 28 * DAY  # hours of validation, and of test
 FIRST = ord("!")  # the letter of the lowest bin
 BINS = ord("~") - FIRST + 1
 LIMIT = 5.0
+NEAREST = 10  # documents from whose pasts a forecast is made
 QUANTILES = np.arange(1, 10) / 10
 
 
@@ -148,9 +149,17 @@ def errors(document: str, guesses: Sequence[str]) -> dict[str, float]:
     }
 
 
-def as_yesterday(past: str) -> list[str]:
-    """The forecast without a model: the last day again."""
+def as_yesterday(past: str, training: Sequence[str]) -> list[str]:
+    """A forecast without a model: the last day again."""
     return [past + past[-DAY:]]
+
+
+def as_nearest(past: str, training: Sequence[str]) -> list[str]:
+    """What came after the NEAREST training pasts, by their mean distance in bins."""
+    rows = np.frombuffer("".join(training).encode("ascii"), np.uint8).reshape(-1, LENGTH)
+    own = np.frombuffer(past.encode("ascii"), np.uint8)
+    distances = np.abs(rows[:, :PAST].astype(int) - own).mean(1)
+    return [past + training[i][PAST:] for i in distances.argsort(kind="stable")[:NEAREST]]
 
 
 def answer(prompt: str, texts: Sequence[str]) -> str:
@@ -200,7 +209,7 @@ MODALITY = modality.Modality(
     answer=answer,
     given=PAST,
     errors=errors,
-    naive=("as yesterday", as_yesterday),
+    rivals={"as yesterday": as_yesterday, "nearest pasts": as_nearest},
     draw=draw,
     endings=(".png",),
 )

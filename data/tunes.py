@@ -367,6 +367,7 @@ QUARTER_SECONDS = 0.5  # 120 quarter notes a minute
 RATE = 22_050  # samples a second
 OVERTONES = (1.0, 0.5, 0.3, 0.15, 0.1)  # amplitude of the base note and of each overtone
 LONGEST_SECONDS = 120  # of sound
+DRAWN = 8  # tunes in a file
 PAUSE = Note(None, Fraction(1, 2))  # between two tunes
 
 
@@ -451,10 +452,10 @@ def roll(notes: Sequence[Note], per_quarter: int = 8) -> np.ndarray:
 
 
 def draw(texts: Sequence[str], path: Path) -> None:
-    """Write the tunes, one after the other, as .mid, .wav and, as a piano roll, .png."""
+    """Write up to DRAWN tunes, one after the other, as .mid, .wav and, as a piano roll, .png."""
     from data import pictures  # loads Pillow, which texts do not need
 
-    notes = played([parse(text) for text in texts])
+    notes = played([parse(text) for text in texts[:DRAWN]])
     path.with_suffix(".mid").write_bytes(midi(notes))
     with wave.open(str(path.with_suffix(".wav")), "wb") as file:
         file.setnchannels(1)

@@ -332,7 +332,7 @@ def test_forecasts_by_hand():
     width = 2 * series.LIMIT / series.BINS
     assert np.abs(series.decode(letters) - (past - 11.5) / 6).max() <= width / 2 + 1e-9
     assert series.encode(np.array([1e9, -1e9]), 0, 1) == "~!"
-    (guess,) = series.as_yesterday(letters)
+    (guess,) = series.as_yesterday(letters, [])
     assert series.errors(guess, [guess]) == {"MASE": 0, "weighted quantile loss": 0}
     # Yesterday's error on the past is 2 bins, that of the forecast 3: MASE 1.5. All quantiles are
     # equal, so their loss is the mean of |y - f| over that of |y|.
@@ -342,6 +342,10 @@ def test_forecasts_by_hand():
     assert found["MASE"] == pytest.approx(1.5)
     y = abs(series.decode(chr(83))[0])
     assert found["weighted quantile loss"] == pytest.approx(3 * width / y)
+    others = [chr(80 + i) * 192 for i in range(-20, 20)]
+    nearest = series.as_nearest(chr(82) * 168, others)
+    assert nearest[:3] == [chr(82) * 168 + chr(80 + i) * 24 for i in (2, 1, 3)]
+    assert len(nearest) == series.NEAREST
     quantiles = series.forecast([past + chr(70 + i) * 24 for i in range(11)])
     assert quantiles[4, 0] == pytest.approx(series.decode(chr(75))[0])
 
@@ -351,10 +355,10 @@ def test_a_series_as_prompt_and_its_forecast(tmp_path):
     prompt = " ".join(map(str, numbers))
     start = series.read_prompt(prompt)
     assert len(start) == series.PAST
-    lines = series.answer(prompt, series.as_yesterday(start) * 3).splitlines()
+    lines = series.answer(prompt, series.as_yesterday(start, []) * 3).splitlines()
     assert len(lines) == 25
     assert [float(v) for v in lines[24].split()] == pytest.approx([24, 123, 123, 123], abs=0.7)
-    series.draw(series.as_yesterday(start) * 3, tmp_path / "a")
+    series.draw(series.as_yesterday(start, []) * 3, tmp_path / "a")
     assert (tmp_path / "a.png").is_file()
 
 

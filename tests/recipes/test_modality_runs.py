@@ -1,8 +1,11 @@
-"""A GPT on texts that are no prose, from training to its measures: on molecules."""
+"""A GPT on texts that are no prose, from training to its measures."""
 
 import dataclasses
 import gzip
 import json
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,28 +14,32 @@ from conftest import SIZES, call
 import sample
 import tinyfm.evaluate.__main__ as evaluate
 import train
-from data import molecules, wheels
+from data import molecules, series, wheels
 from data.splits import TEST, TRAIN, VAL
 from tinyfm.recipes import modalities
 
 
+def learn(folder, path: str, read) -> Path:
+    """A run of four steps on a source; read(package, member): the files of its package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wheels, "read", read)
+        options = (*SIZES.split(), "--data.cache", folder / "cache", "--out", folder / "run")
+        assert call(train, "gpt", "--data.path", path, *options) == 0
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A GPT after four steps on chains of carbon, nitrogen and oxygen; and where its data lie."""
-    folder = tmp_path_factory.mktemp("modality")
+def run(tmp_path_factory) -> Path:
+    """A GPT that has read chains of carbon, nitrogen and oxygen."""
     rng = np.random.default_rng(0)
     chains = ["".join(rng.choice(["C", "N", "O", "(C)C", "=C"], size=6)) for _ in range(500)]
     texts = [text for text in chains if not molecules.fault(text)]
     content = gzip.compress("\n".join(["SMILES", *texts, ""]).encode())
+    parts = ((TRAIN, "train", 0.0, 0.5), (VAL, "train", 0.5, 0.6), (TEST, "train", 0.6, 0.7))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wheels, "find", lambda package: package.path)
-        patch.setattr(wheels, "read", lambda package, member: content)
-        parts = ((TRAIN, "train", 0.0, 0.5), (VAL, "train", 0.5, 0.6), (TEST, "train", 0.6, 0.7))
         patch.setattr(molecules, "PARTS", parts)
-        cache = ("--data.cache", folder / "cache")
-        options = (*SIZES.split(), "--out", folder / "run", *cache)
-        assert call(train, "gpt", "--data.path", "molecules", *options) == 0
-    return folder / "run"
+        folder = tmp_path_factory.mktemp("molecules")
+        return learn(folder, "molecules", lambda package, member: content)
 
 
 def test_evaluate_counts_what_is_valid_beside_the_real_and_a_markov_model(run, capsys):
@@ -81,3 +88,30 @@ def test_files_that_are_drawn_are_not_overwritten(run, tmp_path, capsys, monkeyp
     assert "sample.svg exists" in capsys.readouterr().err
     assert call(sample, run, "--out", "other.svg") == 0
     assert (tmp_path / "other.txt").is_file()
+
+
+def test_a_forecast_is_scored_beside_yesterday_and_answers_in_numbers(
+    tmp_path, capsys, monkeypatch
+):
+    lines = ["0,place", ",".join(["Date", *series.COLUMNS])]
+    for hour in range(24 * 70):
+        value = 10 + 5 * math.sin(hour / 24 * 2 * math.pi) + hour % 7
+        lines.append(",".join(["1", f"{value:.2f}", *"12345"]))
+    found = learn(tmp_path, "series", lambda package, member: "\n".join(lines).encode())
+    monkeypatch.setattr(modalities, "FORECASTS", 2)
+    monkeypatch.setattr(modalities, "GUESSES", 3)
+    monkeypatch.setattr(modalities, "MARKOV_SAMPLES", 2)
+    capsys.readouterr()
+    assert call(evaluate, found, "--samples", "2", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert set(scores["MASE"]) == {"reached", "as yesterday", "nearest pasts"}
+    assert 0.5 < scores["MASE"]["as yesterday"] < 2
+    assert scores["MASE"]["reached"] > 0 < scores["weighted quantile loss"]["reached"]
+    monkeypatch.chdir(tmp_path)
+    hours = " ".join(str(20 + hour % 24) for hour in range(168))
+    assert call(sample, found, "-n", "2", "--prompt", hours, "--max-new-tokens", "24") == 0
+    said = capsys.readouterr()
+    valid = int(re.search(r"2 series: (\d) valid", said.err)[1])
+    assert ("hour     10%" in said.out) == (tmp_path / "sample.png").exists() == (valid > 0)
+    assert call(sample, found, "--prompt", "5 " * 168) == 1
+    assert "the series is constant" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def evaluate(opened: OpenRun, options: Options) -> dict[str, Scores]:
         table[SIZE] = {column: quantize.count_bytes(model) / 1e6 for column, model in forms.items()}
     for column, scores in run.baselines(data).items():
         for name, value in scores.items():
-            table[name][column] = value
+            table.setdefault(name, {})[column] = value
     return table
 
 

@@ -187,8 +187,8 @@ def baselines(modality: Modality, data: TextData) -> dict[str, Scores]:
         scores[f"{name}_bpb"] = split.bits_per_byte(loss)
     columns = {"real": real, f"Markov, order {order}": scores}
     if modality.given:
-        name, guess = modality.naive
         documents = to_forecast(data)
-        guesses = [guess(text[: modality.given]) for text in documents]
-        columns[name] = forecast_scores(modality, documents, guesses)
+        for name, guess in modality.rivals.items():
+            guesses = [guess(text[: modality.given], training) for text in documents]
+            columns[name] = forecast_scores(modality, documents, guesses)
     return columns
