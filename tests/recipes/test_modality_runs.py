@@ -93,9 +93,10 @@ def test_files_that_are_drawn_are_not_overwritten(run, tmp_path, capsys, monkeyp
 def test_a_forecast_is_scored_beside_yesterday_and_answers_in_numbers(
     tmp_path, capsys, monkeypatch
 ):
+    rng = np.random.default_rng(0)
     lines = ["0,place", ",".join(["Date", *series.COLUMNS])]
     for hour in range(24 * 70):
-        value = 10 + 5 * math.sin(hour / 24 * 2 * math.pi) + hour % 7
+        value = 10 + 5 * math.sin(hour / 24 * 2 * math.pi) + rng.normal()
         lines.append(",".join(["1", f"{value:.2f}", *"12345"]))
     found = learn(tmp_path, "series", lambda package, member: "\n".join(lines).encode())
     monkeypatch.setattr(modalities, "FORECASTS", 2)
