@@ -5,9 +5,8 @@
 The run, a GPT, writes --drafts answers to each prompt. The principles of a file judge them
 (adapt/constitution.py has the form of the file and the judges). What is written:
 
-    pairs.jsonl            {"prompt", "chosen", "rejected"} a line, for --task dpo or reward
-    pairs-answers.jsonl    {"text"} a line: prompts with an answer that breaks no principle, for
-                           fine-tuning, --init-from RUN --data.path pairs-answers.jsonl
+    pairs.jsonl            for --task dpo or reward: prompt, chosen, rejected
+    pairs-answers.jsonl    to fine-tune on: texts that break no principle
 
 Only prompts of the training split are answered: those that are held out stay unread. A printed
 report says how many drafts break each principle, and how far its judge agrees with people: with the
