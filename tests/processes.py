@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 METHODS = multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "tyro", "einops", "PIL.Image"]
-)
+LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "tyro", "einops"]
+LIBRARIES += ["PIL.Image", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+CONTEXT.set_forkserver_preload(LIBRARIES)
 
 # To start a process also asks all others whether they have ended. Two threads that ask at once
 # would both read the one message that says how, and the second would find nothing: status 255.

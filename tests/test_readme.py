@@ -55,8 +55,9 @@ SMALL = {
     "seq2seq": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --data.path pairs.tsv "
     "--data.tokenizer letters",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
-    "--model.text-width 32",
-    "autoencoder": "--model.channels 8 16 --model.groups 4 --data.val-images 8 --data.path letters",
+    "--model.text-width 32 --data.path letters",
+    "autoencoder": "--model.channels 4 8 8 --model.groups 2 --data.val-images 8 "
+    "--data.path letters",
     "vq": "--model.channels 8 8 16 --model.groups 4 --data.val-images 8",
     "dalle": "--vq runs/vq --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
     "--data.val-images 8",
@@ -68,8 +69,10 @@ SMALL = {
 }
 
 
-def small(words: list[str]) -> list[str]:
+def small(words: list[str], cache: Path) -> list[str]:
     """Options that make a command train for two steps on a tiny model, and on little data.
+
+    cache: a folder for a GPT's prepared text.
 
     The batch is not as small: an evaluation reads the whole validation split, a batch at a time.
     """
@@ -85,11 +88,11 @@ def small(words: list[str]) -> list[str]:
     family = after[0] if after[0] in SMALL else "gpt"
     if "--init-from" in words:  # the base is small
         return ["--train.steps", "2", "--train.batch-size", "64"]
-    data = ""
+    data = f"--data.cache {shlex.quote(str(cache))}" if family == "gpt" else ""
     if "stdlib" in words:
-        data = "--data.tokenizer bytes --model.vocab-size 257"
+        data += " --data.tokenizer bytes --model.vocab-size 257"
     if "--teacher" in words:  # the default text would be tokenized once more, by its tokenizer
-        data = "--data.path my.txt"
+        data += " --data.path my.txt"
     return shlex.split(f"--train.steps 2 --train.batch-size 64 {SMALL[family]} {data}")
 
 
@@ -127,7 +130,7 @@ def test_commands_that_share_a_run_keep_their_order():
 
 
 @pytest.mark.long
-def test_every_documented_command_runs(tmp_path):
+def test_every_documented_command_runs(tmp_path, shared_cache):
     """In a copy, as a user would; what trains does so for two steps on a tiny model. Two at a
     time, each with one thread."""
     for name in ("train.py", "sample.py", "tinyfm", "data", "benchmarks"):
@@ -159,6 +162,7 @@ def test_every_documented_command_runs(tmp_path):
         status, (out, err) = process.wait(300), process.said()
         assert status == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-2000:]}"
         assert out.strip(), f"{shlex.join(words)} says nothing"
+        assert "nothing to show" not in out, f"{shlex.join(words)}\n{out}"
         for option, name in pairwise(words):  # what it is told to write is there
             if option in ("--out", "--picture"):
                 assert (tmp_path / name).exists(), f"{shlex.join(words)} wrote no {name}"
@@ -168,7 +172,8 @@ def test_every_documented_command_runs(tmp_path):
             run(words)
 
     commands = [shlex.split(command) for command in [FIRST, *documented_commands()]]
-    commands = [words + small(words) for words in commands if "pytest" not in words]  # this is it
+    commands = [words for words in commands if "pytest" not in words]  # this is it
+    commands = [words + small(words, shared_cache) for words in commands]
     assert len(commands) > 40
     longest_first = sorted(chains(commands), key=len, reverse=True)
     with ThreadPoolExecutor(2) as pool:

@@ -8,6 +8,7 @@ import pytest
 from data import chats, dedupe, splits
 from data.splits import HELD_OUT, SPLITS, TRAIN
 from tinyfm.batches.text import TextConfig, TextData
+from tinyfm.recipes.registry import find_preset
 
 EXPLAIN = ("What does", "What is", "Explain", "Tell me what")
 
@@ -97,13 +98,17 @@ def read_texts(data: TextData, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> dict[str, dict[str, list[str]]]:
-    """{source: {split: texts}} of docs and stdlib."""
-    cache = str(tmp_path_factory.mktemp("cache"))
+def prepared(shared_cache) -> dict[str, dict[str, list[str]]]:
+    """{source: {split: texts}} of docs and stdlib, prepared as test_readme.py does."""
+    shared = {"val_fraction": 0.01, "cache": str(shared_cache)}
+    docs = find_preset("gpt").run
     found = {}
-    for name in ("docs", "stdlib"):
-        config = TextConfig(path=name, tokenizer="bytes", cache=cache)
-        data = TextData.prepare(config, 257, 256, batch_size=4, seed=0)
+    for name, tokenizer, vocab_size in (
+        ("docs", docs.data.tokenizer, docs.model.vocab_size),
+        ("stdlib", "bytes", 257),
+    ):
+        config = TextConfig(path=name, tokenizer=tokenizer, **shared)
+        data = TextData.prepare(config, vocab_size, 256, batch_size=4, seed=0)
         found[name] = {split: read_texts(data, split) for split in SPLITS}
     return found
 
