@@ -17,6 +17,7 @@ import torch.distributed as dist
 from conftest import ROOT, call, run_two_ranks
 
 import train
+from tinyfm.adapt.embedder import Embedder, EmbedderConfig
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
@@ -25,6 +26,7 @@ from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes import run_dir
+from tinyfm.recipes.encoder import EncoderEmbedRun
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint, distributed
@@ -69,6 +71,12 @@ FAMILIES = {
     "electra": lambda: Encoder(replace(ENCODER, objective="electra")),
     "seq2seq": lambda: Seq2Seq(SEQ2SEQ),
     "xlnet": lambda: XLNet(XLNetConfig(61, 8, n_layer=2, n_head=2, d_model=16, segments=True)),
+    "embedder": lambda: Embedder(
+        Encoder(ENCODER),
+        EmbedderConfig(widths=(4, 8)),
+        EncoderEmbedRun.reader,
+        EncoderEmbedRun.states,
+    ),
     "clip": lambda: CLIP(CLIP_TINY),
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
