@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from conftest import SIZES, call
 import sample
 import tinyfm.evaluate.__main__ as evaluate
 import train
-from data import molecules, wheels
+from data import molecules, series, wheels
 from data.splits import TEST, TRAIN, VAL
 from tinyfm.recipes import modalities
 
@@ -86,3 +88,31 @@ def test_files_that_are_drawn_are_not_overwritten(run, tmp_path, capsys, monkeyp
     assert "sample.svg exists" in capsys.readouterr().err
     assert call(sample, run, "--out", "other.svg") == 0
     assert (tmp_path / "other.txt").is_file()
+
+
+def test_a_forecast_is_scored_beside_yesterday_and_answers_in_numbers(
+    tmp_path, capsys, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    lines = ["0,place", ",".join(["Date", *series.COLUMNS])]
+    for hour in range(24 * 70):
+        value = 10 + 5 * math.sin(hour / 24 * 2 * math.pi) + rng.normal()
+        lines.append(",".join(["1", f"{value:.2f}", *"12345"]))
+    found = learn(tmp_path, "series", lambda package, member: "\n".join(lines).encode())
+    monkeypatch.setattr(modalities, "FORECASTS", 2)
+    monkeypatch.setattr(modalities, "GUESSES", 3)
+    monkeypatch.setattr(modalities, "MARKOV_SAMPLES", 2)
+    capsys.readouterr()
+    assert call(evaluate, found, "--samples", "2", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert set(scores["MASE"]) == {"reached", "as yesterday", "nearest pasts"}
+    assert 0.5 < scores["MASE"]["as yesterday"] < 2
+    assert scores["MASE"]["reached"] > 0 < scores["weighted quantile loss"]["reached"]
+    monkeypatch.chdir(tmp_path)
+    hours = " ".join(str(20 + hour % 24) for hour in range(168))
+    assert call(sample, found, "-n", "2", "--prompt", hours, "--max-new-tokens", "24") == 0
+    said = capsys.readouterr()
+    valid = int(re.search(r"2 series: (\d) valid", said.err)[1])
+    assert ("hour     10%" in said.out) == (tmp_path / "sample.png").exists() == (valid > 0)
+    assert call(sample, found, "--prompt", "5 " * 168) == 1
+    assert "the series is constant" in capsys.readouterr().err
