@@ -260,10 +260,14 @@ def result_rows() -> dict[str, tuple[str, str]]:
     return {name: (result, time) for name, result, time in rows}
 
 
+BLOCKS = {"encoder": "encoder films", "seq2seq": "seq2seq words"}  # of other presets: results NAME
+
+
 def recorded(name: str) -> list[float]:
     """All numbers that the page of recorded results has of a preset; of shares, percents too."""
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    block = re.search(rf"<!-- results {name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    mark = BLOCKS.get(name, f"results {name}")
+    block = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", page, re.DOTALL)
     numbers = [float(n.replace(",", "")) for n in re.findall(NUMBER, block[1] if block else "")]
     return numbers + [100 * n for n in numbers if n <= 1]
 
