@@ -168,7 +168,7 @@ def read_deb(file: BinaryIO, pattern: re.Pattern) -> Iterator[tuple[str, bytes]]
     else:
         raise ValueError("no .deb with a data.tar.xz")
     with (
-        lzma.open(file) as content,
+        lzma.open(file, "rb") as content,
         io.BufferedReader(Unpacked(content, MAX_DEB_BYTES)) as unpacked,
         tarfile.open(fileobj=unpacked, mode="r|") as archive,
     ):

@@ -275,7 +275,7 @@ def test_a_tune_becomes_midi_sound_and_a_picture(tmp_path):
     first = b"\0\xff\x51\x03\x07\xa1\x20" + b"\0\x90\x47\x50" + b"\x83\x60\x80\x47\x50"
     assert content[22 : 22 + len(first)] == first  # 120 a minute; B for 480 ticks
     assert content.endswith(b"\xff\x2f\0")
-    with wave.open(str(tmp_path / "tune.wav")) as file:
+    with wave.open(str(tmp_path / "tune.wav"), "rb") as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 22_050)
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     quarters = 2 * (21 + 2)  # of a tune, and the pause

@@ -178,7 +178,8 @@ def test_with_a_key_nothing_but_the_page_is_open(runs):
             assert httpx.post(url, json=body, headers=headers).status_code == 401
         right = {"Authorization": f"Bearer {KEY}"}
         assert httpx.post(url, json=body, headers=right).status_code == 200
-        assert httpx.get(server.url).status_code == 200
+        for path in ("", "/api.js"):
+            assert httpx.get(server.url + path).status_code == 200
         for path in ("/v1/models", "/api/models", "/api/runs"):
             assert httpx.get(server.url + path).status_code == 401
         assert httpx.options(url, headers={"Origin": FRIEND}).status_code == 204

@@ -467,9 +467,9 @@ def test_damaged_latents_are_refused_by_name(tmp_path, bomb):
     for content in [*damaged.values(), bomb]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"latents-0\.npy cannot be read: .*; delete it"):
-            latents.open_latents(path, 4)
+            latents.open_latents(path, 4, np.float16)
     np.save(path, np.ones((4, 2, 3, 3), np.float16))
-    assert latents.open_latents(path, 4).min() == 1
+    assert latents.open_latents(path, 4, np.float16).min() == 1
 
 
 def places(tree, before=()):

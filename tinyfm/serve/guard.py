@@ -201,7 +201,7 @@ class Guard:
 
 
 def is_api(path: str) -> bool:
-    return path.startswith(("/v1", "/api"))
+    return path in ("/v1", "/api") or path.startswith(("/v1/", "/api/"))
 
 
 def values_of(scope: Any, name: bytes) -> list[str]:
