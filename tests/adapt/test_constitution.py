@@ -1,9 +1,11 @@
 """Principles: what each check says of right and wrong texts, files of them, and pairs of drafts."""
 
+import warnings
+
 import pytest
 from conftest import ROOT
 
-from tinyfm.adapt.constitution import best_and_worst, find_check, read_principles
+from tinyfm.adapt.constitution import OF_PYTHON, best_and_worst, find_check, read_principles
 from tinyfm.adapt.preference import Answer
 
 IMPORTS = "def f(p):\n    import os.path as q\n    return q.join(p)\n"
@@ -41,6 +43,14 @@ WRITES_GLOBAL = "def f():\n    global n\n    n = 1\n\n\ndef g():\n    return n\n
 )
 def test_what_a_check_says(judge, text, kept):
     assert find_check(judge)(text) is kept
+
+
+@pytest.mark.parametrize("judge", OF_PYTHON)
+def test_a_check_of_python_warns_of_nothing(judge):
+    """The text is the model's: a warning about an escape in it, \\d, is no news to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_check(judge)('def f():\n    """\\d"""\n    return 1\n')
 
 
 def test_the_examples_of_the_shipped_principles_are_judged_right():

@@ -46,7 +46,7 @@ from functools import partial
 from pathlib import Path
 
 from tinyfm.adapt.preference import Answer
-from tinyfm.adapt.rewards import NOT_PYTHON, is_function
+from tinyfm.adapt.rewards import NOT_PYTHON, is_function, parse_function
 from tinyfm.common import schema
 
 MODULE_NAMES = {*dir(builtins), "__file__", "__class__"}  # super() reads the last one
@@ -57,7 +57,8 @@ MODULE_NAMES = {*dir(builtins), "__file__", "__class__"}  # super() reads the la
 
 def has_docstring(source: str) -> bool:
     """Whether this is one function that compiles, with a docstring."""
-    return is_function(source) and ast.get_docstring(ast.parse(source).body[0]) is not None
+    function = parse_function(source)
+    return function is not None and ast.get_docstring(function) is not None
 
 
 def names_are_defined(source: str) -> bool:

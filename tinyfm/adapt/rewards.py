@@ -21,8 +21,8 @@ from tinyfm.tokenizer import Tokenizer
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 
 
-def is_function(source: str) -> bool:
-    """Whether this is one function that compiles, with more of a body than a docstring.
+def parse_function(source: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """One function that compiles, with more of a body than a docstring; None for anything else.
 
     It is compiled and never executed.
     """
@@ -32,11 +32,18 @@ def is_function(source: str) -> bool:
             tree = ast.parse(source)
             compile(tree, "<answer>", "exec")
     except NOT_PYTHON:
-        return False
+        return None
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
-        return False
+        return None
     function = tree.body[0]
-    return len(function.body) > (ast.get_docstring(function) is not None)
+    if len(function.body) == (ast.get_docstring(function) is not None):
+        return None
+    return function
+
+
+def is_function(source: str) -> bool:
+    """Whether `parse_function` finds one."""
+    return parse_function(source) is not None
 
 
 class Parses:
