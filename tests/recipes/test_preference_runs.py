@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tinyfm.batches.preference import PairConfig, read_pairs
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.hub import __main__ as hub
-from tinyfm.recipes import run_dir
+from tinyfm.recipes import constitution, history, run_dir
 from tinyfm.recipes.gpt import GPTDPORun, GPTGRPORun
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import TrainConfig
@@ -240,6 +241,25 @@ def test_principles_make_pairs_and_answers(fails, tmp_path, capsys):
     write("rules.jsonl", [{"principle": "It is liked.", "judge": "dpo"}])
     assert "the judge dpo is a run of family dpo: give a reward" in fails(adapt, *words, *rules)
     assert "usage: python -m tinyfm.adapt compare RUN" in fails(adapt, "constitutions")
+
+
+def test_what_came_before_a_run_counts_only_if_it_is_as_it_was():
+    """A reward model's test pairs, and the run that a run started from."""
+    judge = run_dir.open_run("reward")
+    assert constitution.agreement_with_people(judge, "reward").startswith("of 3 test pairs")
+    pairs = Path("pairs.jsonl")
+    content = pairs.read_bytes()
+    pairs.write_bytes(content.replace(b"sun", b"son"))
+    try:
+        said = constitution.agreement_with_people(judge, "reward")
+    finally:
+        pairs.write_bytes(content)
+    assert "not measured" in said and "reward was trained on other data than pairs.jsonl" in said
+    dpo = run_dir.open_run("dpo")
+    assert [one.run.family for one in history.open_bases(dpo)] == ["dpo", "gpt"]
+    moved = replace(dpo, run=replace(dpo.run, base_hash="0"))
+    with pytest.raises(ValueError, match="base: its weights now have the hash"):
+        history.open_bases(moved)
 
 
 def test_policies_are_compared_on_the_same_prompts(fails, tmp_path, capsys):

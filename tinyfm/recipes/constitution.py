@@ -39,7 +39,7 @@ from tinyfm.adapt.rewards import Judge, Parses
 from tinyfm.batches.preference import FUNCTIONS, PromptConfig, PromptData
 from tinyfm.common.config import DataPath, FilePath, GivenRun
 from tinyfm.evaluate.metrics import Measured, proportion
-from tinyfm.recipes import run_dir
+from tinyfm.recipes import history, run_dir
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.preference import AT_ONCE, answer_prompts, check_judge, over_batches
 
@@ -130,7 +130,7 @@ class Judges:
             right = int((self.keeps(one, examples) == expected).sum())
             said.append(f"{right} of {counted(len(examples), 'examples')} right")
         if one.judge in self.runs:
-            said.append(agreement_with_people(self.runs[one.judge]))
+            said.append(agreement_with_people(self.runs[one.judge], one.judge))
         return "".join(f"; {text}" for text in said)
 
 
@@ -138,27 +138,27 @@ def percent(share: Measured) -> str:
     return f"{share:.0%} ({share.low:.0%} to {share.high:.0%})"
 
 
-def agreement_with_people(judge: OpenRun) -> str:
-    """What a reward model says of the held-out pairs of its own data, test, in words."""
+def agreement_with_people(judge: OpenRun, path: str) -> str:
+    """What the reward model at `path` says of the test pairs of the data it learned from, in words.
+
+    Nothing is measured if these are others today: training may have read what is now test.
+    """
     try:
-        data = judge.run.open_data()
-        split = ratings.rows(data.config.path) if data.config.path in ratings.SETS else []
+        data = history.open_data_of(judge, path)
+        rated = ratings.rows(data.config.path) if data.config.path in ratings.SETS else []
     except (ValueError, OSError) as error:
         return f"not measured on people's pairs: {error}"
     if not data.splits[TEST]:
         return "not measured on people's pairs: none are test"
-    batches = list(data.split_batches(TEST, judge.run.train.batch_size))
-    better, worse = (
-        over_batches(lambda batch, i=i: judge.model.pair_rewards(batch)[:, i], judge.model, batches)
-        for i in range(2)
-    )
+    batches = data.split_batches(TEST, judge.run.train.batch_size)
+    better, worse = over_batches(judge.model.pair_rewards, judge.model, batches).T
     said = (
         f"of {counted(len(better), 'test pairs')} it orders "
         f"{percent(proportion(better > worse, 'pairs'))} as people do; above 0 are "
         f"{(better > 0).mean():.0%} of the better answers and {(worse > 0).mean():.0%} of the worse"
     )
-    if split:
-        own = [row for row in split if row.split == TEST]
+    if rated:
+        own = [row for row in rated if row.split == TEST]
         said += f"; a rater has the sign of the others' mean in {ratings.agreement(own):.0%}"
     return said
 
@@ -254,10 +254,10 @@ def choose(drafts: Sequence[Judged]) -> tuple[dict[str, str] | None, dict[str, s
 
 
 def report(drafts: Sequence[Sequence[Judged]]) -> str:
-    """How many drafts break each principle, of all and of the best ones."""
+    """How many finished drafts break each principle, of all and of the best ones."""
     every = np.array([one.keeps for own in drafts for one in own])
     best = np.array([max(own, key=lambda one: one.score).keeps for own in drafts if own])
-    lines = ["share that breaks each principle: of all drafts, and of the best of each prompt"]
+    lines = ["share that breaks each principle: of finished drafts, and of the best of each prompt"]
     for number, (of_all, of_best) in enumerate(zip(every.T, best.T), 1):
         lines.append(f"{number}. {1 - of_all.mean():6.1%} {1 - of_best.mean():6.1%}")
     return "\n".join(lines)

@@ -12,38 +12,47 @@ from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import OpenRun
 
 
-def open_data_of(path: str) -> tuple[OpenRun, Any]:
-    """A run and the data that it was trained on. Raises ValueError if they are others today."""
-    opened = run_dir.open_run(path)
+def open_data_of(opened: OpenRun, path: str) -> Any:
+    """The data that the run at `path` was trained on.
+
+    Raises ValueError if they are others today, and ValueError or OSError if they are gone.
+    """
     data = opened.run.open_data()
     if not run_dir.is_data_of(opened, data):
         raise ValueError(
             f"{path} was trained on other data than {opened.run.data.path} gives today: the files "
             "changed, or an earlier version split them. Train it again"
         )
-    return opened, data
+    return data
 
 
 def open_training_data(path: str) -> dict[str, Any]:
     """{run: the data it was trained on} of a run, which is the first, and of those before it.
 
-    Raises ValueError as open_data_of does.
+    Raises as open_data_of does.
     """
-    opened, data = open_data_of(path)
-    trained_on = {path: data}
-    waiting = [opened.run]
+    trained_on = {}
+    waiting = [path]
     while waiting:
-        run = waiting.pop()
-        for before in (run.init_from, getattr(run, "teacher", "")):
-            if before and before not in trained_on:
-                opened, trained_on[before] = open_data_of(before)
-                waiting.append(opened.run)
+        path = waiting.pop(0)
+        if path not in trained_on:
+            opened = run_dir.open_run(path)
+            trained_on[path] = open_data_of(opened, path)
+            before = (opened.run.init_from, getattr(opened.run, "teacher", ""))
+            waiting += [name for name in before if name]
     return trained_on
 
 
 def open_bases(opened: OpenRun) -> list[OpenRun]:
-    """A run, the one that it started from, and so on. Raises ValueError if one is gone."""
+    """A run, the one that it started from, and so on.
+
+    Raises ValueError if one is gone, or has other weights than when the next started from it.
+    """
     chain = [opened]
     while chain[-1].run.init_from:
-        chain.append(run_dir.open_run(chain[-1].run.init_from))
+        run = chain[-1].run
+        try:
+            chain.append(run_dir.open_same_base(run))
+        except ValueError as error:
+            raise ValueError(f"{run.init_from}: {error}") from error
     return chain

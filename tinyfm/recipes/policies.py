@@ -37,7 +37,7 @@ from tinyfm.common.config import DataPath, FilePath
 from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import proportion
 from tinyfm.gpt import GPT
-from tinyfm.recipes import run_dir
+from tinyfm.recipes import history, run_dir
 from tinyfm.recipes.base import OpenRun, Run
 from tinyfm.recipes.constitution import (
     Judges,
@@ -87,10 +87,10 @@ def read_own_text(base: OpenRun) -> Any:
     if base.run.family != "gpt":
         return None
     try:
-        data = base.run.open_data()
+        data = history.open_data_of(base, str(base.folder))
     except (ValueError, OSError):
         return None
-    return data if run_dir.is_data_of(base, data) and len(data.split(TEST).starts) else None
+    return data if len(data.split(TEST).starts) else None
 
 
 def bits_per_byte(model: GPT, data: Any) -> str:

@@ -13,7 +13,7 @@ policy draws to held-out prompts, and how varied these are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from data.splits import HELD_OUT, TRAIN, VAL
 from tinyfm import adapt, tokenizer
 from tinyfm.adapt.preference import (
     Answer,
+    Batch,
     DPOConfig,
     GroupPolicy,
     GRPOConfig,
@@ -113,10 +114,12 @@ def right(differences: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def over_batches(measure: Callable[[Any], torch.Tensor], model: nn.Module, batches) -> np.ndarray:
-    """`measure` (n,) of each batch, one after the other: float64."""
+def over_batches(
+    measure: Callable[[Batch], torch.Tensor], model: nn.Module, batches: Iterable[Batch]
+) -> np.ndarray:
+    """`measure` (n, ...) of each batch of n, one after the other: float64. At least one batch."""
     device = next(model.parameters()).device
-    found = [np.zeros(0)]
+    found = []
     for batch in batches:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         found.append(measure(batch).double().cpu().numpy())
