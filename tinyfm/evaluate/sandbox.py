@@ -181,8 +181,12 @@ def missing() -> str:
         return f"it is run on Linux alone, on x86-64 or ARM64, and this is {found}"
     if struct.calcsize("P") != 8:
         return "it is run by a Python of 64 bits alone"
-    if run("") != "passed":
-        return f"the kernel of this {found} does not take the filter (seccomp)"
+    outcome = run("")
+    if outcome != "passed":
+        return (
+            f"an empty program did not pass on this {found} ({outcome}): its kernel may refuse the "
+            "filter (seccomp)"
+        )
     return ""
 
 
