@@ -11,14 +11,16 @@ from conftest import call
 import sample
 import train
 from data.report import Report
+from data.suites import Question
 from tinyfm.adapt import __main__ as adapt
 from tinyfm.adapt.preference import Answer
 from tinyfm.adapt.rewards import Judge
 from tinyfm.batches.preference import PairConfig, read_pairs
 from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
+from tinyfm.evaluate import overlap
 from tinyfm.hub import __main__ as hub
-from tinyfm.recipes import constitution, history, run_dir
+from tinyfm.recipes import constitution, history, run_dir, suites
 from tinyfm.recipes.gpt import GPTDPORun, GPTGRPORun
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import TrainConfig
@@ -260,6 +262,24 @@ def test_what_came_before_a_run_counts_only_if_it_is_as_it_was():
     moved = replace(dpo, run=replace(dpo.run, base_hash="0"))
     with pytest.raises(ValueError, match="base: its weights now have the hash"):
         history.open_bases(moved)
+
+
+def test_suites_know_what_a_policy_has_read_and_cost(capsys):
+    """Its own pairs or prompts, and the text of its base."""
+    question = Question(" ".join("abcdefghijklmno"), ("yes", "no"), 0)
+    for name in ("dpo", "grpo"):
+        assert suites.count_known(name, {"piqa": [question]}) == {"piqa": (0, 1)}
+    pairs, _ = history.open_training_data("dpo").values()
+    texts = list(overlap.read_texts(pairs, "train"))
+    assert len(texts) == 2 * len(pairs.splits["train"])
+    better, worse, *_ = texts
+    assert better.startswith("the ") and better.endswith(" is good")
+    assert worse == better.replace("good", "a bad one")
+    prompts, _ = history.open_training_data("grpo").values()
+    assert all(text.startswith("the ") for text in overlap.read_texts(prompts, "train"))
+    found = suites.resources(run_dir.open_run("dpo"))
+    assert found["training data"] == f"{20 * 8} pairs, {30 * 8 * 32:,} tokens"
+    assert capsys.readouterr().err == ""
 
 
 def test_policies_are_compared_on_the_same_prompts(fails, tmp_path, capsys):

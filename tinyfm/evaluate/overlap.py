@@ -30,12 +30,16 @@ from tinyfm.adapt.soft_prompt import PromptedData
 from tinyfm.batches import chat, labelled, text
 from tinyfm.batches.masked import MaskedData
 from tinyfm.batches.permuted import PermutedData
+from tinyfm.batches.preference import PairData, PromptData
 from tinyfm.batches.spans import SpanData
 from tinyfm.batches.text_pairs import TextPairData
 from tinyfm.tokenizer import ByteTokenizer
 
 PICTURE_SIZE = 32  # rows and columns in which pictures are compared
 ANY_VOCABULARY = 1 << 30  # no model is there that would limit it
+WITH_TEXTS = (
+    chat.ChatData, labelled.TaskData, PairData, PromptData, TextPairData, text.TextData,
+)  # fmt: skip
 MIN_WORDS = 4  # of an answer; shorter ones, such as "x, y", occur anywhere
 NAMES = {"val": "validation", "test": "test"}
 
@@ -76,7 +80,8 @@ def open_named(path: str) -> Any:
 
 
 def read_rows(data: Any, split: str) -> Iterator[list[int]]:
-    """The token ids of each document, passage or source of a split, or of each row's answers."""
+    """The token ids of each document, passage, prompt or source of a split, or of each row's
+    answers; those of a pair with its prompt."""
     if isinstance(data, chat.ChatData):
         for row in data.split(split).rows:
             yield row.ids[row.trained].tolist()
@@ -86,6 +91,13 @@ def read_rows(data: Any, split: str) -> Iterator[list[int]]:
     elif isinstance(data, TextPairData):
         for ids in data.splits[split].sources:
             yield ids[:-1].tolist()
+    elif isinstance(data, PairData):
+        for row in data.splits[split]:
+            yield row.chosen[1:-1]
+            yield row.rejected[1:-1]
+    elif isinstance(data, PromptData):
+        for ids in data.splits[split]:
+            yield ids[1:]
     else:
         found = data.split(split)
         ends = [*found.starts[1:], len(found) - 1]
@@ -98,9 +110,7 @@ def read_texts(data: Any, split: str) -> Iterator[str]:
 
     Raises ValueError for pictures.
     """
-    if not isinstance(data, (chat.ChatData, labelled.TaskData, TextPairData, text.TextData)):
-        raise ValueError("overlap compares texts, and these data are pictures")
-    if data.tokenizer is None:
+    if not isinstance(data, WITH_TEXTS) or data.tokenizer is None:
         raise ValueError("overlap compares texts, and these data are pictures")
     for ids in read_rows(data, split):
         texts = [[]]

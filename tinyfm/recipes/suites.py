@@ -121,7 +121,7 @@ def count_known(path: str, examples: dict[str, list]) -> dict[str, tuple[int, in
         data = [overlap.plain_data(own) for own in history.open_training_data(path).values()]
         texts = (text for own in data for text in overlap.read_texts(own, TRAIN))
         return suites.contamination(examples, texts)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"warning: what {path} has read is not known: {error}", file=sys.stderr)
         return {}
 
@@ -130,7 +130,7 @@ def resources(opened: OpenRun) -> dict[str, str]:
     """What a run and those it started from cost; evaluation is not counted."""
     try:
         chain = history.open_bases(opened)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"warning: a cost is not known: {error}", file=sys.stderr)
         return {"training data": UNKNOWN, "training FLOPs": UNKNOWN}
     flops = 0
