@@ -264,6 +264,15 @@ def test_what_came_before_a_run_counts_only_if_it_is_as_it_was():
         history.open_bases(moved)
 
 
+def test_rounds_of_drafts_differ_and_share_none_with_another_seed():
+    opened = run_dir.open_run("base")
+    prompts = constitution.open_prompts("prompts.jsonl", opened, 16).prompts("train")
+    rounds = []
+    for seed in (0, 1):
+        rounds += constitution.draw_rounds(opened, prompts, 2, seed, 16, code=False)
+    assert len({tuple(answer.text for answer in answers) for answers in rounds}) == 4
+
+
 def test_suites_know_what_a_policy_has_read_and_cost(capsys):
     """Its own pairs or prompts, and the text of its base."""
     question = Question(" ".join("abcdefghijklmno"), ("yes", "no"), 0)

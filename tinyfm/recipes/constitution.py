@@ -210,8 +210,7 @@ def draw_rounds(
     end = Parses.end if code else Judge.end
     numbers = tqdm(range(rounds), "drafts", leave=False, disable=None)
     return [
-        answer_prompts(opened.model, opened.tokenizer, prompts, seed + i, most, end)
-        for i in numbers
+        answer_prompts(opened.model, opened.tokenizer, prompts, seed, most, end, i) for i in numbers
     ]
 
 

@@ -13,6 +13,7 @@ policy draws to held-out prompts, and how varied these are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,13 +198,22 @@ def check_judge(judge: OpenRun, name: str) -> None:
 
 
 def answer_prompts(
-    model: GPT, own: Tokenizer, prompts: Sequence[list[int]], seed: int, most: int, end: Any = None
+    model: GPT,
+    own: Tokenizer,
+    prompts: Sequence[list[int]],
+    seed: int,
+    most: int,
+    end: re.Pattern[bytes] | None = None,
+    number: int = 0,
 ) -> list[Answer]:
-    """One answer to each prompt; the random stream of prompt i is that of row i in evaluation."""
+    """One answer to each prompt; the random stream of prompt i is that of row i in evaluation.
+
+    number: of the round, where each prompt is answered several times.
+    """
     answers = []
     for first in range(0, len(prompts), AT_ONCE):
         some = prompts[first : first + AT_ONCE]
-        generators = row_generators(seed, -1, range(first, first + len(some)))
+        generators = row_generators(seed, -1 - number, range(first, first + len(some)))
         answers += draw_answers(model, own, some, generators, most, end)
     return answers
 
