@@ -39,6 +39,7 @@ HARMFUL = {
     "calls itself": "def f(): return f()\nf()",
     "lifts a limit": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
     "traces its parent": RAW.format((101, 117)[COLUMN]),
+    "calls memory broken": RAW.format((28, 233)[COLUMN]),
     "forks past Python": RAW.format((57, 220)[COLUMN]),
 }
 
