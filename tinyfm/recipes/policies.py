@@ -23,17 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from data.report import counted
 from data.splits import TEST
 from tinyfm.adapt.constitution import read_principles
 from tinyfm.adapt.preference import distinct, kl_of_answers
 from tinyfm.batches.preference import FUNCTIONS
-from tinyfm.common.config import DataPath, FilePath
+from tinyfm.common.config import DataPath, FilePath, GivenRuns
 from tinyfm.evaluate import likelihood
 from tinyfm.evaluate.metrics import proportion
 from tinyfm.gpt import GPT
@@ -52,8 +51,7 @@ from tinyfm.recipes.preference import AT_ONCE
 
 @dataclass(frozen=True)
 class Options:
-    # folders of runs of family dpo or grpo, from one base
-    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN ...")]]
+    runs: GivenRuns  # folders of runs of family dpo or grpo, from one base
     principles: FilePath = ""  # file of principles; data/principles.jsonl has some for functions
     # prompts: functions (of Python's standard library), films or other rated sentences, or your
     # own jsonl with {"prompt": "..."} a line
