@@ -13,6 +13,7 @@ import train
 from data.report import Report
 from data.suites import Question
 from tinyfm.adapt import __main__ as adapt
+from tinyfm.adapt.constitution import Principle
 from tinyfm.adapt.preference import Answer
 from tinyfm.adapt.rewards import Judge
 from tinyfm.batches.preference import PairConfig, read_pairs
@@ -20,7 +21,7 @@ from tinyfm.common import files
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import overlap
 from tinyfm.hub import __main__ as hub
-from tinyfm.recipes import constitution, history, run_dir, suites
+from tinyfm.recipes import constitution, history, policies, run_dir, suites
 from tinyfm.recipes.gpt import GPTDPORun, GPTGRPORun
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import TrainConfig
@@ -308,6 +309,12 @@ def test_policies_are_compared_on_the_same_prompts(fails, tmp_path, capsys):
     bits = opened.run.losses(opened.model, opened.run.open_data())["test_bpb"]
     assert base[-1] == f"{bits:.3f}" != dpo[-1]
     assert float(base[-3]) == 0 < float(dpo[-3])
+
+    # The judge of a run is no judge of what it learned.
+    judges = constitution.Judges([Principle("It is liked.", f"{Path('reward').resolve()}")], True)
+    policies.warn_of_own_judges({name: run_dir.open_run(name) for name in ("dpo", "lora")}, judges)
+    warned = capsys.readouterr().err
+    assert "warning: lora was trained with the judge reward" in warned and "dpo" not in warned
 
     moved = tmp_path / "moved"
     shutil.copytree("dpo", moved)

@@ -14,15 +14,17 @@ the base answer the same held-out prompts, those of test, with the same random n
     bits          per byte of the base's own test text: what a run has forgotten is above the base's
 
 Nothing is trained. A reward model as a judge (adapt/constitution.py) gives the share of answers
-with a reward above 0; it must not be the one that a run was trained with, as that one errs in its
-favour.
+with a reward above 0. It should not be the one that a run was trained with, which errs in that
+run's favour: a warning names such a run.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,19 @@ def open_policies(paths: Sequence[str]) -> tuple[OpenRun, dict[str, OpenRun]]:
     return run_dir.open_same_base(first), opened
 
 
+def warn_of_own_judges(opened: dict[str, OpenRun], judges: Judges) -> None:
+    """Say which runs are judged by the reward model that they were trained with."""
+    names = {Path(name).resolve() for name in judges.runs}
+    for path, one in opened.items():
+        judge = getattr(one.run.data, "judge", "")
+        if judge and Path(judge).resolve() in names:
+            print(
+                f"warning: {path} was trained with the judge {judge}, which errs in that run's "
+                "favour: use another reward model",
+                file=sys.stderr,
+            )
+
+
 def read_own_text(base: OpenRun) -> Any:
     """The data that a base was trained on, or None: it reads other things, or they have changed."""
     if base.run.family != "gpt":
@@ -116,6 +131,7 @@ def policies(options: Options) -> None:
     if not prompts:
         raise ValueError(f"{options.data} has no prompts of test: give more prompts")
     judges.check_prompts([data.tokenizer.decode(ids[1:]) for ids in prompts])
+    warn_of_own_judges(opened, judges)
     judges.describe()
     print(f"answers to {counted(len(prompts), 'prompts')} of test, of {data.path}")
     own_text = read_own_text(base)
