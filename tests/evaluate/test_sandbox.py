@@ -58,7 +58,6 @@ def test_harm_is_refused(code, tmp_path):
 @pytest.mark.parametrize(
     "code",
     [
-        "while True: pass",
         "while True: print('x' * 10_000)",
         "import os\nwhile True: [os.write(n, b'x' * 10_000) for n in range(4)]",
         "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n"
