@@ -1,12 +1,11 @@
 """The recipe of text-to-image: a denoiser between a CLIP's text tower and an autoencoder.
 
-The two parts are runs of their own families, trained first if they are not given.
+The two parts are other runs, trained first if they are not given.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,28 +13,19 @@ from torch import Tensor
 from data import pictures
 from tinyfm import tokenizer
 from tinyfm.autoencoder import AutoencoderConfig
-from tinyfm.batches.latents import LatentConfig, LatentData
-from tinyfm.batches.pairs import GLYPHS, ImageConfig, PairConfig
+from tinyfm.batches.latents import LatentData
+from tinyfm.batches.pairs import ImageConfig, PairConfig
 from tinyfm.clip import CLIPConfig
 from tinyfm.common import sheets
 from tinyfm.common.config import RunPath
 from tinyfm.ddpm import DiffusionConfig
-from tinyfm.evaluate import generated, judge
+from tinyfm.evaluate import generated
 from tinyfm.recipes.autoencoder import AutoencoderRun
-from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores
+from tinyfm.recipes.base import OpenRun, Preset, Run, Scores
 from tinyfm.recipes.clip import CLIPRun
 from tinyfm.recipes.ddpm import loss_by_level
-from tinyfm.recipes.pictures import (
-    check_rows,
-    part_of,
-    save_sheet,
-    save_step_sheet,
-    spread_rows,
-    to_images,
-    warn_if_cut,
-    warn_if_unseen,
-    write_words,
-)
+from tinyfm.recipes.drawing import DrawingRun
+from tinyfm.recipes.pictures import part_of, save_sheet, to_images
 from tinyfm.text2image import TextToImage, TextToImageConfig
 from tinyfm.training import checkpoint
 from tinyfm.training.optim import OptimConfig
@@ -43,11 +33,10 @@ from tinyfm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImageRun(Run):
+class TextToImageRun(DrawingRun):
     """Draw what a text says: diffusion between the text tower of a CLIP and an autoencoder."""
 
     model: TextToImageConfig = field(default_factory=TextToImageConfig)
-    data: LatentConfig = field(default_factory=LatentConfig)
     autoencoder: RunPath = ""  # run that supplies the autoencoder (default: train one first)
     # run that supplies the text tower and the tokenizer (default: train one first)
     clip: RunPath = ""
@@ -58,15 +47,8 @@ class TextToImageRun(Run):
         "prompt", "seed", "sampler", "steps", "guidance", "init_image", "strength", "mask",
         "upscale", "n", "out",
     })  # fmt: skip
-    SHOWN: ClassVar[int] = 32
-    GUIDANCE: ClassVar[float] = 3.0
-    ABOUT = About(
-        task="text-to-image",
-        library="diffusers",
-        use="It draws what a caption of the kind in its training data says.",
-        limits="It knows the words of its captions alone. Drawings may be wrong, or near to a "
-        "training picture.",
-    )
+    SHOWN_BY: ClassVar[dict[str, Any]] = {"steps": 20}
+    ABOUT = DrawingRun.ABOUT._replace(library="diffusers")
 
     def build_model(self) -> TextToImage:
         return TextToImage(self.model)
@@ -85,25 +67,8 @@ class TextToImageRun(Run):
         data.val_images = self.data.val_images
         return data
 
-    def get_ready(self, model: TextToImage, data: LatentData) -> None:
-        model.tokenizer = data.tokenizer
-        if self.data.cache_latents:
-            data.encode_all(model, self.data)
-
-    def write_files(self, folder: Path, data: LatentData) -> None:
-        super().write_files(folder, data)
-        if not self.init_from:  # the words of the base's captions are not known
-            write_words(folder, data)
-
     def score(self, model: TextToImage, data: LatentData) -> Scores:
         return loss_by_level(self, model, data)
-
-    def show(self, model: TextToImage, data: LatentData, folder: Path, step: int) -> str:
-        """Draw captions of the validation split."""
-        rows = spread_rows(len(data.val.labels), self.SHOWN)
-        prompts = [data.val.captions[i][0] for i in rows]
-        sheet = sheets.prompted(model, prompts, steps=20, guidance=self.GUIDANCE)
-        return save_step_sheet(sheet, folder, step)
 
     # ---- the parts ------------------------------------------------------------------------------
 
@@ -138,9 +103,6 @@ class TextToImageRun(Run):
                 )
         return part_of(self, option, usual, model, data)
 
-    def check_parts(self) -> None:
-        check_rows(self)
-
     def take_parts(self, model: TextToImage, autoencoder: OpenRun, clip: OpenRun) -> None:
         """Copy the weights of trained parts into the model."""
         model.autoencoder.load_state_dict(autoencoder.model.state_dict())
@@ -150,19 +112,13 @@ class TextToImageRun(Run):
 
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n pictures of --prompt, or change the picture that is given."""
-        if not (options.prompt or "").strip():
-            raise ValueError('say what to draw: --prompt "sans bold latin small letter a"')
+        prompts = self.read_prompts(opened, options, self.model.clip.context_length)
         given = read_given(self.model, options.init_image, options.mask, options.upscale)
         if options.init_image:
             usual = 1.0 if options.mask else 0.6  # a masked part may be redrawn entirely
             given["strength"] = usual if options.strength is None else options.strength
         elif options.strength is not None:
             raise ValueError("--strength needs --init-image")
-        opened.model.tokenizer = opened.tokenizer
-        warn_if_cut(opened.tokenizer, [options.prompt], self.model.clip.context_length)
-        if not options.adapter:  # an adapter may know further words
-            warn_if_unseen(opened, [options.prompt])
-        prompts = [options.prompt] * (options.n or 8)
         sheet = sheets.prompted(
             opened.model,
             prompts,
@@ -174,24 +130,8 @@ class TextToImageRun(Run):
         )
         save_sheet(sheet._replace(titles=()), options)  # all have the same prompt
 
-    def can_draw(self) -> bool:
-        return self.data.path in GLYPHS
-
-    def measure(
-        self, opened: OpenRun, model: TextToImage, data: LatentData, options: Any
-    ) -> Scores:
-        """Share of drawings that a judge reads as their prompt, for data that it can read.
-
-        --picture shows characters that were held out, drawn by the trained model.
-        """
-        if self.data.path not in GLYPHS:
-            return {}
-        judged_by = judge.config_of(options.judge_steps)
-        how = generated.denoising(options.guidance)
-        scores = generated.measure(model, data, self.data, how, judged_by, options.samples)
-        if options.picture and model is opened.model:
-            generated.draw_held_out(model, data, self.data.color, how, options.picture)
-        return scores
+    def measured_by(self, guidance: float) -> dict[str, Any]:
+        return generated.denoising(guidance)
 
 
 # ---- pictures given to sample.py ----------------------------------------------------------------
