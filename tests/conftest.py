@@ -19,12 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; tests ru
 import numpy as np
 import processes
 import torch
+from PIL import Image
 
 import train
 from tinyfm.common import files
 from tinyfm.training.log import Logbook
 
 ROOT = Path(__file__).parent.parent
+INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 DRAW = Logbook.draw
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 SIZES = """--data.tokenizer bytes --model.vocab-size 257 --model.n-layer 1 --model.n-head 2
@@ -56,6 +58,12 @@ def call(module, *arguments: str) -> int:
         print(status, file=sys.stderr)
         return 1
     return status or 0
+
+
+def refusal(capsys, module, *arguments) -> str:
+    """The message of a command that fails."""
+    assert call(module, *arguments) == 1
+    return capsys.readouterr().err
 
 
 def unpack_old_runs(folder: Path) -> Path:
@@ -127,6 +135,17 @@ def write_labelled_texts(path: Path) -> None:
     for i in range(60):
         lines.append(f"{i} {'the cat sat' if i % 2 else 'some log'} {i * i},{'ab'[i % 2]}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_captioned_pictures(folder: Path) -> None:
+    """Write 60 pictures of 8 x 8 pixels with captions such as "red a": a bar in one of the INKS, at
+    one of four places, on one of five papers. No two are near to each other."""
+    for i in range(60):
+        picture = np.full((8, 8, 3), 255 - 8 * (i // 12), dtype=np.uint8)
+        name = list(INKS)[i % 3]
+        picture[:, 2 * (i % 4)] = INKS[name]
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{name} {'abcd'[i % 4]}", encoding="utf-8")
 
 
 def assert_it_resumes(run: str, out: Path, steps: int) -> None:

@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_weights, assert_it_resumes, call, rows_of
+from conftest import (
+    assert_equal_weights,
+    assert_it_resumes,
+    call,
+    refusal,
+    rows_of,
+    write_captioned_pictures,
+)
 from PIL import Image
 
 import sample
@@ -24,20 +31,13 @@ GPT = """--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.text-voca
 --model.text-length 8 --data.tokenizer bytes --data.val-images 8 --optim.lr 1e-2"""
 COMMON = """--train.batch-size 16 --train.log-every 1 --train.dtype float32 --train.device cpu
 --optim.warmup-steps 5 --data.val-fraction 0.4"""
-INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """60 pictures with captions: a bar at one of four places, in one of three colours."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(60):
-        picture = np.full((8, 8, 3), 255 - 8 * (i // 12), dtype=np.uint8)
-        name = list(INKS)[i % 3]
-        picture[:, 2 * (i % 4)] = INKS[name]
-        Image.fromarray(picture).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"{name} {'abcd'[i % 4]}", encoding="utf-8")
+    write_captioned_pictures(folder)
     return folder
 
 
@@ -63,12 +63,6 @@ def run(common, tmp_path_factory):
         words = ["dalle", *GPT.split(), *common, "--train.steps", 40, "--train.eval-every", 20]
         assert call(train, *words, "--out", folder / "dalle") == 0
     return folder / "dalle"
-
-
-def refusal(capsys, *words):
-    """The message of a command that fails."""
-    assert call(*words) == 1
-    return capsys.readouterr().err
 
 
 # ---- train --------------------------------------------------------------------------------------

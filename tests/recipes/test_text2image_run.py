@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_weights, call
+from conftest import INKS, assert_equal_weights, call, refusal, write_captioned_pictures
 from PIL import Image
 from PIL.Image import open as open_image
 
@@ -37,20 +37,12 @@ DENOISER = """--model.diffusion.channels 8 16 --model.diffusion.groups 4
 COMMON = """--train.batch-size 16 --train.log-every 1 --train.dtype float32 --train.device cpu
 --optim.warmup-steps 5 --data.val-fraction 0.4"""
 pytestmark = pytest.mark.usefixtures("no_forecast")
-INKS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """60 pictures with captions: a bar at one of four places, in one of three colours, on one of
-    five papers. No two are near to each other."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(60):
-        picture = np.full((8, 8, 3), 255 - 8 * (i // 12), dtype=np.uint8)
-        name = list(INKS)[i % 3]
-        picture[:, 2 * (i % 4)] = INKS[name]
-        Image.fromarray(picture).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"{name} {'abcd'[i % 4]}", encoding="utf-8")
+    write_captioned_pictures(folder)
     return folder
 
 
@@ -84,12 +76,6 @@ def run(arguments, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "text2image"
     assert call(train, *arguments, "--train.steps", 40, "--out", out) == 0
     return out
-
-
-def refusal(capsys, *words):
-    """The message of a command that fails."""
-    assert call(*words) == 1
-    return capsys.readouterr().err
 
 
 def losses(run):
