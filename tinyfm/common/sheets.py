@@ -59,15 +59,15 @@ def split_range(n: int) -> list[range]:
 def reconstructions(model: nn.Module, images: Tensor) -> Sheet:
     """`images` (B, C, H, W) in rows of 8, each row above its reconstructions.
 
-    An incomplete last row is left out, unless it is the only one.
+    White pictures fill up the last row.
     """
     device = next(model.parameters()).device
     columns = min(8, len(images))
-    images = images[: len(images) // columns * columns]
     rebuilt = model.rebuild(images.to(device)).float().cpu()
     rows = []
     for originals, copies in zip(images.split(columns), rebuilt.split(columns)):
-        rows += [originals, copies]
+        blank = originals.new_ones(columns - len(originals), *originals.shape[1:])
+        rows += [originals, blank, copies, blank]
     return Sheet(torch.cat(rows), columns, "originals above their reconstructions")
 
 
