@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,10 +73,8 @@ class AutoencoderRun(ImageRun):
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n held-out pictures, their reconstructions, samples from the prior, and a walk
         between two latents."""
-        test = self.open_data().test
-        seed = options.sampling.seed
-        rows = np.random.default_rng(seed).permutation(len(test.labels))[: options.n or 8]
-        save_sheet(sheets.latent_space(opened.model, test.batch(rows)["images"], seed), options)
+        images = self.held_out_images(options)
+        save_sheet(sheets.latent_space(opened.model, images, options.sampling.seed), options)
 
 
 # ---- classification -----------------------------------------------------------------------------

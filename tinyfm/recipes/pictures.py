@@ -65,6 +65,12 @@ class ImageRun(NoTokenizer, Run):
         sizes = (m.image_size, m.in_channels)
         return ImageData.load(self.data, *sizes, train.batch_size, train.seed)
 
+    def held_out_images(self, options: Any) -> Tensor:
+        """n test pictures, 8 by default, that the --seed of sample.py draws: (n, C, H, W)."""
+        test = self.open_data().test
+        order = np.random.default_rng(options.sampling.seed).permutation(len(test.labels))
+        return test.batch(order[: options.n or 8])["images"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureClassifyRun(NoTokenizer, ClassifyRun):

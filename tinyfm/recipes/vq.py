@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +48,8 @@ class VQRun(ImageRun):
         return VQVAE(self.model)
 
     def score(self, model: VQVAE, data: ImageData) -> Scores:
-        """The terms of the loss, and of all validation pictures the perplexity of the codes and
-        the number of codes without use, means over codebooks."""
+        """The terms of the loss, and of the validation pictures that are read (data.val_images) the
+        perplexity of the codes and the number of codes without use, means over codebooks."""
         device = next(model.parameters()).device
         rows = self.train.micro_batch_size or self.train.batch_size
         counts = torch.zeros(self.model.n_book, self.model.n_code)
@@ -80,10 +79,7 @@ class VQRun(ImageRun):
             size = (self.model.image_size, self.model.in_channels)
             images = to_images(pictures.read(options.image, *size))
         else:
-            test = self.open_data().test
-            seed = options.sampling.seed
-            rows = np.random.default_rng(seed).permutation(len(test.labels))[: options.n or 8]
-            images = test.batch(rows)["images"]
+            images = self.held_out_images(options)
         with torch.no_grad():
             codes = opened.model.encode(images[:1].to(next(opened.model.parameters()).device))
         width = len(str(self.model.n_code - 1))
