@@ -74,7 +74,7 @@ class DALLEConfig:
         """The config of the GPT. Positions are learned: codes depend on their place."""
         return GPTConfig(
             vocab_size=self.text_vocab_size + self.vq.n_book * self.vq.n_code,
-            context_length=self.text_length + self.vq.n_codes,
+            context_length=self.text_length + self.vq.codes_per_image,
             n_layer=self.n_layer,
             n_head=self.n_head,
             d_model=self.d_model,
@@ -116,7 +116,7 @@ class DALLE(nn.Module):
         self.tokenizer = None
         self.vq = VQVAE(config.vq).requires_grad_(False)
         self.gpt = GPT(config.gpt)
-        first_ids = torch.tensor([config.first_id(i) for i in range(config.vq.n_codes)])
+        first_ids = torch.tensor([config.first_id(i) for i in range(config.vq.codes_per_image)])
         self.register_buffer("first_ids", first_ids, persistent=False)  # (N,)
         self.train()
 
@@ -207,7 +207,7 @@ class DALLE(nn.Module):
         """A batch of zeros with the fields of a real one whose images are already encoded."""
         c = self.config
         return {
-            "codes": torch.zeros(rows, c.vq.n_codes, dtype=torch.long),
+            "codes": torch.zeros(rows, c.vq.codes_per_image, dtype=torch.long),
             "tokens": torch.zeros(rows, c.text_length, dtype=torch.long),
         }
 
@@ -232,7 +232,7 @@ class DALLE(nn.Module):
         pad = torch.zeros(n, dtype=torch.long, device=text.device)
         cache = KVCache(config.gpt, length, pad)
         codes = []
-        for i in range(config.vq.n_codes):
+        for i in range(config.vq.codes_per_image):
             states = self.gpt.hidden(tokens, cache)[:, -1]
             first = config.first_id(i)
             logits = self.gpt.head(states)[:, first : first + K].float()  # the mask: codes alone

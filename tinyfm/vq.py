@@ -64,7 +64,7 @@ class VQConfig:
     n_code: int = 512  # codes in a codebook
     n_book: int = 1  # codebooks, each for what those before it have left over
     commitment: float = 0.25  # weight beta of the term that keeps the encoder near to its codes
-    dead_after: int = 20  # steps without use after which a code is moved; 0 = never
+    dead_after: int = 20  # steps without use after which a code is moved; never with 0 or ema_decay
     # decay of the moving averages that the codes follow, in place of gradients; 0 = gradients. The
     # averages move with each micro-batch, on each rank alone: for comparison with other libraries
     ema_decay: float = 0.0
@@ -91,7 +91,7 @@ class VQConfig:
         return self.autoencoder.factor
 
     @property
-    def n_codes(self) -> int:
+    def codes_per_image(self) -> int:
         """The number of codes of a training image, Q h w."""
         return self.n_book * (self.image_size // self.factor) ** 2
 

@@ -35,7 +35,7 @@ ROWS = 256  # pictures to encode at once
 
 @dataclass(frozen=True)
 class LatentConfig(PairConfig):
-    """Which pictures and captions to read. The tokenizer is that of the text tower's run."""
+    """Which pictures and captions to read. text2image has the tokenizer of its text tower's run."""
 
     # glyphs, letters, or your own: a folder of images, a .csv or a .jsonl
     path: DataPath = "letters"

@@ -8,11 +8,12 @@ per byte from left to right, which compare with a GPT's. An encoder-decoder: nat
 targets, and what it writes: the share of words and phones that are wrong, or exact matches and
 chrF. CLIP: zero-shot classification among all names of each held-out split, retrieval of captions
 and images, and classification from image features alone. Diffusion: the distance of its samples
-from real pictures. Text-to-image: the share of pictures that show what their prompt says. A
-classifier: accuracy and calibration. Next to each figure stands that of the same model before
-training, or of the run it started from, and for features that of the raw pixels: only the
-difference was learned. Losses and accuracies have an interval of 95% in parentheses, over the
-documents or examples that stand behind it (metrics.py).
+from real pictures. Text-to-image: the share of pictures that show what their prompt says. A VQ-VAE:
+the share of test letters that can be read once it has rebuilt them. A classifier: accuracy and
+calibration. Next to each figure stands that of the same model before training, or of the run it
+started from, and for features that of the raw pixels: only the difference was learned. Losses and
+accuracies have an interval of 95% in parentheses, over the documents or examples that stand behind
+it (metrics.py).
 
 Other questions, which need no training:
 
@@ -77,11 +78,11 @@ class Options:
     data_path: DataPath = ""
     beams: int = 1  # seq2seq: texts that are kept at each step of a search; 1 = no search
     guidance: float = 3.0  # text-to-image: how closely to follow the prompts
-    # diffusion on letters: training steps of the judge of drawings, 0 = as many as usual; with few
-    # it is trained quickly and reads badly
+    # ddpm, vq, text2image or dalle on letters: training steps of the judge of drawings, 0 = as many
+    # as usual; with few it is trained quickly and reads badly
     judge_steps: int = 0
-    # diffusion on letters: pictures to draw for each question; GPT on molecules and the like: texts
-    # to write; 0 = as many as usual
+    # ddpm, vq, text2image or dalle on letters: pictures to draw, or to rebuild, for each question;
+    # GPT on molecules and the like: texts to write; 0 = as many as usual
     samples: int = 0
     # picture to draw; CLIP or classifier: what it confuses; text-to-image: unseen characters
     picture: PicturePath = ""
