@@ -1,6 +1,6 @@
 """Retrieval: from many passages, find the few that answer a question.
 
-Two ways to compare a question q with a passage d, and one to join them:
+Two ways to compare a question q with a passage d, and two to join them:
 
 BM25 counts words (Robertson and Zaragoza 2009, eq. 3.15). A passage scores for each word t of the
 question that it contains f(t) times:
@@ -16,7 +16,7 @@ passage is expected to contain more of each word.
 Vectors of a model compare meanings: the score is the cosine of the two, computed for all passages,
 some at a time, so that memory holds few scores (`nearest`). adapt/embedder.py trains such vectors.
 
-Two ways to join them. Reciprocal rank fusion (Cormack et al. 2009) needs no scores: a passage gets
+Joining them. Reciprocal rank fusion (Cormack et al. 2009) needs no scores: a passage gets
 weight / (60 + rank) from each ranking, the best one has rank 1. A ranking that is much worse than
 the other does harm. Adding the scores, BM25 + weight * cosine, also uses by how much a passage is
 better than the next (Bruch et al. 2023). BM25's scores have no upper bound, so the weight has to be
@@ -125,7 +125,8 @@ def nearest(
     questions: Tensor, passages: Tensor, k: int, at_once: int = AT_ONCE
 ) -> tuple[Tensor, Tensor]:
     """(scores, numbers) of the k passages (N, E) with the largest products with each question
-    (Q, E): (Q, k) each, the best first. At most `at_once` scores are in memory, or a column more.
+    (Q, E): (Q, k) each, the best first. At most `at_once` scores are compared at a time, or k + 1 for
+    each question.
 
     The best of some passages and the best so far are joined, and the best of these are kept.
     """

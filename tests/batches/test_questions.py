@@ -106,6 +106,16 @@ def test_the_splits_of_boolq_are_those_of_its_articles(tmp_path, monkeypatch):
         open_data("questions", tmp_path)
 
 
+def test_kept_negatives_are_of_the_same_splits(tmp_path, monkeypatch):
+    """With fewer passages to train on, in the same order: none that is now held out."""
+    for held_out in (2, 4):
+        splits = [TRAIN] * (8 - held_out) + [VAL] * held_out
+        rows = [Question(f"cat {i}", f"T{i} -- cat", True, own) for i, own in enumerate(splits)]
+        monkeypatch.setattr(boolq, "questions", lambda rows=rows: iter(rows))
+        data = open_data("questions", tmp_path)
+        assert {data.parts[i] for i in data.mined[TRAIN].flatten()} == {TRAIN}
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match=r"no pair to learn from .*\"question\""):
         open_data(write(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path)

@@ -21,7 +21,8 @@ have nothing to do with the question, and soon teach nothing. So each question a
 that have its words and yet are not the answer: those which BM25 ranks high (mined negatives,
 Karpukhin et al. 2020). They are columns of z for all questions of the batch, so B questions with k
 mined negatives each are compared with B (1 + k) passages. Columns of equal passages have equal
-numbers: a passage is no negative of a question that it answers, whoever else brought it.
+numbers: a passage is no negative of a question that it answers, even if another question brought
+it.
 
 Widths. A Matryoshka embedder (Kusupati et al. 2022) can be cut: the first 32 numbers of a vector,
 scaled to length 1 again, are a vector too. The loss is computed for several widths, and their mean

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -131,14 +131,14 @@ def mine(
     index = BM25([passages[i] for i in allowed])
     allowed = np.array(allowed)
     _, group = np.unique(np.array(groups), return_inverse=True)
-    largest = np.bincount(group[allowed]).max()
-    m = min(MINED, len(allowed) - int(largest))
-    found = np.zeros((len(questions), max(0, m)), dtype=np.int64)
+    searched = group[allowed]
+    m = min(MINED, len(allowed) - int(np.bincount(searched).max()))
+    found = np.zeros((len(questions), m), dtype=np.int64)
     bar = tqdm(questions, "mining negatives", unit=" questions", leave=False, delay=2, disable=None)
     for row, question in enumerate(bar):
         scores = index.scores(question)
-        scores[group[allowed] == group[right[row]]] = -np.inf
-        found[row] = allowed[np.argsort(-scores, kind="stable")[: max(0, m)]]
+        scores[searched == group[right[row]]] = -np.inf
+        found[row] = allowed[np.argsort(-scores, kind="stable")[:m]]
     return found
 
 
@@ -239,7 +239,7 @@ class QuestionData:
         questions = [row.question for row in rows]
         right = [row.passage for row in rows]
         key = hashlib.sha256(
-            json.dumps([FORMAT, MINED, questions, right, self.texts, groups]).encode()
+            json.dumps([FORMAT, MINED, questions, right, self.texts, self.parts, groups]).encode()
         ).hexdigest()[:16]
         path = Path(self.config.cache, f"negatives-{key}.npy")
         if path.is_file():
@@ -313,7 +313,3 @@ class QuestionData:
     def metrics(self, loss: float) -> dict[str, float]:
         """No metrics beyond the loss; the recipe has the others."""
         return {}
-
-    def asked(self, split: str) -> Iterable[tuple[str, int]]:
-        """(question, number of its passage) of a split."""
-        return [(row.question, row.passage) for row in self.splits[split]]
