@@ -125,8 +125,8 @@ def nearest(
     questions: Tensor, passages: Tensor, k: int, at_once: int = AT_ONCE
 ) -> tuple[Tensor, Tensor]:
     """(scores, numbers) of the k passages (N, E) with the largest products with each question
-    (Q, E): (Q, k) each, the best first. At most `at_once` scores are compared at a time, or k + 1 for
-    each question.
+    (Q, E): (Q, k) each, the best first. At most `at_once` scores are compared at a time, or k + 1
+    for each question.
 
     The best of some passages and the best so far are joined, and the best of these are kept.
     """

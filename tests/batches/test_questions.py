@@ -70,11 +70,11 @@ def test_a_batch_is_a_function_of_the_step_and_negatives_are_no_answers(tmp_path
     assert len(list(data.split_batches(VAL, 6))) == 1 and len(data.splits[VAL]) == 2
 
 
-def test_mined_negatives_are_the_best_of_bm25_without_the_right_group(tmp_path):
+def test_mined_negatives_are_the_best_of_bm25_without_the_right_article(tmp_path):
     passages = ["cat sat", "cat cat", "cat mat", "dog", "dog cat", "a cat"]
-    groups = ["x", "x", "y", "z", "z", "w"]
+    articles = [0, 0, 1, 2, 2, 3]
     allowed = [0, 1, 2, 3, 4]
-    found = mine(["cat", "dog"], [0, 3], passages, groups, allowed)
+    found = mine(["cat", "dog"], [0, 3], passages, articles, allowed)
     scores = BM25([passages[i] for i in allowed]).scores("cat")
     assert found.shape == (2, 3) and found[0].tolist() == sorted(
         [2, 3, 4], key=lambda i: -scores[i]

@@ -19,6 +19,7 @@ from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.recipes import approximate, run_dir, search
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.clip import CLIPRun
+from tinyfm.recipes.embed import mean_over_articles
 from tinyfm.retrieval import nearest
 from tinyfm.serve.families import Served
 from tinyfm.serve.vectors import embed_text
@@ -93,6 +94,15 @@ def test_it_is_measured_beside_bm25_and_finds_what_is_asked(capsys):
     vector, _ = embed_text(served, row.question)
     expected = search.embed(opened, [row.question])[0].tolist()
     assert vector == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_interval_is_over_articles():
+    """A second question on each article, as hard as the first, says nothing more."""
+    values = np.random.default_rng(0).random(12)
+    once = mean_over_articles(values, range(12))
+    twice = mean_over_articles(np.repeat(values, 2), np.repeat(range(12), 2))
+    assert (once, once.low, once.high) == pytest.approx((twice, twice.low, twice.high))
+    assert once.about == twice.about == "12 articles"
 
 
 def test_an_index_has_its_vectors_and_is_searched_by_both(tmp_path, capsys):

@@ -119,25 +119,25 @@ def mine(
     questions: Sequence[str],
     right: Sequence[int],
     passages: Sequence[str],
-    groups: Sequence[str],
+    articles: Sequence[int],
     allowed: Sequence[int],
 ) -> np.ndarray:
     """For each of n questions the passages that BM25 ranks highest: numbers, int64 (n, m).
 
-    right: the number of each question's passage; groups: what each passage is about, and those
-    equal to the right one's are left out. allowed: the passages to search. m is MINED, or fewer
-    where some question has not so many.
+    right: the number of each question's passage; articles: that of each passage, and passages of
+    the right one's are left out. allowed: the passages to search. m is MINED, or fewer where some
+    question has not so many.
     """
     index = BM25([passages[i] for i in allowed])
     allowed = np.array(allowed)
-    _, group = np.unique(np.array(groups), return_inverse=True)
-    searched = group[allowed]
+    article = np.array(articles)
+    searched = article[allowed]
     m = min(MINED, len(allowed) - int(np.bincount(searched).max()))
     found = np.zeros((len(questions), m), dtype=np.int64)
     bar = tqdm(questions, "mining negatives", unit=" questions", leave=False, delay=2, disable=None)
     for row, question in enumerate(bar):
         scores = index.scores(question)
-        scores[searched == group[right[row]]] = -np.inf
+        scores[searched == article[right[row]]] = -np.inf
         found[row] = allowed[np.argsort(-scores, kind="stable")[:m]]
     return found
 
@@ -199,6 +199,8 @@ class QuestionData:
         source = read_source(config, report)
         numbers = {text: i for i, text in enumerate(source.about)}
         self.texts = list(source.about)  # of the passages, by number
+        known = {name: i for i, name in enumerate(dict.fromkeys(source.about.values()))}
+        self.articles = [known[name] for name in source.about.values()]  # of each, a number
         self.parts = [TRAIN] * len(numbers)  # the split of each
         self.splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
         encoded = tokenizer.encode_batch([*self.texts, *(pair.question for pair in source.pairs)])
@@ -226,27 +228,26 @@ class QuestionData:
                 )
         content = json.dumps([self.splits, self.texts, self.parts]) + tokenizer.fingerprint()
         self.fingerprint = f"{FORMAT}-{hashlib.sha256(content.encode()).hexdigest()}"
-        self.mined = self._mine(list(source.about.values())) if config.negatives else None
+        self.mined = self._mine() if config.negatives else None
         counts = [f"{len(self.splits[split]):,} {split}" for split in SPLITS]
         self.description = (
             f"{config.path}: questions, {', '.join(counts)}, on {len(self.texts):,} passages; "
             f"{report}"
         )
 
-    def _mine(self, groups: Sequence[str]) -> dict[str, np.ndarray]:
+    def _mine(self) -> dict[str, np.ndarray]:
         """{split: numbers of negatives (n, m)}, from the cache if they were found before."""
         rows = [row for split in SPLITS for row in self.splits[split]]
         questions = [row.question for row in rows]
         right = [row.passage for row in rows]
-        key = hashlib.sha256(
-            json.dumps([FORMAT, MINED, questions, right, self.texts, self.parts, groups]).encode()
-        ).hexdigest()[:16]
+        content = [FORMAT, MINED, questions, right, self.texts, self.parts, self.articles]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         path = Path(self.config.cache, f"negatives-{key}.npy")
         if path.is_file():
             found = read_mined(path, (len(rows),), len(self.texts))
         else:
             allowed = [i for i, split in enumerate(self.parts) if split == TRAIN]
-            found = mine(questions, right, self.texts, groups, allowed)
+            found = mine(questions, right, self.texts, self.articles, allowed)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_name(path)
             with open(temporary, "wb") as file:

@@ -24,7 +24,7 @@ from tinyfm import tokenizer
 from tinyfm.adapt.embedder import Embedder, EmbedderConfig
 from tinyfm.adapt.heads import Batch, Reader, read_rows
 from tinyfm.batches.questions import QuestionConfig, QuestionData
-from tinyfm.evaluate.metrics import ratio_of_sums
+from tinyfm.evaluate.metrics import Measured, ratio_of_sums
 from tinyfm.recipes.base import About, OpenRun, Run, Scores, write_texts_file
 from tinyfm.retrieval import BM25, add_scores, nearest, reciprocal_rank
 
@@ -73,9 +73,14 @@ class Scored(NamedTuple):
         return max(WEIGHTS, key=lambda weight: self.ranks(1, weight).mean())
 
 
-def mean_rank(ranks: np.ndarray) -> float:
-    """MRR of reciprocal ranks, with its interval over questions."""
-    return ratio_of_sums(ranks, np.ones(len(ranks)), "questions")
+def mean_over_articles(values: np.ndarray, articles: Sequence[int | str]) -> Measured:
+    """The mean of a value of each question (n,): of its reciprocal rank, say.
+
+    articles: that of each question's passage. Questions on one article are alike, so the interval
+    is over articles.
+    """
+    _, place = np.unique(np.array(articles), return_inverse=True)
+    return ratio_of_sums(np.bincount(place, values), np.bincount(place), "articles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +173,10 @@ class EmbedRun(Run):
             words = [index.scores(row.question) for row in rows]
             found[split] = Scored(words, (q @ x.T).numpy(), [row.passage for row in rows])
         weight = found[VAL].best_weight()
+        articles = [data.articles[number] for number in found[TEST].right]
         return {
-            "test_mrr": mean_rank(found[TEST].ranks(0, 1)),
-            "test_mrr with BM25": mean_rank(found[TEST].ranks(1, weight)),
+            "test_mrr": mean_over_articles(found[TEST].ranks(0, 1), articles),
+            "test_mrr with BM25": mean_over_articles(found[TEST].ranks(1, weight), articles),
             "weight of a cosine": weight,
         }
 
@@ -180,8 +186,10 @@ class EmbedRun(Run):
         if not rows:
             return {}
         index = BM25(data.texts)
-        found = [index.search(row.question, DEEP) for row in rows]
-        return {"BM25": {"test_mrr": mean_rank(ranks_of(found, [row.passage for row in rows]))}}
+        rankings = [index.search(row.question, TOP) for row in rows]
+        ranks = ranks_of(rankings, [row.passage for row in rows])
+        articles = [data.articles[row.passage] for row in rows]
+        return {"BM25": {"test_mrr": mean_over_articles(ranks, articles)}}
 
     # ---- samples --------------------------------------------------------------------------------
 
