@@ -89,6 +89,15 @@ def test_vectors_find_a_text_by_itself(with_vectors):
     torch.testing.assert_close(index.vectors.norm(dim=1), torch.ones(4))
 
 
+def test_links_may_lead_to_fewer_passages_than_were_asked_for(with_vectors, monkeypatch):
+    index = search.open_index(with_vectors, "vectors")
+    index.links = object()
+    found = (torch.tensor([[0.9, -1.0]]), torch.tensor([[2, -1]]))  # as faiss fills up
+    monkeypatch.setattr(search.approximate, "search", lambda links, asked, k: found)
+    assert index.search("Ships", 2, "vectors") == [2]
+    assert -1 not in index.search("Ships", 9, "both")
+
+
 def test_an_index_of_another_embedder_is_refused(with_vectors, tiny_run, tmp_path):
     moved = shutil.copytree(tiny_run, tmp_path / "moved")
     assert len(search.open_index(with_vectors, "both", str(moved)).passages) == 4

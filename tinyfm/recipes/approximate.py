@@ -44,7 +44,10 @@ def build(vectors: Tensor) -> Any:
 
 
 def search(index: Any, questions: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(products, numbers) of about the k nearest vectors to each question (Q, E): (Q, k) each."""
+    """(products, numbers) of about the k nearest vectors to each question (Q, E): (Q, k) each.
+
+    The number is -1 where the links lead to fewer than k.
+    """
     k = min(k, index.ntotal)
     index.hnsw.efSearch = max(WIDE, k)
     scores, numbers = index.search(questions.numpy(), k)

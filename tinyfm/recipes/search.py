@@ -27,6 +27,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -304,7 +305,10 @@ def write_index(
         if links:
             graph = approximate.build(tensors["passages"])
             share = approximate.measure(graph, tensors["passages"])
-            print(f"the approximate index finds {share:.1%} of the 10 nearest", file=sys.stderr)
+            print(
+                f"the approximate index finds {share:.1%} of the 10 nearest to a passage",
+                file=sys.stderr,
+            )
             approximate.write(graph, folder / FAISS)
         record["sha256"] = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         files.write_json(folder / RECORD, record)
@@ -319,12 +323,16 @@ class Index:
     """An index in memory."""
 
     passages: list[Passage]
-    words: BM25
     by: str = "words"  # how to search it unless told otherwise
     opened: OpenRun | None = None  # the run that made the vectors
     vectors: Tensor | None = None  # (N, E)
     mean: Tensor | None = None  # (E,)
     links: Any = None  # the approximate index
+
+    @cached_property
+    def words(self) -> BM25:
+        """The search by words, made when it is first used."""
+        return BM25([passage["text"] for passage in self.passages])
 
     def by_vectors(self, questions: Sequence[str], k: int) -> list[list[int]]:
         """The k nearest passages of each question, by cosine."""
@@ -343,7 +351,8 @@ class Index:
     def near(self, asked: Tensor, k: int) -> list[list[int]]:
         """The k passages, or about these, that are nearest to each vector (Q, E)."""
         if self.links is not None:
-            return approximate.search(self.links, asked, k)[1].tolist()
+            found = approximate.search(self.links, asked, k)[1].tolist()
+            return [[number for number in row if number >= 0] for row in found]
         return nearest(asked, self.vectors, k)[1].tolist()
 
     def search(self, question: str, k: int, by: str = "words") -> list[int]:
@@ -397,7 +406,7 @@ def open_index(folder: Path, by: str = "", run: str = "", links: bool = False) -
     """
     record, passages = read_index(folder)
     by = by or record["by"]
-    index = Index(passages, BM25([passage["text"] for passage in passages]), by)
+    index = Index(passages, by)
     if by == "words":
         if run or links:
             option = f"--run {run}" if run else "--approximate"
