@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from conftest import random_weights
 
+from tinyfm.adapt.embedder import Embedder, EmbedderConfig
 from tinyfm.adapt.heads import Classifier
 from tinyfm.adapt.soft_prompt import add_prompt
 from tinyfm.autoencoder import AutoencoderConfig
@@ -19,6 +20,7 @@ from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.recipes.base import OpenRun
 from tinyfm.recipes.clip import CLIPClassifyRun
+from tinyfm.recipes.encoder import EncoderEmbedRun
 from tinyfm.recipes.gpt import GPTClassifyRun
 from tinyfm.serve.__main__ import Server, listen, make_config
 from tinyfm.serve.app import create_app
@@ -75,11 +77,17 @@ def build_scripts() -> Classifier:
     return Classifier(CLIP(PICTURE), CLASSES, CLIPClassifyRun.reader)
 
 
+def build_embedder() -> Embedder:
+    settings = EmbedderConfig(widths=(8,), length=16)
+    return Embedder(Encoder(WORDS), settings, EncoderEmbedRun.reader, EncoderEmbedRun.states)
+
+
 BUILDERS = {
     "gpt": build_gpt,
     "chat": build_gpt,
     "soft": build_soft,
     "encoder": lambda: Encoder(WORDS),
+    "embedder": build_embedder,
     "clip": lambda: CLIP(PICTURE),
     "reviews": build_reviews,
     "scripts": build_scripts,

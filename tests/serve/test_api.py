@@ -291,6 +291,20 @@ def test_embeddings_are_unit_vectors_of_each_text_alone(client, server, name):
         client.embeddings.create(model=name, input="a" * 100)
 
 
+def test_an_embedder_has_several_widths_and_reads_the_start(post, client, server):
+    long = "where does a cat sleep at night?"
+    found = post("/v1/embeddings", model="embedder", input=[long, "a cat"], dimensions=8)
+    ids = torch.tensor([list(long.encode()[:16])])
+    with torch.inference_mode():
+        expected = server.runs["embedder"].model(ids, torch.tensor([16]), 8)[0]
+    assert found["data"][0]["embedding"] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found["warnings"] == ["1 of 2 texts were cut to the 16 tokens it reads"]
+    whole = client.embeddings.create(model="embedder", input="a cat").data[0].embedding
+    assert len(whole) == 32
+    with pytest.raises(BadRequestError, match="widths 8, 32"):
+        client.embeddings.create(model="embedder", input="a cat", dimensions=9)
+
+
 def test_classifiers_answer_each_question(post, server):
     found = post("/v1/classify", model="reviews", input="well made")
     run = server.runs["reviews"]

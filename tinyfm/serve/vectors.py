@@ -51,13 +51,32 @@ AT_ONCE = 64  # pictures that are embedded between two tokens of the texts that 
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
-def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
-    """(unit vector, number of tokens) of a text. Raises BadRequest for one that is too long."""
+def check_dimensions(run: Served, dimensions: int | None) -> int:
+    """The width to cut vectors to, 0 for whole ones: a run of --task embed is trained for several.
+
+    Raises BadRequest for another width than these.
+    """
+    if dimensions is None or not isinstance(run.model, Embedder):
+        return 0
+    try:
+        run.model.check_width(dimensions)
+    except ValueError as error:
+        raise BadRequest(f"dimensions: {error}", "dimensions") from error
+    return dimensions
+
+
+def embed_text(run: Served, text: str | list[int], width: int = 0) -> tuple[list[float], int]:
+    """(unit vector, number of tokens) of a text. width: see check_dimensions.
+
+    Of a long text a run of --task embed reads the start, as in training. For others, raises
+    BadRequest.
+    """
     model, tokenizer = run.model, run.tokenizer
     ids = tokenizer.encode(text) if isinstance(text, str) else text
+    count = len(ids)
     room = model.config.context_length - len(run.front)
     if isinstance(model, Embedder):
-        room = model.length
+        ids = ids[: model.length]
     if isinstance(model, CLIP):
         room -= 1 + (tokenizer.bot is not None)
     if not 1 <= len(ids) <= room:
@@ -73,13 +92,13 @@ def embed_text(run: Served, text: str | list[int]) -> tuple[list[float], int]:
         vector = model.encode_text(row)[0]
     elif isinstance(model, Embedder):
         row = torch.tensor([ids], device=next(model.parameters()).device)
-        vector = model(row, torch.tensor([len(ids)], device=row.device))[0]
+        vector = model(row, torch.tensor([len(ids)], device=row.device), width)[0]
     else:
         row = torch.tensor([[*run.front, *ids]], device=next(model.parameters()).device)
         real = torch.ones_like(row, dtype=torch.bool)
         real[:, : len(run.front)] = False  # a soft prompt is not the text
         vector = mean_state(model, {"tokens": row, "mask": real})[0]
-    return F.normalize(vector.float(), dim=0).tolist(), len(ids)
+    return F.normalize(vector.float(), dim=0).tolist(), count
 
 
 async def embed(request: Request) -> Response:
@@ -88,15 +107,21 @@ async def embed(request: Request) -> Response:
     asked, warnings = read(EmbeddingRequest, await read_json(request))
     run = find_run(state.runs, asked.model, "embed")
     texts = texts_or_ids(asked.input, "input")
+    cut_to = check_dimensions(run, asked.dimensions)
 
     async def embed_all() -> list[tuple[list[float], int]]:
-        return [await call(state.engine, embed_text, run, text) for text in texts]
+        return [await call(state.engine, embed_text, run, text, cut_to) for text in texts]
 
     found = await unless_gone(request, embed_all())
     width = len(found[0][0])
     if asked.dimensions not in (None, width):
         problem = f"dimensions is {asked.dimensions}; vectors of {run.name} have {width}"
         raise BadRequest(problem, "dimensions")
+    if isinstance(run.model, Embedder):
+        room = run.model.length
+        cut = sum(n > room for _, n in found)
+        if cut:
+            warnings.append(f"{cut} of {len(texts)} texts were cut to the {room} tokens it reads")
     data = []
     for i, (vector, _) in enumerate(found):
         value: Any = vector
