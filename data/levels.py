@@ -220,13 +220,12 @@ def find_path(columns: Sequence[str]) -> list[Place]:
     def stands(column: int, row: int) -> bool:
         return 0 < row <= ROWS and columns[column][row - 1] in STANDS
 
-    before: dict[Place, Place | None] = {}
     waiting = []
     for column in range(EDGE):
         for row in range(1, ROWS):
             if stands(column, row) and is_free(column, row):
                 waiting.append(Place(column, row, JUMP))
-    before = dict.fromkeys(waiting)
+    before: dict[Place, Place | None] = dict.fromkeys(waiting)
     for place in waiting:  # it grows
         column, row, rise = place
         firm = stands(column, row)
@@ -273,12 +272,13 @@ def copied(texts: Sequence[str], training: Iterable[str]) -> list[bool]:
 def read_prompt(prompt: str) -> str:
     """The first columns of a piece, in which \\n is a line end. Raises ValueError for others."""
     text = prompt.replace("\\n", "\n")
-    for column in text.split("\n"):
-        if set(column) - LETTERS or len(column) > ROWS:
-            raise ValueError(
-                f"--prompt {prompt[:40]!r} starts no level: a line is a column of {ROWS} tiles, "
-                f"from {' '.join(sorted(LETTERS))}"
-            )
+    *whole, last = text.split("\n")
+    too_long = len(whole) >= COLUMNS or len(last) > ROWS
+    if too_long or set("".join(whole) + last) - LETTERS or {*map(len, whole)} - {ROWS}:
+        raise ValueError(
+            f"--prompt {prompt[:40]!r} starts no level: a line is a column of {ROWS} tiles, from "
+            f"{' '.join(sorted(LETTERS))}, and there are {COLUMNS} lines"
+        )
     return text
 
 

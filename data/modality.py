@@ -84,6 +84,7 @@ def share_runs(texts: Sequence[str | tuple], training: Iterable[str | tuple], n:
 
 def look(source: ModuleType) -> None:
     """Print the size of a source, its first document, and how many held-out ones are valid."""
+    own = source.MODALITY
     report = Report()
     held_out = []
 
@@ -93,7 +94,6 @@ def look(source: ModuleType) -> None:
                 held_out.extend(own.pieces(document.text))
             yield document.text
 
-    own = source.MODALITY
     show(texts(), report)
     faults = Counter(map(own.fault, held_out))
     share = faults.pop("", 0) / max(1, len(held_out))

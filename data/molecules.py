@@ -226,7 +226,8 @@ def key(text: str) -> tuple[int, ...]:
     """A number for each atom, in order; equal, in one process, for spellings of one molecule.
 
     A number stands for an atom and its neighbours as far as they differ: at first for the element,
-    then, again and again, for the numbers of the neighbours too (Weisfeiler and Lehman 1968). A few
+    then, again and again, for the numbers of the neighbours too (Weisfeiler and Lehman 1968).
+    Hydrogen that is written as an atom, [H], is left out, as most spellings leave it out. A few
     pairs of molecules are not distinguished, such as decalin and bicyclopentyl, and those with a
     ring in small letters or with written double bonds are.
 
@@ -235,8 +236,9 @@ def key(text: str) -> tuple[int, ...]:
     atoms, aromatic, hydrogens, bonds = parse(text)
     neighbours: list[list[tuple[int, int]]] = [[] for _ in atoms]
     for (i, j), order in bonds.items():
-        neighbours[i].append((order, j))
-        neighbours[j].append((order, i))
+        if "H" not in (atoms[i], atoms[j]):
+            neighbours[i].append((order, j))
+            neighbours[j].append((order, i))
     numbers = [hash(own) for own in zip(atoms, aromatic, hydrogens)]
     kinds = 0
     while len(set(numbers)) > kinds:
@@ -245,7 +247,7 @@ def key(text: str) -> tuple[int, ...]:
             hash((numbers[i], *sorted((order, numbers[j]) for order, j in own)))
             for i, own in enumerate(neighbours)
         ]
-    return tuple(sorted(numbers))
+    return tuple(sorted(number for number, atom in zip(numbers, atoms) if atom != "H"))
 
 
 def formula(text: str) -> str:

@@ -21,7 +21,7 @@ document reaches across. Documents with gaps or a constant past are left out.
 
 A forecast is several texts, of which quantiles are taken. It is scored by (Hyndman & Koehler 2006)
 
-    MASE = mean |median - y| / mean |x_t - x_{t-24}| over the past
+    MASE = mean |median - y| / max(mean |x_t - x_{t-24}| over the past, half a bin)
 
 so that 1 is the error of "as yesterday" on the past, and by the quantile loss of the quantiles 0.1
 to 0.9, each 2 max(q (y - f), (q - 1) (y - f)), over the mean of |y|, with y in the units of z.
@@ -89,8 +89,11 @@ def encode(values: np.ndarray, mean: float, scale: float) -> str:
 
 
 def decode(text: str) -> np.ndarray:
-    """The middle of each letter's bin, in units of z: float64 (n,)."""
-    bins = np.array([ord(letter) - FIRST for letter in text], dtype=float)
+    """The middle of each letter's bin, in units of z: float64 (n,).
+
+    A sign that stands for no bin, which a model may write, is read as the nearest letter.
+    """
+    bins = np.array([ord(letter) - FIRST for letter in text], dtype=float).clip(0, BINS - 1)
     return (bins + 0.5) / BINS * 2 * LIMIT - LIMIT
 
 
@@ -104,10 +107,10 @@ def fault(text: str) -> str:
     return ""
 
 
-def read_prompt(prompt: str) -> str:
-    """The letters of numbers, as "12.5 13 12.8 ...", of which the last PAST are used.
+def read_past(prompt: str) -> np.ndarray:
+    """The last PAST of the numbers of a prompt, as "12.5 13 12.8 ...": float64 (PAST,).
 
-    Raises ValueError for what is no number, too few numbers, gaps, and a constant series.
+    Raises ValueError for what is no number, and for too few numbers.
     """
     words = re.split(r"[\s,;]+", prompt.strip())
     try:
@@ -118,7 +121,12 @@ def read_prompt(prompt: str) -> str:
         ) from None
     if len(values) < PAST:
         raise ValueError(f"--prompt has {counted(len(values), 'numbers')}, and a past has {PAST}")
-    past = values[-PAST:]
+    return values[-PAST:]
+
+
+def read_prompt(prompt: str) -> str:
+    """The letters of a past. Raises ValueError as read_past and scale_of do."""
+    past = read_past(prompt)
     return encode(past, *scale_of(past))
 
 
@@ -164,8 +172,7 @@ def as_nearest(past: str, training: Sequence[str]) -> list[str]:
 
 def answer(prompt: str, texts: Sequence[str]) -> str:
     """Three quantiles of the forecast for each hour, in the units of the prompt."""
-    values = np.array([float(word) for word in re.split(r"[\s,;]+", prompt.strip())])[-PAST:]
-    mean, scale = scale_of(values)
+    mean, scale = scale_of(read_past(prompt))
     low, middle, high = forecast(texts)[[0, len(QUANTILES) // 2, -1]] * scale + mean
     lines = ["hour     10%     50%     90%"]
     for hour, row in enumerate(zip(low, middle, high), 1):

@@ -65,7 +65,7 @@ NOTE = re.compile(r"([_^=]*)([A-Ga-gzx])([,']*)(\d*)(/*)(\d*)(-?)")
 BAR = re.compile(r":*\|+[:\]]*|\[\||:+|\]|\[?[1-9](?![\d/])|\[(?=[1-9])")
 TUPLET = re.compile(r"\((\d)(?::(\d?))?(?::(\d?))?")
 BROKEN = re.compile(r"[<>]+")
-METRE = re.compile(r"(\d+)/(\d+)")
+METRE = re.compile(r"(\d{1,2})/(\d{1,2})")
 KEY = re.compile(r"([A-G])([#b]?)\s*([A-Za-z]*)")
 
 STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}  # semitones

@@ -70,6 +70,7 @@ def test_a_molecule_is_one_whose_rings_and_valences_hold():
 
 def test_spellings_of_a_molecule_have_one_key():
     same = [("CCO", "OCC"), ("c1ccncc1", "n1ccccc1"), ("CC(=O)Nc1ccccc1", "c1ccc(NC(C)=O)cc1")]
+    same.append(("[H]N=CC", "CC=N"))
     for one, other in same:
         assert molecules.key(one) == molecules.key(other)
         assert molecules.formula(one) == molecules.formula(other)  # else they are not compared
@@ -118,7 +119,11 @@ def test_prompts_that_start_nothing_are_refused():
             "M:6/8\\nL:1/8\\nK:G\\nd|gfg",
             ["gfg", "M:x\\nL:1/8\\nK:G\\n", "M:6/8\\nL:1/8\\nK:H\\n"],
         ),
-        (levels, "XX--------------\\nX", ["hello", "X" * 17]),
+        (
+            levels,
+            "XX--------------\\nX",
+            ["hello", "X" * 17, "XX\\nX", "\\n".join(["X" * 16] * 24 + ["X"])],
+        ),
     ]
     for source, right, wrong in cases:
         assert source.MODALITY.read_prompt(right) == right.replace("\\n", "\n")
@@ -196,6 +201,7 @@ BAD_TUNES = {
     FINE.replace("a2g", "a0g3"): "has no length",
     FINE.replace("M:3/4\n", ""): "no line M:",
     FINE.replace("M:3/4", "M:3/5"): "M:3/5 is no metre",
+    FINE.replace("M:3/4", "M:999/4"): "M:999/4 is no metre",
     FINE.replace("K:Em", "K:H"): "K:H is no key",
     "M:3/4\nL:1/4\nK:G\ng3|a3|\n": "fewer than 4 bars",
     "M:3/4\nL:1/4\nK:G\nz3|z3|z3|z3|\n": "fewer than 4 bars",
@@ -332,6 +338,7 @@ def test_forecasts_by_hand():
     width = 2 * series.LIMIT / series.BINS
     assert np.abs(series.decode(letters) - (past - 11.5) / 6).max() <= width / 2 + 1e-9
     assert series.encode(np.array([1e9, -1e9]), 0, 1) == "~!"
+    assert (series.decode("\ufffd\n") == series.decode("~!")).all()  # signs that a model may write
     (guess,) = series.as_yesterday(letters, [])
     assert series.errors(guess, [guess]) == {"MASE": 0, "weighted quantile loss": 0}
     # Yesterday's error on the past is 2 bins, that of the forecast 3: MASE 1.5. All quantiles are
