@@ -26,6 +26,7 @@ the logits of all tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -214,9 +215,7 @@ def read_rows(rows: int, context: int, vocab_size: int) -> tuple[dict[str, Tenso
     config = MaskedConfig("passages")
     data = MaskedData.prepare(config, 4096, context, rows, seed=0)
     split = data.split(VAL)
-    found = []
-    for start, end in zip(split.starts[:rows], split.starts[1:]):
-        found.append(split.tokens[start + 1 : end][:context])
+    found = [ids[:context] for ids in itertools.islice(split.documents(), rows)]
     lengths = torch.tensor([len(ids) for ids in found])
     tokens = torch.zeros(rows, int(lengths.max()), dtype=torch.long)
     for row, ids in zip(tokens, found):

@@ -82,8 +82,8 @@ class TextConfig:
     # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
     # or a run or folder with a saved tokenizer
     tokenizer: Name = "sentencepiece"
-    # share of your own text held out, half for validation and half for test; docs, passages and
-    # stdlib have their own splits
+    # share of your own text, or of shakespeare, held out, half for validation and half for test;
+    # the other named sources have their own splits
     val_fraction: float = 0.1
     cache: FolderPath = may_change("data/cache")  # folder for the prepared shards
 
@@ -235,12 +235,16 @@ class Split:
         """
         return np.flatnonzero(self.tokens == self.tokenizer.eot)[:-1]
 
+    def documents(self) -> Iterator[np.ndarray]:
+        """The token ids of each document, without end-of-text tokens: int64 (T,)."""
+        for start, end in zip(self.starts, [*self.starts[1:], len(self) - 1]):
+            yield self.tokens[start + 1 : end]
+
     @cached_property
     def bytes(self) -> np.ndarray:
         """The UTF-8 bytes of each document, int64 (n,)."""
-        ends = [*self.starts[1:], len(self) - 1]
-        parts = [self.tokens[start + 1 : end].tolist() for start, end in zip(self.starts, ends)]
-        return np.array([len(self.tokenizer.decode_bytes(ids)) for ids in parts])
+        decode = self.tokenizer.decode_bytes
+        return np.array([len(decode(ids.tolist())) for ids in self.documents()])
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """From the mean loss over the predicted tokens.

@@ -99,10 +99,8 @@ def read_rows(data: Any, split: str) -> Iterator[list[int]]:
         for ids in data.splits[split]:
             yield ids[1:]
     else:
-        found = data.split(split)
-        ends = [*found.starts[1:], len(found) - 1]
-        for start, end in zip(found.starts, ends):
-            yield found.tokens[start + 1 : end].tolist()
+        for ids in data.split(split).documents():
+            yield ids.tolist()
 
 
 def read_texts(data: Any, split: str) -> Iterator[str]:

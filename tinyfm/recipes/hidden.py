@@ -218,10 +218,7 @@ class HiddenTokensRun(Run):
 
     def measure(self, opened: OpenRun, model: nn.Module, data: Any, options: Any) -> Scores:
         """Search by features: the share of test documents whose halves find each other."""
-        split = data.split(TEST)
-        ends = [*split.starts[1:], len(split) - 1]
-        documents = [split.tokens[start + 1 : end] for start, end in zip(split.starts, ends)]
-        long = [ids for ids in documents if len(ids) >= 16]
+        long = [ids for ids in data.split(TEST).documents() if len(ids) >= 16]
         if len(long) < 2:
             return {}
         name = f"second half found among {len(long):,}"

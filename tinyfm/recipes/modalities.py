@@ -45,9 +45,8 @@ def modality_of(path: str) -> Modality | None:
 
 def texts_of(data: TextData, split: str) -> Iterator[str]:
     """The documents of a split."""
-    own = data.split(split)
-    for start, end in zip(own.starts, [*own.starts[1:], len(own) - 1]):
-        yield data.tokenizer.decode(own.tokens[start + 1 : end].tolist())
+    for ids in data.split(split).documents():
+        yield data.tokenizer.decode(ids.tolist())
 
 
 # ---- valid, unique, novel ------------------------------------------------------------------------
@@ -126,8 +125,8 @@ def report(
     prompt: as the user wrote it. open_data(): the run's data, for what training has. out: name of
     the files that are drawn.
     """
-    faults = Counter(map(modality.fault, texts))
-    valid = [text for text in texts if not modality.fault(text)]
+    faults = [modality.fault(text) for text in texts]
+    valid = [text for text, fault in zip(texts, faults) if not fault]
     try:
         training = list(texts_of(open_data(), TRAIN))
     except (ValueError, OSError) as error:
@@ -140,8 +139,7 @@ def report(
     if valid and training:
         line += f", of which {float(found['novel']):.0%} are not in training"
     print(line, file=sys.stderr)
-    del faults[""]
-    for reason, count in faults.most_common(SHOWN_FAULTS):
+    for reason, count in Counter(filter(None, faults)).most_common(SHOWN_FAULTS):
         print(f"{counted(count, modality.unit)} not valid: {reason}", file=sys.stderr)
     said = modality.answer(prompt, valid) if prompt and valid else ""
     if said:
