@@ -61,6 +61,8 @@ def test_sample_says_what_is_valid(run, tmp_path, capsys):
     assert "3 molecules: " in said.err and " valid" in said.err
     texts = out.read_text(encoding="utf-8").removesuffix("\n").split("\n----\n")
     assert all(text.startswith("CC") for text in texts) and len(texts) == 3
+    assert call(sample, run, "--prompt", "CC)", "--beams", "2") == 1
+    assert "'CC)' starts no SMILES" in capsys.readouterr().err
 
 
 def test_shares_by_hand():

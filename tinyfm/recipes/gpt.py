@@ -172,7 +172,7 @@ class GPTRun(Run):
         beams = beams_of(options, (opened.tokenizer.eot,))
         modality = modalities.modality_of(self.data.path)
         if beams:
-            search_text(opened, options, beams)
+            search_text(opened, options, beams, modality)
         elif modality:
             write_modality(self, modality, opened, options)
         else:
@@ -300,14 +300,23 @@ def write_modality(run: GPTRun, modality: Modality, opened: OpenRun, options: An
     modalities.report(modality, prompt, texts, run.open_data, out)
 
 
-def search_text(opened: OpenRun, options: Any, beams: Beams) -> None:
-    """Print the prompt and its likeliest continuation that beam search finds."""
+def search_text(
+    opened: OpenRun, options: Any, beams: Beams, modality: Modality | None = None
+) -> None:
+    """Print the prompt and its likeliest continuation that beam search finds.
+
+    modality: of texts that are no prose; then the prompt is the start of a document.
+    """
     for name in ("stop", "compile", "draft"):
         if getattr(options, name):
             raise ValueError(f"--beams does not know --{name}: leave one of them out")
     tokenizer = opened.tokenizer
     prompt = options.prompt or ""
-    ids = [*prompt_ids(opened.model), *(tokenizer.encode(prompt) or [tokenizer.eot])]
+    front = prompt_ids(opened.model)
+    if prompt and modality:
+        prompt = modality.read_prompt(prompt)
+        front = [*front, tokenizer.eot]
+    ids = [*front, *(tokenizer.encode(prompt) or [tokenizer.eot])]
     never = tokenizer.without_token(opened.model.config.vocab_size)
     (found,) = beam.complete(opened.model, [ids], beams, never)
     text = prompt + tokenizer.decode(found)
