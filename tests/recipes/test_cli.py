@@ -31,7 +31,7 @@ from tinyfm.common import device as machine
 from tinyfm.common import files, folders
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.gpt import GPT
-from tinyfm.recipes import gpt, registry, run_dir
+from tinyfm.recipes import gpt, registry, run_dir, writing
 from tinyfm.recipes.base import Preset
 from tinyfm.training import checkpoint
 from tinyfm.training.trainer import Trainer
@@ -476,10 +476,10 @@ def test_a_draft_changes_no_greedy_text(tiny_run, capsys, fails):
     other = tokenizer.train("bpe", iter(["abc abc " * 20]), 260)
     drafted = dataclasses.replace(opened, draft=dataclasses.replace(opened, tokenizer=other))
     with pytest.raises(ValueError, match=rf"another tokenizer .* --data.tokenizer {tiny_run}"):
-        gpt.drafted(drafted, sample.Options("", draft="it"), speculative.Counts())
+        writing.drafted(drafted, sample.Options("", draft="it"), speculative.Counts())
     classifier = dataclasses.replace(opened, model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="is a run of family gpt: a draft is a smaller run"):
-        gpt.drafted(dataclasses.replace(opened, draft=classifier), sample.Options(""), None)
+        writing.drafted(dataclasses.replace(opened, draft=classifier), sample.Options(""), None)
 
 
 def test_beams_write_the_likeliest_text(tiny_run, tmp_path, capsys, fails):
@@ -583,7 +583,7 @@ def test_the_first_text_is_shown_while_it_is_generated(tiny_run, monkeypatch):
     monkeypatch.setattr(generate, "stream_text", recorded)
     monkeypatch.setattr("builtins.print", lambda *text, **more: events.append("print"))
     sampling = generate.Sampling(max_new_tokens=4, temperature=1.0)
-    gpt.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
+    writing.write_texts(opened, sample.Options("", prompt="a", sampling=sampling))
     # The prompt, four tokens and the end of the text, the line end.
     assert events == ["print", *["step", "print"] * 5, "print"]
 

@@ -1,10 +1,10 @@
 """What a GPT's texts are worth where they are no prose: molecules, tunes, genomes, levels, series.
 
 The model is the GPT of gpt.py, and the text has a MODALITY (data/modality.py), so nothing here
-knows a modality by name. `report` is for sample.py: how many texts are valid, unique and novel, and
-their pictures or sounds. `measure` is the same for evaluate, over more texts, at temperature 1: the
-model's own distribution. Beside it stand the real held-out texts, and those of a Markov model
-(evaluate/markov.py) that has read the same tokens.
+knows a modality by name. `write_modality` is for sample.py: it writes texts, says how many are
+valid, unique and novel, and draws or plays them. `measure` counts the same for evaluate, over more
+texts, at temperature 1: the model's own distribution. Beside it stand the real held-out texts, and
+those of a Markov model (evaluate/markov.py) that has read the same tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tinyfm.batches.text import MODALITIES, TextData
 from tinyfm.evaluate import metrics
 from tinyfm.evaluate.markov import Markov, choose_order
 from tinyfm.evaluate.metrics import Scores
+from tinyfm.recipes import writing
+from tinyfm.recipes.base import OpenRun, Run, free_name
 from tinyfm.tokenizer import Tokenizer
 
 SAMPLES = 400  # texts that evaluate writes
@@ -147,6 +150,30 @@ def report(
     if valid and modality.endings:
         modality.draw(valid, out)
         print(", ".join(str(out.with_suffix(ending)) for ending in modality.endings))
+
+
+def write_modality(run: Run, modality: Modality, opened: OpenRun, options: Any) -> None:
+    """Print n texts that are no prose, how many are valid, and the files in which they are drawn.
+
+    They are as long as the modality allows, unless --max-new-tokens is given.
+    """
+    prompt = options.prompt or ""
+    start = modality.read_prompt(prompt) if prompt else ""
+    sampling = options.sampling
+    if sampling.max_new_tokens == generate.Sampling().max_new_tokens:
+        sampling = replace(sampling, max_new_tokens=max(1, modality.longest - len(start)))
+    out = Path(options.out or free_name("sample", *modality.endings))
+    files = [out.with_suffix(ending) for ending in modality.endings]
+    text_file = options.out
+    if out in files:  # the text stands beside what is drawn
+        text_file = str(out.with_suffix(".txt"))
+        files.append(out.with_suffix(".txt"))
+    there = [file for file in files if file.exists()]
+    if there and not options.overwrite:
+        raise ValueError(f"{there[0]} exists: choose another --out, or add --overwrite")
+    options = replace(options, sampling=sampling, prompt=start, out=text_file)
+    texts = writing.write_texts(opened, options, from_start=True)
+    report(modality, prompt, texts, run.open_data, out)
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
