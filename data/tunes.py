@@ -1,4 +1,4 @@
-"""Tunes as texts: 12,000 folk songs and dances in ABC, the notation that folk musicians type.
+"""Tunes as texts: 11,500 folk songs and dances in ABC, the notation that folk musicians type.
 
     M:6/8            metre: a bar is six eighths
     L:1/8            length of a plain note

@@ -2,18 +2,17 @@
 
 A GPT: nats per token and bits per byte of its validation and test texts; on molecules and other
 texts that are no prose also the shares of texts it writes that are valid, unique and novel, beside
-those of real texts and of a Markov model. An encoder: nats per
-hidden token, which compare with no GPT's, and the share that it guesses. XLNet: the same, and bits
-per byte from left to right, which compare with a GPT's. An encoder-decoder: nats per token of its
-targets, and what it writes: the share of words and phones that are wrong, or exact matches and
-chrF. CLIP: zero-shot classification among all names of each held-out split, retrieval of captions
-and images, and classification from image features alone. Diffusion: the distance of its samples
-from real pictures. Text-to-image: the share of pictures that show what their prompt says. A VQ-VAE:
-the share of test letters that can be read once it has rebuilt them. A classifier: accuracy and
-calibration. Next to each figure stands that of the same model before training, or of the run it
-started from, and for features that of the raw pixels: only the difference was learned. Losses and
-accuracies have an interval of 95% in parentheses, over the documents or examples that stand behind
-it (metrics.py).
+those of real texts and of a Markov model. An encoder: nats per hidden token, which compare with no
+GPT's, and the share that it guesses. XLNet: the same, and bits per byte from left to right, which
+compare with a GPT's. An encoder-decoder: nats per token of its targets, and what it writes: the
+share of words and phones that are wrong, or exact matches and chrF. CLIP: zero-shot classification
+among all names of each held-out split, retrieval of captions and images, and classification from
+image features alone. Diffusion: the distance of its samples from real pictures. Text-to-image: the
+share of pictures that show what their prompt says. A VQ-VAE: the share of test letters that can be
+read once it has rebuilt them. A classifier: accuracy and calibration. Next to each figure stands
+that of the same model before training, or of the run it started from, and for features that of the
+raw pixels: only the difference was learned. Losses and accuracies have an interval of 95% in
+parentheses, over the documents or examples that stand behind it (metrics.py).
 
 Other questions, which need no training:
 
