@@ -18,6 +18,7 @@ from data import wheels
 from data.report import Report
 from tinyfm.evaluate import __main__ as evaluate
 from tinyfm.evaluate import likelihood, sandbox, suites
+from tinyfm.generate import Sampling
 from tinyfm.gpt import GPT, GPTConfig
 from tinyfm.tokenizer import ByteTokenizer
 
@@ -158,6 +159,31 @@ def test_pass_at_k_is_the_share_of_draws_with_a_pass():
         draws = [*itertools.combinations([True] * c + [False] * (n - c), k)]
         assert suites.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
     assert suites.pass_at_k(200, 1, 100) == 0.5
+
+
+def test_samples_of_functions_count_for_their_own_function(model, monkeypatch):
+    programs = [sources.Program(f"def f{i}():\n", "", "", f"f{i}") for i in range(2)]
+
+    def write_all(model, tokenizer, contexts, sampling, stops):
+        assert contexts == ["def f0():\n"] * 10 + ["def f1():\n"] * 10
+        assert sampling.temperature > 0
+        return ["good"] * 3 + ["bad"] * 17, 10
+
+    monkeypatch.setattr(suites, "write_all", write_all)
+    monkeypatch.setattr(sandbox, "run", lambda code: "passed" if "good" in code else "failed")
+    result = suites.measure_programs(model, TOKENIZER, programs, samples=10)
+    found = {name: values.tolist() for name, values in result.values["prompt"].items()}
+    assert found == {"pass@1": pytest.approx([0.3, 0]), "pass@10": [1, 0]}
+    assert result.cut == 1
+
+
+def test_a_text_does_not_depend_on_those_written_at_once(model, monkeypatch):
+    sampling = Sampling(4, temperature=1.0)
+    contexts = ["def f():"] * 5
+    texts, _ = suites.write_all(model, TOKENIZER, contexts, sampling)
+    monkeypatch.setattr(suites, "ROWS", 2)
+    assert suites.write_all(model, TOKENIZER, contexts, sampling)[0] == texts
+    assert len(set(texts)) > 1
 
 
 def test_an_interval_of_no_right_answer_is_wider_than_nothing():
