@@ -56,10 +56,9 @@ def own_copy(function: FunctionType) -> FunctionType:
     and compiles no more than eight forms. With a copy for each model, one model neither slows the
     others down nor uses up their eight.
     """
-    code = function.__code__.replace()
-    copy = FunctionType(code, function.__globals__, function.__name__, closure=function.__closure__)
-    copy.__defaults__ = function.__defaults__
-    return copy
+    f = function
+    code = f.__code__.replace()
+    return FunctionType(code, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
 
 
 def compile_for_one_token(function: Callable) -> Callable:
@@ -89,8 +88,8 @@ def compile_decoding(model: nn.Module) -> None:
     for block in model.blocks:
         block.before_attention = compile_for_one_token(MethodType(before, block))
         block.after_attention = compile_for_one_token(MethodType(after, block))
-    project = own_copy(model.head.forward.__func__)
-    head = compile_for_one_token(MethodType(project, model.head))
+    project = MethodType(own_copy(model.head.forward.__func__), model.head)
+    head = compile_for_one_token(project)
 
     def contiguous_head(x: Tensor) -> Tensor:
         # The strides of x vary. A contiguous copy keeps the head from being compiled for each.
