@@ -8,10 +8,12 @@ the difference with its interval of 95% over the documents.
 
 speed: tokens per second of a GPT of 124M parameters (12 layers, width 768, SwiGLU, tied head;
 random weights), one row and 8, greedy. bfloat16 and the quantised models compute with bfloat16
-states, uncompiled and compiled (sample.py --compile). All take turns in this process. The limit is
-the time to read the bytes of a model once, measured in the same run by the sum of a large tensor.
-Peers, if they are installed: transformers with torchao's int8, on the same weights, and llama.cpp
-(package xllamacpp) with the GGUF files that `tinyfm.hub` writes.
+states, uncompiled and compiled (sample.py --compile). They take turns. The limit is the time to
+read the bytes of a model once, measured in the same run by the sum of a large tensor. Peers, if
+they are installed: transformers with torchao's int8, on the same weights, and llama.cpp (package
+xllamacpp) with the GGUF files that `tinyfm.hub` writes. They are loaded and measured after all
+others, one by one: once they are loaded, every model in the process is slower, in a trial by a
+third and more.
 
 --record writes the tables into README.md.
 """
@@ -23,7 +25,7 @@ import copy
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -157,21 +159,20 @@ def llama_writer(path: Path) -> Writer:
     return write
 
 
-def find_peers(model: GPT, folder: Path) -> dict[str, tuple[Writer, int]]:
-    """Name -> (how it writes, bytes of its weights) of the peers that run here."""
-    found = {}
+def find_peers(model: GPT, folder: Path) -> Iterator[tuple[str, Writer, int]]:
+    """(name, how it writes, bytes of its weights) of the peers that run here, each loaded when its
+    turn comes."""
     if importlib.util.find_spec("torchao"):
         model.save_pretrained(folder / "hf")
         int8 = copy.deepcopy(model)
         quantize.quantize(int8, "int8")
-        name = "transformers, torchao int8"
-        found[name] = (torchao_writer(folder / "hf"), quantize.count_bytes(int8))
+        write = torchao_writer(folder / "hf")
+        yield "transformers, torchao int8", write, quantize.count_bytes(int8)
     if importlib.util.find_spec("xllamacpp"):
         for kind in quantize.KINDS:
             path = folder / f"{kind}.gguf"
             gguf.save(model, ByteTokenizer(), path, kind, kind)
-            found[f"llama.cpp, {kind}"] = (llama_writer(path), path.stat().st_size)
-    return found
+            yield f"llama.cpp, {kind}", llama_writer(path), path.stat().st_size
 
 
 def measure_speed(n: int, repeats: int, peers: bool) -> str:
@@ -187,12 +188,14 @@ def measure_speed(n: int, repeats: int, peers: bool) -> str:
         sizes[name] = quantize.count_bytes(own)
         for rows in (1, ROWS):
             works[f"{name} {rows}"] = lambda own=own, rows=rows: complete(own, prompts[:rows], s)
+    times = timing.by_turns(works, repeats)
     with TemporaryDirectory() as folder:
-        for name, (write, size) in find_peers(model, Path(folder)).items() if peers else ():
+        for name, write, size in find_peers(model, Path(folder)) if peers else ():
             sizes[name] = size
+            works = {}
             for rows in (1,) if name.startswith("llama.cpp") else (1, ROWS):
                 works[f"{name} {rows}"] = lambda write=write, rows=rows: write(prompts[:rows], n)
-        times = timing.by_turns(works, repeats)
+            times |= timing.by_turns(works, repeats)
     return speed_table(times, sizes, large.nbytes / times["limit"], n)
 
 
