@@ -175,6 +175,8 @@ def test_inputs_that_do_not_fit():
     model = build()
     with pytest.raises(ValueError, match="6 tokens exceeds text_length 5"):
         model.generate(torch.zeros(1, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match="no prompt; give at least one"):
+        model.generate(torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="outside 0 to 11"):
         model.generate(torch.tensor([[12, 0]]))
     with pytest.raises(ValueError, match="a text needs a tokenizer"):

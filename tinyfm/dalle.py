@@ -260,6 +260,8 @@ class DALLE(nn.Module):
         put into evaluation mode. Raises ValueError for inputs that do not fit.
         """
         text = self.fill(prompts) if isinstance(prompts, Tensor) else self.tokenize(prompts)
+        if not len(text):
+            raise ValueError("there is no prompt; give at least one")
         if text.min() < 0 or text.max() >= self.config.text_vocab_size:
             raise ValueError(
                 f"the texts hold an id outside 0 to {self.config.text_vocab_size - 1}; use the "
