@@ -370,8 +370,6 @@ def test_labels_are_a_list_or_a_text_file(parts, pictures, tmp_path, capsys):
 class Copier:
     """A model that draws each prompt exactly as the font does, with an autoencoder that darkens."""
 
-    config = SimpleNamespace(autoencoder=SimpleNamespace(in_channels=1))
-
     def parameters(self):
         yield torch.zeros(1)
 
