@@ -265,6 +265,16 @@ def test_what_came_before_a_run_counts_only_if_it_is_as_it_was():
         history.open_bases(moved)
 
 
+def test_empty_and_unfinished_drafts_are_left_out():
+    """An empty one would keep the principle first, and so leave the prompt without a pair."""
+    judges = constitution.Judges([Principle("It is short.", "words 2")], whole=False)
+    texts = ("", "a b c", "a", "cut")
+    rounds = [[Answer([], [], "p ", text, ended=text != "cut")] for text in texts]
+    (drafts,) = constitution.judge_drafts(rounds, judges)
+    pair = {"prompt": "p ", "chosen": "a", "rejected": "a b c"}
+    assert constitution.choose(drafts) == (pair, {"text": "p a"})
+
+
 def test_rounds_of_drafts_differ_and_share_none_with_another_seed():
     opened = run_dir.open_run("base")
     prompts = constitution.open_prompts("prompts.jsonl", opened, 16).prompts("train")

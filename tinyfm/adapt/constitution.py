@@ -15,7 +15,7 @@ principle is a sentence with a judge, which is a check by a program, or a reward
     {"principle": "The sentence is positive.", "judge": "runs/reward"}
 
 Instead of a critique and a revision, the model writes several drafts of each answer. All principles
-judge each draft. Of the finished drafts of a prompt,
+judge each draft. Of the drafts of a prompt that are finished and not empty,
 
     chosen = one that breaks the fewest principles,     rejected = one that breaks the most
 

@@ -226,12 +226,15 @@ class Judged(NamedTuple):
 
 
 def judge_drafts(rounds: Sequence[Sequence[Answer]], judges: Judges) -> list[list[Judged]]:
-    """The finished drafts of each prompt, judged. A draft that was cut is another answer."""
+    """The finished drafts of each prompt that say something, judged.
+
+    A draft that was cut is another answer, and an empty one, which keeps many principles, is none.
+    """
     keeps = [judges.all(answers).T for answers in rounds]  # (prompts, principles) each
     drafts = []
     for i in range(len(rounds[0])):
         own = zip((answers[i] for answers in rounds), (found[i] for found in keeps))
-        drafts.append([Judged(*one) for one in own if one[0].ended])
+        drafts.append([Judged(*one) for one in own if one[0].ended and one[0].text.strip()])
     return drafts
 
 
@@ -244,7 +247,7 @@ def choose(drafts: Sequence[Judged]) -> tuple[dict[str, str] | None, dict[str, s
         pair = {"prompt": better.before, "chosen": better.text, "rejected": worse.text}
     best = max(drafts, key=lambda one: one.score)
     revised = None
-    if best.keeps.all() and best.answer.text.strip():
+    if best.keeps.all():
         revised = {"text": best.answer.before + best.answer.text}
     return pair, revised
 
@@ -300,7 +303,8 @@ def constitution(options: Options) -> None:
     finished = [own for own in drafts if own]
     print(
         f"{counted(len(prompts), 'prompts')} of {data.path}, {options.drafts} drafts each; "
-        f"{sum(map(len, drafts)):,} drafts finished within {options.max_new_tokens} tokens"
+        f"{sum(map(len, drafts)):,} drafts say something and finished within "
+        f"{options.max_new_tokens} tokens"
     )
     if finished:
         print(report(finished))
