@@ -284,7 +284,7 @@ def test_rounds_of_drafts_differ_and_share_none_with_another_seed():
     assert len({tuple(answer.text for answer in answers) for answers in rounds}) == 4
 
 
-def test_suites_know_what_a_policy_has_read_and_cost(capsys):
+def test_suites_know_what_a_policy_has_read_and_cost(capsys, monkeypatch):
     """Its own pairs or prompts, and the text of its base."""
     question = Question(" ".join("abcdefghijklmno"), ("yes", "no"), 0)
     for name in ("dpo", "grpo"):
@@ -300,6 +300,10 @@ def test_suites_know_what_a_policy_has_read_and_cost(capsys):
     found = suites.resources(run_dir.open_run("dpo"))
     assert found["training data"] == f"{20 * 8} pairs, {30 * 8 * 32:,} tokens"
     assert capsys.readouterr().err == ""
+    # Without a record of its unit, or in rows of unknown length: what its base read is not all.
+    for unit in ("", "tokens"):
+        monkeypatch.setattr(suites.card, "read_speeds", lambda own, unit=unit: (unit, {}))
+        assert suites.resources(run_dir.open_run("dpo"))["training data"] == "not known"
 
 
 def test_policies_are_compared_on_the_same_prompts(fails, tmp_path, capsys):

@@ -135,18 +135,19 @@ def resources(opened: OpenRun) -> dict[str, str]:
         return {"training data": UNKNOWN, "training FLOPs": UNKNOWN}
     flops = 0
     read: dict[str, int] = {}
+    is_known = True
     for own in chain:
         rows = own.meta["step"] * own.run.train.batch_size
         unit, _ = card.read_speeds(own)
-        unit = unit or UNKNOWN
-        read[unit] = read.get(unit, 0) + rows * card.units_in_row(own, unit)
+        units = card.units_in_row(own, unit)
+        is_known = is_known and units > 0
+        read[unit] = read.get(unit, 0) + rows * units
         cost = estimate.training_cost(own.model, own.run.optim, own.run.train.batch_size)
         flops += own.meta["step"] * cost.flops_per_step
-    known = [counted(n, unit) for unit, n in read.items() if n]
-    return {
-        "training data": ", ".join(known) if len(known) == len(read) else UNKNOWN,
-        "training FLOPs": f"{flops:.3g}",
-    }
+    data = UNKNOWN
+    if is_known:
+        data = ", ".join(counted(n, unit) for unit, n in read.items())
+    return {"training data": data, "training FLOPs": f"{flops:.3g}"}
 
 
 # ---- measuring -----------------------------------------------------------------------------------
