@@ -33,7 +33,7 @@ from tinyfm.training import checkpoint, distributed
 from tinyfm.training.distributed import is_shard, local
 from tinyfm.training.log import Logbook
 from tinyfm.training.muon import Muon
-from tinyfm.training.optim import OptimConfig
+from tinyfm.training.optim import OptimConfig, build_optimizers
 from tinyfm.training.trainer import TrainConfig, Trainer
 from tinyfm.vq import VQVAE, VQConfig
 from tinyfm.xlnet import XLNet, XLNetConfig
@@ -185,7 +185,16 @@ def train_families(base: Path) -> None:
             trainer.fit()
             if parallel == "fsdp":
                 check_shares(trainer)
+                alone = build_optimizers(FAMILIES[family](), OPTIM)
+                assert shapes_by_group(trainer.optimizers) == shapes_by_group(alone), family
     make("gpt", base / "gpt-copies", parallel="fsdp", shard_size=1).fit()
+
+
+def shapes_by_group(optimizers) -> list[list[torch.Size]]:
+    """The shapes of the parameters. A checkpoint has its settings by group: groups must not depend
+    on the number of ranks."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [[p.shape for p in group["params"]] for group in groups]
 
 
 def check_shares(trainer: Trainer) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=5)  # how long a rank waits for the others before it gives up
@@ -335,6 +335,17 @@ class Gather(torch.autograd.Function):
 def gather(rows: Tensor) -> Tensor:
     """The rows of all ranks. Gradients flow back to the rank that each row came from."""
     return Gather.apply(rows) if joined() else rows
+
+
+def kept_whole(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters that sharding leaves whole on every rank: single numbers, which cannot be cut,
+    and those below the names that a model has in `unsharded`."""
+    names = {name for inner in module.modules() for name in getattr(inner, "unsharded", ())}
+    return {
+        p
+        for name, p in module.named_parameters()
+        if p.ndim == 0 or not names.isdisjoint(name.split("."))
+    }
 
 
 def is_shard(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyfm.training.distributed import is_shard, local, shard_group
+from tinyfm.training.distributed import is_shard, kept_whole, local, shard_group
 from tinyfm.training.muon import Muon
 
 
@@ -98,12 +98,13 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         optimizers.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay))
         taken = {id(p) for p in hidden}
         params = [p for p in params if id(p) not in taken]
-    # Sharded matrices and those that are whole on each rank: the fused update takes no mixture.
-    shards = [p for p in params if p.ndim >= 2 and is_shard(p)]
-    whole = [p for p in params if p.ndim >= 2 and not is_shard(p)]
+    # The fused update takes no mixture of shards and of matrices that are whole on each rank. The
+    # groups are the same without sharding, so that any number of ranks can resume a checkpoint.
+    whole = kept_whole(model)
+    matrices = [p for p in params if p.ndim >= 2]
     groups = [
-        {"params": shards, "weight_decay": config.weight_decay},
-        {"params": whole, "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if p not in whole], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if p in whole], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyfm.common import files
 from tinyfm.common.device import Compiled
-from tinyfm.training.distributed import World, is_shard, joined, total
+from tinyfm.training.distributed import World, is_shard, joined, kept_whole, total
 
 # ---- blocks --------------------------------------------------------------------------------------
 
@@ -89,18 +89,12 @@ def shard(
     Weights are kept in float32 and gathered in `dtype`; gradients are summed in float32.
     shard_size: number of ranks that share one copy, 0 = all.
 
-    A parameter of a single number cannot be cut. Such parameters stay whole on every rank, and so
-    do those below the names that a model has in `unsharded`. Those of them that are trained are
+    Some parameters stay whole on every rank; see `kept_whole`. Those of them that are trained are
     returned: the caller has to average their gradients.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    names = {name for inner in module.modules() for name in getattr(inner, "unsharded", ())}
-    kept = {
-        p
-        for name, p in module.named_parameters()
-        if p.ndim == 0 or not names.isdisjoint(name.split("."))
-    }
+    kept = kept_whole(module)
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
