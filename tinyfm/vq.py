@@ -215,15 +215,19 @@ class Quantizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, Q, *places) -> the sum of their vectors, (B, Z, *places).
 
-        Raises ValueError for a code outside of the codebook, or another number of codebooks.
+        They may be those of the first codebooks alone. Raises ValueError for a code outside of the
+        codebook, or more codebooks than there are.
         """
         Q, K = self.config.n_book, self.config.n_code
-        if codes.ndim < 3 or codes.size(1) != Q:
-            raise ValueError(f"codes are {tuple(codes.shape)}; they must be (B, {Q}, places ...)")
+        if codes.ndim < 3 or not 1 <= codes.size(1) <= Q:
+            raise ValueError(
+                f"codes are {tuple(codes.shape)}; they must be (B, {Q}, places ...), or have the "
+                "first of the codebooks"
+            )
         for code in (int(codes.min()), int(codes.max())):
             if not 0 <= code < K:
                 raise ValueError(f"there is no code {code}: the codebook has 0 to {K - 1}")
-        parts = [book(codes[:, q]) for q, book in enumerate(self.codebooks)]
+        parts = [book(codes[:, q]) for q, book in enumerate(self.codebooks[: codes.size(1)])]
         return torch.stack(parts).sum(0).movedim(-1, 1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
