@@ -1,4 +1,4 @@
-"""What a text stands for when it is no prose: a molecule, a tune, a genome, a level, a series.
+"""What a text stands for when it is no prose: a molecule, a tune, a level, an episode, a series.
 
 Such a source has, besides documents() and version(), a MODALITY: it says which texts are valid,
 which are the same, and how they are drawn. With it any model that writes texts can be measured:
@@ -53,6 +53,12 @@ class Modality:
     given: int = 0
     errors: Callable[[str, Sequence[str]], dict[str, float]] = lambda document, guesses: {}
     rivals: dict[str, Callable[[str, Sequence[str]], list[str]]] = field(default_factory=dict)
+    # Episodes that a model plays: {"success, LEVEL": whether it reaches the goal of each}. What the
+    # model writes after each text so far is its action. Players without a model: {name: the same}.
+    games: dict[str, Callable[[Callable[[Sequence[str]], Sequence[str]]], list[bool]]] = field(
+        default_factory=dict
+    )
+    players: dict[str, Callable[[], dict[str, list[bool]]]] = field(default_factory=dict)
     # The texts, as long as one that is written, into which a real document is cut to be compared.
     pieces: Callable[[str], list[str]] = lambda text: [text]
     # Draw or play valid texts: write files named as the given path, with these endings.

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import math
 import re
@@ -11,11 +12,12 @@ import wave
 from fractions import Fraction
 from pathlib import Path
 
+import corridor
 import numpy as np
 import pytest
 from test_wheels import publish
 
-from data import genome, levels, molecules, series, tunes, wheels
+from data import episodes, genome, levels, molecules, series, tunes, wheels
 from data.report import Report
 from data.splits import SPLITS, TEST, TRAIN, VAL
 from tinyfm.batches.text import MODALITIES
@@ -101,12 +103,18 @@ def test_the_splits_of_molecules_are_those_of_their_package(folder, monkeypatch)
 
 
 @pytest.mark.parametrize("source", MODALITIES.values(), ids=MODALITIES)
-def test_without_the_package_the_command_is_said(source, folder):
+def test_without_the_package_the_command_is_said(source, folder, monkeypatch):
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    episodes.load.cache_clear()
     command = source.PACKAGE.command.replace(str(folder), "data/cache/packages")
     assert command in re.sub(r" \\\n +", " ", source.__doc__)
     with pytest.raises(ValueError, match=re.escape(source.PACKAGE.command)):
         next(source.documents())
-    assert source.PACKAGE.sha256 in source.version()
+    identity = source.PACKAGE.version if source is episodes else source.PACKAGE.sha256
+    assert identity in source.version()
     assert source.MODALITY.fault("?") and source.PACKAGE.licence
 
 
@@ -470,3 +478,97 @@ def test_pieces_of_a_level_out_of_a_deb(folder, monkeypatch):
     package.path.write_bytes(b"x" + deb[1:])
     with pytest.raises(ValueError, match="is not whole, or another file"):
         next(levels.documents())
+
+
+# ---- episodes ------------------------------------------------------------------------------------
+
+WALK = """go to a green ball
+##?????
+..#?...
+..#^.h.
+right
+...h...
+.......
+...^...
+forward
+"""
+EPISODES = {
+    WALK: "",
+    WALK.replace("forward", "left"): "the goal is not reached",
+    WALK + "...h...\n...^...\nleft\n": "the goal is reached by action 2 of 3",
+    WALK.replace("...h", "...g"): "view 2 contradicts an earlier one",
+    WALK.replace("a green", "the red"): "the goal is not reached",
+    WALK.replace("green", "pink"): "'go to a pink ball' is no mission",
+    WALK.replace("forward\n", ""): "the last line is no action",
+    WALK.replace("...h", "..h"): "'..h...' is no row of 7 cells",
+    WALK.replace("...^", "..^."): "the robot is not in the middle of the last row",
+    "go to the red key\nleft\n": "a view has 0 rows, not 1 to 7",
+}
+
+
+def test_an_episode_is_one_whose_views_agree_and_whose_last_action_reaches_the_goal():
+    for text, what in EPISODES.items():
+        assert episodes.fault(text) == what, text
+    # The wall ahead stops it; what was at the left is ahead after a turn.
+    blocked = "go to the red key\n...#...\n..a^...\nforward\n...#...\n..{}^...\nleft\n"
+    assert episodes.fault(blocked.format("a")) == episodes.fault(blocked.format("?")) == ""
+    assert episodes.fault(blocked.format(".")) == "view 2 contradicts an earlier one"
+    prompt = "go to a red key\\n...^...\\nleft"
+    assert episodes.read_prompt(prompt) == prompt.replace("\\n", "\n") + "\n"
+    for wrong in ("open the door", "go to the red key\\nup"):
+        with pytest.raises(ValueError, match="such as 'go to the red ball'"):
+            episodes.read_prompt(wrong)
+
+
+def test_episodes_of_the_expert_reach_their_goals_and_a_player_does_what_it_writes(
+    monkeypatch, tmp_path
+):
+    corridor.install(monkeypatch)
+    report = Report()
+    found = list(episodes.documents(report))
+    assert not any(episodes.fault(d.text) for d in found)
+    assert len({d.text for d in found}) == len(found) == report.used
+    reasons = {reason: len(names) for reason, names in report.skipped.items()}
+    assert reasons["the expert carries an obstacle away"] == 2 * 18  # those with something grey
+    assert reasons["the same episode as an earlier one"] == report.used  # here both levels are one
+    assert report.found == 240 == report.used + sum(reasons.values())
+    # The split of an episode is that of its world: here a seed is a world.
+    splits = {d.name.split()[-1]: d.split for d in found}
+    assert set(splits.values()) == set(SPLITS)
+    held = episodes.seeds("GoToObj", TEST, 3)
+    assert held == episodes.seeds("GoToLocal", TEST, 3)
+    assert all(splits.get(str(seed), TEST) == TEST for seed in held)
+    # A player that knows the expert's texts does as well as the expert does.
+    monkeypatch.setattr(episodes, "PLAYED", 3)
+    followed = [
+        [e.text(), list(e.actions)] for e in episodes.play(episodes.follow_expert, "GoToObj")
+    ]
+    asked = []
+
+    def answer(texts):
+        asked.extend(texts)
+        return [next(d for d, _ in followed if d.startswith(text))[len(text) :] for text in texts]
+
+    expert = episodes.results(episodes.follow_expert)["success, GoToObj"]
+    assert episodes.play_texts("GoToObj", answer) == expert
+    assert not any(episodes.play_texts("GoToObj", lambda texts: ["nonsense"] * len(texts)))
+    mission = followed[0][0].split("\n")[0]
+    (long,) = episodes.play(lambda running: ["wait"] * len(running), "GoToObj", held[:1])
+    assert len(long.actions) == 12 and not long.reached
+    assert long.text(100).startswith(mission) and len(long.text(100)) <= 100 < len(long.text())
+    # For a model that sees: what was seen before each action.
+    taken = list(episodes.steps("GoToObj", held))
+    assert [action for _, _, action in taken] == [
+        action for _, actions in followed for action in actions
+    ]
+    assert taken[0][0].shape == (56, 56, 3) and taken[0][1] == mission
+    episodes.draw([d.text for d in found[:2]], tmp_path / "a")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_another_version_of_an_installed_package_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0.0")
+    with pytest.raises(
+        ValueError, match=r"minigrid 2\.0\.0 is installed, so run: pip install minigr"
+    ):
+        episodes.PACKAGE.check()

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import corridor
 import numpy as np
 import pytest
 from conftest import SIZES, call
@@ -14,7 +15,7 @@ from conftest import SIZES, call
 import sample
 import tinyfm.evaluate.__main__ as evaluate
 import train
-from data import molecules, series, wheels
+from data import episodes, molecules, series, wheels
 from data.splits import TEST, TRAIN, VAL
 from tinyfm.recipes import modalities
 
@@ -118,3 +119,20 @@ def test_a_forecast_is_scored_beside_yesterday_and_answers_in_numbers(
     assert ("hour     10%" in said.out) == (tmp_path / "sample.png").exists() == (valid > 0)
     assert call(sample, found, "--prompt", "5 " * 168) == 1
     assert "the series is constant" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:past 32 tokens")
+def test_a_model_plays_episodes_beside_the_expert_and_chance(tmp_path, capsys, monkeypatch):
+    corridor.install(monkeypatch)
+    monkeypatch.setattr(episodes, "PLAYED", 4)
+    monkeypatch.setattr(episodes, "LONGEST", 40)
+    monkeypatch.setattr(modalities, "MARKOV_SAMPLES", 2)
+    found = learn(tmp_path, "episodes", None)
+    capsys.readouterr()
+    assert call(evaluate, found, "--samples", "2", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["valid"]["real"] == 1
+    for level in episodes.LEVELS:
+        row = scores[f"success, {level}"]
+        assert set(row) == {"reached", "expert", "random"}
+        assert row["reached"] <= row["expert"]

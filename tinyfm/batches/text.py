@@ -32,6 +32,7 @@ import torch
 
 from data import (
     docs,
+    episodes,
     files,
     genome,
     levels,
@@ -58,6 +59,7 @@ MODALITIES = {
     "tunes": tunes,
     "series": series,
     "levels": levels,
+    "episodes": episodes,
 }
 SOURCES = {
     "docs": docs,
@@ -76,8 +78,8 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 class TextConfig:
     """Which text to read, and how to turn it into tokens."""
 
-    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, your own text
-    # file, folder or "glob", or a folder that data/prepare.py made
+    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, episodes, your
+    # own text file, folder or "glob", or a folder that data/prepare.py made
     path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
     # or a run or folder with a saved tokenizer

@@ -1,10 +1,11 @@
-"""What a GPT's texts are worth where they are no prose: molecules, tunes, genomes, levels, series.
+"""What a GPT's texts are worth where they are no prose: molecules, tunes, levels, episodes, series.
 
 The model is the GPT of gpt.py, and the text has a MODALITY (data/modality.py), so nothing here
 knows a modality by name. `write_modality` is for sample.py: it writes texts, says how many are
 valid, unique and novel, and draws or plays them. `measure` counts the same for evaluate, over more
 texts, at temperature 1: the model's own distribution. Beside it stand the real held-out texts, and
-those of a Markov model (evaluate/markov.py) that has read the same tokens.
+those of a Markov model (evaluate/markov.py) that has read the same tokens. Of episodes, it also
+plays: what the model writes is done, until the goal is reached.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FORECASTS = 40  # documents whose rest evaluate forecasts
 GUESSES = 20  # texts for each forecast
 MARKOV_SAMPLES = 200  # texts that a Markov model writes, which is slow
 AT_ONCE = 100  # texts that are written at a time
+ACTION_TOKENS = 8  # tokens that a player writes for an action: its letters and a line end
 SHOWN_FAULTS = 3
 
 
@@ -117,6 +119,30 @@ def forecast_scores(
     }
 
 
+# ---- episodes ------------------------------------------------------------------------------------
+
+
+def play(modality: Modality, model: nn.Module, tokenizer: Tokenizer, front: list[int]) -> Scores:
+    """The shares of the games' episodes in which the likeliest actions reach the goal."""
+    never = tokenizer.without_token(model.config.vocab_size)
+    sampling = generate.Sampling(ACTION_TOKENS, temperature=0.0, stop_tokens=(tokenizer.eot,))
+
+    def answer(texts: Sequence[str]) -> list[str]:
+        prompts = [[*front, tokenizer.eot, *tokenizer.encode(text)] for text in texts]
+        found = []
+        for first in range(0, len(prompts), AT_ONCE):
+            own = prompts[first : first + AT_ONCE]
+            found += generate.complete(model, own, sampling, never=never)
+        return [tokenizer.decode(row) for row in found]
+
+    return {name: success(game(answer)) for name, game in modality.games.items()}
+
+
+def success(reached: Sequence[bool]) -> metrics.Measured:
+    """The share of episodes that reached their goal."""
+    return metrics.proportion(np.array(reached), "episodes")
+
+
 # ---- sample.py -----------------------------------------------------------------------------------
 
 
@@ -182,7 +208,7 @@ def write_modality(run: Run, modality: Modality, opened: OpenRun, options: Any) 
 def measure(
     modality: Modality, model: nn.Module, data: TextData, n: int, front: list[int], seed: int
 ) -> Scores:
-    """The shares of n texts of the model, and the errors of its forecasts."""
+    """The shares of n texts of the model, the errors of its forecasts, and what it plays."""
     texts = write(model, data.tokenizer, [""] * n, modality.longest, front, seed)
     scores = shares(modality, texts, list(texts_of(data, TRAIN)))
     if modality.given:
@@ -192,7 +218,7 @@ def measure(
         found = write(model, data.tokenizer, starts, rest, front, seed)
         guesses = [found[i : i + GUESSES] for i in range(0, len(found), GUESSES)]
         scores |= forecast_scores(modality, documents, guesses)
-    return scores
+    return scores | play(modality, model, data.tokenizer, front)
 
 
 def baselines(modality: Modality, data: TextData) -> dict[str, Scores]:
@@ -216,4 +242,6 @@ def baselines(modality: Modality, data: TextData) -> dict[str, Scores]:
         for name, guess in modality.rivals.items():
             guesses = [guess(text[: modality.given], training) for text in documents]
             columns[name] = forecast_scores(modality, documents, guesses)
+    for name, player in modality.players.items():
+        columns[name] = {game: success(reached) for game, reached in player().items()}
     return columns
