@@ -152,7 +152,7 @@ def test_a_causal_codec_hears_nothing_ahead():
 
 def test_a_gain_is_the_size_of_its_weights():
     direction = normal(3, 2, 5)
-    gain = torch.tensor([1.0, -2, 0.5])[:, None, None]
+    gain = torch.tensor([1.0, -2, 0.5])
     weight = normed_weight(direction, gain)
     sizes = weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(sizes, torch.tensor([1.0, 2, 0.5]))

@@ -122,8 +122,8 @@ def reflect(x: Tensor, left: int, right: int) -> Tensor:
 
 
 def normed_weight(direction: Tensor, gain: Tensor) -> Tensor:
-    """w = g v / |v|: direction v (D1, D2, kernel), gain g (D1, 1, 1)."""
-    return gain * direction / direction.norm(dim=(1, 2), keepdim=True)
+    """w = g v / |v|: direction v (D1, D2, kernel), gain g (D1,)."""
+    return gain[:, None, None] * direction / direction.norm(dim=(1, 2), keepdim=True)
 
 
 def spectrogram(sounds: Tensor, window: int) -> Tensor:
@@ -170,7 +170,7 @@ class NormedWeight(nn.Module):
     def __init__(self, shape: tuple[int, int, int], n_bias: int):
         super().__init__()
         self.direction = nn.Parameter(torch.empty(shape))
-        self.gain = nn.Parameter(torch.empty(shape[0], 1, 1))
+        self.gain = nn.Parameter(torch.empty(shape[0]))
         self.bias = nn.Parameter(torch.empty(n_bias))
         self.reset_parameters()
 
@@ -180,7 +180,7 @@ class NormedWeight(nn.Module):
         nn.init.kaiming_normal_(self.direction)
         nn.init.zeros_(self.bias)
         if not self.direction.is_meta:
-            self.gain.copy_(self.direction.norm(dim=(1, 2), keepdim=True))
+            self.gain.copy_(self.direction.norm(dim=(1, 2)))
 
     def weight(self) -> Tensor:
         return normed_weight(self.direction, self.gain)
@@ -276,7 +276,7 @@ class Codec(nn.Module):
     """Sounds (B, C, T) in [-1, 1] to codes (B, Q, frames), by encode, and back, by decode."""
 
     unit = "sound"  # what a data set is counted in
-    outer = ("codebooks",)  # a table: for AdamW, not for Muon
+    outer = ("codebooks", "lstm")  # tables, and stacks of four matrices: for AdamW, not for Muon
     unsharded = ("codebooks",)  # whole on each rank, as `revive` compares rows
 
     def __init__(self, config: CodecConfig):

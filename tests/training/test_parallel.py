@@ -21,10 +21,12 @@ from tinyfm.adapt.embedder import Embedder, EmbedderConfig
 from tinyfm.autoencoder import Autoencoder, AutoencoderConfig
 from tinyfm.batches.text import TextData
 from tinyfm.clip import CLIP, CLIPConfig
+from tinyfm.codec import Codec, CodecConfig
 from tinyfm.common import files
 from tinyfm.ddpm import Diffusion, DiffusionConfig
 from tinyfm.encoder import Encoder, EncoderConfig
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.musicgen import MusicGen, MusicGenConfig
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.encoder import EncoderEmbedRun
 from tinyfm.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -65,6 +67,11 @@ DDPM = DiffusionConfig(
 )
 LATENT = replace(DDPM, image_size=4, in_channels=2, d_context=16, clip=False)
 VQ = VQConfig(image_size=8, channels=(4, 8), groups=2, latent_channels=2, n_code=61, dead_after=2)
+CODEC = CodecConfig(
+    width=4, ratios=(2, 2), latent_channels=2, n_code=61, n_book=2, n_lstm=1, dead_after=2,
+    windows=(16,), sound_length=32,
+)  # fmt: skip
+MUSICGEN = MusicGenConfig(61, n_book=2, context_length=8, n_layer=2, n_head=2, d_model=16)
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
     "encoder": lambda: Encoder(ENCODER),
@@ -81,6 +88,8 @@ FAMILIES = {
     "autoencoder": lambda: Autoencoder(AUTOENCODER),
     "ddpm": lambda: Diffusion(DDPM),
     "vq": lambda: VQVAE(VQ),
+    "codec": lambda: Codec(CODEC),
+    "musicgen": lambda: MusicGen(MUSICGEN),
     "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
 }
 TRAIN = TrainConfig(

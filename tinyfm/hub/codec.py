@@ -140,6 +140,11 @@ def their_name(name: str) -> str:
     return ".".join([network, "layers", layer, *places, PARTS[part]])
 
 
+def to_theirs(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of ours in their layout: a gain has the dimensions of its weights there."""
+    return tensor[:, None, None] if name.endswith(".gain") else tensor
+
+
 def new_name(name: str) -> str:
     """Return today's name of a tensor in an old file."""
     name = re.sub(r"\.weight_g$", ".parametrizations.weight.original0", name)
@@ -172,8 +177,10 @@ def load(cls: type, config_cls: type, folder: str | Path, dtype=torch.float32) -
     own = dict(model.named_parameters())
     names = {name: their_name(name) for name in own}
     stored = {name: tensor for name, tensor in stored.items() if not UNREAD.fullmatch(name)}
-    layout.check_tensors(folder, stored, {names[name]: tensor for name, tensor in own.items()})
-    layout.assign_weights(model, {name: stored[names[name]] for name in own}, dtype)
+    expected = {names[name]: to_theirs(name, tensor) for name, tensor in own.items()}
+    layout.check_tensors(folder, stored, expected)
+    weights = {name: stored[names[name]].view_as(tensor) for name, tensor in own.items()}
+    layout.assign_weights(model, weights, dtype)
     return model
 
 
@@ -184,7 +191,8 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     overwrite.
     """
     raw = write_config(model.config)
-    tensors = {their_name(name): tensor for name, tensor in model.named_parameters()}
+    own = dict(model.named_parameters())
+    tensors = {their_name(name): to_theirs(name, tensor) for name, tensor in own.items()}
     for name in [name for name in tensors if name.endswith(".embed")]:
         tensors |= book_buffers(name, tensors[name])
     layout.write_folder(Path(folder), raw, tensors, overwrite=overwrite)
