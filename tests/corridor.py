@@ -86,3 +86,4 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(episodes, "load", lambda: (worlds, Expert))
     monkeypatch.setattr(episodes, "seeds", episodes.seeds.__wrapped__)
     monkeypatch.setattr(episodes, "SEEDS", 120)
+    monkeypatch.setattr(episodes, "HELD_OUT", 0.1)

@@ -540,6 +540,7 @@ def test_episodes_of_the_expert_reach_their_goals_and_a_player_does_what_it_writ
     assert all(splits.get(str(seed), TEST) == TEST for seed in held)
     # A player that knows the expert's texts does as well as the expert does.
     monkeypatch.setattr(episodes, "PLAYED", 3)
+    monkeypatch.setattr(episodes, "PAST", 1000)
     followed = [
         [e.text(), list(e.actions)] for e in episodes.play(episodes.follow_expert, "GoToObj")
     ]
