@@ -550,11 +550,12 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=0.02)
 
-    def hidden(self, tokens: Tensor, cache=None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache=None, sight=None) -> Tensor:
         """Tokens (B, T) -> normalised states (B, T, D), from which the head computes the logits.
 
         The states are multiplied by logit_scale: the head is linear, so that scales the logits.
         With a KVCache (generate.py), the tokens continue those whose keys and values it holds.
+        With a Sight (vision_gpt.py), they are read beside pictures.
         Raises ValueError if there are more than context_length tokens, cached ones included.
         """
         config = self.config
@@ -583,6 +584,8 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)  # (B, T, D)
         if config.embedding_scale != 1:
             x = config.embedding_scale * x
+        if sight is not None:
+            x = sight.embed(x, tokens)
         angles = None
         if config.position == "learned":
             x = x + self.position_embedding(positions)
@@ -594,6 +597,8 @@ class GPT(nn.Module):
         # The blocks.
         x = self.dropout(self.embed_norm(x))
         for layer, block in enumerate(self.blocks):
+            if sight is not None:
+                x = sight.before_block(x, layer)
             x = block(x, angles, mask, cache, layer)
         if cache is not None:
             cache.length += T
