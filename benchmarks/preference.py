@@ -94,12 +94,15 @@ def code_base(work: Path, seed: str, options: argparse.Namespace, more: list[str
 
 
 def film_base(work: Path, seed: str, options: argparse.Namespace, more: list[str]) -> Path:
-    sentences = [{"text": row.text} for row in ratings.rows("films") if row.split == TRAIN]
+    # One hash decides both splits: with the same share, the base trains on no sentence that the
+    # ratings hold out.
+    sentences = [{"text": row.text} for row in ratings.rows("films")]
     path = write_jsonl(work / "films.jsonl", sentences)
+    share = ["--data.val-fraction", str(ratings.HELD_OUT_SHARE)]
     common = ["gpt", "--train.seed", seed, "--train.eval-every", "0"]
     words = [*common, "--data.path", "passages", "--train.steps", str(options.base_steps), *more]
     first = train(work / f"english-{seed}", *words)
-    words = [*common, "--data.path", path, "--init-from", str(first.resolve())]
+    words = [*common, "--data.path", path, *share, "--init-from", str(first.resolve())]
     return train(work / f"sentences-{seed}", *words, "--train.steps", str(options.base_steps // 3))
 
 
