@@ -123,7 +123,8 @@ def reflect(x: Tensor, left: int, right: int) -> Tensor:
 
 def normed_weight(direction: Tensor, gain: Tensor) -> Tensor:
     """w = g v / |v|: direction v (D1, D2, kernel), gain g (D1,)."""
-    return gain[:, None, None] * direction / direction.norm(dim=(1, 2), keepdim=True)
+    scale = gain / direction.norm(dim=(1, 2))
+    return scale[:, None, None] * direction
 
 
 def spectrogram(sounds: Tensor, window: int) -> Tensor:
