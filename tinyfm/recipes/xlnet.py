@@ -179,5 +179,6 @@ PRESETS = {
             optim=OptimConfig(lr=0.012, muon_lr=0.02, warmup_steps=10, decay_fraction=0.6),
             train=TrainConfig(steps=600, batch_size=32, micro_batch_size=16, eval_every=200),
         ),
+        usual="0.42, as one seed gave",
     ),
 }
