@@ -5,6 +5,9 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import processes
@@ -12,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, count_parameters
 
+from data.splits import split_of
+from tinyfm.batches.text import TextConfig, prepare_folder
 from tinyfm.gpt import GPT, GPTConfig
 
 
@@ -80,6 +85,26 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
+
+
+def test_the_base_of_films_trains_on_no_held_out_sentence(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    preference = importlib.import_module("benchmarks.preference")
+    ratings = preference.ratings
+    texts = [" ".join(f"{i * k:x}" for k in range(7, 12)) for i in range(200)]
+    splits = [split_of(text, ratings.HELD_OUT_SHARE) for text in texts]
+    rows = [ratings.Rated(text, (1,), text, split) for text, split in zip(texts, splits)]
+    monkeypatch.setattr(ratings, "rows", lambda name: rows)
+    given = []
+    monkeypatch.setattr(preference, "train", lambda run, *words: given.append(words) or run)
+    preference.film_base(tmp_path, "0", Namespace(base_steps=3), [])
+    options = dict(pairwise(given[1]))
+    path, share = options["--data.path"], float(options["--data.val-fraction"])
+    config = TextConfig(path, tokenizer="bytes", val_fraction=share, cache=str(tmp_path / "cache"))
+    manifest = json.loads(
+        (prepare_folder(config, 257) / "manifest.json").read_text(encoding="utf-8")
+    )
+    assert manifest["documents"] == Counter(splits)
 
 
 def test_rows_of_any_length_are_scored_on_the_same_tokens(monkeypatch):

@@ -208,7 +208,7 @@ def test_codes_and_texts_that_do_not_fit():
             model.loss({"codes": torch.full((1, Q, 4), code)})
     with pytest.raises(ValueError, match=r"\(1, 2, 4\); they must be \(B, 3, frames\)"):
         model.generate(random_codes(1, 2, 4), 1)
-    with pytest.raises(ValueError, match="17 new frames behind 2 do not fit; write 1 to 16"):
+    with pytest.raises(ValueError, match=r"2 frames and 17 new ones: .* at most 18 in all"):
         model.generate(random_codes(1, Q, 2), 17)
     with pytest.raises(ValueError, match="21 steps exceed context_length 20"):
         model(delay(random_codes(1, Q, 18), K))

@@ -320,8 +320,10 @@ class MusicGen(nn.Module):
         known = prompts.size(2)
         T = known + frames
         if frames < 1 or config.context_length < T + Q - 1:
-            most = config.context_length - Q + 1 - known
-            raise ValueError(f"{frames} new frames behind {known} do not fit; write 1 to {most}")
+            raise ValueError(
+                f"{known} frames and {frames} new ones: write at least 1, and have at most "
+                f"{config.context_length - Q + 1} in all, as the context holds"
+            )
         self.eval()
         # Codes that are not known yet are -1, so that a code is drawn where the columns have -1.
         columns = delay(F.pad(prompts, (0, frames), value=-1), K)  # (B, Q, T + Q)

@@ -35,7 +35,7 @@ HARMFUL = {
     "loads another module": "import socketserver",
     "reads what is typed": "assert input()",
     "sleeps": "import time; time.sleep(1000)",
-    "takes memory": "bytearray(10**11)",
+    "takes memory": f"bytearray({sandbox.MEMORY})",
     "calls itself": "def f(): return f()\nf()",
     "lifts a limit": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
     "traces its parent": RAW.format((101, 117)[COLUMN]),

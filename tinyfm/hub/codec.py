@@ -105,8 +105,8 @@ def write_config(config: Any) -> dict[str, Any]:
     """Return config.json for a CodecConfig. Raises ValueError if n_code is no power of 2."""
     if config.n_code & (config.n_code - 1):
         raise ValueError(
-            f"n_code is {config.n_code}; {TITLE} takes powers of 2 alone: train with "
-            f"--model.n-code {1 << config.n_code.bit_length()}"
+            f"n_code is {config.n_code}; {TITLE} takes powers of 2 alone: train a "
+            f"codec with n_code {1 << config.n_code.bit_length()}"
         )
     raw: dict[str, Any] = {"architectures": [TITLE], "model_type": "encodec"} | REQUIRED
     for ours, theirs in name_pairs(FIELDS, 1):

@@ -431,7 +431,7 @@ PRESETS = {
         "a GPT that writes levels of a platform game: ten minutes on one core", "levels", 256, 900
     ),
     "episodes": modality_preset(
-        "a GPT that plays a robot in a room: ten minutes on one core", "episodes", 512, 900
+        "a GPT that plays a robot in a room: a quarter of an hour on one core", "episodes", 512, 900
     ),
     # A scaling law is fitted to the first eight, and then predicts the large one, which has four
     # times the FLOPs of the eighth: python -m tinyfm.calc sweep.
