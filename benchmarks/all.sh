@@ -59,6 +59,7 @@ run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
 run "preference functions" python benchmarks/preference.py functions --record
 run "preference films" python benchmarks/preference.py films --record
+run together python benchmarks/together.py --record
 run "encoder films" python benchmarks/encoder.py films --minutes 5 --record
 run "encoder speed" python benchmarks/encoder.py speed --record
 run "seq2seq words" python benchmarks/seq2seq.py words --record

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import processes
@@ -15,8 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, count_parameters
 
-from data.splits import split_of
-from tinyfm.batches.text import TextConfig, prepare_folder
+from data.splits import Document, split_of
+from tinyfm.batches.text import MODALITIES, TextConfig, TextData, prepare_folder
 from tinyfm.gpt import GPT, GPTConfig
 
 
@@ -82,6 +83,7 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
     marks += ("encoder films", "encoder speed", "preference functions", "preference films")
+    marks += ("together", *(f"results {name}" for name in MODALITIES))
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
@@ -105,6 +107,28 @@ def test_the_base_of_films_trains_on_no_held_out_sentence(tmp_path, monkeypatch)
         (prepare_folder(config, 257) / "manifest.json").read_text(encoding="utf-8")
     )
     assert manifest["documents"] == Counter(splits)
+
+
+def test_each_modality_gives_as_much_text_alone_as_together(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    together = importlib.import_module("benchmarks.together")
+    documents = {  # 10 bytes each; the second source has less
+        name: [
+            Document(f"{name}{split:5}{i:04}", split) for split in together.SPLITS for i in range(n)
+        ]
+        for name, n in (("a", 40), ("b", 20))
+    }
+    sources = {name: together.read(found) for name, found in documents.items()}
+    texts = together.share_out(sources, 1000)
+    assert [len(own["train"]) for own in texts.values()] == [20, 20]
+    assert len(together.share_out(sources, 155)["a"]["train"]) == 15
+    mixed = together.mix(texts)
+    assert sorted(mixed["train"]) == sorted(texts["a"]["train"] + texts["b"]["train"])
+    assert mixed["train"][:20] != texts["a"]["train"]
+    folder = together.prepare(tmp_path / "mixed", mixed)
+    data = TextData(Path(folder), 257, 32, 4, seed=0)
+    assert data.split("test").bytes.tolist() == [10] * 60
+    assert Counter(data.split("train").tokens.tolist())[ord("b")] == 20
 
 
 def test_rows_of_any_length_are_scored_on_the_same_tokens(monkeypatch):
