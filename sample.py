@@ -22,6 +22,8 @@
   python sample.py runs/text2image --prompt "sans digit two" --init-image a.png
   python sample.py runs/vq -n 8 --out rebuilt.png              # and codes
   python sample.py runs/dalle --prompt "serif latin capital letter q"
+  python sample.py runs/vision-gpt --image my.png              # say what it is
+  python sample.py runs/vision-gpt --image my.png --prompt "is it bold?"
 
 An option that is for one family stands under its name.
 """
@@ -68,7 +70,8 @@ from tinyfm.speculative import DRAFT_TOKENS
 class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
     # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; seq2seq:
-    # word to say, or line to translate; CLIP: what to find; text2image, dalle: what to draw
+    # word to say, or line to translate; CLIP: what to find; text2image, dalle: what to draw;
+    # vision-gpt: question about --image, or nothing for a caption
     prompt: MaybeText = None
     # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
     # candidates for a [MASK] (default: 5)
@@ -117,9 +120,9 @@ class ForXLNet:
 
 @dataclass(frozen=True)
 class ForPictures:
-    """Options for a CLIP, a classifier of pictures, or a VQ-VAE."""
+    """Options for a CLIP, a classifier of pictures, a VQ-VAE, or a GPT that sees."""
 
-    image: FilePath = ""  # picture to name, to classify, or to rebuild
+    image: FilePath = ""  # picture to name, to classify, to rebuild, or to write about
     # names for a CLIP to choose from, with commas between them; or a file with one name a line
     labels: Text = ""
 

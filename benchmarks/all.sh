@@ -57,6 +57,7 @@ run tokenizer python benchmarks/tokenizer.py --text "${SHAKESPEARE:--}" --minbpe
 run retrieval python benchmarks/retrieval.py --record
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
+run vision python benchmarks/vision.py --record
 run "preference functions" python benchmarks/preference.py functions --record
 run "preference films" python benchmarks/preference.py films --record
 run together python benchmarks/together.py --record

@@ -28,6 +28,7 @@ action, none before it, reaches the goal. So it needs no package. minigrid agree
 A model is also a player: it reads the text so far, and what it writes is done. `play` gives the
 share of worlds in which a player reaches the goal within 64 steps. `steps` yields (picture,
 mission, action) for models that see, as RT-2 does (Brohan et al. 2023): an action is a word.
+`records` are those steps in the splits, from the first PICTURED worlds, whose pictures take 300 MB.
 
 A seed makes a world. The split is by worlds, whatever the mission, so a robot never trained in the
 rooms where it is tested. Episodes in which the expert carries an obstacle away are left out.
@@ -45,13 +46,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from data import command, modality
 from data.report import Report, counted
 from data.splits import TEST, Document, split_of
+
+if TYPE_CHECKING:
+    from data import pictures
 
 LEVELS = ("GoToObj", "GoToLocal")
 ACTIONS = ("left", "right", "forward")
@@ -62,6 +66,7 @@ PLAYED = 200  # test episodes
 PAST = 200  # characters of an episode that a player reads, at most
 LONGEST = 700  # characters of an episode that is written
 TILE = 8  # pixels of a cell of a picture
+PICTURED = 3_000  # worlds of each level whose steps are pictures
 
 SIDE = 7  # cells of a view
 MIDDLE = SIDE // 2  # the robot's column; its row is the last
@@ -267,6 +272,26 @@ def steps(level: str, worlds: Sequence[int]) -> Iterator[tuple[np.ndarray, str, 
                 yield picture, episode.mission, action
 
 
+def records(report: Report | None = None) -> "Iterator[pictures.Record]":
+    """Yield the steps of PICTURED worlds of each level; the captions are mission and action.
+
+    Raises ValueError, with a command, without the package.
+    """
+    from data import pictures  # loads Pillow, which texts do not need
+
+    if report is None:
+        report = Report()
+    load()
+    report.note(f"licence: {PACKAGE.licence}")
+    for level in LEVELS:
+        for seed in range(PICTURED):
+            split = split_of(Episode(level, seed).world, HELD_OUT)
+            for picture, mission, action in steps(level, (seed,)):
+                report.found += 1
+                report.used += 1
+                yield pictures.Record(picture, (mission, action), f"{mission}: {action}", split)
+
+
 def play_texts(level: str, answer: Callable[[Sequence[str]], Sequence[str]]) -> list[bool]:
     """Whether a model that continues texts reaches the goal of each test episode."""
 
@@ -445,7 +470,7 @@ MODALITY = modality.Modality(
 
 
 def version() -> str:
-    """A name for the exact documents: it changes if they do."""
+    """A name for the exact documents and records: it changes if they do."""
     return f"episodes-2 {PACKAGE.name} {PACKAGE.version}"
 
 

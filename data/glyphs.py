@@ -296,6 +296,30 @@ def unpaint(image: np.ndarray) -> tuple[str, str, np.ndarray]:
     return ink, str(names[own]), drawing
 
 
+# ---- questions -----------------------------------------------------------------------------------
+
+
+def answers(caption: str, name: str) -> dict[str, str]:
+    """{question: answer} about a drawing, from its caption and its name.
+
+    Training on the glyphs never shows bold italic, but bold and italic: a model can answer "yes" to
+    both without having seen them together, and has to compose "bold italic".
+    """
+    before, _, after = caption.rpartition(name)
+    words = before.split()
+    colors = {}
+    if after:  # painted: "red serif bold " and " on yellow"
+        colors = {"which ink?": words.pop(0), "which paper?": after.split()[-1]}
+    family, *style = words
+    return {
+        "which family?": family,
+        "what style?": " ".join(style) or "regular",
+        "is it bold?": "yes" if "bold" in style else "no",
+        "is it italic?": "yes" if "italic" in style else "no",
+        **colors,
+    }
+
+
 # ---- the data set --------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_captioned_pictures
 
 ROOM_PAGES = sorted(ROOT.glob("tinyfm/*/README.md"))
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *ROOM_PAGES]
@@ -61,6 +61,8 @@ SMALL = {
     "vq": "--model.channels 8 8 16 --model.groups 4 --data.val-images 8",
     "dalle": "--vq runs/vq --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
     "--data.val-images 8",
+    "vision-gpt": "--data.path pictures --data.tokenizer bytes --model.image-size 8 "
+    "--model.patch-size 4 --model.channels 3 --train.batch-size 16",
     "ddpm": "--model.channels 8 16 --model.attend False True --model.n-head 2 --model.groups 4 "
     "--data.val-images 8 --data.path letters",
     "text2image": "--autoencoder runs/first --clip runs/clip "
@@ -144,6 +146,8 @@ def test_every_documented_command_runs(tmp_path, shared_cache):
     words = sorted({*re.findall(r"\b[a-z]{4,10}\b", text)})
     rows = [f"{word}\t{word[::-1]}" for word in words]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *rows]), encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+    write_captioned_pictures(tmp_path / "pictures")
     scripts, outputs = Path(sys.executable).parent, tmp_path / "outputs"
     outputs.mkdir()
     environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

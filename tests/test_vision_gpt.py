@@ -9,8 +9,11 @@ from transformers.models.idefics.configuration_idefics import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
+from tinyfm.calc import estimate
 from tinyfm.generate import Sampling
-from tinyfm.gpt import GPTConfig
+from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
 from tinyfm.vision_gpt import GatedCrossBlock, Resampler, VisionGPT, VisionGPTConfig
 
 TEXT = GPTConfig(vocab_size=20, context_length=24, n_layer=3, n_head=2, d_model=16, zero_init=False)
@@ -172,6 +175,37 @@ def test_places_of_pictures_are_no_targets():
     p = model(tokens[:, :-1], pictures(1, 1)).log_softmax(-1)[0]
     assert metrics["weight"] == 2
     assert loss.item() == pytest.approx(-(p[-2, 2] + p[-1, 3]).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(name):
+    model = build(CONFIGS[name])
+    tokens = torch.tensor([model.place_images([[1], None, [2, 3, 4, 5]])] * 3)
+    batch = {"tokens": tokens, "images": pictures(3, 1)}
+    found = []
+    for most in (GPT.logits_at_once, 40):
+        model.gpt.logits_at_once = most
+        model.zero_grad()
+        loss, _ = model.loss(batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["prefix-resampler", "cross"])
+def test_the_cost_of_training_is_predicted(name):
+    optim, few = OptimConfig("adamw"), TrainConfig(steps=2, batch_size=4, device="cpu")
+    assert estimate.forecast(VisionGPT(CONFIGS[name]), optim, few).flops > 0
+
+
+def test_some_ids_are_never_written():
+    model = build(PREFIX)
+    row = model.place_images([None, [1]])
+    greedy = Sampling(max_new_tokens=5, temperature=0)
+    (free,) = model.generate([row], pictures(1, 1), greedy)
+    (other,) = model.generate([row], pictures(1, 1), greedy, never=free[:1])
+    assert free[0] not in other
 
 
 @pytest.mark.parametrize("way", ["prefix", "cross-resampler"])

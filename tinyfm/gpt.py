@@ -608,17 +608,19 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.hidden(tokens))  # (B, T, V)
 
-    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: dict[str, Tensor], generators=None, sight=None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of -ln p(next token), in nats, over batch["tokens"] (B, T + 1).
 
         The first T tokens are the input, the last T the targets. Targets where batch["mask"] (B, T)
         is False do not count; if none counts, the loss is 0. metrics["weight"] is the number of
         targets that count; a caller needs it to average over unequal batches. The logits are
         float32 in the loss, whatever the dtype of the model. The generators are not used: nothing
-        in the loss is random but dropout.
+        in the loss is random but dropout. sight: pictures beside the tokens, see `hidden`.
         """
         tokens = batch["tokens"]
-        states = self.hidden(tokens[:, :-1])  # (B, T, D)
+        states = self.hidden(tokens[:, :-1], sight=sight)  # (B, T, D)
         targets = tokens[:, 1:]  # (B, T)
         if "mask" in batch:
             targets = targets.masked_fill(~batch["mask"], -100)  # cross_entropy ignores -100

@@ -239,21 +239,25 @@ class Sight:
         else:
             self.layers = [block.keys_and_values(states) for block in model.cross]
 
-    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings x (B, T, D) of tokens (B, T), with the vectors of pictures in their places.
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError if the next tokens (B, T) have more pictures than there are.
 
-        Raises ValueError where the tokens have another number of pictures than `images`.
+        Training does not ask: it would wait for the device, and its batches are made to fit.
         """
+        config = self.model.config
+        most = int((self.seen + (tokens == config.image_id).sum(1)).max())
+        if most > self.n_image * config.image_tokens:
+            raise ValueError(
+                f"a text has {most} places of pictures, and there are "
+                f"{self.n_image} pictures of {config.image_tokens} places: give each its places"
+            )
+
+    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings x (B, T, D) of tokens (B, T), with the vectors of pictures in their places."""
         config = self.model.config
         is_place = tokens == config.image_id
         count = self.seen[:, None] + is_place.cumsum(1)  # (B, T)
         self.seen = count[:, -1]
-        most = self.n_image * config.image_tokens
-        if bool((self.seen > most).any()):
-            raise ValueError(
-                f"a text has {int(self.seen.max())} places of pictures, and there are "
-                f"{self.n_image} pictures of {config.image_tokens} places: give each its places"
-            )
         self.last = count - 1  # in the cross way, where a picture has one place
         if config.way == "cross":
             return x
@@ -282,6 +286,7 @@ class Reader(nn.Module):
     def hidden(self, tokens: Tensor, cache) -> Tensor:
         if cache.length == 0:  # a text is read from its start
             self.sight.seen = torch.zeros_like(self.sight.seen)
+        self.sight.check(tokens)
         return self.gpt.hidden(tokens, cache, self.sight)
 
     def head(self, states: Tensor) -> Tensor:
@@ -374,7 +379,9 @@ class VisionGPT(nn.Module):
             if bool((tokens == self.config.image_id).any()):
                 raise ValueError("the text has a place for a picture, but there is none: give it")
             return self.gpt.hidden(tokens)
-        return self.gpt.hidden(tokens, None, Sight(self, images))
+        sight = Sight(self, images)
+        sight.check(tokens)
+        return self.gpt.hidden(tokens, None, sight)
 
     def forward(self, tokens: Tensor, images: Tensor | None = None) -> Tensor:
         return self.gpt.head(self.hidden(tokens, images))  # (B, T, V)
@@ -386,15 +393,11 @@ class VisionGPT(nn.Module):
         and no place of a picture does. metrics["weight"]: the number of targets that count.
         """
         tokens = batch["tokens"]
-        logits = self(tokens[:, :-1], batch["images"]).float()
-        targets = tokens[:, 1:]
-        counted = targets != self.config.image_id
+        counted = tokens[:, 1:] != self.config.image_id
         if "mask" in batch:
-            counted &= batch["mask"]
-        targets = targets.masked_fill(~counted, -100)  # cross_entropy ignores -100
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        weight = counted.sum()
-        return loss / weight.clamp(min=1), {"weight": weight}
+            counted = counted & batch["mask"]
+        sight = Sight(self, batch["images"])
+        return self.gpt.loss({"tokens": tokens, "mask": counted}, sight=sight)
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
         """A batch with the shapes and dtypes of real data: a picture, then a text of zeros."""
@@ -432,12 +435,13 @@ class VisionGPT(nn.Module):
         images: Tensor,
         sampling: Sampling | None = None,
         use_cache: bool = True,
+        never: Sequence[int] = (),
     ) -> list[list[int]]:
         """Continue each prompt, made by `place_images`; return the new tokens of each row.
 
         images (B, I, C, H, W): those of each row, in order. They are encoded once, and their keys
-        and values are kept. A text ends with the context at the latest. Raises ValueError as
-        `hidden` does.
+        and values are kept. never: ids that are not written. A text ends with the context at the
+        latest. Raises ValueError as `hidden` does.
         """
         sampling = sampling or Sampling()
         if len(images) != len(prompts):
@@ -451,4 +455,4 @@ class VisionGPT(nn.Module):
                 f"{sampling.max_new_tokens}: use at most {room}, or a shorter prompt"
             )
         self.eval()
-        return complete(Reader(self, images), prompts, sampling, use_cache)
+        return complete(Reader(self, images), prompts, sampling, use_cache, never)

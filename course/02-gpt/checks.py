@@ -450,7 +450,7 @@ class Successor(GPT):
         super().__init__(GPTConfig(**SIZES | {"vocab_size": 2, "d_model": 2, "n_layer": 1}))
         self.head.weight.data.copy_(math.log(3) * torch.eye(2))
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, sight=None):
         return nn.functional.one_hot(1 - tokens, 2).float()
 
 

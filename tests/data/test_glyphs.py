@@ -339,3 +339,13 @@ def test_each_variant_has_a_different_version():
     choices = [{"color": c, "letters": n} for c in (False, True) for n in (False, True)]
     assert len({glyphs.version(**choice) for choice in choices}) == 4
     assert glyphs.version() == glyphs.version(color=False, letters=False)
+
+
+def test_answers_are_read_from_captions():
+    name = "latin small letter a"
+    found = glyphs.answers(f"serif bold italic {name}", name)
+    assert list(found.values()) == ["serif", "bold italic", "yes", "yes"]
+    assert list(glyphs.answers(f"mono {name}", name).values()) == ["mono", "regular", "no", "no"]
+    painted = glyphs.answers(f"red sans italic {name} on yellow", name)
+    assert painted["which ink?"] == "red" and painted["which paper?"] == "yellow"
+    assert [painted["what style?"], painted["which family?"]] == ["italic", "sans"]

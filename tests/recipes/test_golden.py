@@ -55,6 +55,9 @@ SMALL = {  # preset -> options; those with parts find them trained
     "vq": f"{PIXELS} --model.n-code 32 --model.dead-after 5",
     "dalle": f"""{PICTURES} --vq runs/vq --data.tokenizer bytes --model.text-vocab-size 257
     --model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.text-length 8""",
+    "vision-gpt": f"""{PICTURES} --data.tokenizer bytes --model.image-size 8 --model.channels 3
+    --model.patch-size 4 --model.image-layer 1 --model.image-width 32 --model.gpt.vocab-size 258
+    --model.gpt.n-layer 1 --model.gpt.d-model 32 --model.gpt.context-length 24 --optim.lr 4e-3""",
     "text2image-autoencoder": f"{PIXELS} --model.latent-channels 2",
     "text2image-clip": f"{CLIP} --model.memory-after 10",
     "text2image": DENOISER,

@@ -34,7 +34,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from data import captioned
+from data import captioned, episodes
 from data.report import Report, counted
 from data.splits import SPLITS, TRAIN
 from tinyfm import tokenizer as tokenizers
@@ -47,6 +47,7 @@ from tinyfm.common.config import DataPath, FolderPath, Name, Text, may_change
 from tinyfm.tokenizer import Tokenizer
 
 GLYPHS = ("glyphs", "letters")  # values of --data.path for data/glyphs.py: all, or Latin alone
+EPISODES = "episodes"  # that for data/episodes.py
 FORMAT = 2  # of the prepared folders: a new number makes all of them be prepared again
 
 
@@ -140,6 +141,18 @@ def glyph_source(config: PairConfig | ImageConfig, image_size: int, channels: in
     )
 
 
+def episode_source(config: PairConfig | ImageConfig, image_size: int, channels: int) -> Source:
+    """What a robot sees. Raises ValueError for a size or channels that it does not have."""
+    size = episodes.SIDE * episodes.TILE
+    if (image_size, channels) != (size, 3):
+        raise ValueError(
+            f"{EPISODES} are {size} x {size} pixels of 3 channels, the model takes {image_size} x "
+            f"{image_size} in {channels}: set --model.image-size {size} --model.channels 3"
+        )
+    version = f"{episodes.version()} pictures of {episodes.PICTURED}"
+    return Source(EPISODES, episodes.records, SPLITS, version)
+
+
 def own_source(config: PairConfig | ImageConfig, image_size: int, channels: int) -> Source:
     """The user's own pictures."""
     if config.color:
@@ -196,7 +209,11 @@ def prepare_folder(
         def make_tokenizer(captions):
             return fixed  # nothing to learn
 
-    find = glyph_source if config.path in GLYPHS else own_source
+    find = own_source
+    if config.path in GLYPHS:
+        find = glyph_source
+    elif config.path == EPISODES:
+        find = episode_source
     source = find(config, image_size, channels)
     depends_on = (FORMAT, source.version, identity, image_size, channels, context_length)
     folder = prepared_folder(config.cache, source.name, depends_on)

@@ -104,8 +104,16 @@ class Run:
         """Family of the runs that this one can start from."""
         return self.family
 
-    def trunk(self, model: nn.Module) -> nn.Module:
-        """The part of the model that gets the weights of the run it starts from."""
+    def starts_from(self, base: Run) -> bool:
+        """Whether a run can be the base of this one."""
+        return base.base_family == self.base_family and not base.has_heads
+
+    def sized_by(self, base: Run) -> Any:
+        """The model's config, with the sizes of the base."""
+        return base.model
+
+    def trunk(self, model: nn.Module, base: Run) -> nn.Module:
+        """The part of the model that gets the weights of the base."""
         return model
 
     def facts_of(self, data: Any) -> dict[str, Any]:

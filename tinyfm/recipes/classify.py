@@ -71,7 +71,7 @@ class ClassifyRun(Run):
         body = self.trunk_run.build_model(self)
         return Classifier(body, self.classes or PLACEHOLDER, self.reader)
 
-    def trunk(self, model: Classifier) -> nn.Module:
+    def trunk(self, model: Classifier, base: Run) -> nn.Module:
         return model.body
 
     def facts_of(self, data: TaskData) -> dict[str, Any]:

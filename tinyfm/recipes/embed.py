@@ -124,7 +124,7 @@ class EmbedRun(Run):
     def build_model(self) -> Embedder:
         return Embedder(self.trunk_run.build_model(self), self.embed, self.reader, self.states)
 
-    def trunk(self, model: Embedder) -> nn.Module:
+    def trunk(self, model: Embedder, base: Run) -> nn.Module:
         return model.body
 
     def open_data(self) -> QuestionData:

@@ -119,12 +119,16 @@ def start_from(run: Run, path: str) -> Run:
     """
     folder = checkpoint.find(path)
     base = run_dir.read_run(folder / "config.json")
-    if base.base_family != run.base_family or base.has_heads:
+    if not run.starts_from(base):
         return run
-    run = replace(run, model=base.model)
+    run = replace(run, model=run.sized_by(base))
     if hasattr(run.data, "tokenizer"):
         run = replace(run, data=replace(run.data, tokenizer=str(folder)))
     return run
+
+
+# Fields of a model's config that a run may choose for itself.
+NO_SIZES = ("dropout", "frozen")
 
 
 def from_base(run: Run, base: OpenRun) -> dict[str, Any]:
@@ -133,22 +137,22 @@ def from_base(run: Run, base: OpenRun) -> dict[str, Any]:
     Raises ValueError if the base is of another family, or an option asks for another size or
     tokenizer than the base has.
     """
-    if base.run.base_family != run.base_family or base.run.has_heads:
+    if not run.starts_from(base.run):
         raise ValueError(
             f"--init-from {run.init_from} is a run of family {base.run.family}, "
             f"not {run.base_family}"
         )
-    model = base.run.model
+    model = run.sized_by(base.run)
     for name, value in vars(run.model).items():
-        inherited = getattr(base.run.model, name)
+        inherited = getattr(model, name)
         if value == inherited:
             continue
-        if name != "dropout":
+        if name not in NO_SIZES:
             raise ValueError(
                 f"--model.{name.replace('_', '-')} {value}: sizes come from {run.init_from}, "
                 f"which has {inherited}; remove this option"
             )
-        model = replace(model, dropout=value)
+        model = replace(model, **{name: value})
     changes = {"model": model, "base_hash": adapt.base_hash(base.model)}
     if hasattr(run.data, "tokenizer"):
         if run.data.tokenizer != str(base.folder):

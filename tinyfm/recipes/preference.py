@@ -151,7 +151,7 @@ class RewardRun(PairRun):
     def build_model(self) -> RewardModel:
         return RewardModel(GPT(self.model), self.reward)
 
-    def trunk(self, model: RewardModel) -> GPT:
+    def trunk(self, model: RewardModel, base: Run) -> GPT:
         return model.body
 
     def differences(self, model: RewardModel, data: PairData, split: str) -> np.ndarray:

@@ -25,15 +25,21 @@ RECIPES = (
     "tinyfm.recipes.text2image",
     "tinyfm.recipes.vq",
     "tinyfm.recipes.dalle",
+    "tinyfm.recipes.vision_gpt",
 )
 
 # Other names of presets.
 ALIASES = {"bert": "encoder", "vae": "autoencoder", "diffusion": "ddpm", "t2i": "text2image"}
 
 
+def name_of(recipe: str) -> str:
+    """What users call a recipe: tinyfm.recipes.vision_gpt is vision-gpt."""
+    return recipe.rpartition(".")[2].replace("_", "-")
+
+
 def likely_first(name: str) -> list[str]:
     """The recipes, those first whose own name `name` starts with: they probably define it."""
-    return sorted(RECIPES, key=lambda recipe: not name.startswith(recipe.rpartition(".")[2]))
+    return sorted(RECIPES, key=lambda recipe: not name.startswith(name_of(recipe)))
 
 
 def all_presets() -> dict[str, Preset]:
@@ -46,7 +52,7 @@ def all_presets() -> dict[str, Preset]:
 
 def family_names() -> list[str]:
     """The names of the recipes, each of which is also the name of a preset."""
-    return [recipe.rpartition(".")[2] for recipe in RECIPES]
+    return [name_of(recipe) for recipe in RECIPES]
 
 
 def family_presets(name: str) -> dict[str, Preset]:

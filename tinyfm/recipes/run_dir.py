@@ -338,7 +338,7 @@ def build_start(run: Run, base: OpenRun | None = None) -> nn.Module:
     check_depth(run.model)
     model = run.build_model()
     if base:
-        files.load_model(run.trunk(model), base.model.state_dict())
+        files.load_model(run.trunk(model, base.run), base.model.state_dict())
     if run.init_from:
         adapt.apply(model, run.adapt, run.adapter)
     return model
@@ -392,7 +392,7 @@ def check_sizes(run: Run, tensors: dict[str, Tensor], base: OpenRun | None, fold
     try:
         if base:
             model = files.build_shapes(run.build_model, len(weights) + len(tensors))
-            files.check_fits(run.trunk(model), weights)
+            files.check_fits(run.trunk(model, base.run), weights)
         model = files.build_shapes(lambda: build_start(run), len(weights) + len(tensors))
         files.check_fits(model, tensors)
     except ValueError as error:

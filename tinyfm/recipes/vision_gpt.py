@@ -1,0 +1,300 @@
+"""The recipe of a GPT that sees: captions of pictures, answers to questions about them, and actions
+of a robot.
+
+The actions are words, as in RT-2 (Brohan et al. 2023): the model sees what the robot sees, reads
+the mission, and writes what to do. It remembers no earlier picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import episodes, pictures
+from data.splits import TRAIN, VAL
+from tinyfm.batches.order import fixed_order
+from tinyfm.batches.pairs import EPISODES, GLYPHS
+from tinyfm.batches.seen import SeenConfig, SeenData, commonest
+from tinyfm.evaluate import metrics, zero_shot
+from tinyfm.generate import Sampling
+from tinyfm.gpt import GPTConfig
+from tinyfm.recipes.base import About, OpenRun, Preset, Run, Scores, write_step_file
+from tinyfm.recipes.modalities import success
+from tinyfm.recipes.pictures import spread_rows
+from tinyfm.tokenizer import Tokenizer
+from tinyfm.training.optim import OptimConfig
+from tinyfm.training.trainer import TrainConfig
+from tinyfm.vision_gpt import VisionGPT, VisionGPTConfig
+
+QUICK = 500  # captions of validation that are written at each evaluation
+ASKED = 1000  # test pictures about which evaluate asks each question; captions are of all
+SHOWN = 24  # pictures in a sample
+AT_ONCE = 250  # pictures that are read together
+DRAW_OPTIONS = frozenset(vars(Sampling())) - {"max_new_tokens", "stop_tokens"}  # of sample.py
+
+
+# ---- what a model says --------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def write(
+    model: VisionGPT,
+    tokenizer: Tokenizer,
+    images: np.ndarray,
+    prompts: Sequence[str],
+    longest: int = 0,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """What the model writes behind each picture and its prompt, without spaces around it.
+
+    images: uint8 (n, C, H, W). prompts (n,): "" for a caption. longest: tokens to write, at most as
+    many as the context has room for; 0 = as many. sampling: a draw; by default the likeliest token
+    each time.
+    """
+    c = model.config
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    never = tokenizer.without_token(c.gpt.vocab_size)
+    ids = dict(zip(prompts, tokenizer.encode_batch(prompts)))
+    texts = []
+    for first in range(0, len(prompts), AT_ONCE):
+        own = [[tokenizer.eot], None]
+        rows = [model.place_images([*own, ids[p]]) for p in prompts[first : first + AT_ONCE]]
+        room = c.gpt.context_length - max(map(len, rows))
+        if room < 1:
+            raise ValueError(
+                f"the prompt {prompts[first]!r} leaves no room for an answer in the context of "
+                f"{c.gpt.context_length} tokens: shorten it"
+            )
+        how = replace(
+            sampling or Sampling(temperature=0),
+            max_new_tokens=min(longest or room, room),
+            stop_tokens=(tokenizer.eot,),
+        )
+        x = torch.from_numpy(images[first : first + AT_ONCE]).to(device, dtype) / 127.5 - 1
+        found = model.generate(rows, x[:, None], how, never=never)
+        texts += [tokenizer.decode(row).strip() for row in found]
+    return texts
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionGPTRun(Run):
+    """Train a GPT to write about pictures."""
+
+    model: VisionGPTConfig = field(default_factory=VisionGPTConfig)
+    data: SeenConfig = field(default_factory=SeenConfig)
+
+    family: ClassVar[str] = "vision-gpt"
+    SAMPLE_OPTIONS = DRAW_OPTIONS | {"prompt", "image", "n"}
+    LOSS_ROWS = 50
+    ABOUT = About(
+        task="image-to-text",
+        library="tinyfm",
+        use="It writes the caption of a picture of the kind that it was trained on, and answers "
+        "the questions of its training.",
+        limits="It writes something about any picture, also about one unlike those of its "
+        "training, and does not say that it is a guess.",
+    )
+
+    def __post_init__(self):
+        if self.adapt == "prompt":
+            raise ValueError("--adapt prompt is for a GPT: use lora, bias or full")
+
+    def build_model(self) -> VisionGPT:
+        return VisionGPT(self.model)
+
+    def starts_from(self, base: Run) -> bool:
+        """A GPT is a base too: it supplies the language model."""
+        return super().starts_from(base) or (base.base_family == "gpt" and not base.has_heads)
+
+    def sized_by(self, base: Run) -> VisionGPTConfig:
+        if base.base_family != "gpt":
+            return base.model
+        if self.adapt != "full":
+            raise ValueError(
+                f"--adapt {self.adapt} would not train what sees, and {self.init_from} is a GPT "
+                "that sees nothing: use --model.frozen"
+            )
+        return replace(self.model, gpt=base.model)
+
+    def trunk(self, model: VisionGPT, base: Run) -> nn.Module:
+        return model.gpt if base.base_family == "gpt" else model
+
+    def open_data(self) -> SeenData:
+        if self.model.frozen and not self.init_from:
+            raise ValueError(
+                "--model.frozen keeps a language model as it is: add --init-from RUN, a trained GPT"
+            )
+        return SeenData.load(self.data, self.model, self.train.batch_size, self.train.seed)
+
+    def answer(
+        self, model: VisionGPT, data: SeenData, split: str, kind: int, rows: np.ndarray
+    ) -> tuple[list[str], list[str]]:
+        """(what the model writes, what is right) for question number `kind` of these pictures."""
+        question = data.questions[split][kind]
+        prompts = [question.prompts[i] for i in rows]
+        images = data.splits[split].images[rows]
+        found = write(model, data.tokenizer, images, prompts, data.longest)
+        return found, [question.answers[i] for i in rows]
+
+    def score(self, model: VisionGPT, data: SeenData) -> Scores:
+        """Share of QUICK validation pictures whose caption is exactly right."""
+        split = data.split(VAL)
+        rows = fixed_order(len(data.val.labels))[:QUICK]
+        found, right = self.answer(model, data, split, 0, rows)
+        return {"val_right": float(np.mean([a == b for a, b in zip(found, right)]))}
+
+    def show(self, model: VisionGPT, data: SeenData, folder: Path, step: int) -> str:
+        """Draw validation pictures with what the model writes; return the first texts."""
+        split = data.split(VAL)
+        rows = spread_rows(len(data.val.labels), min(SHOWN, len(data.val.labels)))
+        prompts = data.questions[split][0].prompts
+        titles = []
+        for row, text, right in zip(rows, *self.answer(model, data, split, 0, rows)):
+            title = f"{prompts[row]} {text}".strip()
+            titles.append(title if text == right else f"{title}, not {right}")
+        images = data.val.images[rows].transpose(0, 2, 3, 1)
+        write_step_file(
+            folder, step, "png", lambda path: pictures.save_grid(images, path, 8, titles)
+        )
+        return f"--- step {step} writes: " + "; ".join(titles[:: max(1, len(titles) // 3)][:3])
+
+    # ---- the trained model ----------------------------------------------------------------------
+
+    def read_prompt(self, prompt: str) -> str:
+        """A question of sample.py. Raises ValueError if the model has not learned to answer it."""
+        if self.data.path == EPISODES:
+            return episodes.read_prompt(prompt).strip()
+        if not prompt or self.data.path not in GLYPHS:
+            return prompt
+        from data import glyphs  # here, as it loads font libraries, which only the drawings need
+
+        caption = "red sans a on blue" if self.data.color else "sans a"
+        known = list(glyphs.answers(caption, "a"))
+        if prompt not in known:
+            raise ValueError(
+                f"--prompt {prompt!r} is no question that this run has learned: give one of "
+                f"{', '.join(map(repr, known))}, or leave it out for a caption"
+            )
+        return prompt
+
+    def sample(self, opened: OpenRun, options: Any) -> None:
+        """Print the caption of --image, or the answer to --prompt: the likeliest token each time.
+
+        With -n or settings of the draw, drawn ones.
+        """
+        if not options.image.strip():
+            raise ValueError("give the picture to look at: --image FILE")
+        prompt = self.read_prompt(options.prompt or "")
+        pixels = pictures.read(options.image, self.model.image_size, self.model.channels)
+        n = options.n or 1
+        how = options.sampling
+        if options.n is None and how == Sampling():
+            how = replace(how, temperature=0)
+        images = np.repeat(pixels.transpose(2, 0, 1)[None], n, axis=0)
+        for text in write(opened.model, opened.tokenizer, images, [prompt] * n, sampling=how):
+            print(f"{options.image}: {text}")
+
+    def right(self, data: SeenData, split: str, kind: int, right: Sequence[bool]) -> Scores:
+        """{measure: share} of answers to question number `kind` about the first test pictures."""
+        name = data.questions[split][kind].name
+        alike, word = zero_shot.clusters_of(split, data.splits[split])
+        rows = test_rows(data, split, kind)
+        alike = [alike[i] for i in rows] if alike else []
+        return {f"{split}: {name}": metrics.proportion(right, "images", alike, word)}
+
+    def measure(self, opened: OpenRun, model: VisionGPT, data: SeenData, options: Any) -> Scores:
+        """Shares of test pictures with the right caption, and the right answer to each question.
+
+        Of episodes also the share of test worlds in which the actions reach the goal.
+        """
+        scores = {}
+        for split, kind in test_questions(data):
+            found, right = self.answer(model, data, split, kind, test_rows(data, split, kind))
+            scores |= self.right(data, split, kind, [a == b for a, b in zip(found, right)])
+        if self.data.path != EPISODES:
+            return scores
+
+        def policy(running: Sequence[episodes.Episode]) -> list[str]:
+            seen = np.stack([episode.pictures[-1] for episode in running]).transpose(0, 3, 1, 2)
+            missions = [episode.mission for episode in running]
+            return write(model, data.tokenizer, seen, missions, data.longest)
+
+        return scores | reached(episodes.results(policy))
+
+    def baselines(self, data: SeenData) -> dict[str, Scores]:
+        """What is right if the commonest answer of training is always given; of episodes also what
+        the expert and random actions reach."""
+        scores = {}
+        for split, kind in test_questions(data):
+            guess = commonest(data.questions[TRAIN][kind])
+            answers = data.questions[split][kind].answers
+            rows = test_rows(data, split, kind)
+            scores |= self.right(data, split, kind, [answers[i] == guess for i in rows])
+        columns = {"commonest answer": scores}
+        if self.data.path == EPISODES:
+            for name, player in episodes.MODALITY.players.items():
+                columns[name] = reached(player())
+        return columns
+
+
+def reached(found: dict[str, list[bool]]) -> Scores:
+    """The share of test worlds in which each game was won."""
+    return {game: success(own) for game, own in found.items()}
+
+
+def test_questions(data: SeenData) -> list[tuple[str, int]]:
+    """(split, number of a question) of all that is asked on test."""
+    return [
+        (split, kind)
+        for split in list(data.splits)[2:]
+        for kind in range(len(data.questions[split]))
+    ]
+
+
+def test_rows(data: SeenData, split: str, kind: int) -> np.ndarray:
+    """The pictures of a test split about which a question is asked, int64."""
+    order = fixed_order(len(data.splits[split].labels))
+    return order[:ASKED] if kind else order
+
+
+RUNS = (VisionGPTRun,)
+
+# ---- presets ------------------------------------------------------------------------------------
+
+PRESETS = {
+    "vision-gpt": Preset(
+        "a GPT that names letters and symbols, and answers what style they have: ten minutes",
+        VisionGPTRun(
+            model=VisionGPTConfig(
+                image_layer=3,
+                gpt=GPTConfig(vocab_size=2048, context_length=48, n_layer=2, n_head=2, d_model=128),
+            ),
+            optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=1600, batch_size=256, micro_batch_size=128, eval_every=400),
+        ),
+    ),
+    "actions": Preset(
+        "the same as a robot that does what it is told, action by action: ten minutes",
+        VisionGPTRun(
+            model=VisionGPTConfig(  # a patch is a cell of the robot's view
+                image_size=56,
+                channels=3,
+                image_layer=3,
+                gpt=GPTConfig(vocab_size=512, context_length=64, n_layer=2, n_head=2, d_model=128),
+            ),
+            data=SeenConfig(path=EPISODES),
+            optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=1200, batch_size=128, micro_batch_size=64, eval_every=400),
+        ),
+    ),
+}
