@@ -239,3 +239,35 @@ def test_a_cell_has_all_seeds_and_the_interval_of_the_median(encoder_benchmark):
             }
         )
     assert encoder_benchmark.cell(found) == "72.0, 70.0, 74.0 (70.0 to 74.0)"
+
+
+def test_the_tables_of_a_gpt_that_sees(monkeypatch):
+    """Of three seeds, with the interval of the middle one; a name is found by its whole pattern."""
+    monkeypatch.syspath_prepend(ROOT)
+    vision = importlib.import_module("benchmarks.vision")
+
+    def run(values: dict[str, float]) -> dict:
+        scores = {name: {"reached": v, "commonest answer": 0.25} for name, v in values.items()}
+        intervals = {
+            name: {"reached": {"low": v - 0.1, "high": v + 0.1}} for name, v in values.items()
+        }
+        return {"scores": scores, "intervals": intervals}
+
+    seeing, clip = [], []
+    for shift in (0.0, 0.2, 0.1):
+        seeing.append({})
+        clip.append({})
+        for split in vision.TEST:
+            seeing[-1] |= {f"{split}: caption": 0.5 + shift, f"{split}: is it bold?": 0.7 + shift}
+            start = f"zero-shot, {split}"
+            clip[-1] |= {f"{start}, all 6,122 names": 0.3 + shift, f"{start}, mean vectors": 0.0}
+            clip[-1] |= {f"{start}, 400 names": 0.4 + shift}
+    seeing, clip = list(map(run, seeing)), list(map(run, clip))
+    rows = vision.names_table(seeing, clip).splitlines()[2:]
+    cells = "50.0, 70.0, 60.0 (50.0 to 70.0) | 30.0, 50.0, 40.0 (30.0 to 50.0) | 40.0, 60.0, 50.0"
+    assert [row.partition(" | ")[2] for row in rows] == [f"{cells} (40.0 to 60.0) |"] * 2
+    (row,) = vision.questions_table(seeing).splitlines()[2:]
+    answer = "70.0, 90.0, 80.0 (70.0 to 90.0) | 25.0"
+    assert row == f"| is it bold? | {answer} | {answer} |"
+    with pytest.raises(ValueError, match="no measure 'style' among"):
+        vision.cell(seeing, "style")
