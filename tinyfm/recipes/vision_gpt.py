@@ -273,7 +273,7 @@ RUNS = (VisionGPTRun,)
 
 PRESETS = {
     "vision-gpt": Preset(
-        "a GPT that names letters and symbols, and answers questions about them: ten minutes on two cores",
+        "a GPT that names letters and symbols and their style: ten minutes on two cores",
         VisionGPTRun(
             model=VisionGPTConfig(
                 image_layer=3,
@@ -284,7 +284,7 @@ PRESETS = {
         ),
     ),
     "actions": Preset(
-        "the same as a robot that does what it is told, action by action: ten minutes on two cores",
+        "the same as a robot that does what it is told: ten minutes on two cores",
         VisionGPTRun(
             model=VisionGPTConfig(  # a patch is a cell of the robot's view
                 image_size=56,
