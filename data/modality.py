@@ -36,6 +36,10 @@ class Modality:
     meaning: str  # of valid, in words
     fault: Callable[[str], str]  # what is wrong with a text; "" if it is valid
     longest: int  # characters of a text that is written, at most
+    alphabet: str = ""  # all signs of its texts, if they are made for them: each becomes a token
+    readable: bool = True  # whether people can read its texts, so that sample.py prints them
+    samples: int = 400  # texts that evaluate writes
+    markov_order: int = 10  # tokens that a Markov model looks back, at most
     key: Callable[[str], Hashable] = itself  # equal for valid texts that stand for the same
     # Whether training, the second argument, has each of these valid texts, or a large part of it.
     # None: it has one with the same key.
@@ -78,9 +82,14 @@ def runs(parts: str | tuple, length: int) -> set[str | tuple]:
     return {parts[i : i + length] for i in range(len(parts) - length + 1)}
 
 
-def share_runs(texts: Sequence[str | tuple], training: Iterable[str | tuple], n: int) -> list[bool]:
-    """Whether each text has n neighbouring parts that also are neighbours in training."""
-    own = [runs(text, n) for text in texts]
+def share_runs(
+    texts: Sequence[str | tuple], training: Iterable[str | tuple], n: int, varied: int = 1
+) -> list[bool]:
+    """Whether each text has n neighbouring parts that also are neighbours in training.
+
+    varied: of these n, at least so many must differ.
+    """
+    own = [{run for run in runs(text, n) if len(set(run)) >= varied} for text in texts]
     wanted = set().union(*own)
     found = set()
     for text in training:

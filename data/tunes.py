@@ -30,7 +30,6 @@ their transcribers let everybody use. music21 itself is under BSD.
 import re
 import struct
 import sys
-import wave
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -39,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import command, dedupe, modality, wheels
+from data import command, dedupe, modality, waves, wheels
 from data.report import Report
 from data.splits import Document, split_of
 
@@ -412,7 +411,7 @@ def midi(notes: Sequence[Note]) -> bytes:
 
 
 def sound(notes: Sequence[Note]) -> np.ndarray:
-    """The notes as samples, int16: sums of sines that fade, at RATE."""
+    """The notes as samples in [-1, 1]: sums of sines that fade, at RATE."""
     parts = []
     total = 0.0
     for note in notes:
@@ -430,8 +429,7 @@ def sound(notes: Sequence[Note]) -> np.ndarray:
             # It starts within 10 ms, fades, and ends within 10 ms, so that it does not click.
             tone *= np.exp(-2 * t) * np.clip(np.minimum(t, seconds - t) / 0.01, 0, 1)
         parts.append(tone)
-    samples = np.concatenate([np.zeros(0), *parts]) / sum(OVERTONES)
-    return (samples * 32767 * 0.8).astype(np.int16)
+    return 0.8 * np.concatenate([np.zeros(0), *parts]) / sum(OVERTONES)
 
 
 def roll(notes: Sequence[Note], per_quarter: int = 8) -> np.ndarray:
@@ -457,11 +455,7 @@ def draw(texts: Sequence[str], path: Path) -> None:
 
     notes = played([parse(text) for text in texts[:DRAWN]])
     path.with_suffix(".mid").write_bytes(midi(notes))
-    with wave.open(str(path.with_suffix(".wav")), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)  # bytes
-        file.setframerate(RATE)
-        file.writeframes(sound(notes).astype("<i2").tobytes())
+    waves.write(sound(notes), RATE, path.with_suffix(".wav"))
     pictures.save(roll(notes), path.with_suffix(".png"))
 
 

@@ -1,6 +1,7 @@
 """Tokenizers turn text into integers and back: four kinds behind one interface.
 
 1. Bytes. UTF-8 writes any text with 256 symbols: nothing is unknown, but the rows of ids are long.
+   Where a text consists of known signs, such as the samples of a sound, each sign is a token.
 2. Byte-level BPE (Radford et al. 2019, GPT-2). The most frequent pair of neighbouring tokens
    becomes a new token, again and again; bpe.py has the algorithm. CLIP's variant changes the text
    and marks the ends of words.
@@ -65,6 +66,7 @@ from tinyfm.hub.tokenizers import (
     UNKNOWN,
     Vocabulary,
     added_tokens_files,
+    alphabet_spec,
     check_ids,
     clip_files,
     encoder_spec,
@@ -237,6 +239,38 @@ class ByteTokenizer(Tokenizer):
 
     def _spec(self) -> dict:
         return learned_spec([])  # BPE without merges
+
+
+class CharacterTokenizer(Tokenizer):
+    """The id of a character is its place in an alphabet, which is given; others have no id."""
+
+    def __init__(self, alphabet: str):
+        """Raises ValueError for a character that is twice in the alphabet."""
+        self.alphabet = alphabet
+        self._ids = {char: i for i, char in enumerate(alphabet)}
+        if len(self._ids) < len(alphabet):
+            raise ValueError("a character is twice in the alphabet; leave one out")
+        end = len(alphabet)
+        super().__init__([char.encode() for char in alphabet] + [b""], [AddedToken(EOT, end)])
+
+    def __reduce__(self):
+        return type(self), (self.alphabet,)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        try:
+            return [self._ids[char] for char in text]
+        except KeyError as error:
+            first, last = self.alphabet[0], self.alphabet[-1]
+            raise ValueError(
+                f"{error.args[0]!r} has no token: the alphabet has {len(self.alphabet)} characters "
+                f"from {first!r} to {last!r}"
+            ) from None
+
+    def _files(self) -> dict[str, bytes]:
+        return {"alphabet.txt": self.alphabet.encode()}
+
+    def _spec(self) -> dict:
+        return alphabet_spec(self.alphabet)
 
 
 # ---- 2. byte-level BPE ---------------------------------------------------------------------------
@@ -758,7 +792,8 @@ def train(
 # ---- load ----------------------------------------------------------------------------------------
 
 FILES = (
-    "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "bytes.json"
+    "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "bytes.json",
+    "alphabet.txt",
 )  # fmt: skip
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Files of published tokenizers that are not read, and what to do.
@@ -805,6 +840,8 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
         return from_spec(spec, end)
     if "bytes.json" in files:
         return ByteTokenizer()
+    if "alphabet.txt" in files:
+        return CharacterTokenizer(files["alphabet.txt"].decode())
     raise ValueError(f"no tokenizer: looked for {', '.join(FILES)}; found {[*files]}")
 
 

@@ -20,6 +20,7 @@ Legend: B batch, T context length, M training tokens, W windows of an epoch. Lef
 between the documents of a window (as in GPT-2, attention may look across the end-of-text token).
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from data import (
     passages,
     series,
     shakespeare,
+    sounds,
     stdlib,
     tunes,
 )
@@ -60,6 +62,7 @@ MODALITIES = {
     "series": series,
     "levels": levels,
     "episodes": episodes,
+    "sounds": sounds,
 }
 SOURCES = {
     "docs": docs,
@@ -78,11 +81,11 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 class TextConfig:
     """Which text to read, and how to turn it into tokens."""
 
-    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, episodes, your
-    # own text file, folder or "glob", or a folder that data/prepare.py made
+    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, episodes,
+    # sounds, your own text file, folder or "glob", or a folder that data/prepare.py made
     path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
-    # or a run or folder with a saved tokenizer
+    # characters (for sounds: a token a sample), or a run or folder with a saved tokenizer
     tokenizer: Name = "sentencepiece"
     # share of your own text, or of shakespeare, held out, half for validation and half for test;
     # the other named sources have their own splits
@@ -135,19 +138,28 @@ def find_source(path: str):
     return name_of(path, "text"), partial(read_files, path), files.version(path)
 
 
-def fixed_tokenizer(name: str) -> tokenizers.Tokenizer | None:
+def fixed_tokenizer(name: str, path: str = "") -> tokenizers.Tokenizer | None:
     """The tokenizer of this name, or None for a kind that must first be trained on the text.
 
-    Raises ValueError if `name` is neither a kind nor a folder with a tokenizer.
+    path: the name of the text, for characters. Raises ValueError if `name` is neither a kind nor a
+    folder with a tokenizer.
     """
     if name == "bytes":
         return tokenizers.ByteTokenizer()
+    if name == "characters":
+        alphabets = {name: source.MODALITY.alphabet for name, source in MODALITIES.items()}
+        if not alphabets.get(path):
+            known = ", ".join(name for name in alphabets if alphabets[name])
+            raise ValueError(
+                f"--data.tokenizer characters is for texts with an alphabet ({known}): use bytes"
+            )
+        return tokenizers.CharacterTokenizer(alphabets[path])
     if name in LEARNED_TOKENIZERS:
         return None
     if Path(name).is_dir():
         is_run = any(Path(name).glob("step-*/manifest.json"))
         return tokenizers.load(checkpoint.find(name) if is_run else name)
-    kinds = ", ".join((*LEARNED_TOKENIZERS, "bytes"))
+    kinds = ", ".join((*LEARNED_TOKENIZERS, "bytes", "characters"))
     raise ValueError(
         f"--data.tokenizer {name!r} is no folder and not one of the kinds {kinds}: give one of "
         "these, or a folder with a saved tokenizer"
@@ -182,7 +194,7 @@ def prepare_folder(config: TextConfig, vocab_size: int) -> Path:
 
     A folder that data/prepare.py made is used as it is.
     """
-    fixed = fixed_tokenizer(config.tokenizer)
+    fixed = fixed_tokenizer(config.tokenizer, config.path)
     if is_prepared(config.path):
         made = Path(config.path).expanduser()
         check_made_folder(made, fixed)
@@ -310,8 +322,9 @@ class TextData:
         was: a published tokenizer may change it.
         """
         probe = "A b  \u00e9 e\u0301 \ufb01\n"  # capitals, spaces, composed characters
-        if self.tokenizer.decode_bytes(self.tokenizer.encode(probe)) != probe.encode("utf-8"):
-            return
+        with contextlib.suppress(ValueError):  # of one that knows an alphabet, and changes nothing
+            if self.tokenizer.decode_bytes(self.tokenizer.encode(probe)) != probe.encode("utf-8"):
+                return
         lengths = [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
         lengths[self.tokenizer.eot] = 0  # it stands between the documents
         for name in HELD_OUT:

@@ -342,6 +342,15 @@ def learned_spec(merges: Sequence[Pair]) -> dict:
     return bpe_spec(vocab, pairs, {EOT: len(tokens)})
 
 
+def alphabet_spec(alphabet: str) -> dict:
+    """The tokenizer.json of tokens that are characters, as BPE without merges; the last id is
+    EOT."""
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    specials = {EOT: len(alphabet)}
+    model = {"type": "BPE", "vocab": vocab | specials, "merges": []}
+    return make_spec(model, specials, pre_tokenizer=None, decoder={"type": "Fuse"})
+
+
 def word_piece_spec(
     tokens: Sequence[str],
     lowercase: bool,

@@ -174,7 +174,7 @@ class GPTRun(Run):
         modality = modalities.modality_of(self.data.path)
         if modality is None or model is not opened.model:
             return {}
-        n = options.samples or modalities.SAMPLES
+        n = options.samples or modality.samples
         return modalities.measure(modality, model, data, n, self.prompt_ids, options.seed)
 
     def baselines(self, data: TextData) -> dict[str, Scores]:
@@ -381,8 +381,10 @@ def sweep_preset(d_model: int) -> Preset:
     return Preset(f"width {d_model}: one of nine sizes for a scaling law", run)
 
 
-def modality_preset(about: str, path: str, context_length: int, steps: int) -> Preset:
-    """A run on texts of a modality, a byte at a time, for one CPU core and ten minutes.
+def modality_preset(
+    about: str, path: str, context_length: int, steps: int, tokenizer: str = "bytes"
+) -> Preset:
+    """A run on texts of a modality, a sign at a time, for one CPU core and ten minutes.
 
     Their signs are few, so the model is deeper and narrower than for prose: its tables are small.
     """
@@ -390,7 +392,7 @@ def modality_preset(about: str, path: str, context_length: int, steps: int) -> P
         model=GPTConfig(
             vocab_size=257, context_length=context_length, n_layer=4, n_head=3, d_model=192
         ),
-        data=TextConfig(path, tokenizer="bytes"),
+        data=TextConfig(path, tokenizer),
         optim=OptimConfig(lr=0.01, muon_lr=0.02, warmup_steps=20, decay_fraction=0.6),
         train=TrainConfig(steps=steps, batch_size=4096 // context_length, eval_every=steps // 4),
     )
@@ -432,6 +434,10 @@ PRESETS = {
     ),
     "episodes": modality_preset(
         "a GPT that plays a robot in a room: a quarter of an hour on one core", "episodes", 512, 900
+    ),
+    "sounds": modality_preset(
+        "a GPT that writes a voice, sample by sample: a quarter of an hour on one core",
+        "sounds", 1024, 900, "characters",
     ),
     # A scaling law is fitted to the first eight, and then predicts the large one, which has four
     # times the FLOPs of the eighth: python -m tinyfm.calc sweep.

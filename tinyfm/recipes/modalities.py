@@ -32,10 +32,9 @@ from tinyfm.recipes import writing
 from tinyfm.recipes.base import OpenRun, Run, free_name
 from tinyfm.tokenizer import Tokenizer
 
-SAMPLES = 400  # texts that evaluate writes
 FORECASTS = 40  # documents whose rest evaluate forecasts
 GUESSES = 20  # texts for each forecast
-MARKOV_SAMPLES = 200  # texts that a Markov model writes, which is slow
+MARKOV_SAMPLES = 200  # texts that a Markov model writes, at most: it is slow
 AT_ONCE = 100  # texts that are written at a time
 ACTION_TOKENS = 8  # tokens that a player writes for an action: its letters and a line end
 SHOWN_FAULTS = 3
@@ -198,7 +197,7 @@ def write_modality(run: Run, modality: Modality, opened: OpenRun, options: Any) 
     if there and not options.overwrite:
         raise ValueError(f"{there[0]} exists: choose another --out, or add --overwrite")
     options = replace(options, sampling=sampling, prompt=start, out=text_file)
-    texts = writing.write_texts(opened, options, from_start=True)
+    texts = writing.write_texts(opened, options, from_start=True, shown=modality.readable)
     report(modality, prompt, texts, run.open_data, out)
 
 
@@ -226,10 +225,11 @@ def baselines(modality: Modality, data: TextData) -> dict[str, Scores]:
     training = list(texts_of(data, TRAIN))
     test = [piece for text in texts_of(data, TEST) for piece in modality.pieces(text)]
     real = shares(modality, test, training)
-    markov = Markov(data.split(TRAIN).tokens)
+    markov = Markov(data.split(TRAIN).tokens, modality.markov_order)
     order = choose_order(markov, data.split(VAL).tokens)
     eot = data.tokenizer.eot
-    rows = markov.write(MARKOV_SAMPLES, eot, eot, modality.longest, order)
+    n = min(MARKOV_SAMPLES, modality.samples)
+    rows = markov.write(n, eot, eot, modality.longest, order)
     scores = shares(modality, [data.tokenizer.decode(row) for row in rows], training)
     for name in HELD_OUT:
         split = data.split(name)

@@ -42,10 +42,12 @@ def drafted(opened: OpenRun, options: Any, counts: speculative.Counts) -> Callab
     )
 
 
-def write_texts(opened: OpenRun, options: Any, from_start: bool = False) -> list[str]:
+def write_texts(
+    opened: OpenRun, options: Any, from_start: bool = False, shown: bool = True
+) -> list[str]:
     """Print n texts, each with its prompt; the first one is printed while it is written.
 
-    from_start: the prompt is the start of a document.
+    from_start: the prompt is the start of a document. shown: False prints nothing.
     """
     counts = speculative.Counts()
     write = generate.stream
@@ -62,16 +64,17 @@ def write_texts(opened: OpenRun, options: Any, from_start: bool = False) -> list
     front = prompt_ids(opened.model)
     if prompt and from_start:
         front = [*front, opened.tokenizer.eot]
-    print(prompt, end="", flush=True)
+    say = print if shown else lambda *parts, **how: None
+    say(prompt, end="", flush=True)
     stream = generate.stream_text(
         opened.model, opened.tokenizer, prompts, options.sampling, stops, front, write
     )
     for parts in stream:
         texts = [text + part for text, part in zip(texts, parts)]
-        print(parts[0], end="", flush=True)
-    print()
+        say(parts[0], end="", flush=True)
+    say()
     for text in texts[1:]:
-        print(f"----\n{text}")
+        say(f"----\n{text}")
     if options.draft:
         print(counts, file=sys.stderr)
     if options.out:
