@@ -45,7 +45,7 @@ PACKAGE = wheels.Package(
     licence="CC BY-SA 3.0 (recorded by Allison Smith)",
 )
 MEMBERS = re.compile(r"\./usr/share/asterisk/sounds/.+\.wav")
-HELD_OUT = 0.2  # share of the sounds, half for validation and half for test
+HELD_OUT = 0.15  # share of the sounds, half for validation and half for test
 RATE = 8000  # samples a second
 MU = 255
 SIGNS = "".join(map(chr, range(0x100, 0x200)))

@@ -588,6 +588,28 @@ def test_following_the_errors_leads_to_the_smallest_vocabulary(kind):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
+def test_characters_of_an_alphabet_are_tokens(tmp_path):
+    """As the library reads them too. What is not in the alphabet is refused, not lost."""
+    alphabet = "".join(map(chr, range(0x100, 0x200)))
+    tokenizer = T.CharacterTokenizer(alphabet)
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+    tokenizer.save(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "both")
+    library = Tokenizer.from_file(str(tmp_path / "both" / "tokenizer.json"))
+    text = alphabet[200:] + alphabet[:3] * 2
+    ids = [*range(200, 256), 0, 1, 2, 0, 1, 2]
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    for own in (tokenizer, T.load(tmp_path / "ours"), T.load(tmp_path / "both"), copied):
+        assert own.encode(text) == ids and own.decode(ids) == text
+        assert own.decode_bytes(ids) == text.encode()
+    assert library.encode(text).ids == ids and library.decode(ids) == text
+    assert T.load(tmp_path / "ours").fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(ValueError, match="'h' has no token: the alphabet has 256 characters"):
+        tokenizer.encode("hello")
+    with pytest.raises(ValueError, match="twice"):
+        T.CharacterTokenizer("aba")
+
+
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"'wordlevel'; .*sentencepiece"):
         T.train("wordlevel", [TEXT], 500)

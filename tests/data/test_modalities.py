@@ -1,13 +1,9 @@
 """Texts that are no prose: what is valid, and the sources. The samples are written by hand."""
 
-import dataclasses
 import gzip
-import hashlib
 import importlib.metadata
-import io
 import math
 import re
-import tarfile
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -15,9 +11,10 @@ from pathlib import Path
 import corridor
 import numpy as np
 import pytest
+from debs import hum, publish_deb, sound_members, wave_file
 from test_wheels import publish
 
-from data import episodes, genome, levels, molecules, series, tunes, wheels
+from data import episodes, genome, levels, molecules, series, sounds, tunes, waves, wheels
 from data.report import Report
 from data.splits import SPLITS, TEST, TRAIN, VAL
 from tinyfm.batches.text import MODALITIES
@@ -442,28 +439,7 @@ def test_pieces_of_a_level_out_of_a_deb(folder, monkeypatch):
     text = SECTOR.format(x=5 * 32 + 3, tiles=" ".join(map(str, grid.ravel())))
     place = "./usr/share/games/supertux2/levels/world1/{}.stl"
     members = {levels.TILES: STRF, place.format("a"): text, place.format("b"): "(supertux-level"}
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:xz") as archive:
-        for name, own in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(own.encode())
-            archive.addfile(entry, io.BytesIO(own.encode()))
-    deb = b"!<arch>\n"
-    for name, own in (
-        (b"debian-binary", b"2.0\n"),
-        (b"odd", b"x"),
-        (b"data.tar.xz", content.getvalue()),
-    ):
-        deb += (
-            name.ljust(48)
-            + str(len(own)).encode().ljust(10)
-            + b"`\n"
-            + own
-            + b"\n" * (len(own) % 2)
-        )
-    package = dataclasses.replace(levels.PACKAGE, sha256=hashlib.sha256(deb).hexdigest())
-    monkeypatch.setattr(levels, "PACKAGE", package)
-    package.path.write_bytes(deb)
+    publish_deb(monkeypatch, levels, {name: own.encode() for name, own in members.items()})
     report = Report()
     found = list(levels.documents(report))
     assert [d.name for d in found] == ["world1/a.stl, piece 1", "world1/a.stl, piece 2"]
@@ -475,9 +451,120 @@ def test_pieces_of_a_level_out_of_a_deb(folder, monkeypatch):
     assert columns[20] == "X^" + "-" * 14
     assert columns[5] == "X-e" + "-" * 13
     assert levels.fault(found[0].text) == ""
-    package.path.write_bytes(b"x" + deb[1:])
+    path = levels.PACKAGE.path
+    path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(ValueError, match="is not whole, or another file"):
         next(levels.documents())
+
+
+# ---- sounds --------------------------------------------------------------------------------------
+
+
+def test_samples_are_written_by_mu_law():
+    """0.5 has y = ln(1 + 127.5) / ln 256 = 0.8757 and the bin round(1.8757 / 2 * 255) = 239."""
+    samples = np.array([-1, 0, 0.5, 1, 2, -3])
+    assert sounds.to_bins(samples).tolist() == [0, 128, 239, 255, 255, 0]
+    bins = np.arange(256)
+    assert np.array_equal(sounds.to_bins(sounds.to_samples(bins)), bins)
+    text = sounds.encode(samples)
+    assert text[0] == sounds.SIGNS[0] and text[2] == sounds.SIGNS[239]
+    assert len(sounds.SIGNS) == 256 and sounds.SIGNS.isprintable() and sounds.SIGNS.isalpha()
+    soft = np.random.default_rng(0).uniform(-0.01, 0.01, 999)
+    loud = 90 * soft
+    for own in (soft, loud):  # a step is at most ln 256 / 255 of 1 / mu + |x|
+        error = np.abs(sounds.decode(sounds.encode(own)) - own)
+        assert (error <= 1.03 * np.log(256) / 255 * (1 / 255 + np.abs(own))).all()
+
+
+def test_a_sound_has_a_voice_or_a_tone():
+    tone = hum(8000)
+    noise = np.random.default_rng(0).normal(size=8000)
+    smooth = np.convolve(noise, np.ones(8) / 8, mode="same")
+    assert sounds.fault(sounds.encode(tone)) == ""
+    assert sounds.fault(sounds.encode(np.concatenate((0.2 * noise[:6000], tone[:2000])))) == ""
+    assert "no voice" in sounds.fault(sounds.encode(0.2 * noise))
+    assert "no voice" in sounds.fault(sounds.encode(0.5 * smooth))
+    assert sounds.fault(sounds.encode(0.001 * tone)) == "silent"
+    assert sounds.fault(sounds.encode(tone[:500])) == "shorter than 1000 samples"
+    assert sounds.fault(sounds.encode(tone) + "?") == "'?' at place 8001 is no sample"
+    found = sounds.describe(sounds.encode(tone))
+    assert found["share of voiced moments"] > 0.9
+    assert found["decibels"] == pytest.approx(10 * np.log10(np.square(tone).mean()), abs=0.05)
+
+
+def test_sounds_out_of_a_deb(folder, monkeypatch):
+    members = sound_members(40)
+    place = "./usr/share/asterisk/sounds/en/{}.wav"
+    for name in ("minute", "queue-minutes", "digits/h-7", "digits/7"):
+        members[place.format(name)] = wave_file(hum(1200))
+    members[place.format("fast")] = wave_file(hum(1200), rate=16000)
+    members[place.format("cut")] = wave_file(hum(1200))[:-400]
+    publish_deb(monkeypatch, sounds, members)
+    report = Report()
+    found = {d.name: d for d in sounds.documents(report)}
+    assert (report.found, report.used, len(found)) == (47, 44, 44)
+    assert report.skipped.pop("silent") == ["silence/1"]
+    assert report.skipped.pop("it is cut short: 1,000 of 1,200 samples") == ["cut"]
+    (rest,) = report.skipped.items()
+    assert "16,000 samples a second" in rest[0] and rest[1] == ["fast"]
+    assert set(SPLITS) == {d.split for d in found.values()}
+    assert found["minute"].split == found["queue-minutes"].split
+    assert sounds.decode(found["minute"].text) == pytest.approx(hum(1200), abs=0.01)
+    groups = {
+        "digits/h-7": "7", "digits/7": "7", "vm-for": "for", "letters/h": "h", "letters/p": "p",
+        "confbridge-mute-in": "mute", "conf-adminmenu-menu8": "adminmenu", "spy-iax2": "spyiax",
+        "queue-minutes": "minute", "vm-opts-full": "opt",
+    }  # fmt: skip
+    assert {name: sounds.group_of(name) for name in groups} == groups
+
+
+def test_a_stretch_of_silence_is_no_copy():
+    silence = sounds.SIGNS[128] * 100
+    one, other = sounds.encode(hum(500)), sounds.encode(hum(501))
+    texts = [silence + other, other + one[100:150] + other, silence]
+    assert sounds.copied(texts, [one + silence]) == [False, True, False]
+
+
+def test_a_wave_file_as_prompt_and_what_is_wrong_with_others(tmp_path):
+    path = tmp_path / "a.wav"
+    tone = hum(9000)
+    path.write_bytes(wave_file(tone))
+    text = sounds.read_prompt(str(path))
+    assert len(text) == 4000
+    assert sounds.decode(text) == pytest.approx(tone[:4000], abs=0.01)
+    plain = wave_file(tone)
+    wrong = {
+        wave_file(tone, rate=44_100): "44,100 samples a second of 16 bits in 1 channels.*ffmpeg",
+        wave_file(tone, channels=2): "in 2 channels",
+        wave_file(tone, width=1): "of 8 bits",
+        plain.replace(b"fmt \x10\0\0\0\1\0", b"fmt \x10\0\0\0\3\0"): "unknown format: 3",
+        plain[:-1000]: "cut short: 8,500 of 9,000",
+        wave_file(tone[:0]): "no samples",
+        wave_file(0 * tone): "silent",
+        plain[:20]: "plain samples",
+        b"text": "plain samples",
+        b"": "plain samples",
+    }
+    for content, what in wrong.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"--prompt .*a.wav: .*{what}"):
+            sounds.read_prompt(str(path))
+    with pytest.raises(ValueError, match=r"no file: give a \.wav file"):
+        sounds.read_prompt("hello")
+
+
+def test_sounds_are_written_as_a_wave_file_and_a_picture(tmp_path):
+    texts = [sounds.encode(hum(4000, 1000)), sounds.encode(hum(2000))]
+    sounds.draw(texts, tmp_path / "s.txt")
+    with wave.open(str(tmp_path / "s.wav"), "rb") as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 8000)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    assert len(samples) == 4000 + 2000 + 2000  # with a pause
+    assert samples[:4000] == pytest.approx(sounds.decode(texts[0]), abs=1e-4)
+    assert (tmp_path / "s.png").is_file()
+    image = waves.picture(samples)[:, :, 0]
+    assert image.shape == (2 * 129, 2 * 126)  # 256 / 2 + 1 tones, a column every 64 samples
+    assert image[:, 40].argmax() == 2 * (128 - 32)  # 1000 of 4000 Hz, from below
 
 
 # ---- episodes ------------------------------------------------------------------------------------
