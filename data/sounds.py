@@ -55,7 +55,9 @@ SILENT = 0.01  # amplitude
 COPY = 48  # samples in a row that are also in training make a copy,
 VARIED = 16  # if so many of them differ: silence is alike everywhere
 # Parts of names that say how a sound differs from another one that says nearly the same.
-BEFORE = re.compile("^(vm|queue|conf|confbridge|h)-")
+BEFORE = re.compile(
+    "^(vm|queue|conf|confbridge|auth|agent|privacy|priv|screen|ascending|descending|h)-"
+)
 BEHIND = re.compile(r"in|out|full|extended|p|[abc]|menu\d+|\d+")
 
 # A moment, for `voiced`: a window, and the same window later by each of the periods.

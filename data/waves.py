@@ -24,7 +24,7 @@ def read(content: bytes, rate: int) -> np.ndarray:
     many samples a second, or has none, or is cut short.
     """
     try:
-        with wave.open(io.BytesIO(content)) as file:
+        with wave.open(io.BytesIO(content), "rb") as file:
             channels, width, own_rate, promised, *_ = file.getparams()
             samples = np.frombuffer(file.readframes(promised), dtype=np.uint8)
     except (wave.Error, EOFError) as error:

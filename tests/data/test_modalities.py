@@ -513,7 +513,7 @@ def test_sounds_out_of_a_deb(folder, monkeypatch):
     groups = {
         "digits/h-7": "7", "digits/7": "7", "vm-for": "for", "letters/h": "h", "letters/p": "p",
         "confbridge-mute-in": "mute", "conf-adminmenu-menu8": "adminmenu", "spy-iax2": "spyiax",
-        "queue-minutes": "minute", "vm-opts-full": "opt",
+        "queue-minutes": "minute", "vm-opts-full": "opt", "auth-thankyou": "thankyou",
     }  # fmt: skip
     assert {name: sounds.group_of(name) for name in groups} == groups
 

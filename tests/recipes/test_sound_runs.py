@@ -62,7 +62,7 @@ def test_a_gpt_continues_a_wave_file(gpt, tmp_path, capsys):
     text = (tmp_path / "new.txt").read_text(encoding="utf-8").strip()
     assert sounds.decode(text)[:1500] == pytest.approx(hum(1500), abs=0.01)
     assert len(text) == 1520
-    with wave.open(str(out)) as file:
+    with wave.open(str(out), "rb") as file:
         assert file.getnframes() == len(text)
     assert (tmp_path / "new.png").is_file()
     assert "no file" in refusal(capsys, sample, gpt, "--prompt", "hello")
