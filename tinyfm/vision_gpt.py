@@ -204,9 +204,22 @@ class GatedCrossBlock(nn.Module):
         v = rearrange(self.v(states), "B I R (N K) -> B N (I R) K", N=self.heads)
         return k, v
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, last: Tensor, R: int) -> Tensor:
-        """Stream x (B, T, D) -> the next one. last (B, T): number of the last picture before each
-        token, from 0, and -1 for none. R: vectors of a picture."""
+    def forward(
+        self,
+        x: Tensor,
+        states: Tensor,
+        last: Tensor,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Stream x (B, T, D) -> the next one. states (B, I, R, E): the pictures' vectors.
+
+        last (B, T): number of the last picture before each token, from 0, and -1 for none. kept:
+        what `keys_and_values` returned for the same states, where more than one call reads them.
+        """
+        # In training they are computed here: a block that is sharded has its weights only while
+        # its forward pass runs.
+        keys, values = kept or self.keys_and_values(states)
+        R = states.size(2)
         q = rearrange(self.q(self.norm1(x)), "B T (N K) -> B N T K", N=self.heads)
         image = torch.arange(keys.size(2), device=x.device) // R  # the picture of each key
         blind = last[:, :, None] < 0  # (B, T, 1)
@@ -237,7 +250,14 @@ class Sight:
         if model.config.way == "prefix":
             self.vectors = rearrange(model.project(states), "B I R D -> B (I R) D")
         else:
-            self.layers = [block.keys_and_values(states) for block in model.cross]
+            self.states = states
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # see `keep`
+
+    def keep(self) -> None:
+        """Compute the keys and values of the pictures once, for all tokens that will come."""
+        if self.model.config.way == "cross":
+            found = (block.keys_and_values(self.states) for block in self.model.cross)
+            self.kept = dict(enumerate(found))
 
     def check(self, tokens: Tensor) -> None:
         """Raise ValueError if the next tokens (B, T) have more pictures than there are.
@@ -270,8 +290,7 @@ class Sight:
         if config.way == "prefix" or layer % config.cross_every:
             return x
         number = layer // config.cross_every
-        keys, values = self.layers[number]
-        return self.model.cross[number](x, keys, values, self.last, config.vectors_per_image)
+        return self.model.cross[number](x, self.states, self.last, self.kept.get(number))
 
 
 class Reader(nn.Module):
@@ -282,6 +301,7 @@ class Reader(nn.Module):
         self.config = model.config.gpt
         self.gpt = model.gpt
         self.sight = Sight(model, images)
+        self.sight.keep()
 
     def hidden(self, tokens: Tensor, cache) -> Tensor:
         if cache.length == 0:  # a text is read from its start

@@ -650,6 +650,14 @@ def test_episodes_of_the_expert_reach_their_goals_and_a_player_does_what_it_writ
         action for _, actions in followed for action in actions
     ]
     assert taken[0][0].shape == (56, 56, 3) and taken[0][1] == mission
+    # The same in the splits, with mission and action as captions.
+    monkeypatch.setattr(episodes, "PICTURED", 120)
+    stepped = list(episodes.records())
+    own = [r for r in stepped if r.split == TEST][: len(taken)]
+    assert [r.captions for r in own] == [step[1:] for step in taken][: len(own)]
+    assert all(np.array_equal(r.image, step[0]) for r, step in zip(own, taken))
+    assert own and {r.split for r in stepped} <= set(SPLITS)
+    assert own[0].label == f"{mission}: {taken[0][2]}"
     episodes.draw([d.text for d in found[:2]], tmp_path / "a")
     assert (tmp_path / "a.png").is_file()
 

@@ -37,6 +37,7 @@ from tinyfm.training.log import Logbook
 from tinyfm.training.muon import Muon
 from tinyfm.training.optim import OptimConfig, build_optimizers
 from tinyfm.training.trainer import TrainConfig, Trainer
+from tinyfm.vision_gpt import VisionGPT, VisionGPTConfig
 from tinyfm.vq import VQVAE, VQConfig
 from tinyfm.xlnet import XLNet, XLNetConfig
 
@@ -72,6 +73,10 @@ CODEC = CodecConfig(
     windows=(16,), sound_length=32,
 )  # fmt: skip
 MUSICGEN = MusicGenConfig(61, n_book=2, context_length=8, n_layer=2, n_head=2, d_model=16)
+VISION = VisionGPTConfig(
+    way="cross", n_latent=2, gate=0.5, image_size=8, patch_size=4, image_layer=1, image_head=2,
+    image_width=16, gpt=replace(GPT_TINY, vocab_size=62),
+)  # fmt: skip
 FAMILIES = {
     "gpt": lambda: GPT(GPT_TINY),
     "encoder": lambda: Encoder(ENCODER),
@@ -90,6 +95,7 @@ FAMILIES = {
     "vq": lambda: VQVAE(VQ),
     "codec": lambda: Codec(CODEC),
     "musicgen": lambda: MusicGen(MUSICGEN),
+    "vision_gpt": lambda: VisionGPT(VISION),
     "text2image": lambda: TextToImage(TextToImageConfig(LATENT, AUTOENCODER, CLIP_TINY)),
 }
 TRAIN = TrainConfig(
@@ -113,6 +119,7 @@ class Random:
     def __init__(self, model):
         self.example = model.example_batch(TRAIN.batch_size)
         self.example.pop("places", None)  # follow from the targets
+        self.sees = isinstance(model, VisionGPT)
         if isinstance(model, TextToImage):  # images, so that both frozen parts are used
             del self.example["latents"]
             self.example["images"] = torch.zeros(TRAIN.batch_size, 1, 8, 8)
@@ -125,6 +132,8 @@ class Random:
                 values[name] = torch.randn(zeros.shape, generator=g)
             else:
                 values[name] = torch.randint(61, zeros.shape, generator=g)
+            if name == "tokens" and self.sees:  # a place for the picture
+                values[name][:, 0] = VISION.image_id
             if name == "mask":  # rows that are filled up
                 values[name] = torch.arange(8) <= values[name][:, :1] % 8
             if name == "targets":  # rows with more and with fewer of them
