@@ -12,8 +12,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 # ---- workers -------------------------------------------------------------------------------------
@@ -43,7 +44,23 @@ def work_on(item: object) -> object:
     return _work(item)
 
 
-def ordered(work: Callable, items: Iterable, workers: int) -> Iterator:
+def in_order(
+    submit: Callable[[object], Future], items: Iterable, ahead: Callable[[], int]
+) -> Iterator:
+    """Yield the result of submit(item) for each item, in the order of the items.
+
+    At most ahead() items are read in advance.
+    """
+    waiting = deque()
+    for item in items:
+        waiting.append(submit(item))
+        while len(waiting) > ahead():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def in_processes(work: Callable, items: Iterable, workers: int) -> Iterator:
     """Yield work(item) for each item, in the order of the items, from `workers` processes.
 
     At most two items per worker are read in advance. Raises ValueError if a worker is killed.
@@ -53,14 +70,8 @@ def ordered(work: Callable, items: Iterable, workers: int) -> Iterator:
         return
     context = multiprocessing.get_context("spawn")  # copies nothing of this process
     pool = ProcessPoolExecutor(workers, context, begin_worker, (work,))
-    waiting = deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(work_on, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(partial(pool.submit, work_on), items, lambda: 2 * workers)
     except BrokenProcessPool as error:
         raise ValueError(
             "a worker process was killed: run the same command again to continue, with fewer "

@@ -11,7 +11,8 @@ a line, as JSON. Worker processes do the costly work:
 
 The results of the workers arrive in the order of the input. Only the main process decides which
 documents are duplicates, and only it writes. So the bytes of the result depend on the input and the
-settings, not on the number of workers.
+settings, not on the number of workers, nor on where they are: in this process, in others (jobs.py),
+or with --cluster on many machines (cluster.py).
 
 After a kill, the same command continues. All files are written by appending, in the folder
 OUT.part. Every few batches, a journal records how many batches are done and how long each file is.
@@ -22,7 +23,7 @@ kill. When all is complete, OUT.part is renamed to OUT.
 The memory does not depend on the size of the input. It is that of a few batches per worker, and
 that of the index which recognizes duplicates (--index-mb, see dedupe.py). A plain file of more
 than 4 MiB is cut into several documents, at line ends. The spool takes as much disk space as the
-text. Left out: work on several machines, and the identification of languages.
+text. Left out: the identification of languages.
 """
 
 import dataclasses
@@ -32,12 +33,13 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).parents[1])
@@ -46,27 +48,25 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data import dedupe, files, reading, tables
-from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally, failed, mask
-from data.jobs import Journal, check_settings, ordered
+from data import cluster, dedupe, files, reading
+from data.cleaning import batches, clean_batch
+from data.filters import FILTERS, MASKS, OFF_BY_DEFAULT, Tally
+from data.jobs import Journal, check_settings, in_processes
 from data.report import Report, counted, named
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
 from tinyfm.batches import shards
 from tinyfm.common import schema
-from tinyfm.common.config import DataPaths, Name, NewFolder
+from tinyfm.common.config import Address, DataPaths, Name, NewFolder
 from tinyfm.common.console import run_command
 from tinyfm.common.folders import hold, lock_beside
 from tinyfm.common.options import parse
 
 FORMAT = 2  # of the result; a folder with another number is not continued
-BATCH_BYTES = 1 << 20  # the rows that a worker gets at a time
-DOCUMENT_BYTES = 1 << 22  # a longer plain file is cut
 COMMIT_EVERY = 16  # batches, or groups of the second pass
 SPOOL = "documents.jsonl"  # the documents that are kept
 KEYS = "documents.keys"  # their keys, by which duplicates are recognized
 MEASURED_CHARS = 50_000_000  # of a text whose overlap is measured at once, by one process
-CONTINUATION = bytes(range(0x80, 0xC0))  # in UTF-8, the bytes of a character after its first
 MOST = {"workers": 1024, "sample_mb": 1 << 20, "index_mb": 1 << 20}  # larger numbers are errors
 LATE = ("tokenizer", "vocab_size", "sample_mb", "val_fraction")  # settings of the second pass only
 KINDS = ("sentencepiece", "sentencepiece-unigram", "bpe", "bytes")
@@ -79,7 +79,9 @@ class PrepareConfig:
     # text files (plain, .jsonl, .jsonl.zst, .parquet), folders, or globs in quotes
     paths: tyro.conf.Positional[DataPaths]
     out: NewFolder  # folder to make; train.py takes it as --data.path
-    workers: int = os.cpu_count() or 1  # number of worker processes
+    workers: int = os.cpu_count() or 1  # number of worker processes, without --cluster
+    # cluster of Ray whose machines are to work: auto, or HOST:PORT of its head
+    cluster: Address = ""
     field: Name = "text"  # JSON field, or column of a parquet file, that has the text
     # sentencepiece, sentencepiece-unigram, bpe, bytes, or a run or folder with a saved tokenizer
     tokenizer: Name = "sentencepiece"
@@ -112,100 +114,14 @@ class PrepareConfig:
             )
 
 
+def by_workers(config: PrepareConfig, work: Callable, items: Iterable) -> Iterator:
+    """Yield work(item) for each item, in the order of the items. The workers do it."""
+    if config.cluster:
+        return cluster.in_tasks(work, items)
+    return in_processes(work, items, config.workers)
+
+
 # ---- first pass: rows -> the documents that are kept ---------------------------------------------
-
-
-def cut_position(piece: bytes) -> int:
-    """Where to cut a piece of text: after its last line end, space, or whole UTF-8 character."""
-    after_line = piece.rfind(b"\n") + 1  # 0 if there is none
-    after_space = piece.rfind(b" ") + 1
-    # The last character starts at the last byte that is no continuation. The cut is before it,
-    # unless these are not the at most 4 bytes of a character in UTF-8.
-    last_character = max(len(piece) - 4, len(piece.rstrip(CONTINUATION)) - 1)
-    return after_line or after_space or last_character
-
-
-def plain_rows(path: Path) -> Iterator[tables.Row]:
-    """Yield a plain file in pieces of at most DOCUMENT_BYTES, cut at line ends if possible."""
-    with reading.open_file(path) as file:
-        start = 0
-        rest = b""
-        while True:
-            piece = rest + file.read(DOCUMENT_BYTES - len(rest))
-            if not piece:
-                return
-            cut = cut_position(piece) if len(piece) == DOCUMENT_BYTES else len(piece)
-            name = path.as_posix()
-            if start:
-                name += f", from byte {start}"
-            yield tables.Row(name, "text", piece[:cut])
-            if b"\0" in piece[: reading.HEAD_BYTES]:
-                return  # a binary file: read no further
-            start += cut
-            rest = piece[cut:]
-
-
-def rows_of(path: Path, field: str, notes: Counter[str]) -> Iterator[tables.Row]:
-    """The rows of a table, or the pieces of a plain file."""
-    if tables.holds_documents(path, field):
-        return tables.rows(path, field, notes)
-    return tables.to_the_end(path, plain_rows(path))
-
-
-def batches(paths: list[Path], field: str, notes: Counter[str]) -> Iterator[list[tables.Row]]:
-    """The rows of all files, in batches of about BATCH_BYTES. `notes` counts what is odd."""
-    batch = []
-    size = 0
-    for path in paths:
-        for row in rows_of(path, field, notes):
-            batch.append(row)
-            size += len(row.content) + 100  # even an almost empty row has a cost
-            if size >= BATCH_BYTES:
-                yield batch
-                batch = []
-                size = 0
-    if batch:
-        yield batch
-
-
-class Kept(NamedTuple):
-    """A document that passed all filters."""
-
-    name: str
-    line: bytes  # of the spool
-    chars: int
-    keys: np.ndarray  # to recognize duplicates, see dedupe.py
-
-
-def clean_batch(
-    batch: list[tables.Row],
-    field: str,
-    filters: tuple[str, ...],
-    masks: tuple[str, ...],
-    near: bool,
-) -> tuple[Tally, list[Kept]]:
-    """The work of a worker on a batch: parse the rows, drop some, mask private data, make keys."""
-    tally = Tally(found=len(batch))
-    kept = []
-    for row in batch:
-        try:
-            text, replaced = tables.parse(row, field)
-        except ValueError as error:
-            tally.drop(str(error), [row.name])
-            continue
-        if replaced:
-            tally.change("with invalid bytes replaced")
-        reason = failed(text, filters)
-        if reason:
-            tally.drop(reason, [row.name])
-            continue
-        for name in masks:
-            text, count = mask(text, name)
-            if count:
-                tally.change(f"[{name}] masked", count)
-        line = json.dumps(["", text], ensure_ascii=False).encode("utf-8") + b"\n"
-        kept.append(Kept(row.name, line, len(text), dedupe.keys_of(text, near)))
-    return tally, kept
 
 
 def read_seen(path: Path, index_mb: int, width: int) -> dedupe.Seen:
@@ -244,7 +160,7 @@ def clean(config: PrepareConfig, paths: list[Path], left_out: Tally, journal: Jo
     notes: Counter[str] = Counter()
     rest = islice(batches(paths, config.field, notes), state["done"], None)
     bar = tqdm(desc="reading", unit=" documents", initial=tally.found, leave=False, disable=None)
-    for done, (counts, kept) in enumerate(ordered(work, rest, config.workers), state["done"] + 1):
+    for done, (counts, kept) in enumerate(by_workers(config, work, rest), state["done"] + 1):
         tally.add(counts)
         with open(spool, "ab") as spool_file, open(keys, "ab") as keys_file:
             for document in kept:
@@ -331,7 +247,7 @@ def encode(config: PrepareConfig, fixed: tokenizers.Tokenizer | None, journal: J
     rest = islice(shards.groups(documents()), state["done"], None)
     bar = tqdm(desc="encoding", total=state["chars"], unit_scale=True, leave=False, disable=None)
     bar.update(sum(manifest["utf8_bytes"].values()))
-    for done, encoded in enumerate(ordered(work, rest, config.workers), state["done"] + 1):
+    for done, encoded in enumerate(by_workers(config, work, rest), state["done"] + 1):
         shards.add_group(folder, encoded, tokenizer.vocab_size, manifest)
         bar.update(encoded.chars)
         if done % COMMIT_EVERY == 0:
@@ -431,7 +347,7 @@ def settings_of(
 ) -> dict:
     """Everything that the result depends on, in the types that JSON has."""
     settings = {"format": FORMAT, "files": reading.fingerprint(paths)} | dataclasses.asdict(config)
-    for name in ("paths", "out", "workers"):
+    for name in ("paths", "out", "workers", "cluster"):
         del settings[name]
     if fixed:
         del settings["vocab_size"], settings["sample_mb"]
@@ -450,7 +366,8 @@ def prepare(config: PrepareConfig) -> Path:
     fixed = open_tokenizer(config)
     settings = settings_of(config, paths, fixed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with hold(lock_beside(out), out):
+    workers = cluster.connected(config.cluster) if config.cluster else nullcontext()
+    with workers, hold(lock_beside(out), out):
         manifest = complete(config, paths, left_out, fixed, settings)
 
     tokens = sum(shard["tokens"] for split in SPLITS for shard in manifest[split])

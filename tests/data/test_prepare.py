@@ -21,7 +21,7 @@ from conftest import ROOT, call
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from data import captioned, dedupe, files, filters, prepare, reading, tables, tars
+from data import captioned, cleaning, dedupe, files, filters, prepare, reading, tables, tars
 from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
@@ -352,7 +352,7 @@ def test_documents_arrive_once_and_the_report_says_what_did_not(tmp_path, capsys
 
 
 SMALL = {
-    (prepare, "BATCH_BYTES"): 3000,
+    (cleaning, "BATCH_BYTES"): 3000,
     (prepare, "COMMIT_EVERY"): 3,
     (shards, "GROUP_PIECES"): 2,
     (shards, "PIECE_CHARS"): 500,
@@ -612,19 +612,19 @@ def test_another_field_and_no_filters(tmp_path):
 
 
 def test_a_long_plain_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(cleaning, "DOCUMENT_BYTES", 1000)
     text = "".join(f"line {i} ünïcode\n" for i in range(500))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    rows = [*prepare.plain_rows(tmp_path / "a.txt")]
+    rows = [*cleaning.plain_rows(tmp_path / "a.txt")]
     assert b"".join(row.content for row in rows).decode("utf-8") == text
     assert all(row.content.endswith(b"\n") and len(row.content) <= 1000 for row in rows)
     assert rows[1].name.endswith(f"a.txt, from byte {len(rows[0].content)}")
     (tmp_path / "b.txt").write_bytes(b"a" + "ü".encode() * 2001)  # no line end and no space
-    assert all(tables.parse(row)[1] == 0 for row in prepare.plain_rows(tmp_path / "b.txt"))
+    assert all(tables.parse(row)[1] == 0 for row in cleaning.plain_rows(tmp_path / "b.txt"))
     (tmp_path / "c.txt").write_bytes(b"\0" * 5000)
-    assert len([*prepare.plain_rows(tmp_path / "c.txt")]) == 1
+    assert len([*cleaning.plain_rows(tmp_path / "c.txt")]) == 1
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    (row,) = next(prepare.batches([tmp_path / "gone.txt"], "text", Counter()))
+    (row,) = next(cleaning.batches([tmp_path / "gone.txt"], "text", Counter()))
     assert (row.kind, row.content) == ("unreadable", b"No such file or directory")
 
 

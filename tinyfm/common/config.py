@@ -45,6 +45,7 @@ FilePath = Annotated[str, named("FILE")]
 PicturePath = Annotated[str, named("PNG")]
 FolderPath = Annotated[str, named("FOLDER")]
 NewFolder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]  # which must be given
+Address = Annotated[str, named("ADDRESS")]  # of a machine and its port
 Text = Annotated[str, named("TEXT")]
 Name = Annotated[str, named("NAME")]
 GivenRun = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
