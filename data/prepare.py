@@ -162,14 +162,15 @@ def clean(config: PrepareConfig, paths: list[Path], left_out: Tally, journal: Jo
     bar = tqdm(desc="reading", unit=" documents", initial=tally.found, leave=False, disable=None)
     for done, (counts, kept) in enumerate(by_workers(config, work, rest), state["done"] + 1):
         tally.add(counts)
+        reasons = [None] * len(kept)
+        if config.dedupe != "none" and kept:
+            reasons = seen.add_new(np.stack([document.keys for document in kept]))
         with open(spool, "ab") as spool_file, open(keys, "ab") as keys_file:
-            for document in kept:
+            for document, reason in zip(kept, reasons):
+                if reason:
+                    tally.drop(reason, [document.name])
+                    continue
                 if config.dedupe != "none":
-                    reason = seen.look_up(document.keys)
-                    if reason:
-                        tally.drop(reason, [document.name])
-                        continue
-                    seen.add(document.keys)
                     keys_file.write(document.keys.tobytes())
                 tally.used += 1
                 chars += document.chars

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,19 @@ from conftest import ROOT, call
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from data import captioned, cleaning, dedupe, files, filters, prepare, reading, tables, tars
+from data import (
+    captioned,
+    cleaning,
+    cluster,
+    dedupe,
+    files,
+    filters,
+    jobs,
+    prepare,
+    reading,
+    tables,
+    tars,
+)
 from data.report import Report
 from data.splits import SPLITS
 from tinyfm import tokenizer as tokenizers
@@ -286,6 +300,20 @@ def test_duplicates_are_found_and_others_are_not():
     assert dedupe.keys_of("", near=True)[1] == dedupe.keys_of("...", near=True)[1]  # no words
 
 
+def test_documents_that_are_added_at_once_are_compared_in_turn():
+    rows = np.stack([dedupe.keys_of(document(i % 7), near=True) for i in range(10)])
+    rows[2, 3] = rows[1, 3]  # a band
+    one, many = dedupe.Seen(1), dedupe.Seen(1)
+    expected = []
+    for keys in rows:
+        expected.append(one.look_up(keys))
+        if expected[-1] is None:
+            one.add(keys)
+    assert many.add_new(rows[:4]) + many.add_new(rows[4:]) == expected
+    assert expected[2] == "a near duplicate" and expected.count("an exact duplicate") == 2
+    assert (one.table == many.table).all() and one.count == many.count
+
+
 def test_the_numbers_of_the_lesson_hold():
     table = re.findall(r"(0\.\d): +([\d.]+) %", dedupe.__doc__)
     assert len(table) == 4
@@ -545,6 +573,96 @@ def test_workers_change_nothing_and_end_with_their_parent(corpus, small, tmp_pat
     assert not (tmp_path / "two").exists()
     subprocess.run(command, cwd=ROOT, check=True, timeout=100, stdout=subprocess.DEVNULL)
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_results_come_in_order_and_few_items_are_read_in_advance():
+    """Also while that number changes, as machines join and leave."""
+    submitted = []
+    ahead = 1
+
+    def submit(item: int) -> Future:
+        submitted.append(item)
+        future = Future()
+        future.set_result(item)
+        return future
+
+    read_in_advance = []
+    results = jobs.in_order(submit, range(8), lambda: ahead)
+    for number, result in enumerate(results):
+        assert result == number
+        read_in_advance.append(len(submitted) - 1 - result)
+        ahead = 3 if result in (1, 2) else 1
+    assert read_in_advance == [1, 1, 3, 3, 2, 1, 1, 0]
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """A Ray cluster of three machines in small, each with one worker process."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path, for its sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        part = {"num_cpus": 1, "include_log_monitor": False}
+        head = {"no_monitor": True, "_system_config": {"health_check_period_ms": 200}}
+        started = Cluster(initialize_head=True, head_node_args={**part, **head})
+        try:
+            for _ in range(2):
+                started.add_node(**part)
+            yield started
+        finally:
+            started.shutdown()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ray has no clusters on Windows")
+def test_a_cluster_that_loses_a_machine_changes_nothing(
+    corpus, small, machines, tmp_path, monkeypatch, capsys
+):
+    """The shards and the manifest are those of one process, byte for byte."""
+    options = [corpus, "--vocab-size", 300, "--tokenizer", "sentencepiece"]
+    assert run(*options, "--out", tmp_path / "one") == 0
+    (head,) = machines.head_node.all_processes["raylet"]
+    head = head.process.pid
+    clean_batch = prepare.clean_batch
+
+    def is_first(kind: str) -> bool:
+        try:
+            (tmp_path / kind).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    # It is defined in here so that it is sent as code: the workers cannot import the tests.
+    def clean_and_kill(batch, **settings):
+        machine = os.getppid()
+        if machine != head and is_first("a worker is lost"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if machine != head and is_first("a machine is lost"):
+            os.kill(machine, signal.SIGKILL)
+        return clean_batch(batch, **settings)
+
+    monkeypatch.setattr(prepare, "clean_batch", clean_and_kill)
+    assert run(*options, "--out", tmp_path / "three", "--cluster", machines.address) == 0
+    assert (tmp_path / "a worker is lost").exists() and (tmp_path / "a machine is lost").exists()
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    assert "cluster: 3 machines, 3 cores" in capsys.readouterr().out
+
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+    with cluster.connected(machines.address):
+        with pytest.raises(ValueError, match="lost the workers of a task 1 times: run the same"):
+            list(cluster.in_tasks(lambda item: os.kill(os.getpid(), signal.SIGKILL), "x"))
+        with pytest.raises(ValueError, match="invalid literal for int"):
+            list(cluster.in_tasks(int, ["1", "x"]))
+
+
+def test_a_cluster_that_cannot_be_used_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    options = (corpus, "--out", tmp_path / "out", "--cluster")
+    for address in ("127.0.0.1:1", "nonsense"):
+        assert run(*options, address) == 1
+        assert f"--cluster {address}: no cluster answers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(*options, "auto") == 1
+    assert "run: pip install ray" in capsys.readouterr().err
 
 
 def test_both_ways_to_start_it(tmp_path):
