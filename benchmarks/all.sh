@@ -79,6 +79,7 @@ run busy python benchmarks/busy.py --record
 run scale python benchmarks/scale.py --steps 20
 run prepare python benchmarks/prepare.py
 run alibi python benchmarks/alibi.py --picture benchmarks/alibi.png --record
+run suite python benchmarks/suite.py --record
 run gpu benchmarks/gpu.sh --record
 if [[ $found == false ]]; then
     echo "there is no benchmark named ${only[*]}; --list shows them"

@@ -201,6 +201,32 @@ def test_a_part_of_the_gpu_script_that_fails_is_a_row(monkeypatch):
     assert found == [("FAILED", "not done in 0.01 s", "")]
 
 
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_tests_are_timed_by_room(passes, tmp_path, monkeypatch):
+    """A small suite: one room and one file beside it."""
+    suite = importlib.import_module("benchmarks.suite")
+    (tmp_path / "tests" / "room").mkdir(parents=True)
+    slow = f"import time\ndef test_slow():\n    time.sleep(0.2)\n    assert {passes}\n"
+    (tmp_path / "tests" / "room" / "test_a.py").write_text(slow, encoding="utf-8")
+    quick = "def test_quick(): assert True\ndef test_too(): assert True\n"
+    (tmp_path / "tests" / "test_b.py").write_text(quick, encoding="utf-8")
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    assert suite.rooms_of([]) == {"lessons": ["tests/test_b.py"], "room": ["tests/room"]}
+    with pytest.raises(SystemExit, match=r"no room rom .* choose from room, lessons"):
+        suite.rooms_of(["rom"])
+    if not passes:
+        with pytest.raises(SystemExit, match=r"the tests fail: .* tests/room"):
+            suite.run(["tests/room"])
+        return
+    whole, tests = suite.run(["tests/room", "tests/test_b.py"])
+    assert whole > sum(seconds for *_, seconds in tests) > 0.2
+    lines = suite.table(100.0, tests, {"room": 10.0, "lessons": 20.0}).splitlines()
+    assert lines[0].endswith("; 3 tests in 100 s")
+    assert lines[4:6] == ["| lessons | 2 | 0 | 20 |", "| room | 1 | 0 | 10 |"]
+    assert lines[9].startswith("| `room/test_a.py::test_slow` | 0.2")
+    assert len(lines) == 9 + 3
+
+
 # ---- encoders ------------------------------------------------------------------------------------
 
 

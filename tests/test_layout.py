@@ -8,6 +8,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def module_name(path: Path) -> str:
     return name.removesuffix(".__init__")
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     paths = [*ROOT.glob("*.py"), *ROOT.glob("tinyfm/**/*.py"), *ROOT.glob("data/*.py")]
     return {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
@@ -65,6 +67,7 @@ def imports_of(tree: ast.Module, modules: set[str], importer: str = "") -> set[s
     return found
 
 
+@cache
 def import_graph() -> Graph:
     trees = sources()
     return {name: imports_of(tree, set(trees), name) - {name} for name, tree in trees.items()}
@@ -191,7 +194,7 @@ def test_the_rule_holds(rule: Callable[[Graph], list[str]]):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_planted_violation_is_found(rule: Callable[[Graph], list[str]]):
     importer, imported = RULES[rule]
-    graph = import_graph()
+    graph = dict(import_graph())
     graph[importer] = graph[importer] | {imported}
     assert any(importer in problem for problem in rule(graph))
 

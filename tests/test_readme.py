@@ -45,6 +45,8 @@ def documented_commands() -> list[str]:
 
 # A tiny autoencoder, trained first, so that text2image does not train its parts for minutes.
 FIRST = "python train.py autoencoder --out runs/first"
+# Of sixteen: each split needs one. Eight of the commands would draw all again.
+FONTS = ("serif", "serif bold", "serif bold italic", "mono bold italic")
 SMALL = {
     "gpt": "--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.context-length 64 "
     "--data.val-fraction 0.01",
@@ -56,7 +58,7 @@ SMALL = {
     "--data.tokenizer letters",
     "clip": "--model.image-layer 1 --model.image-width 32 --model.text-layer 1 "
     "--model.text-width 32 --data.path letters",
-    "autoencoder": "--model.channels 4 8 8 --model.groups 2 --data.val-images 8 "
+    "autoencoder": "--model.channels 2 2 2 --model.groups 1 --data.val-images 8 "
     "--data.path letters",
     "vq": "--model.channels 8 8 16 --model.groups 4 --data.val-images 8",
     "dalle": "--vq runs/vq --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
@@ -69,6 +71,12 @@ SMALL = {
     "--data.no-cache-latents --model.diffusion.channels 8 16 --model.diffusion.groups 4 "
     "--model.diffusion.n-head 2 --data.val-images 8",
 }
+# torchrun, whose ranks are forked: they have torch loaded already.
+TORCHRUN = """
+import sys
+from torch.distributed.run import main
+main(["--run-path", "--start-method", "fork", *sys.argv[1:]])
+"""
 
 
 def small(words: list[str], cache: Path) -> list[str]:
@@ -133,13 +141,18 @@ def test_commands_that_share_a_run_keep_their_order():
 
 @pytest.mark.long
 def test_every_documented_command_runs(tmp_path, shared_cache):
-    """In a copy, as a user would; what trains does so for two steps on a tiny model. Two at a
-    time, each with one thread."""
+    """In a copy, as a user would; what trains does so for two steps on a tiny model, and letters
+    are drawn in four fonts. Two at a time, each with one thread."""
     for name in ("train.py", "sample.py", "tinyfm", "data", "benchmarks"):
         source = ROOT / name
         skip = shutil.ignore_patterns("cache", "__pycache__")
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / name, **({"ignore": skip} if source.is_dir() else {}))
+    glyphs = tmp_path / "data" / "glyphs.py"
+    code = glyphs.read_text(encoding="utf-8")
+    few = f"FILES = {{style: FILES[style] for style in {FONTS}}}\n"
+    assert code.count("\nSTYLED = ") == 1  # the fonts stand before it
+    glyphs.write_text(code.replace("\nSTYLED = ", f"\n{few}STYLED = "), encoding="utf-8")
     library = sorted(Path(os.__file__).parent.glob("*.py"))[:40]  # enough text for the vocabulary
     text = "".join(path.read_text(encoding="utf-8") for path in library)
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
@@ -151,14 +164,13 @@ def test_every_documented_command_runs(tmp_path, shared_cache):
     scripts, outputs = Path(sys.executable).parent, tmp_path / "outputs"
     outputs.mkdir()
     environment = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
 
     def run(words: list[str]) -> None:
         if "--workers" in words:  # a copy cannot be the parent of child processes
             command, where = [sys.executable, *words[1:]], {**os.environ, **environment}
             subprocess.run(command, cwd=tmp_path, env=where, check=True)
             return
-        after = ["-c", torchrun, *words[1:]] if words[0] == "torchrun" else words[1:]
+        after = ["-c", TORCHRUN, *words[1:]] if words[0] == "torchrun" else words[1:]
         process = processes.start(after, outputs, tmp_path, environment)
         if "tinyfm.serve" in words:  # it would serve for ever
             process.wait_for("serving at", 300)
