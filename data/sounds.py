@@ -71,15 +71,15 @@ VOICED = 1 / 8  # share of moments
 # ---- samples <-> text ----------------------------------------------------------------------------
 
 
-def to_bins(samples: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] -> bins 0 ... 255, uint16, by mu-law; louder ones get the last bins."""
+def to_bins(samples: np.ndarray, n_bins: int = 256) -> np.ndarray:
+    """Samples in [-1, 1] -> bins from 0, uint16, by mu-law; louder ones get the first or last."""
     y = np.sign(samples) * np.log1p(MU * np.abs(samples)) / np.log1p(MU)
-    return np.clip(np.rint((y + 1) / 2 * MU), 0, MU).astype(np.uint16)
+    return np.clip(np.rint((y + 1) / 2 * (n_bins - 1)), 0, n_bins - 1).astype(np.uint16)
 
 
-def to_samples(bins: np.ndarray) -> np.ndarray:
+def to_samples(bins: np.ndarray, n_bins: int = 256) -> np.ndarray:
     """The inverse but for rounding: bins -> samples in [-1, 1], float64."""
-    y = bins / MU * 2 - 1
+    y = bins / (n_bins - 1) * 2 - 1
     return np.sign(y) * np.expm1(np.abs(y) * np.log1p(MU)) / MU
 
 
@@ -148,34 +148,51 @@ def copied(texts: Sequence[str], training: Iterable[str]) -> list[bool]:
     return modality.share_runs(texts, training, COPY, VARIED)
 
 
-def read_prompt(prompt: str) -> str:
-    """The first half of what a text may have, of a .wav file. Raises ValueError for others."""
-    path = Path(prompt)
-    if not path.is_file():
-        raise ValueError(f"--prompt {prompt!r} is no file: give a .wav file to continue")
+def read_file(path: str) -> np.ndarray:
+    """The samples of the .wav file of --prompt, int16 (n,). Raises ValueError for one that is not
+    mono with RATE samples a second, and for silence."""
+    if not Path(path).is_file():
+        raise ValueError(f"--prompt {path!r} is no file: give a .wav file")
     try:
-        samples = waves.read(path.read_bytes(), RATE) / waves.SCALE
-        if np.abs(samples).max() < SILENT:
+        samples = waves.read(Path(path).read_bytes(), RATE)
+        if is_silent(samples):
             raise ValueError("it is silent")
     except ValueError as error:
-        raise ValueError(f"--prompt {prompt}: {error}") from None
-    return encode(samples[: LONGEST // 2])
+        raise ValueError(f"--prompt {path}: {error}") from None
+    return samples
 
 
-DRAWN = 8  # sounds in a file
+def read_prompt(prompt: str) -> str:
+    """The first half of what a text may have, of a .wav file. Raises ValueError for others."""
+    return encode(read_file(prompt)[: LONGEST // 2] / waves.SCALE)
+
+
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether nothing is heard in samples, int16 (n,)."""
+    return bool(np.abs(samples / waves.SCALE).max() < SILENT)
+
+
 PAUSE = np.zeros(RATE // 4)  # between two sounds
+DRAWN = 8  # texts in a file
+
+
+def save(parts: Sequence[np.ndarray], path: Path) -> str:
+    """Write sounds, one after the other, as .wav and, as a spectrogram, as .png; return both names.
+
+    parts: the samples of each in [-1, 1], float (n,).
+    """
+    from data import pictures  # loads Pillow, which texts do not need
+
+    samples = np.concatenate([piece for part in parts for piece in (PAUSE, part)][1:])
+    files = (path.with_suffix(".wav"), path.with_suffix(".png"))
+    waves.write(samples, RATE, files[0])
+    pictures.save(waves.picture(samples), files[1])
+    return ", ".join(map(str, files))
 
 
 def draw(texts: Sequence[str], path: Path) -> None:
-    """Write up to DRAWN sounds, one after the other, as .wav and, as a spectrogram, as .png."""
-    from data import pictures  # loads Pillow, which texts do not need
-
-    parts = []
-    for text in texts[:DRAWN]:
-        parts += [PAUSE, decode(text.strip())]
-    samples = np.concatenate(parts[1:])
-    waves.write(samples, RATE, path.with_suffix(".wav"))
-    pictures.save(waves.picture(samples), path.with_suffix(".png"))
+    """Write up to DRAWN sounds as .wav and .png."""
+    save([decode(text.strip()) for text in texts[:DRAWN]], path)
 
 
 MODALITY = modality.Modality(
@@ -223,7 +240,7 @@ def recordings(report: Report) -> Iterator[tuple[str, str, np.ndarray]]:
         except ValueError as error:
             report.skip(str(error), name)
             continue
-        if np.abs(samples / waves.SCALE).max() < SILENT:
+        if is_silent(samples):
             report.skip("silent", name)
             continue
         report.used += 1

@@ -22,7 +22,7 @@ LESSONS = {  # each with the lessons that it builds on
     "vit": set(), "clip": {"vit"}, "autoencoder": set(), "unet": set(), "ddpm": {"unet"},
     "encoder": set(), "beam": {"generate"}, "seq2seq": {"encoder", "generate", "beam"},
     "retrieval": set(), "xlnet": set(), "vq": {"autoencoder"}, "codec": {"vq"},
-    "musicgen": {"gpt", "generate"}, "vision_gpt": {"gpt", "vit", "generate"},
+    "musicgen": {"gpt", "generate", "codec"}, "vision_gpt": {"gpt", "vit", "generate"},
     "dalle": {"vq", "gpt", "generate", "tokenizer"},
     "text2image": {"clip", "autoencoder", "ddpm", "unet", "tokenizer"},
 }  # fmt: skip

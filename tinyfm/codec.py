@@ -330,7 +330,7 @@ class Codec(nn.Module):
         metrics, without gradients: "samples", "spectrum", "codebook" and "commitment", the terms.
         """
         sounds = batch["sounds"]
-        z = self.to_vectors(sounds)
+        z = self.encoder(sounds)  # not checked, as `to_vectors` does: a GPU would wait for it
         e, _, codebook, commitment = self.quantizer(z)
         rebuilt = self.decoder(e.to(z.dtype)).float()[..., : sounds.size(-1)]
         terms = {

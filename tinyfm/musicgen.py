@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tinyfm.codec import Codec, CodecConfig
 from tinyfm.generate import KVCache, Sampling, choose, row_generator
 from tinyfm.gpt import Attention, Block, GPTConfig, make_norm
 
@@ -281,7 +282,8 @@ class MusicGen(nn.Module):
         metrics, without gradients: "frame_nats", the nats of a frame, the sum over its codes.
         """
         codes = batch["codes"]
-        check_codes(codes, self.config.n_book, self.config.n_code)
+        if type(codes) is Tensor:  # fake tensors, as of the calculators, have no values to read
+            check_codes(codes, self.config.n_book, self.config.n_code)
         columns = delay(codes, self.config.n_code)
         logits = self(columns[..., :-1])  # (B, Q, T + Q - 1, K), of the columns from 1
         T = codes.size(2)
@@ -350,3 +352,73 @@ class MusicGen(nn.Module):
         from tinyfm.hub import musicgen
 
         musicgen.save(self, folder, overwrite)
+
+
+# ---- with a codec -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SoundWriterConfig:
+    music: MusicGenConfig = field(default_factory=MusicGenConfig)  # the language model
+    codec: CodecConfig = field(default_factory=CodecConfig)  # the codec whose codes it writes
+
+    def __post_init__(self):
+        for name, kind in (("music", MusicGenConfig), ("codec", CodecConfig)):
+            if isinstance(getattr(self, name), dict):  # a config read from JSON
+                object.__setattr__(self, name, kind(**getattr(self, name)))
+        for name in ("n_code", "n_book"):
+            theirs, ours = getattr(self.codec, name), getattr(self.music, name)
+            if theirs != ours:
+                raise ValueError(f"music has {name} {ours}, the codec {theirs}; give both the same")
+
+    @property
+    def frames(self) -> int:
+        """Frames that fit into the context."""
+        return self.music.context_length - self.music.n_book + 1
+
+
+class SoundWriter(nn.Module):
+    """A MusicGen and a frozen codec: from nothing, or the start of a sound, to a sound."""
+
+    unit = MusicGen.unit
+    outer = MusicGen.outer
+
+    def __init__(self, config: SoundWriterConfig):
+        super().__init__()
+        self.config = config
+        self.codec = Codec(config.codec).requires_grad_(False)
+        self.music = MusicGen(config.music)
+        self.train()
+
+    def train(self, mode: bool = True) -> SoundWriter:
+        """Set the mode of the language model; the frozen codec stays in evaluation mode."""
+        super().train(mode)
+        self.codec.eval()
+        return self
+
+    def loss(self, batch: dict[str, Tensor], generators=None) -> tuple[Tensor, dict[str, Tensor]]:
+        """MusicGen's loss of batch["codes"] (B, Q, T), or of the codes of batch["sounds"]."""
+        if "sounds" in batch:
+            batch = {"codes": self.codec.encode(batch["sounds"])}
+        return self.music.loss(batch)
+
+    def example_batch(self, rows: int) -> dict[str, Tensor]:
+        """A batch of zeros with the fields of a real one whose sounds are already encoded."""
+        return self.music.example_batch(rows)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        starts: Tensor,
+        frames: int,
+        sampling: Sampling | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Continue sounds (B, C, T) in [-1, 1] by so many frames; T may be 0. -> (B, C, samples).
+
+        Arguments and errors are those of MusicGen.generate. What was given is decoded too.
+        """
+        prompts = starts.new_zeros(len(starts), self.config.codec.n_book, 0, dtype=torch.long)
+        if starts.size(2):
+            prompts = self.codec.encode(starts)
+        return self.codec.decode(self.music.generate(prompts, frames, sampling, None, generators))

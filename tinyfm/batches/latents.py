@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,29 +73,34 @@ def open_latents(path: Path, rows: int, dtype: type) -> np.ndarray:
     return latents
 
 
-@torch.no_grad()
-def encode(model: nn.Module, images: np.ndarray, path: Path, dtype: type) -> np.ndarray:
-    """Latents (B, Z, h, w) or codes (B, N) of images, as dtype, mapped from a file. It is written
-    if it is absent.
-
-    images: uint8 (B, C, H, W). model.encode_images encodes float32 in [-1, 1]. Raises ValueError if
-    the file exists and is damaged.
-    """
+def kept_on_disk(path: Path, rows: int, dtype: type, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of make(), (rows, ...) of this dtype, mapped from a file. It is made and written
+    if the file is absent. Raises ValueError if the file exists and is damaged."""
     if not path.exists():
-        device = next(model.parameters()).device
-        parts = [images[i : i + ROWS] for i in range(0, len(images), ROWS)]
-        z = []
-        for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None):
-            x = torch.tensor(part, device=device) / 127.5 - 1  # (ROWS, C, H, W)
-            z.append(model.encode_images(x).cpu().numpy().astype(dtype))
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}-{os.getpid()}")
         try:
             with open(temporary, "wb") as file:
-                np.save(file, np.concatenate(z))
+                np.save(file, make())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)  # left over if the disk is full
-    return open_latents(path, len(images), dtype)
+    return open_latents(path, rows, dtype)
+
+
+@torch.no_grad()
+def encode(model: nn.Module, images: np.ndarray, dtype: type) -> np.ndarray:
+    """Latents (B, Z, h, w) or codes (B, N) of images, uint8 (B, C, H, W), as dtype.
+
+    model.encode_images encodes float32 in [-1, 1].
+    """
+    device = next(model.parameters()).device
+    parts = [images[i : i + ROWS] for i in range(0, len(images), ROWS)]
+    z = []
+    for part in tqdm(parts, "encoding", unit=f" x {ROWS} images", leave=False, disable=None):
+        x = torch.tensor(part, device=device) / 127.5 - 1  # (ROWS, C, H, W)
+        z.append(model.encode_images(x).cpu().numpy().astype(dtype))
+    return np.concatenate(z)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -117,12 +123,12 @@ class LatentData(PairData):
         name = hashlib.sha256(content.encode()).hexdigest()[:12]
         path = Path(config.cache, f"{self.FIELD}-{name}")
         train_and_val = list(self.splits)[:2]
-        self.latents = {
-            split: encode(
-                model, self.splits[split].images, path.with_suffix(f".{i}.npy"), self.STORED
-            )
-            for i, split in enumerate(train_and_val)
-        }
+        self.latents = {}
+        for i, split in enumerate(train_and_val):
+            images = self.splits[split].images
+            make = partial(encode, model, images, self.STORED)
+            file = path.with_suffix(f".{i}.npy")
+            self.latents[split] = kept_on_disk(file, len(images), self.STORED, make)
 
     def read(self, split: str, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Rows `index` (int64) of a split, B of them:

@@ -26,6 +26,8 @@ RECIPES = (
     "tinyfm.recipes.vq",
     "tinyfm.recipes.dalle",
     "tinyfm.recipes.vision_gpt",
+    "tinyfm.recipes.codec",
+    "tinyfm.recipes.musicgen",
 )
 
 # Other names of presets.

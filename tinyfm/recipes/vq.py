@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import pictures
 from tinyfm.adapt.heads import Batch, Reader, count_places, in_places
@@ -26,6 +27,19 @@ from tinyfm.recipes.pictures import (
 from tinyfm.training.optim import OptimConfig
 from tinyfm.training.trainer import TrainConfig
 from tinyfm.vq import VQVAE, VQConfig, count_codes, perplexity
+
+
+def code_scores(model: nn.Module, inputs: Iterable[Tensor]) -> Scores:
+    """The perplexity of the codes of these inputs, and the number of codes without use, means over
+    the codebooks of model.config."""
+    device = next(model.parameters()).device
+    c = model.config
+    counts = sum(count_codes(model.encode(x.to(device)), c.n_code) for x in inputs)  # (Q, K)
+    used_alike = [float(perplexity(own)) for own in counts]
+    return {
+        "val_perplexity": sum(used_alike) / len(used_alike),
+        "val_unused": int((counts == 0).sum()) / len(counts),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +64,9 @@ class VQRun(ImageRun):
     def score(self, model: VQVAE, data: ImageData) -> Scores:
         """The terms of the loss, and of the validation pictures that are read (data.val_images) the
         perplexity of the codes and the number of codes without use, means over codebooks."""
-        device = next(model.parameters()).device
         rows = self.train.micro_batch_size or self.train.batch_size
-        counts = torch.zeros(self.model.n_book, self.model.n_code)
-        for batch in data.val_batches(rows):
-            counts += count_codes(model.encode(batch["images"].to(device)), self.model.n_code)
-        used_alike = [float(perplexity(own)) for own in counts]
         scores = {f"val_{name}": mean for name, mean in mean_metrics(self, model, data).items()}
-        return scores | {
-            "val_perplexity": sum(used_alike) / len(used_alike),
-            "val_unused": int((counts == 0).sum()) / len(counts),
-        }
+        return scores | code_scores(model, (b["images"] for b in data.val_batches(rows)))
 
     def show(self, model: VQVAE, data: ImageData, folder: Path, step: int) -> str:
         """Draw validation pictures above their reconstructions."""
