@@ -22,6 +22,8 @@
   python sample.py runs/text2image --prompt "sans digit two" --init-image a.png
   python sample.py runs/vq -n 8 --out rebuilt.png              # and codes
   python sample.py runs/dalle --prompt "serif latin capital letter q"
+  python sample.py runs/codec -n 4 --out rebuilt.wav           # and codes
+  python sample.py runs/musicgen --out voice.wav               # from nothing
   python sample.py runs/vision-gpt --image my.png              # say what it is
   python sample.py runs/vision-gpt --image my.png --prompt "is it bold?"
 
@@ -71,7 +73,7 @@ class Common:
     run: GivenRun  # folder of a run, or of one of its checkpoints
     # GPT: text to continue, or nothing for a new one; encoder, XLNet: text with [MASK]; seq2seq:
     # word to say, or line to translate; CLIP: what to find; text2image, dalle: what to draw;
-    # vision-gpt: question about --image, or nothing for a caption
+    # vision-gpt: question about --image, or nothing for a caption; codec, musicgen: .wav file
     prompt: MaybeText = None
     # number of texts to write or pictures to find (default: 1), to draw (default: 8 or 16), or of
     # candidates for a [MASK] (default: 5)

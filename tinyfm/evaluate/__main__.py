@@ -9,12 +9,13 @@ share of words and phones that are wrong, or exact matches and chrF. CLIP: zero-
 among all names of each held-out split, retrieval of captions and images, and classification from
 image features alone. Diffusion: the distance of its samples from real pictures. Text-to-image: the
 share of pictures that show what their prompt says. A VQ-VAE: the share of test letters that can be
-read once it has rebuilt them. A GPT that sees: the shares of captions and of answers that are
-exactly right; of actions also the share of test worlds in which it reaches the goal. A classifier:
-accuracy and calibration. Next to each figure stands that of the same model before training, or of
-the run it started from, and for features that of the raw pixels: only the difference was learned.
-Losses and accuracies have an interval of 95% in parentheses, over the documents or examples that
-stand behind it (metrics.py).
+read once it has rebuilt them. A codec: how near rebuilt test sounds are, beside mu-law. MusicGen:
+nats a frame of codes, beside a Markov model. A GPT that sees: the shares of captions and of answers
+that are exactly right; of actions also the share of test worlds in which it reaches the goal. A
+classifier: accuracy and calibration. Next to each figure stands that of the same model before
+training, or of the run it started from, and for features that of the raw pixels: only the
+difference was learned. Losses and accuracies have an interval of 95% in parentheses, over the
+documents or examples that stand behind it (metrics.py).
 
 Other questions, which need no training:
 
