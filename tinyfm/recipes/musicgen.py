@@ -36,7 +36,6 @@ class MusicGenRun(NoTokenizer, Run):
     codec: RunPath = ""  # run that supplies the codec (default: train one first)
 
     family: ClassVar[str] = "musicgen"
-    FACTS = (*Run.FACTS, "codec")
     PARTS: ClassVar[tuple[str, ...]] = ("codec",)
     SAMPLE_OPTIONS = frozenset({
         "prompt", "seed", "temperature", "top_k", "top_p", "min_p", "n", "out",
