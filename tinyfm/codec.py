@@ -178,7 +178,8 @@ class NormedWeight(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         """Draw the directions, with gains that leave them as they are; biases are 0."""
-        nn.init.kaiming_normal_(self.direction)
+        fan_in = self.direction[0].numel()
+        nn.init.normal_(self.direction, std=math.sqrt(2 / fan_in))  # He et al. 2015
         nn.init.zeros_(self.bias)
         if not self.direction.is_meta:
             self.gain.copy_(self.direction.norm(dim=(1, 2)))
