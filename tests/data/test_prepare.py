@@ -604,8 +604,7 @@ def machines(monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path, for its sockets
         monkeypatch.setenv("RAY_TMPDIR", folder)
         part = {"num_cpus": 1, "include_log_monitor": False}
-        head = {"no_monitor": True, "_system_config": {"health_check_period_ms": 200}}
-        started = Cluster(initialize_head=True, head_node_args={**part, **head})
+        started = Cluster(initialize_head=True, head_node_args={**part, "no_monitor": True})
         try:
             for _ in range(2):
                 started.add_node(**part)
