@@ -81,7 +81,7 @@ FAULTS = (
     ),
     Fault(
         "data/dedupe.py",
-        "Seen.look_up",
+        "Seen.look_up_at",
         "if seen.any():",
         "if seen.all():",
         "Exact copies are found as before. But a document of 400 words in which one word was "
