@@ -3,6 +3,7 @@
     python benchmarks/preference.py functions      the code model's functions that compile
     python benchmarks/preference.py films          film sentences that sound positive
         [--seeds 3] [--steps 100] [--base-steps 1000] [--record]
+    python benchmarks/preference.py draw           preference.png, from both tables of README.md
 
 For each seed a base is trained: on the source code of the standard library, or on passages of
 Wikipedia and then on film sentences. --base RUN starts all seeds from that run instead. The base
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.encoder import train
-from benchmarks.timing import describe_machine, record
+from benchmarks.timing import PAGE, describe_machine, record
 from data import ratings
 from data.report import Report
 from data.splits import TEST, TRAIN
@@ -60,6 +62,7 @@ from tinyfm.recipes.constitution import draw_rounds
 
 DPO_BETAS = (0.5, 0.1, 0.03)
 GRPO_BETAS = (0.2, 0.02)
+GOOD = {"functions": "compile", "films": "are positive"}  # what is counted
 TEST_PROMPTS = 400  # at most, in the order of their hashes
 Rows = dict[str, "Row"]
 
@@ -233,9 +236,46 @@ def table(what: str, seeds: list[Rows]) -> str:
     return "\n".join(lines)
 
 
+def read_curves(page: str, part: str) -> dict[str, list[tuple[float, float]]]:
+    """{"best of", "DPO" or "GRPO": (KL, share) of the median seed} of a recorded table. Each starts
+    at the base. Raises ValueError if there is no table yet."""
+    block = page.split(f"<!-- preference {part} -->")[1].split("<!-- end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in block.splitlines() if line.startswith("|")]
+    if len(rows) < 3:
+        raise ValueError(f"README.md has no table of {part} yet: run it with --record")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    base = None
+    for name, shares, _, kls, _ in rows[2:]:
+        share, kl = [statistics.median(map(float, cell.split(", "))) for cell in (shares, kls)]
+        if base is None:
+            base = (kl, share)
+            continue
+        way = re.sub(r",? (beta )?[\d.]+$", "", name)
+        curves.setdefault(way, [base]).append((kl, share))
+    return curves
+
+
+def draw(path: Path, page: str) -> None:
+    """The share of good answers over the KL, a line a way, a panel a part."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, (part, what) in zip(panels, GOOD.items()):
+        for way, points in read_curves(page, part).items():
+            panel.plot(*zip(*points), marker="o", label=way)
+        panel.set(xlabel="KL from the base, nats an answer", ylabel=f"answers that {what}, %")
+        panel.set_title(part)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("functions", "films"))
+    parser.add_argument("part", choices=(*GOOD, "draw"))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=100, help="of DPO and of GRPO")
     parser.add_argument("--base-steps", type=int, default=1000, help="of the base")
@@ -246,6 +286,9 @@ def main() -> None:
     parser.add_argument("--work", default="runs/preference-benchmark", help="folder of the runs")
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
+    if options.part == "draw":
+        draw(PAGE.with_name("preference.png"), PAGE.read_text(encoding="utf-8"))
+        return
     numbers = (options.seeds, options.steps, options.judge_steps, options.prompts)
     if min(*numbers, options.base_steps // 3, options.answers // 2) < 1:
         parser.error("use at least 1, for --base-steps at least 3, for --answers at least 2")
@@ -256,10 +299,11 @@ def main() -> None:
         ceiling = f"\nA rater has the sign of the others' mean in {share:.1%} of test sentences.\n"
     Path(options.work).mkdir(parents=True, exist_ok=True)
     found = [compare(options.part, str(i), options, more) for i in range(options.seeds)]
-    what = "compile" if options.part == "functions" else "are positive"
     steps = f"{options.steps} steps of DPO and GRPO"
     start = "one base for all seeds" if options.base else "a base for each seed"
-    text = f"{describe_machine()}; {steps}, {start}\n\n{table(what, found)}\n{ceiling}"
+    text = (
+        f"{describe_machine()}; {steps}, {start}\n\n{table(GOOD[options.part], found)}\n{ceiling}"
+    )
     print(text)
     if options.record:
         record(f"preference {options.part}", text)

@@ -109,6 +109,23 @@ def test_the_base_of_films_trains_on_no_held_out_sentence(tmp_path, monkeypatch)
     assert manifest["documents"] == Counter(splits)
 
 
+def test_curves_of_rewards_are_those_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    preference = importlib.import_module("benchmarks.preference")
+    rows = ["| way | share | interval | KL | distinct |", "|---|---|---|---|---|"]
+    rows += ["| base | 20.0, 30.0, 22.0 | 1 to 2 | 0.00, 0.00, 0.00 | 1, 1, 1 |"]
+    rows += ["| best of 2 | 40.0, 41.0, 39.0 | 1 to 2 | 0.19, 0.19, 0.19 | 1, 1, 1 |"]
+    rows += ["| GRPO, beta 0.02 | 80.0, 81.0, 90.0 | 1 to 2 | 3.00, 2.00, 2.50 | 1, 1, 1 |"]
+    block = "<!-- preference {} -->\n" + "\n".join(rows) + "\n<!-- end -->\n"
+    page = block.format("functions") + block.format("films")
+    curves = preference.read_curves(page, "films")
+    assert curves == {"best of": [(0, 22), (0.19, 40)], "GRPO": [(0, 22), (2.5, 81)]}
+    preference.draw(tmp_path / "a.png", page)
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no table of films yet"):
+        preference.read_curves(page.replace(rows[0], "").replace("|", "."), "films")
+
+
 def test_each_modality_gives_as_much_text_alone_as_together(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     together = importlib.import_module("benchmarks.together")
