@@ -265,7 +265,7 @@ def draw(path: Path, page: str) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for panel, (part, what) in zip(panels, GOOD.items()):
         for way, points in read_curves(page, part).items():
-            panel.plot(*zip(*points), marker="o", label=way)
+            panel.plot(*zip(*points), marker="o", label=way.replace("best of", "best of n"))
         panel.set(xlabel="KL from the base, nats an answer", ylabel=f"answers that {what}, %")
         panel.set_title(part)
         panel.legend(frameon=False)
