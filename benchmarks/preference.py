@@ -287,7 +287,10 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
     if options.part == "draw":
-        draw(PAGE.with_name("preference.png"), PAGE.read_text(encoding="utf-8"))
+        try:
+            draw(PAGE.with_name("preference.png"), PAGE.read_text(encoding="utf-8"))
+        except ValueError as error:
+            parser.error(str(error))
         return
     numbers = (options.seeds, options.steps, options.judge_steps, options.prompts)
     if min(*numbers, options.base_steps // 3, options.answers // 2) < 1:

@@ -4,8 +4,8 @@
 
 The presets vision-gpt and clip are trained with each seed, on the same pictures, and evaluated on
 the same test pictures. The GPT writes a name, which has to be exactly right. CLIP chooses: among
-the names of the split, or among all names of the data. So the second compares with what is
-written, and the first is easier. Neither has the other's time: both stand in the first line.
+the names of the split, which is easier, or among all names of the data, which is like writing. The
+two are trained for different times, which stand in the first line.
 
 Beside the answers to questions stands what is right if the commonest answer of training is always
 given. The tables show each seed, and the interval of the median one. Runs are kept in --runs, as

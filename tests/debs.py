@@ -1,4 +1,4 @@
-"""Small packages of Debian's kind, and one of sounds: hums and noise in place of a voice."""
+"""Small archives, packages of Debian's kind, and one of sounds: hums in place of a voice."""
 
 import dataclasses
 import hashlib
@@ -12,16 +12,21 @@ import pytest
 from data import sounds, wheels
 
 
-def make_deb(members: dict[str, bytes]) -> bytes:
-    """A .deb with these files: an archive of the kind ar, whose third member holds them."""
+def tar_of(members: dict[str, bytes], mode: str = "w") -> bytes:
+    """A tar archive with these files; mode "w:gz" and "w:xz" compress it."""
     content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:xz") as archive:
+    with tarfile.open(fileobj=content, mode=mode) as archive:
         for name, own in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(own)
             archive.addfile(entry, io.BytesIO(own))
+    return content.getvalue()
+
+
+def make_deb(members: dict[str, bytes]) -> bytes:
+    """A .deb with these files: an archive of the kind ar, whose third member holds them."""
     deb = b"!<arch>\n"
-    parts = {b"debian-binary": b"2.0\n", b"odd": b"x", b"data.tar.xz": content.getvalue()}
+    parts = {b"debian-binary": b"2.0\n", b"odd": b"x", b"data.tar.xz": tar_of(members, "w:xz")}
     for name, own in parts.items():
         deb += name.ljust(48) + str(len(own)).encode().ljust(10) + b"`\n"
         deb += own + b"\n" * (len(own) % 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from debs import tar_of
 
 from data import captioned, files, labelled, parquet, pictures, prepare, reading, tables, tars
 from data.report import MAX_NAMES, MAX_REASONS, Report
@@ -186,16 +187,6 @@ def table_of(name: str, row: dict) -> bytes:
         mark = "\t" if name.endswith(".tsv") else ","
         lines = [mark.join(fields) for fields in (row.keys(), *(f.values() for f in table))]
     return "\n".join(lines).encode("cp1252")
-
-
-def tar_of(contents: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return stream.getvalue()
 
 
 def read_documents(path, capsys) -> str:

@@ -9,12 +9,13 @@ import io
 import json
 import re
 import struct
-import tarfile
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+from debs import tar_of
 
 from data import passages, ratings, splits, translations, wheels, words
 from data.report import Report
@@ -32,14 +33,7 @@ def make_zip(members: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-def make_tar(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
+make_tar = partial(tar_of, mode="w:gz")
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def questions_of(path: str, split: Split) -> list[Question]:
 
 
 def spaced(prompt: str, answer: str) -> str:
-    """An answer as it stands behind its question."""
+    """An answer as it is written behind its question: with a space between them."""
     return f" {answer}" if prompt else answer
 
 
