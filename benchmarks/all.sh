@@ -72,6 +72,7 @@ run "text2image judge" python benchmarks/text2image.py judge --folds 7
 run "text2image latents" python benchmarks/text2image.py latents
 run "text2image samplers" python benchmarks/text2image.py samplers "${TEXT2IMAGE:--}" --guidance 3
 run "text2image guidance" python benchmarks/text2image.py guidance "${TEXT2IMAGE:--}"
+run letters python benchmarks/letters.py --picture benchmarks/letters.png --record
 run prior python benchmarks/prior.py "${TEXT2IMAGE:--}" --record
 run memory python benchmarks/memory.py
 run step_time python benchmarks/step_time.py

@@ -83,10 +83,35 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
     marks += ("encoder films", "encoder speed", "preference functions", "preference films")
-    marks += ("together", *(f"results {name}" for name in MODALITIES))
+    marks += ("letters", "together", *(f"results {name}" for name in MODALITIES))
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
+
+
+def test_ways_to_draw_letters_take_equal_minutes(tmp_path, monkeypatch):
+    """The parts' minutes are no time for the model itself; it is given the parts of its trial."""
+    monkeypatch.syspath_prepend(ROOT)
+    letters = importlib.import_module("benchmarks.letters")
+    given = []
+    monkeypatch.setattr(letters, "train", lambda out, *words: given.append(words) or out)
+    monkeypatch.setattr(letters, "minutes", lambda run: 2.5 if run.endswith("clip") else 1.5)
+    monkeypatch.setattr(letters, "steps_in", lambda minutes, trial: round(100 * minutes))
+    letters.train_for(20.0, tmp_path, "text2image", 0, [])
+    letters.train_for(20.0, tmp_path, "ddpm", 0, [])
+    trial = tmp_path / "text2image-trial-0"
+    steps = [words[words.index("--train.steps") + 1] for words in given]
+    assert steps == [str(letters.TRIAL_STEPS), "1600", str(letters.TRIAL_STEPS), "2000"]
+    assert given[1][-6:-2] == ("--autoencoder", f"{trial}-autoencoder", "--clip", f"{trial}-clip")
+
+    def found(value: float, prompted: bool) -> letters.Found:
+        share = letters.Measured(value, (value - 0.1, value + 0.1), 100)
+        return letters.Found({letters.KNOWN: share} if prompted else {}, share, share, 20 * value)
+
+    row = letters.row("b", [found(0.5, True), found(0.7, True), found(0.6, True)])
+    shares = "50.0, 70.0, 60.0 (50.0 to 70.0)"
+    assert row == f"| b | {shares} |  | {shares} | 0, 1, 1 (0 to 1) | 10.0, 14.0, 12.0 |  |"
+    assert letters.row("b", [found(0.5, False)]).startswith("| b |  |  | 50.0 (40.0 to 60.0) |")
 
 
 def test_the_base_of_films_trains_on_no_held_out_sentence(tmp_path, monkeypatch):
