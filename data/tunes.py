@@ -392,8 +392,8 @@ def variable(number: int) -> bytes:
     return bytes(reversed(found))
 
 
-def midi(notes: Sequence[Note]) -> bytes:
-    """A Standard MIDI File of one track (MIDI Manufacturers Association 1996)."""
+def track_of(notes: Sequence[Note]) -> bytes:
+    """The events of a voice, as a track of a MIDI file."""
     tempo = round(QUARTER_SECONDS * 1e6)  # microseconds of a quarter note
     track = b"\0\xff\x51\x03" + tempo.to_bytes(3, "big")
     time = Fraction(0)  # in ticks
@@ -406,8 +406,14 @@ def midi(notes: Sequence[Note]) -> bytes:
                 written = round(moment)
         time = end
     track += variable(round(time) - written) + b"\xff\x2f\0"  # end of the track
-    head = struct.pack(">4sIHHH", b"MThd", 6, 0, 1, TICKS)
-    return head + struct.pack(">4sI", b"MTrk", len(track)) + track
+    return struct.pack(">4sI", b"MTrk", len(track)) + track
+
+
+def midi(voices: Sequence[Sequence[Note]]) -> bytes:
+    """A Standard MIDI File (MIDI Manufacturers Association 1996): a track a voice."""
+    kind = int(len(voices) > 1)  # 0: one track; 1: tracks that sound together
+    head = struct.pack(">4sIHHH", b"MThd", 6, kind, len(voices), TICKS)
+    return head + b"".join(map(track_of, voices))
 
 
 def sound(notes: Sequence[Note]) -> np.ndarray:
@@ -432,31 +438,38 @@ def sound(notes: Sequence[Note]) -> np.ndarray:
     return 0.8 * np.concatenate([np.zeros(0), *parts]) / sum(OVERTONES)
 
 
-def roll(notes: Sequence[Note], per_quarter: int = 8) -> np.ndarray:
+def roll(voices: Sequence[Sequence[Note]], per_quarter: int = 8) -> np.ndarray:
     """A piano roll, uint8 (rows, columns, 1): high notes above, time to the right, C in grey."""
-    pitches = [note.pitch for note in notes if note.pitch is not None]
+    pitches = [note.pitch for notes in voices for note in notes if note.pitch is not None]
     low, high = min(pitches), max(pitches)
-    columns = round(sum(note.length for note in notes) * 4 * per_quarter)
+    columns = round(sum(note.length for note in voices[0]) * 4 * per_quarter)
     image = np.full((high - low + 1, columns, 1), 255, dtype=np.uint8)
     image[[high - p for p in range(low, high + 1) if p % 12 == 0]] = 220
-    time = Fraction(0)
-    for note in notes:
-        start = round(time * 4 * per_quarter)
-        time += note.length
-        end = round(time * 4 * per_quarter)
-        if note.pitch is not None:
-            image[high - note.pitch, start : max(start + 1, end - 1)] = 0
+    for notes in voices:
+        time = Fraction(0)
+        for note in notes:
+            start = round(time * 4 * per_quarter)
+            time += note.length
+            end = round(time * 4 * per_quarter)
+            if note.pitch is not None:
+                image[high - note.pitch, start : max(start + 1, end - 1)] = 0
     return image.repeat(6, 0).repeat(2, 1)
 
 
-def draw(texts: Sequence[str], path: Path) -> None:
-    """Write up to DRAWN tunes, one after the other, as .mid, .wav and, as a piano roll, .png."""
+def write_voices(voices: Sequence[Sequence[Note]], path: Path) -> None:
+    """Write voices of equal length as .mid, .wav and, as a piano roll, .png."""
     from data import pictures  # loads Pillow, which texts do not need
 
-    notes = played([parse(text) for text in texts[:DRAWN]])
-    path.with_suffix(".mid").write_bytes(midi(notes))
-    waves.write(sound(notes), RATE, path.with_suffix(".wav"))
-    pictures.save(roll(notes), path.with_suffix(".png"))
+    path.with_suffix(".mid").write_bytes(midi(voices))
+    sounds = list(map(sound, voices))
+    shortest = min(map(len, sounds))  # they differ by roundings
+    waves.write(np.mean([own[:shortest] for own in sounds], axis=0), RATE, path.with_suffix(".wav"))
+    pictures.save(roll(voices), path.with_suffix(".png"))
+
+
+def draw(texts: Sequence[str], path: Path) -> None:
+    """Write up to DRAWN tunes, one after the other."""
+    write_voices([played([parse(text) for text in texts[:DRAWN]])], path)
 
 
 def read_prompt(prompt: str) -> str:

@@ -2,9 +2,11 @@
 
 import gzip
 import importlib.metadata
+import io
 import math
 import re
 import wave
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from debs import hum, publish_deb, sound_members, wave_file
 from test_wheels import publish
 
-from data import episodes, genome, levels, molecules, series, sounds, tunes, waves, wheels
+from data import chorales, episodes, genome, levels, molecules, series, sounds, tunes, waves, wheels
 from data.report import Report
 from data.splits import SPLITS, TEST, TRAIN, VAL
 from tinyfm.batches.text import MODALITIES
@@ -124,6 +126,7 @@ def test_prompts_that_start_nothing_are_refused():
             "M:6/8\\nL:1/8\\nK:G\\nd|gfg",
             ["gfg", "M:x\\nL:1/8\\nK:G\\n", "M:6/8\\nL:1/8\\nK:H\\n"],
         ),
+        (chorales, "OLH<OLH<\\nQLH<", ["hello", "<HLO", "OLH<OLH~"]),
         (
             levels,
             "XX--------------\\nX",
@@ -303,6 +306,100 @@ def test_a_tune_becomes_midi_sound_and_a_picture(tmp_path):
     ]
     tied = tunes.played([tunes.parse("M:4/4\nL:1/4\nK:C\nC-C2-|CD")])
     assert [(note.pitch, note.length) for note in tied[:2]] == [(60, 1), (62, Fraction(1, 4))]
+
+
+# ---- chorales ------------------------------------------------------------------------------------
+
+C_MAJOR, G_MAJOR = "OLH<", "OJGC"
+CHORALE = C_MAJOR * 4 + "\n" + (C_MAJOR * 8 + G_MAJOR * 8 + "\n") * 4 + C_MAJOR * 12 + "\n"
+
+
+def test_a_chorale_has_bars_voices_and_a_melody():
+    assert chorales.fault(CHORALE) == ""
+    assert [voice[0] for voice in chorales.voices_of(CHORALE)] == [67, 64, 60, 48]  # G4, E4, C4, C3
+    melody = "".join(C_MAJOR.replace("O", letter) * 4 for letter in "OQSOOQ")
+    assert chorales.steps(melody) == (2, 2, -4, 2)  # the two O are one note
+    assert chorales.steps(chorales.transpose(melody, 3)) == (2, 2, -4, 2)
+    crossed = CHORALE.replace("OJGC", "OJLC")  # the tenor sings E4, the alto D4
+    assert chorales.describe(crossed) == {
+        "share of right bars": 1.0, "bars": 6.0, "share of crossed sixteenths": 0.4
+    }  # fmt: skip
+    wrong = {
+        "fewer than 4 bars": CHORALE[:147],
+        "a bar does not add up to the metre": CHORALE.replace(C_MAJOR * 8, C_MAJOR * 7, 1),
+        "a letter is no note of the bass": CHORALE.replace("<", "~"),
+        "a voice is silent": CHORALE.replace("<", ".").replace("C", "."),
+        "voices cross in more than 25% of the sixteenths": crossed,
+    }
+    for reason, text in wrong.items():
+        assert chorales.fault(text) == reason
+    assert chorales.describe("OLH<OL\n" * 5)["share of right bars"] == 0  # 6 letters are no metre
+    (copy, other) = chorales.copied([melody * 9, CHORALE], [chorales.transpose(melody * 9, -2)])
+    assert (copy, other) == (True, False)
+
+
+def music_xml(voices: dict[str, str]) -> bytes:
+    """A compressed score: voices, each with an upbeat of a quarter and then bars of "C4 D4 ..."."""
+    parts = ""
+    for bars in voices.values():
+        measures = ""
+        for bar in bars.split("|"):
+            notes = ""
+            for word in bar.split():
+                step, alter, octave = re.fullmatch(r"(.)(#?)(\d?)", word).groups()
+                pitch = f"<step>{step}</step><alter>{len(alter)}</alter><octave>{octave}</octave>"
+                pitch = "<rest/>" if step == "z" else f"<pitch>{pitch}</pitch>"
+                notes += f"<note>{pitch}<duration>2</duration></note>"
+            measures += f"<measure>{notes}</measure>"
+        head = "<attributes><divisions>2</divisions><time><beats>4</beats><beat-type>4</beat-type>"
+        parts += "<part>" + measures.replace("<note>", f"{head}</time></attributes><note>", 1)
+        parts += "</part>"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("META-INF/container.xml", "<container/>")
+        archive.writestr("a.xml", f"<score-partwise>{parts}</score-partwise>")
+    return file.getvalue()
+
+
+def test_chorales_are_read_out_of_scores_and_trained_in_all_keys(folder, monkeypatch):
+    bar = "|G4 G4 G4 z"
+    voices = {"s": "G4" + bar * 4, "a": "E4" + "|E4 D#4 E4 E4" * 4}
+    voices |= {"t": "C4" + "|C4 B3 C4 C4" * 4, "b": "C3" + "|C3 G3 C3 C3" * 4}
+    members = {
+        "music21/corpus/bach/a.mxl": music_xml(voices),
+        "music21/corpus/bach/b.mxl": music_xml(voices | {"fifth": voices["a"]}),
+        "music21/corpus/bach/c.mxl": music_xml(voices | {"b": "C3"}),
+        "music21/corpus/other/d.mxl": b"",
+    }
+    publish(monkeypatch, chorales, members)
+    monkeypatch.setattr(chorales, "split_of", lambda melody, share: TRAIN)
+    report = Report()
+    own, *moved = [document.text for document in chorales.documents(report)]
+    quarters = ("OLH<" * 4, "OKGC" * 4, "OLH<" * 4, ".LH<" * 4)
+    assert own == "OLH<" * 4 + "\n" + ("".join(quarters) + "\n") * 4
+    assert {reason: len(names) for reason, names in report.skipped.items()} == {
+        "it has other than four voices": 1,
+        "it changes its metre, or its voices have different lengths": 1,
+    }
+    # From six semitones lower to five higher, all voices stay in their ranges.
+    assert [ord(text[0]) - ord("O") for text in moved] == [*range(-6, 0), *range(1, 6)]
+    low = chorales.transpose(own, -6)
+    assert len(chorales.keys_of(chorales.transpose(low, -6))) < len(moved)  # the bass has no F#1
+
+
+def test_a_chorale_becomes_midi_with_a_track_a_voice(tmp_path):
+    chorales.draw([CHORALE], tmp_path / "hymn.mid")
+    content = (tmp_path / "hymn.mid").read_bytes()
+    assert content[:14] == b"MThd\0\0\0\x06\0\1\0\x04\x01\xe0"
+    assert content.count(b"MTrk") == 4
+    # Three voices hold their first note and their last one for three quarters; the soprano never
+    # moves. Behind each track's last note comes the pause.
+    assert content.count(tunes.variable(3 * 480) + b"\x80") == 3 * 2
+    assert content.count(tunes.variable(2 * 480) + b"\xff\x2f\0") == 4
+    with wave.open(str(tmp_path / "hymn.wav"), "rb") as file:
+        seconds = file.getnframes() / file.getframerate()
+    assert seconds == pytest.approx((4 + 4 * 16 + 12) * 0.125 + 1, abs=0.01)  # and the pause
+    assert (tmp_path / "hymn.png").is_file()
 
 
 # ---- series --------------------------------------------------------------------------------------

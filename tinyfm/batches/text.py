@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from data import (
+    chorales,
     docs,
     episodes,
     files,
@@ -59,6 +60,7 @@ MODALITIES = {
     "molecules": molecules,
     "genome": genome,
     "tunes": tunes,
+    "chorales": chorales,
     "series": series,
     "levels": levels,
     "episodes": episodes,
@@ -81,8 +83,8 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 class TextConfig:
     """Which text to read, and how to turn it into tokens."""
 
-    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, series, levels, episodes,
-    # sounds, your own text file, folder or "glob", or a folder that data/prepare.py made
+    # docs, passages, stdlib, shakespeare, molecules, genome, tunes, chorales, series, levels,
+    # episodes, sounds, your own text file, folder or "glob", or a folder that data/prepare.py made
     path: DataPath = "docs"
     # sentencepiece, sentencepiece-unigram, bpe, wordpiece (in lower case), wordpiece-cased, bytes,
     # characters (for sounds: a token a sample), or a run or folder with a saved tokenizer

@@ -426,6 +426,9 @@ PRESETS = {
     "tunes": modality_preset(
         "a GPT that writes tunes, as notes and sound: ten minutes on one core", "tunes", 256, 900
     ),
+    "chorales": modality_preset(
+        "a GPT that writes for four voices: ten minutes on one core", "chorales", 512, 900
+    ),
     "series": modality_preset(
         "a GPT that forecasts the weather by the hour: five minutes on one core", "series", 256, 450
     ),
