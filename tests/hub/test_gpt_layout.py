@@ -539,3 +539,38 @@ def test_an_incomplete_export_does_not_load(tmp_path, monkeypatch):
     assert GPT.from_pretrained(tmp_path).config.n_layer == 1
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_first_stage_of_bark_is_a_gpt_by_config(bias):
+    """From text to semantic tokens. It reads more kinds of tokens than it writes."""
+    sizes = {"block_size": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
+    theirs = transformers.models.bark.BarkSemanticModel(
+        transformers.models.bark.BarkSemanticConfig(
+            input_vocab_size=60, output_vocab_size=40, bias=bias, dropout=0.0, **sizes
+        )
+    )
+    tensors = random_weights(theirs.double).state_dict()
+    style = STYLES["gpt2"] | {"mlp": "exact-gelu", "bias": bias, "tied": False}
+    config = GPTConfig(vocab_size=60, context_length=24, n_layer=2, n_head=4, d_model=32, **style)
+    ours = GPT(config).double()
+    own = {
+        "token_embedding.weight": tensors["input_embeds_layer.weight"],
+        "position_embedding.weight": tensors["position_embeds_layer.weight"],
+        "head.weight": torch.nn.functional.pad(tensors["lm_head.weight"], (0, 0, 0, 20)),
+    }
+    for kind in ("weight", "bias") if bias else ("weight",):
+        own[f"norm.{kind}"] = tensors[f"layernorm_final.{kind}"]
+        for i in range(2):
+            block, layer = f"blocks.{i}", f"layers.{i}"
+            names = {"norm1": "layernorm_1", "norm2": "layernorm_2", "mlp.up": "mlp.in_proj"}
+            names |= {"attention.out": "attn.out_proj", "mlp.down": "mlp.out_proj"}
+            for name, other in names.items():
+                own[f"{block}.{name}.{kind}"] = tensors[f"{layer}.{other}.{kind}"]
+            joint = tensors[f"{layer}.attn.att_proj.{kind}"].chunk(3)
+            for name, part in zip("qkv", joint):
+                own[f"{block}.attention.{name}.{kind}"] = part
+    ours.load_state_dict(own)
+    tokens = torch.randint(60, (3, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[..., :40], theirs(input_ids=tokens).logits)
