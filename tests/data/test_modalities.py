@@ -4,16 +4,20 @@ import gzip
 import importlib.metadata
 import io
 import math
+import random
 import re
 import wave
 import zipfile
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import corridor
 import numpy as np
 import pytest
+import rdkit
 from debs import hum, publish_deb, sound_members, wave_file
+from rdkit import Chem
 from test_wheels import publish
 
 from data import chorales, episodes, genome, levels, molecules, series, sounds, tunes, waves, wheels
@@ -138,6 +142,59 @@ def test_prompts_that_start_nothing_are_refused():
         for prompt in wrong:
             with pytest.raises(ValueError, match=re.escape(f"--prompt {prompt[:20]!r}"[:-1])):
                 source.MODALITY.read_prompt(prompt)
+
+
+DRUGS = (
+    "CC(=O)Oc1ccccc1C(=O)O", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "CC(C)Cc1ccc(C(C)C(=O)O)cc1",
+    "CC(=O)Nc1ccc(O)cc1", "COc1ccc2nc(S(=O)Cc3ncc(C)c(OC)c3C)[nH]c2c1",
+    "Clc1ccccc1C1(NC)CCCCC1=O", "CN1CCc2cc(Cl)c(O)cc2C(c2ccccc2)C1", "O=C1CN=C(c2ccccc2)c2ccccc2N1",
+    "Cc1ncc(CO)c(CO)c1O", "N#Cc1ccc(F)cc1C#N", "CCN(CC)CCOC(=O)c1ccc(N)cc1", "c1ccsc1-c1ccco1",
+)  # fmt: skip
+
+
+def test_molecules_are_those_of_rdkit():
+    """Other spellings of a molecule have its key. Texts with a changed sign are judged alike but
+    for a few, mostly of aromatic sulphur and of triple bonds in aromatic rings."""
+    rdkit.RDLogger.DisableLog("rdApp.*")
+    for text in DRUGS:
+        molecule = Chem.MolFromSmiles(text)
+        for seed in range(8):
+            (other,) = Chem.MolToRandomSmilesVect(molecule, 1, randomSeed=seed)
+            assert not molecules.fault(other) and molecules.key(other) == molecules.key(text)
+    assert len(set(map(molecules.key, DRUGS))) == len(DRUGS)
+
+    rng = random.Random(0)
+    signs = [
+        "C",
+        "N",
+        "O",
+        "S",
+        "F",
+        "Cl",
+        "c",
+        "n",
+        "o",
+        "s",
+        "[nH]",
+        "(",
+        ")",
+        "1",
+        "2",
+        "3",
+        "=",
+        "#",
+        "-",
+    ]
+    judged = Counter()
+    for text in DRUGS * 100:
+        parts = molecules.TOKEN.findall(text)
+        place = rng.randrange(len(parts))
+        parts[place : place + rng.randrange(2)] = rng.sample(signs, rng.randrange(2))
+        changed = "".join(parts)
+        judged[not molecules.fault(changed), Chem.MolFromSmiles(changed) is not None] += 1
+    assert judged[True, True] > 100 and judged[False, False] > 300
+    assert judged[True, False] <= 0.005 * judged.total()
+    assert judged[False, True] <= 0.02 * judged.total()
 
 
 # ---- genome --------------------------------------------------------------------------------------
