@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: what is scored, what is equal on both sides, what is written."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -16,8 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, count_parameters
 
+import train
 from data.splits import Document, split_of
 from tinyfm.batches.text import MODALITIES, TextConfig, TextData, prepare_folder
+from tinyfm.calc.size_law import read_table
 from tinyfm.gpt import GPT, GPTConfig
 
 
@@ -84,6 +87,7 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
     marks += ("encoder films", "encoder speed", "preference functions", "preference films")
     marks += ("letters", "together", *(f"results {name}" for name in MODALITIES))
+    marks += ("budget sweep", "budget rates")
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
@@ -149,6 +153,56 @@ def test_curves_of_rewards_are_those_of_the_page(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no table of films yet"):
         preference.read_curves(page.replace(rows[0], "").replace("|", "."), "films")
+
+
+@pytest.fixture
+def budget(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.budget")
+
+
+def test_the_grid_of_the_sweep_is_a_triangle_that_costs_an_hour(budget):
+    """At 1.1e11 FLOP/s, which one core reached with the preset gpt."""
+    runs = budget.grid()
+    tokens = {name: run.train.steps * run.train.batch_size * 256 for name, run in runs.items()}
+    costs = [tokens[name] * budget.flops_per_token(run) for name, run in runs.items()]
+    assert costs == sorted(costs, reverse=True) and costs[0] <= budget.MOST * 1.01
+    assert sum(costs) / 1.1e11 < 45 * 60
+    for name, run in runs.items():
+        width, asked = map(int, name.split("-")[1::2])
+        assert run.model.d_model == width and tokens[name] == pytest.approx(asked, rel=0.01)
+    assert {run.model.d_model for run in runs.values()} == {*budget.WIDTHS}
+
+
+def test_a_job_of_the_sweep_trains_the_run_it_stands_for(budget, tmp_path):
+    run = budget.run_of(128, 400_000)
+    job = budget.job_of(run, tmp_path / "a", ["--train.seed", "5"])
+    _, _, read = train.read_arguments([*job.words])
+    assert read.train.seed == 5
+    assert dataclasses.replace(read, out="", train=run.train) == run
+    assert read.train.steps == run.train.steps and read.train.batch_size == run.train.batch_size
+
+
+def test_the_table_of_a_sweep_is_read_back(budget, tmp_path):
+    runs = [
+        budget.Trained(width, width**2, float(tokens), 1e9, 1 + 20 / width + 50 / tokens**0.5)
+        for width in (20, 40, 80)
+        for tokens in (1000, 4000, 16000)
+    ]
+    budget.write_table([(run, 1.5) for run in runs], tmp_path / "a.csv")
+    assert read_table(tmp_path / "a.csv") == runs
+    rows = budget.sweep_text(runs).splitlines()
+    offs = [float(row.split("|")[-2].strip(" %")) for row in rows[2:11]]
+    assert max(map(abs, offs)) < 3 and rows[-1].startswith("L = ")
+
+
+def test_the_least_of_losses_by_rate(budget):
+    losses = [2 + math.log(factor / 0.8) ** 2 for factor in budget.FACTORS]
+    assert budget.minimum(budget.FACTORS, losses) == pytest.approx(0.8)
+    assert budget.minimum(budget.FACTORS, losses[::-1]) != pytest.approx(0.8)
+    assert budget.minimum(budget.FACTORS, [5, 4, 3, 2, 1]) == budget.FACTORS[-1]
+    text = budget.rates_text({128: losses, 256: losses})
+    assert "within a factor of 1.00" in text and text.count("| 0.80 |") == 2
 
 
 def test_each_modality_gives_as_much_text_alone_as_together(tmp_path, monkeypatch):

@@ -247,6 +247,12 @@ def fit_power_law(flops: np.ndarray, losses: np.ndarray) -> PowerLaw:
 # ---- a law with more parameters than the points can determine -----------------------------------
 
 
+def jacobian(function: Callable[[np.ndarray], np.ndarray], theta: np.ndarray) -> np.ndarray:
+    """Derivatives of a function (..) by theta (m,), by central differences: (.., m)."""
+    steps = 1e-6 * np.eye(len(theta))
+    return np.stack([(function(theta + h) - function(theta - h)) / 2e-6 for h in steps], axis=-1)
+
+
 def least_squares(residuals: Callable[[np.ndarray], np.ndarray], theta: np.ndarray) -> np.ndarray:
     """A local minimum of the sum of squared residuals near theta.
 
@@ -255,11 +261,8 @@ def least_squares(residuals: Callable[[np.ndarray], np.ndarray], theta: np.ndarr
     r = residuals(theta)
     damping = 1e-2
     for _ in range(200):
-        # The Jacobian, by central differences.
-        steps = 1e-6 * np.eye(len(theta))
-        columns = [(residuals(theta + h) - residuals(theta - h)) / 2e-6 for h in steps]
-        J = np.stack(columns, axis=1)
         # A damped Gauss-Newton step.
+        J = jacobian(residuals, theta)
         A = J.T @ J
         A += damping * np.diag(np.diag(A)) + 1e-12 * np.eye(len(A))
         moved = theta - np.linalg.solve(A, J.T @ r)

@@ -4,7 +4,7 @@ preferences."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,6 +76,23 @@ class GPTRun(Run):
 
     def build_model(self) -> GPT:
         return GPT(self.model)
+
+    def at_width(self, width: int) -> GPTRun:
+        """The same at another width. Blocks, heads and rows of a batch grow with it.
+
+        Muon's rate is the same for all widths, as the spectral norm of its updates is (muon.py).
+        Of AdamW's matrices the embedding wants one rate for all widths too, and the head one that
+        falls like 1 / width (Yang et al. 2022, table 8); they share one, which falls like the root.
+        """
+        m = self.model
+        blocks = max(2, width // 128)
+        lr = self.optim.lr * (m.d_model / width) ** 0.5
+        return replace(
+            self,
+            model=replace(m, d_model=width, n_layer=blocks, n_head=blocks),
+            optim=replace(self.optim, lr=float(f"{lr:.3g}")),
+            train=replace(self.train, batch_size=self.train.batch_size * width // m.d_model),
+        )
 
     @property
     def prompt_ids(self) -> list[int]:

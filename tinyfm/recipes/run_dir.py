@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -215,6 +216,27 @@ def differences(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]
         for key in sorted(compared)
         if old.get(key) != new.get(key)
     ]
+
+
+def option(key: str) -> str:
+    """The option of train.py for a setting of a flat record, without its dashes."""
+    return key.replace("_", "-")
+
+
+def command(name: str, preset: Preset, run: Run) -> str:
+    """The command that trains this run by plain settings."""
+    usual, own = (flatten(to_record("", each)) for each in (preset.run, run))
+    words = ["python", "train.py", name]
+    for key, value in own.items():
+        if value == usual.get(key):
+            continue
+        if isinstance(value, bool):
+            above, _, field = option(key).rpartition(".")
+            words.append(f"--{above}.{field if value else f'no-{field}'}")
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{option(key)}", *map(str, values)]
+    return shlex.join(words)
 
 
 def split_version(record: dict[str, Any]) -> str:

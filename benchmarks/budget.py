@@ -1,0 +1,213 @@
+"""What a budget buys: the preset `gpt` at several widths, on several numbers of tokens.
+
+    python benchmarks/budget.py sweep --record    # an hour of one core
+    python benchmarks/budget.py rates --record    # 40 minutes of one core
+
+sweep trains the preset `gpt` at each width (`at_width` in recipes/gpt.py) on each number of tokens,
+as long as a run costs at most MOST FLOPs, writes tinyfm/calc/budget.csv, and fits the law of
+tinyfm/calc/size_law.py. The limit makes
+the grid a triangle: large sizes are tried on few tokens, small ones on many, so that both terms of
+the law are seen, and no run takes longer than a quarter of an hour. The table it prints has
+beside each loss what the law says that is fitted to all other runs.
+
+rates trains four widths at five multiples of the learning rates that `at_width` gives them, on the
+fewest tokens, and draws the losses. If the rates transfer, all four curves have their minimum at
+the same multiple. A parabola through the best point and its neighbours gives the minimum.
+
+Runs go to runs/budget, two at a time with one thread each. Stopped ones are continued by the same
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import timing
+from tinyfm.calc import size_law, sweep
+from tinyfm.calc.size_law import Trained
+from tinyfm.common.figures import new_figure, save_figure
+from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes.base import Run
+from tinyfm.recipes.registry import scale_rates
+from tinyfm.training.log import METRICS, read_metrics
+
+TABLE = timing.PAGE.parent.parent / "tinyfm" / "calc" / "budget.csv"
+WIDTHS = (128, 192, 256, 384, 512)
+TOKENS = (400_000, 1_000_000, 2_500_000, 6_250_000)
+MOST = 7e13  # FLOPs of a run
+RATE_WIDTHS = (128, 192, 256, 384)
+FACTORS = (0.25, 0.4, 0.63, 1, 1.6)
+PRESET = registry.find_preset("gpt")
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def run_of(width: int, tokens: int, usual: Run = PRESET.run) -> Run:
+    """The run of this size, evaluated at its start and its end alone."""
+    run = usual.at_width(width)
+    steps = max(1, round(tokens / (run.train.batch_size * run.model.context_length)))
+    return replace(run, train=replace(run.train, steps=steps, eval_every=0))
+
+
+def flops_per_token(run: Run) -> float:
+    with torch.device("meta"):
+        return run.build_model().flops_per_row() / run.model.context_length
+
+
+def job_of(run: Run, folder: Path, more: Sequence[str]) -> sweep.Job:
+    _, _, *words = shlex.split(run_dir.command("gpt", PRESET, run))
+    return sweep.Job(folder, (*words, *more))
+
+
+def read_run(run: Run, folder: Path, unique: int) -> tuple[Trained, float]:
+    """(the finished run, its minutes)."""
+    rows = read_metrics(folder / METRICS)
+    tokens = run.train.steps * run.train.batch_size * run.model.context_length
+    row = Trained(run.model.d_model, flops_per_token(run), tokens, unique, rows[-1]["val_bpb"])
+    return row, (rows[-1]["time"] - rows[0]["time"]) / 60
+
+
+# ---- the sweep ----------------------------------------------------------------------------------
+
+
+def grid(usual: Run = PRESET.run) -> dict[str, Run]:
+    """The runs of the sweep by name, the longest first, so that both threads stay busy."""
+    runs = {f"width-{w}-tokens-{n}": run_of(w, n, usual) for w in WIDTHS for n in TOKENS}
+    costs = {}
+    for name, run in runs.items():
+        rows = run.train.steps * run.train.batch_size
+        costs[name] = rows * run.model.context_length * flops_per_token(run)
+    small = [name for name in runs if costs[name] <= MOST]
+    return {name: runs[name] for name in sorted(small, key=costs.get, reverse=True)}
+
+
+def write_table(found: Sequence[tuple[Trained, float]], path: Path) -> None:
+    """The table that size_law.read_table reads; the last columns say where a row comes from."""
+    source = timing.describe_machine()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = [{**asdict(run), "minutes": f"{m:.1f}", "source": source} for run, m in found]
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sweep_text(runs: Sequence[Trained]) -> str:
+    """The runs, each beside what the law of the others says of it, and the law."""
+    lines = [
+        "| width | tokens | times the text | FLOP | bits per byte | by the other runs | off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        law = size_law.fit_size_law([other for other in runs if other is not run])
+        U = float(size_law.worth(run.tokens, run.unique))
+        M = run.flops_per_token
+        low, high = law.interval(M, U)
+        said = law.loss(M, U)
+        cells = [f"{run.width}", f"{run.tokens:.3g}", f"{run.tokens / run.unique:.2f}"]
+        cells += [f"{M * run.tokens:.2g}", f"{run.bpb:.3f}"]
+        cells += [f"{said:.3f} ({low:.3f} to {high:.3f})", f"{said / run.bpb - 1:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    law = size_law.fit_size_law(runs)
+    E, A, B, alpha, beta = np.exp(law.theta)
+    lines += [
+        "",
+        f"L = {E:.3f} + {A:.3f} (M / {law.M0:.3g})^-{alpha:.3f} + {B:.3f} (U / {law.D0:.3g})^"
+        f"-{beta:.3f}; runs lie {law.deviation:.2%} from it (standard deviation)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def do_sweep(options: argparse.Namespace, more: list[str]) -> str:
+    runs = grid()
+    folder = Path(options.out)
+    sweep.train_all([job_of(run, folder / name, more) for name, run in runs.items()], 2)
+    unique = len(PRESET.run.open_data().train)
+    found = [read_run(run, folder / name, unique) for name, run in runs.items()]
+    found.sort(key=lambda each: (each[0].width, each[0].tokens))
+    write_table(found, TABLE)
+    minutes = sum(m for _, m in found)
+    text = sweep_text([run for run, _ in found])
+    return f"{timing.describe_machine()}; {len(found)} runs, {minutes:.0f} minutes in all\n\n{text}"
+
+
+# ---- learning rates -----------------------------------------------------------------------------
+
+
+def minimum(factors: Sequence[float], losses: Sequence[float]) -> float:
+    """Where the parabola through the best point and its neighbours, over ln factor, is least.
+
+    At an end of the factors, that end.
+    """
+    best = int(np.argmin(losses))
+    if best in (0, len(losses) - 1):
+        return factors[best]
+    around = slice(best - 1, best + 2)
+    a, b, _ = np.polyfit(np.log(factors[around]), losses[around], 2)
+    return float(np.exp(-b / (2 * a)))
+
+
+def rates_text(losses: dict[int, list[float]]) -> str:
+    heads = " | ".join(f"× {factor:g}" for factor in FACTORS)
+    lines = [f"| width | {heads} | least at × |", "|---|" + "---|" * (len(FACTORS) + 1)]
+    minima = {width: minimum(FACTORS, each) for width, each in losses.items()}
+    for width, each in losses.items():
+        cells = " | ".join(f"{loss:.3f}" for loss in each)
+        lines.append(f"| {width} | {cells} | {minima[width]:.2f} |")
+    ratio = max(minima.values()) / min(minima.values())
+    return "\n".join([*lines, "", f"The minima lie within a factor of {ratio:.2f}."]) + "\n"
+
+
+def draw_rates(losses: dict[int, list[float]], path: Path) -> None:
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot(xlabel="learning rates, as a multiple", ylabel="bits per byte")
+    axes.set_xscale("log", base=2)
+    for width, each in losses.items():
+        axes.plot(FACTORS, each, marker="o", label=f"width {width}")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def do_rates(options: argparse.Namespace, more: list[str]) -> str:
+    runs = {}
+    for width in RATE_WIDTHS[::-1]:
+        for factor in FACTORS:
+            run = run_of(width, TOKENS[0])
+            runs[width, factor] = replace(run, optim=scale_rates(run.optim, factor))
+    folders = {key: Path(options.out) / "width-{}-rates-{}".format(*key) for key in runs}
+    sweep.train_all([job_of(run, folders[key], more) for key, run in runs.items()], 2)
+    losses = {
+        width: [read_run(runs[width, f], folders[width, f], 1)[0].bpb for f in FACTORS]
+        for width in RATE_WIDTHS
+    }
+    if options.record:
+        draw_rates(losses, timing.PAGE.with_name("budget.png"))
+    return f"{timing.describe_machine()}; one seed\n\n{rates_text(losses)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("what", choices=("sweep", "rates"))
+    add("--out", default="runs/budget", help="folder of the runs (default runs/budget)")
+    add("--record", action="store_true", help="write the table into README.md")
+    options, more = parser.parse_known_args()
+    text = {"sweep": do_sweep, "rates": do_rates}[options.what](options, more)
+    print(text)
+    if options.record:
+        timing.record(f"budget {options.what}", text)
+
+
+if __name__ == "__main__":
+    main()
