@@ -4,11 +4,11 @@
     python benchmarks/budget.py rates --record    # 40 minutes of one core
 
 sweep trains the preset `gpt` at each width (`at_width` in recipes/gpt.py) on each number of tokens,
-as long as a run costs at most MOST FLOPs, writes tinyfm/calc/budget.csv, and fits the law of
-tinyfm/calc/size_law.py. The limit makes
-the grid a triangle: large sizes are tried on few tokens, small ones on many, so that both terms of
-the law are seen, and no run takes longer than a quarter of an hour. The table it prints has
-beside each loss what the law says that is fitted to all other runs.
+as long as a run costs at most MOST FLOPs. The limit makes the grid a triangle: large sizes are
+tried on few tokens, small ones on many, so that both terms of a law are seen, and no run takes
+longer than a quarter of an hour. The most tokens are two passes through the text. It writes
+tinyfm/calc/budget.csv and fits the law of tinyfm/calc/size_law.py; beside each loss its table has
+what the law says that is fitted to all other runs.
 
 rates trains four widths at five multiples of the learning rates that `at_width` gives them, on the
 fewest tokens, and draws the losses. If the rates transfer, all four curves have their minimum at
@@ -50,13 +50,12 @@ RATE_WIDTHS = (128, 192, 256, 384)
 FACTORS = (0.25, 0.4, 0.63, 1, 1.6)
 PRESET = registry.find_preset("gpt")
 
-
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def run_of(width: int, tokens: int, usual: Run = PRESET.run) -> Run:
+def run_of(width: int, tokens: int) -> Run:
     """The run of this size, evaluated at its start and its end alone."""
-    run = usual.at_width(width)
+    run = PRESET.run.at_width(width)
     steps = max(1, round(tokens / (run.train.batch_size * run.model.context_length)))
     return replace(run, train=replace(run.train, steps=steps, eval_every=0))
 
@@ -82,9 +81,9 @@ def read_run(run: Run, folder: Path, unique: int) -> tuple[Trained, float]:
 # ---- the sweep ----------------------------------------------------------------------------------
 
 
-def grid(usual: Run = PRESET.run) -> dict[str, Run]:
+def grid() -> dict[str, Run]:
     """The runs of the sweep by name, the longest first, so that both threads stay busy."""
-    runs = {f"width-{w}-tokens-{n}": run_of(w, n, usual) for w in WIDTHS for n in TOKENS}
+    runs = {f"width-{w}-tokens-{n}": run_of(w, n) for w in WIDTHS for n in TOKENS}
     costs = {}
     for name, run in runs.items():
         rows = run.train.steps * run.train.batch_size
