@@ -60,6 +60,10 @@ def run_of(width: int, tokens: int) -> Run:
     return replace(run, train=replace(run.train, steps=steps, eval_every=0))
 
 
+def tokens_of(run: Run) -> int:
+    return run.train.steps * run.train.batch_size * run.model.context_length
+
+
 def flops_per_token(run: Run) -> float:
     with torch.device("meta"):
         return run.build_model().flops_per_row() / run.model.context_length
@@ -73,8 +77,8 @@ def job_of(run: Run, folder: Path, more: Sequence[str]) -> sweep.Job:
 def read_run(run: Run, folder: Path, unique: int) -> tuple[Trained, float]:
     """(the finished run, its minutes)."""
     rows = read_metrics(folder / METRICS)
-    tokens = run.train.steps * run.train.batch_size * run.model.context_length
-    row = Trained(run.model.d_model, flops_per_token(run), tokens, unique, rows[-1]["val_bpb"])
+    M = flops_per_token(run)
+    row = Trained(run.model.d_model, M, tokens_of(run), unique, rows[-1]["val_bpb"])
     return row, (rows[-1]["time"] - rows[0]["time"]) / 60
 
 
@@ -84,10 +88,7 @@ def read_run(run: Run, folder: Path, unique: int) -> tuple[Trained, float]:
 def grid() -> dict[str, Run]:
     """The runs of the sweep by name, the longest first, so that both threads stay busy."""
     runs = {f"width-{w}-tokens-{n}": run_of(w, n) for w in WIDTHS for n in TOKENS}
-    costs = {}
-    for name, run in runs.items():
-        rows = run.train.steps * run.train.batch_size
-        costs[name] = rows * run.model.context_length * flops_per_token(run)
+    costs = {name: tokens_of(run) * flops_per_token(run) for name, run in runs.items()}
     small = [name for name in runs if costs[name] <= MOST]
     return {name: runs[name] for name in sorted(small, key=costs.get, reverse=True)}
 

@@ -164,7 +164,7 @@ def budget(monkeypatch):
 def test_the_grid_of_the_sweep_is_a_triangle_that_costs_an_hour(budget):
     """At 1.1e11 FLOP/s, which one core reached with the preset gpt."""
     runs = budget.grid()
-    tokens = {name: run.train.steps * run.train.batch_size * 256 for name, run in runs.items()}
+    tokens = {name: budget.tokens_of(run) for name, run in runs.items()}
     costs = [tokens[name] * budget.flops_per_token(run) for name, run in runs.items()]
     assert costs == sorted(costs, reverse=True) and costs[0] <= budget.MOST * 1.01
     assert sum(costs) / 1.1e11 < 45 * 60
