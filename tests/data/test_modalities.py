@@ -368,11 +368,15 @@ def test_a_tune_becomes_midi_sound_and_a_picture(tmp_path):
 # ---- chorales ------------------------------------------------------------------------------------
 
 C_MAJOR, G_MAJOR = "OLH<", "OJGC"
-CHORALE = C_MAJOR * 4 + "\n" + (C_MAJOR * 8 + G_MAJOR * 8 + "\n") * 4 + C_MAJOR * 12 + "\n"
+BARS = [C_MAJOR * 4, *[C_MAJOR * 8 + G_MAJOR * 8] * 4, C_MAJOR * 12]
+CHORALE = chorales.arrange(BARS)
 
 
 def test_a_chorale_has_bars_voices_and_a_melody():
+    quarter = C_MAJOR * 4
+    assert CHORALE.startswith(f"{quarter}\n{quarter} {quarter} {G_MAJOR * 4} {G_MAJOR * 4}\n")
     assert chorales.fault(CHORALE) == ""
+    assert chorales.arrange([C_MAJOR * 6]) == f"{C_MAJOR * 2} {quarter}\n"  # of an upbeat, the end
     assert [voice[0] for voice in chorales.voices_of(CHORALE)] == [67, 64, 60, 48]  # G4, E4, C4, C3
     melody = "".join(C_MAJOR.replace("O", letter) * 4 for letter in "OQSOOQ")
     assert chorales.steps(melody) == (2, 2, -4, 2)  # the two O are one note
@@ -382,8 +386,11 @@ def test_a_chorale_has_bars_voices_and_a_melody():
         "share of right bars": 1.0, "bars": 6.0, "share of crossed sixteenths": 0.4
     }  # fmt: skip
     wrong = {
-        "fewer than 4 bars": CHORALE[:147],
-        "a bar does not add up to the metre": CHORALE.replace(C_MAJOR * 8, C_MAJOR * 7, 1),
+        "fewer than 4 bars": chorales.arrange(BARS[:3]),
+        "a bar does not add up to the metre": CHORALE.replace(f"{C_MAJOR} ", "", 1),
+        "a quarter has other than four sixteenths": CHORALE.replace(
+            f"{C_MAJOR} ", f" {C_MAJOR}", 1
+        ),
         "a letter is no note of the bass": CHORALE.replace("<", "~"),
         "a voice is silent": CHORALE.replace("<", ".").replace("C", "."),
         "voices cross in more than 25% of the sixteenths": crossed,
@@ -433,7 +440,7 @@ def test_chorales_are_read_out_of_scores_and_trained_in_all_keys(folder, monkeyp
     report = Report()
     own, *moved = [document.text for document in chorales.documents(report)]
     quarters = ("OLH<" * 4, "OKGC" * 4, "OLH<" * 4, ".LH<" * 4)
-    assert own == "OLH<" * 4 + "\n" + ("".join(quarters) + "\n") * 4
+    assert own == "OLH<" * 4 + "\n" + (" ".join(quarters) + "\n") * 4
     assert {reason: len(names) for reason, names in report.skipped.items()} == {
         "it has other than four voices": 1,
         "it changes its metre, or its voices have different lengths": 1,
