@@ -1,4 +1,4 @@
-"""MusicGen: the delay by hand, equality with MusicgenForCausalLM of transformers, errors."""
+"""MusicGen: the patterns by hand, equality with MusicgenForCausalLM of transformers, errors."""
 
 from dataclasses import replace
 
@@ -12,11 +12,11 @@ from tinyfm.generate import Sampling
 from tinyfm.musicgen import (
     MusicGen,
     MusicGenConfig,
-    delay,
-    delay_slowly,
+    count_frames,
     flatten,
-    undo_delay,
-    undo_flatten,
+    interleave,
+    interleave_slowly,
+    undo_interleave,
 )
 
 transformers.logging.set_verbosity_error()
@@ -47,34 +47,70 @@ def published(theirs, tmp_path):
     return tmp_path / "published"
 
 
-# ---- the delay -----------------------------------------------------------------------------------
+# ---- the patterns --------------------------------------------------------------------------------
 
+PATTERNS = ("delay", "flat", "parallel")
 CODES = torch.tensor([[[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 1, 2]]])
 COLUMNS = torch.tensor([[
     [K, 1, 2, 3, 4, K, K],
     [K, K, 5, 6, 7, 8, K],
     [K, K, K, 9, 0, 1, 2],
 ]])  # fmt: skip
+FLAT = torch.tensor([[
+    [K, 1, K, K, 2, K, K],
+    [K, K, 5, K, K, 6, K],
+    [K, K, K, 9, K, K, 0],
+]])  # fmt: skip
 
 
-def test_the_delay_by_hand(theirs):
-    assert torch.equal(delay(CODES, K), COLUMNS)
-    assert torch.equal(undo_delay(COLUMNS), CODES)
+def test_the_patterns_by_hand(theirs):
+    assert torch.equal(interleave(CODES, K, "delay"), COLUMNS)
     _, mask = theirs.build_delay_pattern_mask(CODES[0], pad_token_id=K, max_length=7)
     assert torch.equal(COLUMNS[0] == K, mask == K)
+    assert torch.equal(interleave(CODES[..., :2], K, "flat"), FLAT)
+    assert torch.equal(interleave(CODES, K, "parallel")[..., 1:], CODES)
     assert flatten(CODES, K)[0, :6].tolist() == [1, 5 + K, 9 + 2 * K, 2, 6 + K, 2 * K]
-    tokens = flatten(CODES, K)
-    assert torch.equal(undo_flatten(tokens, K, Q), CODES)
-    with pytest.raises(ValueError, match="no code -10"):
-        undo_flatten(tokens.roll(1), K, Q)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", [(2, 4, 9), (1, 4, 1), (3, 1, 5), (1, 2, 0)])
-def test_the_delay_and_back(shape):
+def test_each_pattern_and_back(shape, pattern):
     codes = random_codes(*shape)
-    columns = delay(codes, K)
-    assert torch.equal(columns, delay_slowly(codes, K))
-    assert torch.equal(undo_delay(columns), codes)
+    columns = interleave(codes, K, pattern)
+    assert torch.equal(columns, interleave_slowly(codes, K, pattern))
+    assert torch.equal(undo_interleave(columns[..., 1:], pattern), codes)
+    longest = [count_frames(pattern, Q, steps) for steps in range(Q, Q + 7)]
+    assert longest == {
+        "delay": [1, 2, 3, 4, 5, 6, 7], "flat": [1, 1, 1, 2, 2, 2, 3],
+        "parallel": [3, 4, 5, 6, 7, 8, 9],
+    }[pattern]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_probabilities_of_all_sounds_add_up_to_one(pattern):
+    """Of two frames of two codebooks of three codes, so that nats compare."""
+    config = replace(TINY, n_code=3, n_book=2, context_length=4, pattern=pattern)
+    model = random_weights(lambda: MusicGen(config), 0.5)
+    sounds = torch.cartesian_prod(*[torch.arange(3)] * 4).view(81, 2, 2)
+    nats = torch.stack(
+        [2 * model.loss({"codes": codes[None]})[1]["frame_nats"] for codes in sounds]
+    )
+    assert nats.neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert nats.std() > 0.1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_it_writes_by_a_cache_what_it_would_read(pattern):
+    """The likeliest code at each place, given all before it; the given frames stay."""
+    model = random_weights(lambda: MusicGen(replace(TINY, pattern=pattern)), 0.5)
+    prompt = random_codes(2, Q, 2)
+    found = model.generate(prompt, 4, Sampling(temperature=0))
+    assert torch.equal(found[..., :2], prompt)
+    logits = model(interleave(found, K, pattern)[..., :-1])
+    expected = undo_interleave(logits, pattern).argmax(-1)
+    assert torch.equal(found[..., 2:], expected[..., 2:])
+    assert not torch.equal(found[..., :2], expected[..., :2])
 
 
 # ---- against transformers ------------------------------------------------------------------------
@@ -83,7 +119,7 @@ def test_the_delay_and_back(shape):
 @torch.no_grad()
 def assert_same(ours, theirs, with_text: bool):
     """Equal logits, with a text of which some is padding and without one."""
-    columns = delay(random_codes(2, Q, 12), K)
+    columns = interleave(random_codes(2, Q, 12), K, "delay")
     expected = theirs(columns.flatten(0, 1)).logits.view(2, Q, -1, K)
     torch.testing.assert_close(ours(columns), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
@@ -121,7 +157,7 @@ def test_a_model_that_reads_no_text(tmp_path):
     assert_same(ours, MusicgenForCausalLM.from_pretrained(tmp_path).eval(), with_text=False)
     again = MusicGen.from_pretrained(tmp_path)
     text = again.prepare_text(normal(2, 5, 16))
-    columns = delay(random_codes(2, Q, 12), K)
+    columns = interleave(random_codes(2, Q, 12), K, "delay")
     torch.testing.assert_close(again(columns, text), ours(columns))
 
 
@@ -130,7 +166,7 @@ def test_the_loss_is_theirs_and_counts_every_code_once(theirs, published):
     """Their loss skips the places without a code, and is a mean over codebooks."""
     ours = MusicGen.from_pretrained(published)
     codes = random_codes(2, Q, 7)
-    columns = delay(codes, K)
+    columns = interleave(codes, K, "delay")
     expected = theirs(columns[..., :-1].flatten(0, 1), labels=columns[..., 1:].transpose(1, 2)).loss
     loss, metrics = ours.loss({"codes": codes})
     torch.testing.assert_close(loss, expected)
@@ -165,11 +201,15 @@ def test_it_writes_what_transformers_writes(theirs, published):
     assert not torch.equal(both[0], both[1])
 
 
-def test_it_learns_codes_that_depend_on_those_of_their_frame():
-    """Code q is that of codebook 0 plus q: the delay lets the model know the one when it draws the
-    other, so that only the first costs nats."""
+@pytest.mark.parametrize(
+    "pattern, low, high",
+    [("delay", 2.2, 2.9), ("flat", 2.2, 2.9), ("parallel", 6.5, 7.5)],
+)
+def test_what_a_code_knows_of_its_frame(pattern, low, high):
+    """Code q is that of codebook 0 plus q. It costs nothing but in the first codebook, ln 11 = 2.40
+    nats, if codes before it are known; if they are not, 3 ln 11 = 7.19."""
     torch.manual_seed(0)
-    model = MusicGen(TINY)
+    model = MusicGen(replace(TINY, context_length=24, pattern=pattern))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(100):
         first = random_codes(16, 1, 8, seed=step)
@@ -177,7 +217,7 @@ def test_it_learns_codes_that_depend_on_those_of_their_frame():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert 2.2 < metrics["frame_nats"] < 2.9  # ln 11 = 2.40; without the delay 3 ln 11 = 7.19
+    assert low < metrics["frame_nats"] < high
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -211,10 +251,20 @@ def test_codes_and_texts_that_do_not_fit():
     with pytest.raises(ValueError, match=r"2 frames and 17 new ones: .* at most 18 in all"):
         model.generate(random_codes(1, Q, 2), 17)
     with pytest.raises(ValueError, match="21 steps exceed context_length 20"):
-        model(delay(random_codes(1, Q, 18), K))
+        model(interleave(random_codes(1, Q, 18), K, "delay"))
     with pytest.raises(ValueError, match="reads no texts; build it with text=True"):
         model.prepare_text(normal(1, 5, 16))
     with pytest.raises(ValueError, match=r"\(1, 5, 8\); it must be \(B, tokens, 16\)"):
         MusicGen(replace(TINY, text=True)).prepare_text(normal(1, 5, 8))
     with pytest.raises(ValueError, match="d_model is 15; sinusoids need an even width"):
         replace(TINY, d_model=15)
+    with pytest.raises(ValueError, match="pattern is 'late'; use one of"):
+        replace(TINY, pattern="late")
+    for pattern in ("delay", "flat"):
+        with pytest.raises(ValueError, match=r"context_length is 2, too short .* at least 3"):
+            replace(TINY, context_length=2, pattern=pattern)
+    flat = MusicGen(replace(TINY, pattern="flat"))
+    with pytest.raises(ValueError, match=r"2 frames and 5 new ones: .* at most 6 in all"):
+        flat.generate(random_codes(1, Q, 2), 5)
+    with pytest.raises(ValueError, match="pattern is 'flat'; supported: 'delay'"):
+        flat.save_pretrained("x")

@@ -1,22 +1,36 @@
 """MusicGen: a language model that writes several codes at once, with a delay between them.
 
 A codec (codec.py) turns a sound into frames of Q codes. The codes of a frame depend on one another:
-each codebook holds what those before it have left over. A GPT could write them one after the other,
+each codebook holds what those before it have left over. So in which order should a GPT write them?
+MusicGen (Copet et al. 2023, section 2.2) lets each step write a column, which has a place for each
+codebook, and compares patterns of filling the columns. Here Q = 3, c_qt is the code of codebook q
+in frame t, and . is an empty place:
 
-    flattened      frame 1: code 1 ... code Q, frame 2: code 1 ... code Q, ...        T Q steps
+    flat        .  c_00   .    .   c_01   .    .   c_02   .    .
+                .   .   c_10   .    .   c_11   .    .   c_12   .
+                .   .    .   c_20   .    .   c_21   .    .   c_22      T Q steps for T frames
 
-but then a second of sound is long. Or all codes of a frame in one step, which takes T steps, but
-draws the Q codes of a frame without knowing each other. MusicGen (Copet et al. 2023) shifts
-codebook q by q steps (figure 1 there, "delay"). Here Q = 3, T = 4, c_qt is the code of codebook q
-in frame t, and . stands for no code:
+    parallel    .  c_00 c_01 c_02 c_03
+                .  c_10 c_11 c_12 c_13
+                .  c_20 c_21 c_22 c_23                                 T steps
 
-    step          0     1     2     3     4     5     6
-    codebook 0    .   c_00  c_01  c_02  c_03    .     .
-    codebook 1    .     .   c_10  c_11  c_12  c_13    .
-    codebook 2    .     .     .   c_20  c_21  c_22  c_23              T + Q - 1 steps of writing
+    delay       .  c_00 c_01 c_02 c_03   .    .
+                .   .   c_10 c_11 c_12 c_13   .
+                .   .    .   c_20 c_21 c_22 c_23                       T + Q - 1 steps
 
-A step reads one column and writes the next. So when code q of a frame is drawn, codes 0 ... q - 1
-of that frame were read, and almost as few steps are needed as there are frames.
+A step reads the columns so far and writes the next. Codes of one column are drawn without knowing
+each other, so the model gives a sound the probability
+
+    p(codes) = product over columns of the product over their codes of p(code | columns before)
+
+- flat: one code a column. This is the chain rule, which leaves nothing out. But a second of sound
+  takes Q times as many steps, and the context, which is counted in steps, holds fewer frames.
+- parallel: the Q codes of a frame are drawn without knowing each other.
+- delay: code q of a frame knows codes 0 ... q - 1 of it. Of the frame before, it does not know the
+  codes behind code q: code q + 1 of that frame is in the same column, and the others come later.
+
+In all three, the probabilities of all sounds add up to 1. So the nats of a frame, -ln p over the
+number of frames, can be compared.
 
 The network is gpt.py's Transformer with Q tables of embeddings, whose vectors are added, and Q
 heads. Positions are sinusoids, added to the embeddings. A block may also attend to a text, whose
@@ -32,7 +46,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +56,8 @@ from torch import Tensor, nn
 from tinyfm.codec import Codec, CodecConfig
 from tinyfm.generate import KVCache, Sampling, choose, row_generator
 from tinyfm.gpt import Attention, Block, GPTConfig, make_norm
+
+Pattern = Literal["delay", "flat", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class MusicGenConfig:
     d_ff: int = 0  # width inside the MLP; 0 = 4 d_model
     dropout: float = 0.0  # share of activations set to zero in training
     text: bool = False  # attention to the states of a text
+    pattern: Pattern = "delay"  # which codes a step writes
 
     def __post_init__(self):
         for name, least in (("n_code", 2), ("n_book", 1)):
@@ -62,7 +79,17 @@ class MusicGenConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.d_model < 4 or self.d_model % 2:
             raise ValueError(f"d_model is {self.d_model}; sinusoids need an even width from 4")
+        if self.pattern not in get_args(Pattern):
+            raise ValueError(f"pattern is {self.pattern!r}; use one of {get_args(Pattern)}")
+        if self.frames < 1:
+            problem = f"context_length is {self.context_length}, too short for a frame"
+            raise ValueError(f"{problem}; use at least {count_steps(self.pattern, self.n_book, 1)}")
         _ = self.gpt  # which checks the other fields
+
+    @property
+    def frames(self) -> int:
+        """Frames that fit into the context."""
+        return count_frames(self.pattern, self.n_book, self.context_length)
 
     @property
     def gpt(self) -> GPTConfig:
@@ -87,45 +114,62 @@ class MusicGenConfig:
 # ---- pure functions -----------------------------------------------------------------------------
 
 
-def delay_slowly(codes: Tensor, empty: int) -> Tensor:
-    """The obvious way to `delay`: one code after the other."""
+def turns(pattern: Pattern, n_book: int) -> list[tuple[int, int]]:
+    """Of each codebook: the step, from 0, that writes its first code, and the steps to the next."""
+    if pattern == "delay":
+        return [(q, 1) for q in range(n_book)]
+    if pattern == "flat":
+        return [(q, n_book) for q in range(n_book)]
+    return [(0, 1)] * n_book
+
+
+def count_steps(pattern: Pattern, n_book: int, frames: int) -> int:
+    """Steps that write so many frames."""
+    first, stride = turns(pattern, n_book)[-1]
+    return first + stride * (frames - 1) + 1
+
+
+def count_frames(pattern: Pattern, n_book: int, steps: int) -> int:
+    """Whole frames that so many steps write."""
+    first, stride = turns(pattern, n_book)[-1]
+    return (steps - 1 - first) // stride + 1
+
+
+def interleave_slowly(codes: Tensor, empty: int, pattern: Pattern) -> Tensor:
+    """The obvious way to `interleave`: one code after the other."""
     B, Q, T = codes.shape
-    columns = torch.full((B, Q, T + Q), empty)
-    for q in range(Q):
-        for t in range(T):
-            columns[:, q, 1 + q + t] = codes[:, q, t]
+    columns = torch.full((B, Q, 1 + count_steps(pattern, Q, T)), empty)
+    for t in range(T):
+        for q in range(Q):
+            step = {"delay": t + q, "flat": t * Q + q, "parallel": t}[pattern]
+            columns[:, q, 1 + step] = codes[:, q, t]
     return columns
 
 
-def delay(codes: Tensor, empty: int) -> Tensor:
-    """Codes (B, Q, T) -> columns (B, Q, T + Q): codebook q starts at 1 + q; `empty` elsewhere."""
-    Q = codes.size(1)
-    rows = [F.pad(codes[:, q], (1 + q, Q - 1 - q), value=empty) for q in range(Q)]
+def interleave(codes: Tensor, empty: int, pattern: Pattern) -> Tensor:
+    """Codes (B, Q, T) -> columns (B, Q, 1 + steps): an empty one, then what each step writes."""
+    B, Q, T = codes.shape
+    columns = codes.new_full((B, Q, 1 + count_steps(pattern, Q, T)), empty)
+    for q, (first, stride) in enumerate(turns(pattern, Q)):
+        columns[:, q, 1 + first : 1 + first + stride * T : stride] = codes[:, q]
+    return columns
+
+
+def undo_interleave(written: Tensor, pattern: Pattern) -> Tensor:
+    """What each step writes, (B, Q, steps, ...), -> what belongs to each frame, (B, Q, T, ...)."""
+    Q = written.size(1)
+    T = count_frames(pattern, Q, written.size(2))
+    rows = [
+        written[:, q, first : first + stride * T : stride]
+        for q, (first, stride) in enumerate(turns(pattern, Q))
+    ]
     return torch.stack(rows, dim=1)
-
-
-def undo_delay(columns: Tensor) -> Tensor:
-    """The inverse of `delay`: columns (B, Q, T + Q) -> codes (B, Q, T)."""
-    Q = columns.size(1)
-    T = columns.size(2) - Q
-    return torch.stack([columns[:, q, 1 + q : 1 + q + T] for q in range(Q)], dim=1)
 
 
 def flatten(codes: Tensor, n_code: int) -> Tensor:
     """Codes (B, Q, T) -> tokens (B, T Q) for a GPT, frame by frame: code + q K for codebook q."""
     first = n_code * torch.arange(codes.size(1), device=codes.device)  # (Q,)
     return rearrange(codes + first[:, None], "B Q T -> B (T Q)")
-
-
-def undo_flatten(tokens: Tensor, n_code: int, n_book: int) -> Tensor:
-    """The inverse of `flatten`: tokens (B, T Q) -> codes (B, Q, T).
-
-    Raises ValueError for a token that is not of the codebook whose turn it is.
-    """
-    first = n_code * torch.arange(n_book, device=tokens.device)  # (Q,)
-    codes = rearrange(tokens, "B (T Q) -> B Q T", Q=n_book) - first[:, None]
-    check_codes(codes, n_book, n_code)
-    return codes
 
 
 def check_codes(codes: Tensor, n_book: int, n_code: int) -> None:
@@ -279,23 +323,23 @@ class MusicGen(nn.Module):
         """Mean of -ln p(code), in nats, over batch["codes"] (B, Q, T), each given the columns
         before its own. Nothing is random but dropout.
 
-        metrics, without gradients: "frame_nats", the nats of a frame, the sum over its codes.
+        metrics, without gradients: "frame_nats", the nats of a frame, the sum over its codes. What
+        each pattern leaves out of them stands at the top.
         """
         codes = batch["codes"]
         if type(codes) is Tensor:  # fake tensors, as of the calculators, have no values to read
             check_codes(codes, self.config.n_book, self.config.n_code)
-        columns = delay(codes, self.config.n_code)
-        logits = self(columns[..., :-1])  # (B, Q, T + Q - 1, K), of the columns from 1
-        T = codes.size(2)
-        logits = torch.stack([logits[:, q, q : q + T] for q in range(codes.size(1))], dim=1)
+        pattern = self.config.pattern
+        columns = interleave(codes, self.config.n_code, pattern)
+        logits = self(columns[..., :-1])  # (B, Q, steps, K), of the columns from 1
+        logits = undo_interleave(logits, pattern)  # (B, Q, T, K)
         loss = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten())
         return loss, {"frame_nats": self.config.n_book * loss.detach()}
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
         """A batch of zeros with the shapes and dtypes of real data."""
-        Q = self.config.n_book
-        frames = self.config.context_length - Q + 1
-        return {"codes": torch.zeros(rows, Q, frames, dtype=torch.long)}
+        c = self.config
+        return {"codes": torch.zeros(rows, c.n_book, c.frames, dtype=torch.long)}
 
     @torch.no_grad()
     def generate(
@@ -320,25 +364,26 @@ class MusicGen(nn.Module):
         if generators is None:
             generators = [row_generator(sampling.seed, i) for i in range(B)]
         known = prompts.size(2)
-        T = known + frames
-        if frames < 1 or config.context_length < T + Q - 1:
+        if frames < 1 or config.frames < known + frames:
             raise ValueError(
                 f"{known} frames and {frames} new ones: write at least 1, and have at most "
-                f"{config.context_length - Q + 1} in all, as the context holds"
+                f"{config.frames} in all, as the context holds"
             )
         self.eval()
         # Codes that are not known yet are -1, so that a code is drawn where the columns have -1.
-        columns = delay(F.pad(prompts, (0, frames), value=-1), K)  # (B, Q, T + Q)
+        columns = interleave(F.pad(prompts, (0, frames), value=-1), K, config.pattern)
+        steps = columns.size(2) - 1
         pad = torch.zeros(B, dtype=torch.long, device=prompts.device)
-        cache = KVCache(config.gpt, T + Q - 1, pad)
+        cache = KVCache(config.gpt, steps, pad)
+        _, stride = turns(config.pattern, Q)[0]
         start = 0
-        for step in range(known + 1, T + Q):
+        for step in range(stride * known + 1, steps + 1):
             logits = self(columns[..., start:step], text, cache)[:, :, -1]  # (B, Q, K)
             start = step
             for q in range(Q):
                 if columns[0, q, step] == -1:
                     columns[:, q, step] = choose(logits[:, q], sampling, list(generators))
-        return undo_delay(columns)
+        return undo_interleave(columns[..., 1:], config.pattern)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> MusicGen:
@@ -370,11 +415,6 @@ class SoundWriterConfig:
             theirs, ours = getattr(self.codec, name), getattr(self.music, name)
             if theirs != ours:
                 raise ValueError(f"music has {name} {ours}, the codec {theirs}; give both the same")
-
-    @property
-    def frames(self) -> int:
-        """Frames that fit into the context."""
-        return self.music.context_length - self.music.n_book + 1
 
 
 class SoundWriter(nn.Module):

@@ -83,7 +83,9 @@ def read_config(config_cls: type, folder: Path) -> Any:
 
 
 def write_config(config: Any) -> dict[str, Any]:
-    """Return config.json for a MusicGenConfig."""
+    """Return config.json for a MusicGenConfig. Raises ValueError for a pattern without delay."""
+    if config.pattern != "delay":
+        refuse("pattern", config.pattern, "'delay', as transformers writes")
     raw: dict[str, Any] = {"architectures": [TITLE], "model_type": "musicgen_decoder"} | REQUIRED
     for ours, theirs in name_pairs(FIELDS, 1):
         raw[theirs] = getattr(config, ours)

@@ -52,11 +52,11 @@ class MusicGenRun(NoTokenizer, Run):
 
     def open_data(self) -> SoundCodeData:
         codec, train = self.model.codec, self.train
-        length = self.model.frames * codec.hop
+        length = self.model.music.frames * codec.hop
         return SoundCodeData(self.data, codec.rate, length, train.batch_size, train.seed)
 
     def get_ready(self, model: SoundWriter, data: SoundCodeData) -> None:
-        data.encode_all(model.codec, self.model.frames)
+        data.encode_all(model.codec, self.model.music.frames)
 
     def show(self, model: SoundWriter, data: SoundCodeData, folder: Path, step: int) -> str:
         """Write sounds, from nothing."""
@@ -68,7 +68,9 @@ class MusicGenRun(NoTokenizer, Run):
         """Sounds (B, C, T) continued to the end of the context, as samples of each."""
         known = -(-starts.size(2) // self.model.codec.hop)
         p = next(model.codec.decoder.parameters())
-        found = model.generate(starts.to(p.device, p.dtype), self.model.frames - known, sampling)
+        found = model.generate(
+            starts.to(p.device, p.dtype), self.model.music.frames - known, sampling
+        )
         return list(found[:, 0].float().cpu().numpy())
 
     # ---- the part -------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class MusicGenRun(NoTokenizer, Run):
         out = sound_files(options)
         starts = torch.zeros(1, 1, 0)
         if options.prompt:
-            most = self.model.frames // 2 * self.model.codec.hop
+            most = self.model.music.frames // 2 * self.model.codec.hop
             starts = to_sounds(sounds.read_file(options.prompt)[:most])
         starts = starts.repeat(options.n or 4, 1, 1)
         print(sounds.save(self.write(opened.model, starts, options.sampling), out))
