@@ -48,6 +48,7 @@ run generation python benchmarks/generation.py --repeats 2
 run "speculative code" python benchmarks/speculative.py code "${CODE:--}" --record
 run "speculative draft" python benchmarks/speculative.py draft "${DEEP:--}" "${SHALLOW:--}" --record
 run sounds python benchmarks/sounds.py
+run patterns python benchmarks/patterns.py --record
 run "quantize quality" python benchmarks/quantize.py quality "${GPT:--}" --record
 run "quantize speed" python benchmarks/quantize.py speed --record
 run suites python -m tinyfm.evaluate suites "${GPT:--}" --limit 500 --quantize int8 --run-code

@@ -1,10 +1,10 @@
 """The held-out scores of trained presets, recorded:  python benchmarks/results.py gpt RUN [RUN ...]
 
 Measures each run (`python -m tinyfm.evaluate RUN --json`) and prints one table: a row a measure, a
-column a run, and the interval of the run whose value is the median. The runs are of one preset and
-differ in their seed. --record writes the table into README.md, between `<!-- results NAME -->` and
-`<!-- end -->`, with the date, the machine, the commit that measured, and the minutes that training
-took.
+column a run, and the interval of the run whose value is the median. Before them stand the first run
+without training and the baselines of its data. The runs are of one preset and differ in their seed.
+--record writes the table into README.md, between `<!-- results NAME -->` and `<!-- end -->`, with
+the date, the machine, the commit that measured, and the minutes that training took.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ def minutes(run: str) -> float:
 
 
 def table(runs: list[str], found: list[dict]) -> str:
-    """Rows of Markdown: each measure before training, of each run, and an interval."""
-    names = [Path(run).name for run in runs]
+    """Rows of Markdown: each measure before training, of baselines, of each run; an interval."""
+    columns = dict.fromkeys(column for row in found[0]["scores"].values() for column in row)
+    others = ["untrained", *(c for c in columns if c not in ("untrained", "reached"))]
+    names = others + [Path(run).name for run in runs]
     lines = [
-        f"| measure | untrained | {' | '.join(names)} | 95% interval of the median run |",
-        "|---|---|" + "---|" * len(runs) + "---|",
+        f"| measure | {' | '.join(names)} | 95% interval of the median run |",
+        "|---|" + "---|" * len(names) + "---|",
     ]
     for measure in found[0]["scores"]:
         values = [each["scores"][measure]["reached"] for each in found]
         middle = values.index(statistics.median_low(values))
-        untrained = found[0]["scores"][measure].get("untrained")
-        before = "" if untrained is None else f"{untrained:.4g}"
+        beside = [found[0]["scores"][measure].get(column) for column in others]
         own = found[middle].get("intervals", {}).get(measure, {}).get("reached")
         interval = ""
         if own and own["low"] is not None:  # too few units give no interval
             interval = f"{own['low']:.4g} to {own['high']:.4g} ({own['of']})"
-        cells = " | ".join(f"{value:.4g}" for value in values)
-        lines.append(f"| {measure} | {before} | {cells} | {interval} |")
+        cells = ["" if value is None else f"{value:.4g}" for value in (*beside, *values)]
+        lines.append(f"| {measure} | {' | '.join(cells)} | {interval} |")
     return "\n".join(lines)
 
 

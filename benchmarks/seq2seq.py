@@ -81,13 +81,14 @@ def took(runs: list[Path]) -> str:
     return f"{logs[0][-1]['step']:,} steps each, in {minutes[0]:.1f} to {minutes[-1]:.1f} minutes"
 
 
-def cell(found: list[dict], name: str, factor: float) -> str:
+def cell(found: list[dict], name: str, factor: float, digits: int = 1) -> str:
     """A measure of all seeds, and the interval of the median one: "31.2, 31.5 (30.4 to 32.0)"."""
     values = [each["scores"][name]["reached"] for each in found]
     middle = found[values.index(statistics.median_low(values))]
     interval = middle["intervals"][name]["reached"]
-    shown = ", ".join(f"{factor * value:.1f}" for value in values)
-    return f"{shown} ({factor * interval['low']:.1f} to {factor * interval['high']:.1f})"
+    values += [interval["low"], interval["high"]]
+    *shown, low, high = [f"{factor * value:.{digits}f}" for value in values]
+    return f"{', '.join(shown)} ({low} to {high})"
 
 
 def rows_of(runs: list[Path], names: tuple[str, ...]) -> tuple[list[str], str]:

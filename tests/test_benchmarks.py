@@ -22,6 +22,7 @@ from data.splits import Document, split_of
 from tinyfm.batches.text import MODALITIES, TextConfig, TextData, prepare_folder
 from tinyfm.calc.size_law import read_table
 from tinyfm.gpt import GPT, GPTConfig
+from tinyfm.musicgen import MusicGenConfig
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,8 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     marks = ("checkouts run", "checkouts models", "nanogpt bytes", "nanogpt shakespeare")
     marks += ("encoder films", "encoder speed", "preference functions", "preference films")
-    marks += ("letters", "together", *(f"results {name}" for name in MODALITIES))
+    named = (*MODALITIES, "codec", "musicgen", "actions")
+    marks += ("letters", "together", *(f"results {name}" for name in named))
     marks += ("budget sweep", "budget rates")
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
@@ -255,17 +257,39 @@ def test_results_are_a_table_of_seeds_with_an_interval(monkeypatch):
     found = []
     for value in (1.7, 1.5, 1.6):
         scores = {"test_bpb": {"untrained": 3.5, "reached": value}, "distance": {"reached": 2}}
-        scores["test_loss"] = {"reached": 3}
+        scores["test_loss"] = {"reached": 3, "Markov": 5.25}
         interval = {"low": value - 0.1, "high": value + 0.1, "of": "9 documents"}
         none = {"low": None, "high": None, "of": "7 batches: too few for an interval"}
         intervals = {"test_bpb": {"reached": interval}, "test_loss": {"reached": none}}
         found.append({"scores": scores, "intervals": intervals})
     runs = ["runs/a", "runs/b", "runs/c"]
     head, _, first, second, third = results.table(runs, found).splitlines()
-    assert head == "| measure | untrained | a | b | c | 95% interval of the median run |"
-    assert first == "| test_bpb | 3.5 | 1.7 | 1.5 | 1.6 | 1.5 to 1.7 (9 documents) |"
-    assert second == "| distance |  | 2 | 2 | 2 |  |"
-    assert third == "| test_loss |  | 3 | 3 | 3 |  |"
+    assert head == "| measure | untrained | Markov | a | b | c | 95% interval of the median run |"
+    assert first == "| test_bpb | 3.5 |  | 1.7 | 1.5 | 1.6 | 1.5 to 1.7 (9 documents) |"
+    assert second == "| distance |  |  | 2 | 2 | 2 |  |"
+    assert third == "| test_loss |  | 5.25 | 3 | 3 | 3 |  |"
+
+
+def test_all_patterns_read_the_same_frames(tmp_path, monkeypatch):
+    """Each has windows of as many frames, and the last row a quarter of the training steps."""
+    monkeypatch.syspath_prepend(ROOT)
+    patterns = importlib.import_module("benchmarks.patterns")
+    given = []
+    monkeypatch.setattr(patterns, "train", lambda run, *words: given.append(words) or run)
+    runs = patterns.train_all(Namespace(runs=tmp_path, codec=None, seeds=2, steps=600), [])
+    assert given[0] == ("codec",)
+    assert len({run for own in runs.values() for run in own}) == 8
+    read = []
+    for words in given[1:]:
+        options = dict(pairwise(words))
+        assert options["--codec"] == str(tmp_path / "codec")
+        sizes = int(options["--model.music.context-length"])
+        model = MusicGenConfig(pattern=options["--model.music.pattern"], context_length=sizes)
+        assert model.frames == patterns.FRAMES and model.n_book == patterns.Q
+        read.append((model.pattern, sizes, options["--train.steps"], options["--train.seed"]))
+    rows = [("parallel", 125, "600"), ("delay", 128, "600"), ("flat", 500, "600")]
+    rows.append(("flat", 500, "150"))
+    assert read == [(*row, seed) for seed in "01" for row in rows]
 
 
 @pytest.mark.long

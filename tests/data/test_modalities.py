@@ -699,6 +699,7 @@ def test_a_wave_file_as_prompt_and_what_is_wrong_with_others(tmp_path):
         wave_file(tone, rate=44_100): "44,100 samples a second of 16 bits in 1 channels.*ffmpeg",
         wave_file(tone, channels=2): "in 2 channels",
         wave_file(tone, width=1): "of 8 bits",
+        wave_file(tone, width=3): "of 24 bits",
         plain.replace(b"fmt \x10\0\0\0\1\0", b"fmt \x10\0\0\0\3\0"): "unknown format: 3",
         plain[:-1000]: "cut short: 8,500 of 9,000",
         wave_file(tone[:0]): "no samples",

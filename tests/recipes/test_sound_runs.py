@@ -186,6 +186,20 @@ def test_music_is_written_and_continued(music, tmp_path, capsys):
     assert "no file" in refusal(capsys, sample, music, "--prompt", "hello")
 
 
+def test_a_flat_model_writes_as_many_frames(music, tmp_path):
+    """20 of two codes each, in 40 steps, with the codec of the other run."""
+    words = ["musicgen", "--codec", f"{music}-codec", *MUSIC.replace("21", "40").split()]
+    words += [*COMMON.split(), "--data.cache", music.parent / "cache", "--train.steps", 4]
+    words += ["--model.music.pattern", "flat", "--out", tmp_path / "flat"]
+    assert call(train, *words) == 0
+    losses = [row["loss"] for row in rows_of(tmp_path / "flat") if "loss" in row]
+    assert losses[-1] < losses[0] < 2.9  # ln 16 = 2.77
+    out = tmp_path / "flat.wav"
+    assert call(sample, tmp_path / "flat", "-n", 1, "--out", out) == 0
+    assert len(waves.read(out.read_bytes(), sounds.RATE)) == 20 * 20
+    assert out.with_suffix(".png").is_file()
+
+
 def test_both_are_evaluated_beside_baselines(music, capsys):
     assert call(evaluate, f"{music}-codec", "--json") == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
