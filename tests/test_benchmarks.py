@@ -198,6 +198,34 @@ def test_the_table_of_a_sweep_is_read_back(budget, tmp_path):
     assert max(map(abs, offs)) < 3 and rows[-1].startswith("L = ")
 
 
+def test_sweep_and_rates_end_in_tables(budget, tmp_path, monkeypatch):
+    """Of runs that were not trained, whose best Muon rate is 0.016 at every width."""
+
+    def train_all(jobs, at_once):
+        for job in jobs:
+            given = dict(pairwise(job.words))
+            width = int(given.get("--model.d-model", 256))
+            rate = float(given.get("--optim.muon-lr", 0.02))
+            steps = int(given["--train.steps"])
+            loss = 1 + 20 / width + 3 / steps**0.5 + math.log(rate / 0.016) ** 2
+            rows = [{"step": 0, "time": 0.0}, {"step": steps, "val_bpb": loss, "time": 60.0}]
+            job.folder.mkdir(parents=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (job.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+
+    monkeypatch.setattr(budget.sweep, "train_all", train_all)
+    data = SimpleNamespace(train=range(3_000_000))
+    monkeypatch.setattr(type(budget.PRESET.run), "open_data", lambda run: data)
+    monkeypatch.setattr(budget, "TABLE", tmp_path / "budget.csv")
+    options = Namespace(out=str(tmp_path / "runs"), record=True)
+    text = budget.do_sweep(options, [])
+    assert "; 13 runs, 13 minutes in all\n" in text
+    assert [run.unique for run in read_table(tmp_path / "budget.csv")] == [3e6] * 13
+    monkeypatch.setattr(budget.timing, "PAGE", tmp_path / "README.md")
+    assert "within a factor of 1.00" in budget.do_rates(options, [])
+    assert (tmp_path / "budget.png").stat().st_size > 5000
+
+
 def test_the_least_of_losses_by_rate(budget):
     losses = [2 + math.log(factor / 0.8) ** 2 for factor in budget.FACTORS]
     assert budget.minimum(budget.FACTORS, losses) == pytest.approx(0.8)
