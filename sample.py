@@ -26,6 +26,8 @@
   python sample.py runs/musicgen --out voice.wav               # from nothing
   python sample.py runs/vision-gpt --image my.png              # say what it is
   python sample.py runs/vision-gpt --image my.png --prompt "is it bold?"
+  python sample.py runs/pairs --image a.png b.png --prompt "same family?"
+  python sample.py runs/pairs --image a.png b.png --texts mono # by example
 
 An option that is for one family stands under its name.
 """
@@ -48,6 +50,7 @@ from tinyfm import adapt, generate, quantize
 from tinyfm.common import device as devices
 from tinyfm.common.config import (
     FilePath,
+    FilePaths,
     GivenRun,
     MaybeFloat,
     MaybeInt,
@@ -124,7 +127,8 @@ class ForXLNet:
 class ForPictures:
     """Options for a CLIP, a classifier of pictures, a VQ-VAE, or a GPT that sees."""
 
-    image: FilePath = ""  # picture to name, to classify, to rebuild, or to write about
+    image: FilePaths = ()  # picture to name, to classify, to rebuild, or pictures to write about
+    texts: Texts = ()  # texts of the pictures before the last, as examples (a GPT that sees)
     # names for a CLIP to choose from, with commas between them; or a file with one name a line
     labels: Text = ""
 

@@ -320,6 +320,11 @@ def answers(caption: str, name: str) -> dict[str, str]:
     }
 
 
+def compared(caption: str, name: str) -> dict[str, str]:
+    """{question about two drawings: what must be equal for a "yes"}, of one of them."""
+    return {"same character?": name, "same family?": answers(caption, name)["which family?"]}
+
+
 # ---- the data set --------------------------------------------------------------------------------
 
 

@@ -320,6 +320,7 @@ class VisionGPT(nn.Module):
 
     unit = "pair"  # one row of a batch: pictures and their text
     outer = (*GPT.outer, "class_token", "position", "latents")
+    images_per_row = 1  # of the data; for example_batch and FLOPs
 
     def __init__(self, config: VisionGPTConfig):
         super().__init__()
@@ -420,12 +421,13 @@ class VisionGPT(nn.Module):
         return self.gpt.loss({"tokens": tokens, "mask": counted}, sight=sight)
 
     def example_batch(self, rows: int) -> dict[str, Tensor]:
-        """A batch with the shapes and dtypes of real data: a picture, then a text of zeros."""
+        """A batch with the shapes and dtypes of real data: pictures, then a text of zeros."""
         c = self.config
+        n_image = self.images_per_row
         tokens = torch.zeros(rows, c.gpt.context_length + 1, dtype=torch.long)
-        tokens[:, : c.image_tokens] = c.image_id
+        tokens[:, : n_image * c.image_tokens] = c.image_id
         return {
-            "images": torch.zeros(rows, 1, c.channels, c.image_size, c.image_size),
+            "images": torch.zeros(rows, n_image, c.channels, c.image_size, c.image_size),
             "tokens": tokens,
         }
 

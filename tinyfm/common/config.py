@@ -42,6 +42,7 @@ def named(metavar: str) -> Any:
 RunPath = Annotated[str, named("RUN")]  # a run's folder, or a checkpoint in it
 DataPath = Annotated[str, named("PATH")]  # the name of a data set, or a file, folder or glob
 FilePath = Annotated[str, named("FILE")]
+FilePaths = Annotated[tuple[str, ...], named("FILE ...")]
 PicturePath = Annotated[str, named("PNG")]
 FolderPath = Annotated[str, named("FOLDER")]
 NewFolder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]  # which must be given

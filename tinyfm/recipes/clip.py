@@ -35,6 +35,7 @@ from tinyfm.recipes.base import (
 )
 from tinyfm.recipes.pictures import (
     PictureClassifyRun,
+    only_image,
     spread_rows,
     warn_if_cut,
     warn_if_unseen,
@@ -140,7 +141,7 @@ class CLIPRun(Run):
             given = read_labels(options.labels) if options.image else [options.prompt]
             warn_if_unseen(opened, given)
         if options.image:
-            name_image(opened, options.image, options.labels)
+            name_image(opened, only_image(options, "name"), options.labels)
         else:
             out = options.out or free_name("found.png")
             find_images(opened, options.prompt, options.n or 1, out)

@@ -116,11 +116,19 @@ class PictureClassifyRun(NoTokenizer, ClassifyRun):
 
     def read_example(self, opened, options) -> dict[str, Tensor]:
         """The picture of --image as a batch of one."""
-        if not options.image.strip():
-            raise ValueError("give the picture to classify: --image FILE")
-        pixels = pictures.read(options.image, self.model.image_size, self.channels)
+        image = only_image(options, "classify")
+        pixels = pictures.read(image, self.model.image_size, self.channels)
         images = torch.tensor(pixels.transpose(2, 0, 1)[None])
         return {"images": images / 127.5 - 1}
+
+
+def only_image(options: Any, purpose: str) -> str:
+    """The file of --image. Raises ValueError if it is not one."""
+    if len(options.image) > 1:
+        raise ValueError(f"--image has {len(options.image)} pictures: give one to {purpose}")
+    if not options.image or not options.image[0].strip():
+        raise ValueError(f"give the picture to {purpose}: --image FILE")
+    return options.image[0]
 
 
 # ---- parts that are trained first ---------------------------------------------------------------

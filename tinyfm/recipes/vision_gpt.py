@@ -7,6 +7,7 @@ the mission, and writes what to do. It remembers no earlier picture.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from data import episodes, pictures
+from data.report import counted
 from data.splits import TRAIN, VAL
 from tinyfm.batches.order import fixed_order
 from tinyfm.batches.pairs import EPISODES, GLYPHS
@@ -47,29 +49,36 @@ def write(
     model: VisionGPT,
     tokenizer: Tokenizer,
     images: np.ndarray,
-    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
     longest: int = 0,
     sampling: Sampling | None = None,
 ) -> list[str]:
-    """What the model writes behind each picture and its prompt, without spaces around it.
+    """What the model writes behind the last picture of each row, without spaces around it.
 
-    images: uint8 (n, C, H, W). prompts (n,): "" for a caption. longest: tokens to write, at most as
-    many as the context has room for; 0 = as many. sampling: a draw; by default the likeliest token
-    each time.
+    images: uint8 (n, I, C, H, W). texts (n, I): those behind the pictures, "" for none. The last
+    one is continued: a question, or "" for a caption. longest: tokens to write, at most as many as
+    the context has room for; 0 = as many. sampling: a draw; by default the likeliest token each
+    time.
     """
     c = model.config
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     never = tokenizer.without_token(c.gpt.vocab_size)
-    ids = dict(zip(prompts, tokenizer.encode_batch(prompts)))
-    texts = []
-    for first in range(0, len(prompts), AT_ONCE):
-        own = [[tokenizer.eot], None]
-        rows = [model.place_images([*own, ids[p]]) for p in prompts[first : first + AT_ONCE]]
+    known = sorted({text for own in texts for text in own})
+    ids = dict(zip(known, tokenizer.encode_batch(known)))
+    end = [tokenizer.eot]
+    written = []
+    for first in range(0, len(texts), AT_ONCE):
+        rows = []
+        for *before, last in texts[first : first + AT_ONCE]:
+            parts = [end]
+            for text in before:
+                parts += [None, ids[text] + end if text else []]
+            rows.append(model.place_images([*parts, None, ids[last]]))
         room = c.gpt.context_length - max(map(len, rows))
         if room < 1:
             raise ValueError(
-                f"the prompt {prompts[first]!r} leaves no room for an answer in the context of "
+                f"the prompt {texts[first][-1]!r} leaves no room for an answer in the context of "
                 f"{c.gpt.context_length} tokens: shorten it"
             )
         how = replace(
@@ -78,9 +87,9 @@ def write(
             stop_tokens=(tokenizer.eot,),
         )
         x = torch.from_numpy(images[first : first + AT_ONCE]).to(device, dtype) / 127.5 - 1
-        found = model.generate(rows, x[:, None], how, never=never)
-        texts += [tokenizer.decode(row).strip() for row in found]
-    return texts
+        found = model.generate(rows, x, how, never=never)
+        written += [tokenizer.decode(row).strip() for row in found]
+    return written
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -94,7 +103,7 @@ class VisionGPTRun(Run):
     data: SeenConfig = field(default_factory=SeenConfig)
 
     family: ClassVar[str] = "vision-gpt"
-    SAMPLE_OPTIONS = DRAW_OPTIONS | {"prompt", "image", "n"}
+    SAMPLE_OPTIONS = DRAW_OPTIONS | {"prompt", "image", "texts", "n"}
     LOSS_ROWS = 50
     ABOUT = About(
         task="image-to-text",
@@ -110,7 +119,9 @@ class VisionGPTRun(Run):
             raise ValueError("--adapt prompt is for a GPT: use lora, bias or full")
 
     def build_model(self) -> VisionGPT:
-        return VisionGPT(self.model)
+        model = VisionGPT(self.model)
+        model.images_per_row = self.data.most_pictures
+        return model
 
     def starts_from(self, base: Run) -> bool:
         """A GPT is a base too: it supplies the language model."""
@@ -137,14 +148,15 @@ class VisionGPTRun(Run):
         return SeenData.load(self.data, self.model, self.train.batch_size, self.train.seed)
 
     def answer(
-        self, model: VisionGPT, data: SeenData, split: str, kind: int, rows: np.ndarray
+        self, model: VisionGPT, data: SeenData, split: str, kind: int, rows: np.ndarray, shots=0
     ) -> tuple[list[str], list[str]]:
-        """(what the model writes, what is right) for question number `kind` of these pictures."""
-        question = data.questions[split][kind]
-        prompts = [question.prompts[i] for i in rows]
-        images = data.splits[split].images[rows]
-        found = write(model, data.tokenizer, images, prompts, data.longest)
-        return found, [question.answers[i] for i in rows]
+        """(what the model writes, what is right) for question number `kind` of these pictures.
+
+        shots: examples in front of each, in place of the question's words.
+        """
+        exam = data.exam(split, kind, rows, shots)
+        found = write(model, data.tokenizer, exam.images, exam.texts, data.longest)
+        return found, exam.answers
 
     def score(self, model: VisionGPT, data: SeenData) -> Scores:
         """Share of QUICK validation pictures whose caption is exactly right."""
@@ -170,16 +182,24 @@ class VisionGPTRun(Run):
 
     # ---- the trained model ----------------------------------------------------------------------
 
+    def glyph_questions(self) -> tuple[list[str], list[str]]:
+        """The questions about one glyph, and about two, that the run has learned."""
+        if self.data.path not in GLYPHS:
+            return [], []
+        from data import glyphs  # here, as it loads font libraries, which only the drawings need
+
+        caption = "red sans a on blue" if self.data.color else "sans a"
+        compared = list(glyphs.compared(caption, "a")) if self.data.compare else []
+        return list(glyphs.answers(caption, "a")), compared
+
     def read_prompt(self, prompt: str) -> str:
         """A question of sample.py. Raises ValueError if the model has not learned to answer it."""
         if self.data.path == EPISODES:
             return episodes.read_prompt(prompt).strip()
         if not prompt or self.data.path not in GLYPHS:
             return prompt
-        from data import glyphs  # here, as it loads font libraries, which only the drawings need
-
-        caption = "red sans a on blue" if self.data.color else "sans a"
-        known = list(glyphs.answers(caption, "a"))
+        about_one, about_two = self.glyph_questions()
+        known = [*about_one, *about_two]
         if prompt not in known:
             raise ValueError(
                 f"--prompt {prompt!r} is no question that this run has learned: give one of "
@@ -188,25 +208,59 @@ class VisionGPTRun(Run):
         return prompt
 
     def sample(self, opened: OpenRun, options: Any) -> None:
-        """Print the caption of --image, or the answer to --prompt: the likeliest token each time.
+        """Print the caption of the last --image, or the answer to --prompt: the likeliest token
+        each time. With -n or settings of the draw, drawn ones.
 
-        With -n or settings of the draw, drawn ones.
+        --texts are those of the pictures before the last.
         """
-        if not options.image.strip():
+        if not any(options.image):
             raise ValueError("give the picture to look at: --image FILE")
         prompt = self.read_prompt(options.prompt or "")
-        pixels = pictures.read(options.image, self.model.image_size, self.model.channels)
+        texts = [*self.texts_before(options, prompt), prompt]
+        size = (self.model.image_size, self.model.channels)
+        pixels = np.stack([pictures.read(image, *size) for image in options.image])
         n = options.n or 1
         how = options.sampling
         if options.n is None and how == Sampling():
             how = replace(how, temperature=0)
-        images = np.repeat(pixels.transpose(2, 0, 1)[None], n, axis=0)
-        for text in write(opened.model, opened.tokenizer, images, [prompt] * n, sampling=how):
-            print(f"{options.image}: {text}")
+        images = np.repeat(pixels.transpose(0, 3, 1, 2)[None], n, axis=0)
+        for text in write(opened.model, opened.tokenizer, images, [texts] * n, sampling=how):
+            print(f"{' '.join(options.image)}: {text}")
 
-    def right(self, data: SeenData, split: str, kind: int, right: Sequence[bool]) -> Scores:
+    def texts_before(self, options: Any, prompt: str) -> Sequence[str]:
+        """The texts of the pictures before the last of --image.
+
+        Raises ValueError if they are not as many, or the prompt is about another number of
+        pictures. A warning says that training had fewer.
+        """
+        images, texts = options.image, options.texts
+        if prompt in self.glyph_questions()[1]:
+            if len(images) != 2 or texts:
+                raise ValueError(
+                    f"--prompt {prompt!r} is about two pictures without texts, and there are "
+                    f"{len(images)} with {len(texts)}: give --image FILE FILE"
+                )
+            return [""]
+        if len(texts) != len(images) - 1 or not all(texts):
+            raise ValueError(
+                f"--image has {counted(len(images), 'pictures')} and --texts has {len(texts)}: "
+                "give a text for each picture but the last"
+            )
+        if len(images) > self.data.pictures:
+            print(
+                f"--image has {len(images)} pictures, and training had {self.data.pictures} in a "
+                "row: train.py has --data.pictures for more",
+                file=sys.stderr,
+            )
+        return texts
+
+    def right(
+        self, data: SeenData, split: str, kind: int, shots: int, right: Sequence[bool]
+    ) -> Scores:
         """{measure: share} of answers to question number `kind` about the first test pictures."""
-        name = data.questions[split][kind].name
+        name = data.names[kind]
+        if shots:
+            name = f"{name} by {counted(shots, 'examples')}"
         alike, word = zero_shot.clusters_of(split, data.splits[split])
         rows = test_rows(data, split, kind)
         alike = [alike[i] for i in rows] if alike else []
@@ -215,19 +269,21 @@ class VisionGPTRun(Run):
     def measure(self, opened: OpenRun, model: VisionGPT, data: SeenData, options: Any) -> Scores:
         """Shares of test pictures with the right caption, and the right answer to each question.
 
-        Of episodes also the share of test worlds in which the trained model reaches the goal.
+        Where rows have several pictures, the questions are also asked by examples. Of episodes also
+        the share of test worlds in which the trained model reaches the goal.
         """
         scores = {}
-        for split, kind in test_questions(data):
-            found, right = self.answer(model, data, split, kind, test_rows(data, split, kind))
-            scores |= self.right(data, split, kind, [a == b for a, b in zip(found, right)])
+        for split, kind, shots in test_questions(data):
+            rows = test_rows(data, split, kind)
+            found, right = self.answer(model, data, split, kind, rows, shots)
+            scores |= self.right(data, split, kind, shots, [a == b for a, b in zip(found, right)])
         if self.data.path != EPISODES or model is not opened.model:
             return scores
 
         def policy(running: Sequence[episodes.Episode]) -> list[str]:
             seen = np.stack([episode.pictures[-1] for episode in running]).transpose(0, 3, 1, 2)
-            missions = [episode.mission for episode in running]
-            return write(model, data.tokenizer, seen, missions, data.longest)
+            missions = [[episode.mission] for episode in running]
+            return write(model, data.tokenizer, seen[:, None], missions, data.longest)
 
         return scores | reached(episodes.results(policy))
 
@@ -235,11 +291,11 @@ class VisionGPTRun(Run):
         """What is right if the commonest answer of training is always given; of episodes also what
         the expert and random actions reach."""
         scores = {}
-        for split, kind in test_questions(data):
-            guess = commonest(data.questions[TRAIN][kind])
-            answers = data.questions[split][kind].answers
-            rows = test_rows(data, split, kind)
-            scores |= self.right(data, split, kind, [answers[i] == guess for i in rows])
+        everything = np.arange(len(data.train.labels))
+        for split, kind, shots in test_questions(data):
+            guess = commonest(data.asked(TRAIN, kind, everything)[1])
+            answers = data.asked(split, kind, test_rows(data, split, kind))[1]
+            scores |= self.right(data, split, kind, shots, [each == guess for each in answers])
         columns = {"commonest answer": scores}
         if self.data.path == EPISODES:
             for name, player in episodes.MODALITY.players.items():
@@ -252,13 +308,13 @@ def reached(found: dict[str, list[bool]]) -> Scores:
     return {game: success(own) for game, own in found.items()}
 
 
-def test_questions(data: SeenData) -> list[tuple[str, int]]:
-    """(split, number of a question) of all that is asked on test."""
-    return [
-        (split, kind)
-        for split in list(data.splits)[2:]
-        for kind in range(len(data.questions[split]))
-    ]
+def test_questions(data: SeenData) -> list[tuple[str, int, int]]:
+    """(split, number of a question, examples in place of its words) of what is asked on test."""
+    asked = [(kind, 0) for kind in range(len(data.names))]
+    shots = data.config.pictures - 1
+    if shots:
+        asked += [(kind, shots) for kind in range(1, len(data.questions[TRAIN]))]
+    return [(split, *each) for split in list(data.splits)[2:] for each in asked]
 
 
 def test_rows(data: SeenData, split: str, kind: int) -> np.ndarray:
@@ -281,6 +337,18 @@ PRESETS = {
             ),
             optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=20, decay_fraction=0.6),
             train=TrainConfig(steps=1600, batch_size=256, micro_batch_size=128, eval_every=400),
+        ),
+    ),
+    "vision-gpt-two": Preset(
+        "the same with two pictures in a row: one as an example, or questions about both",
+        VisionGPTRun(
+            model=VisionGPTConfig(
+                image_layer=3,
+                gpt=GPTConfig(vocab_size=2048, context_length=96, n_layer=2, n_head=2, d_model=128),
+            ),
+            data=SeenConfig(pictures=2, compare=0.25),
+            optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=20, decay_fraction=0.6),
+            train=TrainConfig(steps=1600, batch_size=128, micro_batch_size=64, eval_every=400),
         ),
     ),
     "actions": Preset(

@@ -20,6 +20,7 @@ from tinyfm.recipes.pictures import (
     ImageRun,
     PictureClassifyRun,
     mean_metrics,
+    only_image,
     save_sheet,
     save_step_sheet,
     to_images,
@@ -83,7 +84,7 @@ class VQRun(ImageRun):
         first."""
         if options.image:
             size = (self.model.image_size, self.model.in_channels)
-            images = to_images(pictures.read(options.image, *size))
+            images = to_images(pictures.read(only_image(options, "rebuild"), *size))
         else:
             images = self.held_out_images(options)
         with torch.no_grad():
