@@ -1,6 +1,7 @@
 """A GPT that sees: parts equal to Idefics', who sees which picture, the cache, and errors."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -124,6 +125,20 @@ def test_a_token_sees_the_pictures_before_it(name):
         assert torch.allclose(before[:, :2], blind, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_spare_picture_changes_nothing_and_the_order_does(name):
+    """Rows of one batch have as many pictures, and some show only the first ones."""
+    model = build(CONFIGS[name])
+    tokens = torch.tensor([model.place_images([[1], None, [2], None, [3, 4]])])
+    images = pictures(1, 3)
+    losses = [
+        model.loss({"tokens": tokens, "images": shown})[0].item()
+        for shown in (images[:, :2], images, images[:, [1, 0]])
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
 def test_the_attention_reads_the_last_picture_alone():
     block = randomised(GatedCrossBlock(TEXT, 12))
     with torch.no_grad():
@@ -225,6 +240,27 @@ def test_it_learns_to_tell_pictures(way):
     places = tokens[:, : model.config.image_tokens].tolist()
     written = model.generate(places, images, Sampling(max_new_tokens=2, temperature=0))
     assert written == tokens[:, -2:].tolist()
+
+
+@pytest.mark.parametrize("way", ["prefix", "cross"])
+def test_it_learns_which_of_two_pictures_is_the_first(way):
+    """For that it has to read both, and their order."""
+    torch.manual_seed(0)
+    text = dataclasses.replace(TEXT, zero_init=True)
+    model = VisionGPT(dataclasses.replace(CONFIGS[way], gpt=text))
+    pairs = list(itertools.permutations(range(3), 2))
+    images = pictures(3, 1)[torch.tensor(pairs), 0]
+    prompts = [model.place_images([None, None, [1]])] * len(pairs)
+    tokens = torch.tensor([prompt + [2 + (i < j)] for prompt, (i, j) in zip(prompts, pairs)])
+    mask = torch.arange(1, tokens.size(1)).expand(len(pairs), -1) == len(prompts[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(100):
+        loss, _ = model.loss({"tokens": tokens, "images": images, "mask": mask})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    written = model.generate(prompts, images, Sampling(max_new_tokens=1, temperature=0))
+    assert written == tokens[:, -1:].tolist()
 
 
 # ---- errors -------------------------------------------------------------------------------------

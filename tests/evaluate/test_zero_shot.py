@@ -153,6 +153,7 @@ def test_images_are_found(run, tmp_path, capsys):
         ([], "give --image FILE with --labels, or --prompt"),
         (["--image", "IMAGE", "--prompt", "x"], "give --image FILE with --labels, or --prompt"),
         (["--image", "IMAGE"], "there is no label"),
+        (["--image", "IMAGE", "IMAGE", "--labels", "red"], "has 2 pictures: give one to name"),
         (["--image", "IMAGE", "--labels", " , "], "there is no label"),
         (["--image", "IMAGE", "--labels", "red,blue,red"], "'red' more than once"),
         (["--image", "nowhere.png", "--labels", "red"], "nowhere.png"),

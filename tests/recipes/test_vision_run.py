@@ -104,6 +104,8 @@ def test_evaluate_and_the_calculator_know_it(capsys):
         (("--image", "pictures/0.png", "--prompt", "a" * 30), "leave out pictures"),
         (("--image", "pictures/0.png", "--prompt", "a" * 19), "leaves no room for an answer"),
         (("--image", "pictures/0.png", "--labels", "a, b"), "--labels is not for a run of family"),
+        (("--image", *["pictures/0.png"] * 2), "2 pictures and --texts has 0: give a text"),
+        (("--image", *["pictures/0.png"] * 6, "--texts", *"abcde"), "6 pictures of 4 tokens and"),
     ],
 )
 def test_what_sample_refuses(words, message, capsys):
@@ -179,7 +181,126 @@ def test_questions_are_asked_on_test_beside_the_commonest_answer(styles, capsys)
     assert "give one of 'which family?', 'what style?'" in message
 
 
+# ---- several pictures in a row ------------------------------------------------------------------
+
+PLACES = "\0" * 4
+END = "\1"
+TWO = """--data.pictures 2 --data.compare 0.3 --data.questions 0.4 --model.gpt.context-length 96
+--train.batch-size 64"""
+
+
+def letters(tokens) -> str:
+    return "".join(chr(i) if i < 256 else {256: "\1", 257: "\0"}[i] for i in tokens.tolist())
+
+
+def style_and_name(image) -> tuple[str, str]:
+    """Those of a picture of draw_styles, from its pixels."""
+    pixels = (image[0] + 1) * 127.5
+    style = list(glyphs.FILES)[int((pixels[-1] - 60).abs().lt(1).sum())]
+    return style, f"sign {int(pixels[:, -1].argmin()) // 4}"
+
+
+def expected(images) -> dict[str, str]:
+    """{row: what counts in it} for all that may be asked about two pictures."""
+    (style, name), (other_style, other_name) = map(style_and_name, images)
+    asked = [glyphs.answers(f"{style} {name}", name)]
+    asked.append(glyphs.answers(f"{other_style} {other_name}", other_name))
+    rows = {f"{PLACES}{name}{END}{PLACES}{other_name}": f"{name}{END}{other_name}{END}"}
+    for question in asked[0]:
+        one, other = (answers[question] for answers in asked)
+        rows[f"{PLACES}{one}{END}{PLACES}{other}"] = f"{one}{END}{other}{END}"
+        told = f"{PLACES}{question} {one}{END}{PLACES}{question} {other}"
+        rows[told] = f" {one}{END} {other}{END}"
+    alike = {"character": name == other_name, "family": style.split()[0] == other_style.split()[0]}
+    for word, is_alike in alike.items():
+        answer = "yes" if is_alike else "no"
+        rows[f"{PLACES}{PLACES}same {word}? {answer}"] = f" {answer}{END}"
+    return rows
+
+
+def test_rows_of_two_pictures_have_their_texts_or_a_question_about_both(styles):
+    run = train.read_arguments(list(map(str, [*COMMON, *styles, *TWO.split()])))[2]
+    data = run.open_data()
+    found = []
+    for step in range(4):
+        batch = data.batch(step)
+        assert batch["images"].shape == (64, 2, 1, 32, 32)
+        for images, tokens, mask in zip(batch["images"], batch["tokens"], batch["mask"]):
+            row = letters(tokens).strip(END)
+            assert letters(tokens[1:][mask]) == expected(images)[row]
+            found.append(row)
+    both = [row for row in found if row.startswith(2 * PLACES)]
+    told = [row for row in found if row.count("?") == 2]
+    names = [row for row in found if "sign" in row]
+    shares = [len(rows) / len(found) for rows in (both, told, names)]
+    assert shares == pytest.approx([0.3, 0.2, 0.3], abs=0.08)  # the others are told by example
+    assert np.mean([row.endswith("yes") for row in both]) == pytest.approx(0.5, abs=0.2)
+
+    # A part of a batch is that part, and parts have the loss of the whole.
+    model = run.build_model()
+    part = data.batch(3, slice(10, 20))
+    width = part["tokens"].size(1)
+    assert torch.equal(part["tokens"], batch["tokens"][10:20, :width])
+    assert torch.equal(part["images"], batch["images"][10:20])
+    losses = [model.loss(data.batch(3, slice(i, j))) for i, j in ((0, 64), (0, 7), (7, 64))]
+    (whole, all_), *parts = [(loss.item(), int(metrics["weight"])) for loss, metrics in losses]
+    assert all_ == sum(weight for _, weight in parts)
+    assert whole == pytest.approx(sum(x * weight for x, weight in parts) / all_, rel=1e-5)
+
+
+def test_evaluate_and_sample_ask_about_two_pictures(styles, capsys):
+    few = ["--train.steps", 2, "--train.eval-every", 0, "--out", "two"]
+    assert call(train, *COMMON, *styles, *TWO.split(), *few) == 0
+    capsys.readouterr()
+    assert call(evaluate, "two", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["held-out fonts: same family?"]["commonest answer"] == pytest.approx(0.5, abs=0.3)
+    by_example = scores["held-out characters: what style? by 1 example"]
+    assert by_example["commonest answer"] == 0.25
+    assert set(by_example) == {"untrained", "reached", "commonest answer"}
+    sheet = str(next(Path("two/samples").iterdir()))
+    look = [sample, "two", "--image", sheet, sheet]
+    for more in (["--prompt", "same family?"], ["--texts", "sans"]):
+        assert call(*look, *more) == 0
+        assert capsys.readouterr().out.startswith(f"{sheet} {sheet}: ")
+    message = refusal(capsys, sample, "two", "--image", sheet, "--prompt", "same family?")
+    assert "is about two pictures" in message and "--image FILE FILE" in message
+    assert call(*look, sheet, "--texts", "sans", "mono") == 0
+    assert "training had 2 in a row" in capsys.readouterr().err
+
+
+def test_an_exam_by_examples_has_training_pictures_of_the_same_question(styles):
+    data = train.read_arguments(list(map(str, [*COMMON, *styles, *TWO.split()])))[2].open_data()
+    rows = np.arange(5)
+    exam = data.exam(glyphs.HELD_OUT_CHARACTERS, 2, rows, shots=1)  # what style?
+    assert exam.images.shape == (5, 2, 1, 32, 32)
+    for images, texts, answer in zip(exam.images, exam.texts, exam.answers):
+        seen = [style_and_name(torch.tensor(image) / 127.5 - 1) for image in images]
+        styles_seen = [glyphs.answers(" ".join(own), own[1])["what style?"] for own in seen]
+        assert styles_seen == [texts[0], answer] and texts[1] == ""
+        assert seen[0][1] != "sign 7" == seen[1][1]
+    same = data.exam(glyphs.HELD_OUT_CHARACTERS, 2, rows[3:], shots=1)
+    assert np.array_equal(same.images, exam.images[3:])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pictures": 0}, r"--data\.pictures 0: it must be at least 1"),
+        ({"compare": -0.1}, r"--data\.compare -0\.1: it must"),
+        ({"compare": 0.6, "questions": 0.5}, "more than all rows"),
+        ({"compare": 0.1, "path": "mine"}, "not about mine: leave it out"),
+    ],
+)
+def test_rows_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        SeenConfig(**values)
+
+
 def test_a_context_without_room_for_an_answer_is_refused(styles, capsys):
+    words = [*COMMON, *styles, "--model.gpt.context-length", 14, "--data.pictures", 3, "--out", "x"]
+    assert "3 pictures of 4 tokens" in (message := refusal(capsys, train, *words))
+    assert "set --model.gpt.context-length 18 or more" in message
     words = [*COMMON, *styles, "--model.gpt.context-length", 15, "--out", "x"]
     assert "set --model.gpt.context-length 19 or more" in refusal(capsys, train, *words)
     words = [*COMMON, *styles, "--model.gpt.vocab-size", 257, "--out", "x"]

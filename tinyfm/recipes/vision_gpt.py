@@ -148,7 +148,13 @@ class VisionGPTRun(Run):
         return SeenData.load(self.data, self.model, self.train.batch_size, self.train.seed)
 
     def answer(
-        self, model: VisionGPT, data: SeenData, split: str, kind: int, rows: np.ndarray, shots=0
+        self,
+        model: VisionGPT,
+        data: SeenData,
+        split: str,
+        kind: int,
+        rows: np.ndarray,
+        shots: int = 0,
     ) -> tuple[list[str], list[str]]:
         """(what the model writes, what is right) for question number `kind` of these pictures.
 
@@ -292,10 +298,12 @@ class VisionGPTRun(Run):
         the expert and random actions reach."""
         scores = {}
         everything = np.arange(len(data.train.labels))
+        kinds = range(len(data.names))
+        guesses = [commonest(data.asked(TRAIN, kind, everything)[1]) for kind in kinds]
         for split, kind, shots in test_questions(data):
-            guess = commonest(data.asked(TRAIN, kind, everything)[1])
             answers = data.asked(split, kind, test_rows(data, split, kind))[1]
-            scores |= self.right(data, split, kind, shots, [each == guess for each in answers])
+            right = [each == guesses[kind] for each in answers]
+            scores |= self.right(data, split, kind, shots, right)
         columns = {"commonest answer": scores}
         if self.data.path == EPISODES:
             for name, player in episodes.MODALITY.players.items():
