@@ -26,8 +26,7 @@
   python sample.py runs/musicgen --out voice.wav               # from nothing
   python sample.py runs/vision-gpt --image my.png              # say what it is
   python sample.py runs/vision-gpt --image my.png --prompt "is it bold?"
-  python sample.py runs/pairs --image a.png b.png --prompt "same family?"
-  python sample.py runs/pairs --image a.png b.png --texts mono # by example
+  python sample.py runs/vision-gpt-two --image a.png b.png --texts serif
 
 An option that is for one family stands under its name.
 """

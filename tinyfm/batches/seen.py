@@ -321,8 +321,10 @@ class SeenData(PairData):
         samples = samples[:, None] * self.config.pictures + np.arange(self.config.pictures)
         return shuffle_runs(samples, len(self.train.labels), self.seed, self.neighbours)
 
-    def kinds_of(self, draws: np.ndarray) -> np.ndarray:
-        """The number of a question or comparison for each of draws (B,) in [0, 1), int64 (B,)."""
+    def kinds_of(self, step: int) -> np.ndarray:
+        """What each row of the global batch of `step` asks: the number of a question or comparison,
+        int64 (B,)."""
+        draws = np.random.default_rng((self.seed, step)).random(self.batch_size)
         questions, comparisons = self.questions[TRAIN][1:], self.comparisons[TRAIN]
         shares = [self.config.questions / len(questions) for _ in questions]
         shares += [self.config.compare / len(comparisons) for _ in comparisons]
@@ -331,9 +333,8 @@ class SeenData(PairData):
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
         """`rows` of the global batch of `step`, with the fields of `read`."""
-        random = np.random.default_rng((self.seed, step))
-        kinds = self.kinds_of(random.random(self.batch_size))[rows]
-        draws = random.random((self.batch_size, 3))[rows]
+        kinds = self.kinds_of(step)[rows]
+        draws = np.random.default_rng((self.seed, step, 1)).random((self.batch_size, 3))[rows]
         told = (kinds == 0) | (self.config.pictures == 1) | (draws[:, 2] < 0.5)
         index = self.rows_of(step, rows)
         spare = self.config.most_pictures - self.config.pictures

@@ -1,5 +1,5 @@
 """The recipe of a GPT that sees: captions of pictures, answers to questions about them, and actions
-of a robot.
+of a robot; also about several pictures, with examples or with questions about two.
 
 The actions are words, as in RT-2 (Brohan et al. 2023): the model sees what the robot sees, reads
 the mission, and writes what to do. It remembers no earlier picture.
