@@ -342,8 +342,8 @@ def test_the_policy_does_what_the_model_writes(monkeypatch):
     asked = []
 
     def write(model, tokenizer, images, missions, longest):
-        asked.extend(missions)
-        assert images.shape == (len(missions), 3, 56, 56)
+        asked.extend(mission for (mission,) in missions)
+        assert images.shape == (len(missions), 1, 3, 56, 56)
         return ["forward"] * len(missions)
 
     monkeypatch.setattr(vision_gpt, "write", write)

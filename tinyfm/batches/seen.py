@@ -243,12 +243,14 @@ class SeenData(PairData):
             for question in asked:
                 for said in map(Said, question.prompts, question.answers):
                     texts |= {said.prompt, spaced(*said), said.answer}
-        compared = [comparison.name for comparison in self.comparisons[TRAIN]]
-        texts |= {*compared, " yes", " no"}
+        prompts_of = [question.prompts for question in self.questions[TRAIN]]
+        for comparison in self.comparisons[TRAIN]:
+            texts |= {comparison.name, " yes", " no"}
+            prompts_of.append([comparison.name])
         known = sorted(texts)
         self.ids = dict(zip(known, self.tokenizer.encode_batch(known)))
-        for prompts in (*(question.prompts for question in self.questions[TRAIN]), compared):
-            longest = max(prompts, key=lambda prompt: len(self.ids[prompt]), default="")
+        for prompts in prompts_of:
+            longest = max(prompts, key=lambda prompt: len(self.ids[prompt]))
             used = len(self.ids[longest])
             if used >= self.room:
                 short = self.config.most_pictures * (used + 1 - self.room)
