@@ -59,6 +59,7 @@ run retrieval python benchmarks/retrieval.py --record
 run "clip speed" python benchmarks/clip.py speed --repeats 3
 run "clip memory" python benchmarks/clip.py memory
 run vision python benchmarks/vision.py --record
+run "vision two" python benchmarks/vision.py --two --record
 run "preference functions" python benchmarks/preference.py functions --record
 run "preference films" python benchmarks/preference.py films --record
 run together python benchmarks/together.py --record
