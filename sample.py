@@ -145,7 +145,8 @@ class ForDiffusion:
 class ForTextToImage:
     """Options for text2image; --guidance for dalle too."""
 
-    guidance: float = 3.0  # how closely to follow the prompt; 1 = no guidance
+    # how closely to follow the prompt; 1 = no guidance (default: 3, dalle 2)
+    guidance: MaybeFloat = None
     init_image: FilePath = ""  # picture to change
     strength: MaybeFloat = None  # share of --init-image to redraw (default: 0.6, or 1 with --mask)
     mask: FilePath = ""  # picture that is white where --init-image is to be redrawn

@@ -49,7 +49,6 @@ from tinyfm.recipes.registry import find_preset
 MODELS = {"dalle": "DALL-E", "text2image": "latent diffusion", "ddpm": "diffusion of pixels"}
 KNOWN, NEW = generated.PROMPT_SETS[:2]
 COUNT = generated.COUNT  # drawings whose distance is measured
-GUIDANCE = 3.0
 
 
 class Found(NamedTuple):
@@ -112,7 +111,7 @@ def artist(run: Path) -> tuple[Callable[[Sequence[str]], Tensor], bool]:
         how = (generated.SAMPLER, generated.STEPS)
         return lambda captions: sheets.samples(opened.model, len(captions), *how, 0).images, False
     opened.model.tokenizer = opened.tokenizer
-    options = opened.run.measured_by(GUIDANCE)
+    options = opened.run.measured_by(opened.run.GUIDANCE)
     return lambda captions: sheets.illustrate(opened.model, captions, **options), True
 
 

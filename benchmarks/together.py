@@ -1,6 +1,6 @@
 """One GPT for all modalities, or one for each? Bits per byte at equal tokens of each modality.
 
-    python benchmarks/together.py [--of molecules tunes ...] [--seeds 3] [--steps 250] [--record]
+    python benchmarks/together.py [--of molecules tunes ...] [--seeds 3] [--steps 500] [--record]
 
 Each modality (data/modality.py) gives the same number of training bytes, documents in the order of
 a hash. A GPT learns from each of these texts alone, in --steps steps; another one, of the same
@@ -149,7 +149,7 @@ def main() -> None:
     names = [name for name, source in MODALITIES.items() if not source.MODALITY.alphabet]
     add("--of", nargs="+", choices=names, default=names, help="modalities")
     add("--seeds", type=int, default=3, help="number of seeds")
-    add("--steps", type=int, default=250, help="of training on one modality, 4096 tokens each")
+    add("--steps", type=int, default=500, help="of training on one modality, 2048 tokens each")
     add("--bytes", type=int, default=1_000_000, help="training bytes of each modality, at most")
     add("--work", default="runs/together", help="folder of texts and runs")
     add("--record", action="store_true", help="write the table into README.md")

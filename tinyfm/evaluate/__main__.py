@@ -56,7 +56,15 @@ from data.report import Report
 from tinyfm import quantize
 from tinyfm.common import device as devices
 from tinyfm.common import files
-from tinyfm.common.config import DataPath, FilePath, GivenRun, Name, PicturePath, Quantize
+from tinyfm.common.config import (
+    DataPath,
+    FilePath,
+    GivenRun,
+    MaybeFloat,
+    Name,
+    PicturePath,
+    Quantize,
+)
 from tinyfm.common.console import run_command
 from tinyfm.common.options import parse
 from tinyfm.evaluate import likelihood, metrics, overlap
@@ -79,7 +87,8 @@ class Options:
     # read the run's data from here, and not from where training read them
     data_path: DataPath = ""
     beams: int = 1  # seq2seq: texts that are kept at each step of a search; 1 = no search
-    guidance: float = 3.0  # text-to-image: how closely to follow the prompts
+    # text-to-image: how closely to follow the prompts (default: that of sample.py)
+    guidance: MaybeFloat = None
     # ddpm, vq, text2image or dalle on letters: training steps of the judge of drawings, 0 = as many
     # as usual; with few it is trained quickly and reads badly
     judge_steps: int = 0

@@ -30,6 +30,9 @@ class DALLERun(DrawingRun):
     vq: RunPath = ""  # run that supplies the VQ-VAE (default: train one first)
 
     family: ClassVar[str] = "dalle"
+    GUIDANCE: ClassVar[float] = 2.0
+    SAMPLING: ClassVar[Sampling] = Sampling(temperature=0.5)  # if nothing else is asked for
+    SHOWN_BY: ClassVar[dict[str, Any]] = {"sampling": SAMPLING}
     PARTS: ClassVar[tuple[str, ...]] = ("vq",)
     SAMPLE_OPTIONS = frozenset({
         "prompt", "seed", "guidance", "temperature", "top_k", "top_p", "min_p", "n", "out",
@@ -71,12 +74,14 @@ class DALLERun(DrawingRun):
     def sample(self, opened: OpenRun, options: Any) -> None:
         """Draw n pictures of --prompt."""
         prompts = self.read_prompts(opened, options, self.model.text_length)
-        how = {"sampling": options.sampling, "guidance": options.guidance}
+        how = self.measured_by(self.guidance_of(options))
+        if options.sampling != Sampling(seed=options.sampling.seed):
+            how["sampling"] = options.sampling
         sheet = sheets.prompted(opened.model, prompts, options.sampling.seed, **how)
         save_sheet(sheet._replace(titles=()), options)  # all have the same prompt
 
     def measured_by(self, guidance: float) -> dict[str, Any]:
-        return {"sampling": Sampling(), "guidance": guidance}
+        return {"sampling": self.SAMPLING, "guidance": guidance}
 
 
 RUNS = (DALLERun,)
@@ -85,9 +90,9 @@ PRESETS = {
     "dalle": Preset(
         "letters as a text says, code by code, with its VQ-VAE: a quarter of an hour in all",
         DALLERun(
-            model=DALLEConfig(vq=VQ_PRESETS["vq"].run.model),
+            model=DALLEConfig(n_head=8, d_model=128, vq=VQ_PRESETS["vq"].run.model),
             optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=50, decay_fraction=0.6),
-            train=TrainConfig(steps=1800, batch_size=64, micro_batch_size=32, eval_every=600),
+            train=TrainConfig(steps=3600, batch_size=32, eval_every=1200),
         ),
     ),
     "dalle-vq": Preset("the first part of it: as vq", VQ_PRESETS["vq"].run),

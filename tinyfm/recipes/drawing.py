@@ -80,6 +80,9 @@ class DrawingRun(Run):
     def can_draw(self) -> bool:
         return self.data.path in GLYPHS
 
+    def guidance_of(self, options: Any) -> float:
+        return self.GUIDANCE if options.guidance is None else options.guidance
+
     def measured_by(self, guidance: float) -> dict[str, Any]:
         """The options of model.generate with which drawings are measured."""
         raise NotImplementedError
@@ -92,7 +95,7 @@ class DrawingRun(Run):
         if self.data.path not in GLYPHS:
             return {}
         judged_by = judge.config_of(options.judge_steps)
-        how = self.measured_by(options.guidance)
+        how = self.measured_by(self.guidance_of(options))
         scores = generated.measure(model, data, self.data, how, judged_by, options.samples)
         if options.picture and model is opened.model:
             generated.draw_held_out(model, data, self.data.color, how, options.picture)

@@ -438,29 +438,30 @@ PRESETS = {
         usual="1.67 to 1.69, as three seeds gave",
     ),
     "molecules": modality_preset(
-        "a GPT that writes molecules: ten minutes on one core", "molecules", 128, 900
+        "a GPT that writes molecules: a quarter of an hour on one core", "molecules", 128, 4200
     ),
     "genome": modality_preset(
-        "a GPT on the bases of a bacterium's genome: ten minutes on one core", "genome", 256, 900
+        "a GPT on the bases of a bacterium's genome: ten minutes on one core", "genome", 256, 2100
     ),
     "tunes": modality_preset(
-        "a GPT that writes tunes, as notes and sound: ten minutes on one core", "tunes", 256, 900
+        "a GPT that writes tunes, as notes and sound: ten minutes on one core", "tunes", 256, 2400
     ),
     "chorales": modality_preset(
-        "a GPT that writes for four voices: ten minutes on one core", "chorales", 512, 900
+        "a GPT that writes for four voices: ten minutes on one core", "chorales", 512, 1800
     ),
     "series": modality_preset(
-        "a GPT that forecasts the weather by the hour: five minutes on one core", "series", 256, 450
+        "a GPT that forecasts the weather by the hour: ten minutes on one core", "series", 512, 1800
     ),
     "levels": modality_preset(
-        "a GPT that writes levels of a platform game: ten minutes on one core", "levels", 256, 900
+        "a GPT that writes levels of a platform game: ten minutes on one core", "levels", 512, 1800
     ),
     "episodes": modality_preset(
-        "a GPT that plays a robot in a room: a quarter of an hour on one core", "episodes", 512, 900
+        "a GPT that plays a robot in a room: a quarter of an hour on one core",
+        "episodes", 512, 4000,
     ),
     "sounds": modality_preset(
         "a GPT that writes a voice, sample by sample: a quarter of an hour on one core",
-        "sounds", 1024, 900, "characters",
+        "sounds", 1024, 2700, "characters",
     ),
     # A scaling law is fitted to the first eight, and then predicts the large one, which has four
     # times the FLOPs of the eighth: python -m tinyfm.calc sweep.

@@ -125,7 +125,7 @@ class TextToImageRun(DrawingRun):
             options.sampling.seed,
             steps=options.steps,
             sampler=options.sampler,
-            guidance=options.guidance,
+            guidance=self.guidance_of(options),
             **given,
         )
         save_sheet(sheet._replace(titles=()), options)  # all have the same prompt
