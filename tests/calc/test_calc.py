@@ -425,7 +425,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_flops_are_counted_exactly(config):
-    """The count on fake tensors equals that on real ones, and the closed form of the GPT."""
+    """The count without memory equals that of real tensors, and the closed form of the GPT."""
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.example_batch(2))[0].backward()

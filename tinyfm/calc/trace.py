@@ -1,8 +1,7 @@
 """The cost of a module, measured by running it on tensors that have no memory.
 
-A fake tensor has a shape, a dtype and a device but no data; operations on fake tensors give fake
-tensors. So a training step of any size "runs" in a second on any machine. Meanwhile two things are
-counted:
+Such a tensor has a shape, a dtype and a device, and operations give others (common/shapes.py). So a
+training step of any size "runs" in a second on any machine. Meanwhile two things are counted:
 
 - FLOPs, by torch's own formulas for matrix products, 2 a multiply-add. Attention is unfused here,
   so that the products which a fused kernel computes twice are counted once.
@@ -25,21 +24,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tinyfm.common.shapes import ShapesOnly
 from tinyfm.training.optim import OptimConfig, build_optimizers, hidden_matrices, scale_and_clip
 
 CPU = torch.device("cpu")
 
 
 def without_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy, in training mode, with fake parameters and buffers; tied ones stay tied.
+    """A copy, in training mode, whose parameters and buffers need no memory; tied ones stay tied.
 
-    Call it under a FakeTensorMode.
+    Call it under ShapesOnly().
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy's memo is
     for tensor in (*model.parameters(), *model.buffers()):
@@ -143,7 +142,7 @@ class FlopCounter(TorchDispatchMode):
 
 def count_flops(model: nn.Module, rows: int = 1) -> dict[str, list[int]]:
     """FLOPs of each component for `rows` rows: [forward, backward], 2 a multiply-add."""
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+    with ShapesOnly(), sdpa_kernel(SDPBackend.MATH):
         fake = without_memory(model, CPU)
         with FlopCounter(fake) as counter:
             run_loss(fake, rows, CPU, torch.float32).backward()
@@ -218,7 +217,7 @@ def step_bytes(
     accumulate: there are several micro-batches, so gradients exist when the last one starts.
     at_once: rows that a model which takes the whole batch processes at a time; 0 = all.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly():
         fake = without_memory(model, device)
         fake.rows_at_once = at_once
         parameters = [p for p in fake.parameters() if p.requires_grad]
