@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.report import counted
+
 SCALE = 1 << 15  # a sample is a whole number in [-SCALE, SCALE)
 WINDOW = 256  # samples in a column of a picture
 STEP = 64  # samples from column to column
@@ -23,17 +25,21 @@ def read(content: bytes, rate: int) -> np.ndarray:
     Raises ValueError, without the name of the file, if it is none, or not mono with 16 bits and so
     many samples a second, or has none, or is cut short.
     """
+    command = f"ffmpeg -i OLD.wav -ar {rate} -ac 1 -c:a pcm_s16le NEW.wav"
     try:
         with wave.open(io.BytesIO(content), "rb") as file:
             channels, width, own_rate, promised, *_ = file.getparams()
             samples = np.frombuffer(file.readframes(promised), dtype=np.uint8)
     except (wave.Error, EOFError) as error:
-        raise ValueError(f"it is no .wav file with plain samples (PCM): {error}") from error
+        why = str(error) or "it ends too early"
+        raise ValueError(
+            f"it is no .wav file with plain samples (PCM): {why}; to convert a sound, {command}"
+        ) from error
     if (channels, width, own_rate) != (1, 2, rate):
         raise ValueError(
-            f"it has {own_rate:,} samples a second of {8 * width} bits in {channels} channels, and "
-            f"is read with {rate:,} of 16 bits in one: ffmpeg -i OLD.wav -ar {rate} -ac 1 "
-            "-c:a pcm_s16le NEW.wav"
+            f"it has {own_rate:,} samples a second of {8 * width} bits in "
+            f"{counted(channels, 'channels')}, and is read with {rate:,} of 16 bits in one: "
+            f"{command}"
         )
     if not promised:
         raise ValueError("it has no samples")

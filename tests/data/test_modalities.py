@@ -696,17 +696,17 @@ def test_a_wave_file_as_prompt_and_what_is_wrong_with_others(tmp_path):
     assert sounds.decode(text) == pytest.approx(tone[:4000], abs=0.01)
     plain = wave_file(tone)
     wrong = {
-        wave_file(tone, rate=44_100): "44,100 samples a second of 16 bits in 1 channels.*ffmpeg",
+        wave_file(tone, rate=44_100): "44,100 samples a second of 16 bits in 1 channel,.*ffmpeg",
         wave_file(tone, channels=2): "in 2 channels",
         wave_file(tone, width=1): "of 8 bits",
         wave_file(tone, width=3): "of 24 bits",
-        plain.replace(b"fmt \x10\0\0\0\1\0", b"fmt \x10\0\0\0\3\0"): "unknown format: 3",
+        plain.replace(b"fmt \x10\0\0\0\1\0", b"fmt \x10\0\0\0\3\0"): "unknown format: 3; .*ffmpeg",
         plain[:-1000]: "cut short: 8,500 of 9,000",
         wave_file(tone[:0]): "no samples",
         wave_file(0 * tone): "silent",
-        plain[:20]: "plain samples",
+        plain[:20]: "ends too early",
         b"text": "plain samples",
-        b"": "plain samples",
+        b"": "ends too early",
     }
     for content, what in wrong.items():
         path.write_bytes(content)
