@@ -6,7 +6,7 @@ The preset codec is trained once. Then a small musicgen is trained on its codes,
 and each seed. All read the same windows of 125 frames (2.5 seconds), in the same order, with the
 same settings. "flat" needs four times as many steps of the network for them, each of which computes
 all four heads. So it stands there twice: once it has seen the same frames as the others, once a
-quarter of them, which takes about as long as the delay.
+quarter of them, in about as many steps of the network as the delay takes.
 
 Nats a frame are those of the test sounds, and compare, since each pattern gives all sounds together
 a probability of 1; musicgen.py says what each leaves out. The table shows each seed, and the
@@ -52,13 +52,14 @@ ROWS = {  # name -> pattern, and the share of the training steps, 1 / so many
 def train_all(options: argparse.Namespace, more: list[str]) -> dict[str, list[Path]]:
     """The runs of each row, one a seed. more: options of train.py."""
     folder = Path(options.runs)
-    codec = options.codec or str(train(folder / "codec", "codec").resolve())
+    codec = Path(options.codec) if options.codec else train(folder / "codec", "codec")
     runs = {name: [] for name in ROWS}
     for seed in range(options.seeds):
         for name, (pattern, share) in ROWS.items():
             steps = options.steps // share
-            words = ["musicgen", "--codec", codec, *SMALL.split(), "--train.seed", str(seed)]
-            words += ["--model.music.pattern", pattern, "--train.steps", str(steps)]
+            words = ["musicgen", "--codec", str(codec.resolve()), *SMALL.split()]
+            words += ["--train.seed", str(seed), "--train.steps", str(steps)]
+            words += ["--model.music.pattern", pattern]
             words += ["--model.music.context-length", str(count_steps(pattern, Q, FRAMES))]
             words += ["--train.eval-every", str(steps)]
             runs[name].append(train(folder / f"{pattern}-{steps}-{seed}", *words, *more))
