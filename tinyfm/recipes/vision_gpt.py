@@ -36,6 +36,7 @@ from tinyfm.vision_gpt import VisionGPT, VisionGPTConfig
 
 QUICK = 500  # captions of validation that are written at each evaluation
 ASKED = 1000  # test pictures about which evaluate asks each question; captions are of all
+STYLE = "what style?"
 SHOWN = 24  # pictures in a sample
 AT_ONCE = 250  # pictures that are read together
 DRAW_OPTIONS = frozenset(vars(Sampling())) - {"max_new_tokens", "stop_tokens"}  # of sample.py
@@ -326,9 +327,23 @@ def test_questions(data: SeenData) -> list[tuple[str, int, int]]:
 
 
 def test_rows(data: SeenData, split: str, kind: int) -> np.ndarray:
-    """The pictures of a test split about which a question is asked, int64."""
+    """The pictures of a test split about which a question is asked, int64.
+
+    Held-out characters are drawn in all styles. Questions ask of them in the styles of training, so
+    that the answers tell what new characters cost, and those of held-out fonts what a new style
+    costs.
+    """
     order = fixed_order(len(data.splits[split].labels))
-    return order[:ASKED] if kind else order
+    if not kind:
+        return order
+    if STYLE in data.names:
+        number = data.names.index(STYLE)
+        known = {*data.questions[TRAIN][number].answers}
+        styles = data.questions[split][number].answers
+        in_known = [i for i in order if styles[i] in known]
+        if in_known:  # not where all is in a new style
+            order = np.array(in_known)
+    return order[:ASKED]
 
 
 RUNS = (VisionGPTRun,)
