@@ -24,7 +24,8 @@ slope changes from b to b + c around C = d:
     BNSL        L = E + a C^-b (1 + (C / d)^(1 / f))^(-c f)
 
 Eight points leave most of that open, so that a prior decides: fit_broken_law shows how much.
-Left out: laws of other quantities than loss, and of repeated data.
+size_law.py has a law of size and data for runs of your own, which knows of repeated data. Left out:
+laws of other quantities than loss.
 """
 
 from __future__ import annotations
