@@ -22,7 +22,13 @@ from data.report import Report
 from tinyfm import tokenizer
 from tinyfm.batches import shards
 from tinyfm.batches.order import permute, shuffle
-from tinyfm.batches.text import TextConfig, TextData, count_windows, window_starts
+from tinyfm.batches.text import (
+    TextConfig,
+    TextData,
+    back_to_documents,
+    count_windows,
+    window_starts,
+)
 
 VOCAB = 300  # more than the 256 bytes and the end-of-text token
 
@@ -129,6 +135,25 @@ def test_epochs_and_seeds_have_different_orders():
         return tuple(window_starts(np.arange(62) + 62 * epoch, 1024, 16, seed) // 16)
 
     assert len({order(0, 0), order(1, 0), order(2, 0), order(0, 1), order(1, 1)}) == 5
+
+
+def test_windows_move_back_to_documents_that_fit():
+    documents = np.array([0, 10, 14, 40])  # of 9, 3, 25 and 10 tokens, and the last end at 51
+    starts = np.array([0, 9, 10, 13, 20, 39, 40, 45])
+    moved = back_to_documents(starts, documents, 52, 12)
+    assert moved.tolist() == [0, 0, 10, 10, 20, 39, 40, 40]
+    assert back_to_documents(starts, documents, 52, 26).tolist() == [0, 0, 10, 10, 14, 14, 40, 40]
+
+
+def test_whole_rows_begin_with_a_document(tmp_path):
+    lines = {f"a{i}": "x" * (3 + i % 9) for i in range(40)}
+    plain = prepare(tmp_path, write(tmp_path / "text", **lines), batch_size=64)
+    whole = prepare(tmp_path, tmp_path / "text", batch_size=64, whole=True)
+    eot = whole.tokenizer.eot
+    assert (whole.batch(3)["tokens"][:, 0] == eot).all()
+    assert not (plain.batch(3)["tokens"][:, 0] == eot).all()
+    part = whole.batch(3, slice(5, 9))["tokens"]
+    assert torch.equal(part, whole.batch(3)["tokens"][5:9])
 
 
 def test_batch_is_a_pure_function_of_seed_and_step(tmp_path, small):

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class MaskedConfig(TextConfig):
 
     hidden: float = 0.15  # share of the tokens to predict
     whole_words: bool = False  # hide all tokens of a word together
+
+    whole: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class PermutedConfig(TextConfig):
     one_in: int = 6  # predict one token in so many, the last ones of each order
     span: int = 1  # most neighbours to predict together; 1 = each token stands alone
     memory: int = 0  # tokens in front of each row to read as memory
+
+    whole: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

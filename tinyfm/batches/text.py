@@ -8,7 +8,9 @@ a resumed run, or one on another number of machines, sees the same data. Row r o
 
 In words: an epoch draws an offset in [0, T), cuts the M training tokens from there on into W
 windows, and reads each window once, in a random order. The last token of a window is the first of
-the next: a target in one, an input in the other.
+the next: a target in one, an input in the other. With `whole`, a window that starts inside a
+document moves back to the document's start, if the document fits into a window. So a model of short
+documents, of which the end must be counted from the start, sees both.
 
 Validation reads all validation tokens in order and predicts each token but the first exactly once.
 So does test, the text that training never looks at: `python -m tinyfm.evaluate RUN` reads it. A
@@ -92,6 +94,7 @@ class TextConfig:
     # share of your own text, or of shakespeare, held out, half for validation and half for test;
     # the other named sources have their own splits
     val_fraction: float = 0.1
+    whole: bool = False  # begin each row with a document, if the document fits into it
     cache: FolderPath = may_change("data/cache")  # folder for the prepared shards
 
     def __post_init__(self):
@@ -121,6 +124,19 @@ def window_starts(index: np.ndarray, n_tokens: int, length: int, seed: int) -> n
         keys = random[1:]
         starts[rows] = offset + length * permute(index[rows] % windows, windows, keys)
     return starts
+
+
+def back_to_documents(
+    starts: np.ndarray, documents: np.ndarray, n_tokens: int, length: int
+) -> np.ndarray:
+    """The starts of windows, moved back to the starts of their documents where these fit.
+
+    documents: the place of the end-of-text token before each document, int64 (n,).
+    """
+    number = np.searchsorted(documents, starts, side="right") - 1
+    ends = np.append(documents[1:], n_tokens - 1)
+    fits = ends[number] - documents[number] <= length
+    return np.where(fits, documents[number], starts)
 
 
 # ---- the prepared text ---------------------------------------------------------------------------
@@ -290,6 +306,7 @@ class TextData:
         self.seed = seed
         self.unit = "tokens"
         self.units_per_row = context_length
+        self.whole = False
 
         manifest = read_manifest(folder)
         self.tokenizer = tokenizers.load(folder / "tokenizer")
@@ -368,7 +385,9 @@ class TextData:
     ) -> "TextData":
         """Open the text of `config`. It is prepared first if it has not been before."""
         folder = prepare_folder(config, vocab_size)
-        return cls(folder, vocab_size, context_length, batch_size, seed)
+        data = cls(folder, vocab_size, context_length, batch_size, seed)
+        data.whole = config.whole
+        return data
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """`rows` of the global batch of `step`, B of them: {"tokens": (B, T + 1) int64}.
@@ -376,7 +395,10 @@ class TextData:
         Inputs are tokens[:, :-1], targets tokens[:, 1:]. Only these rows are read from disk.
         """
         index = np.arange(self.batch_size, dtype=np.int64)[rows] + step * self.batch_size
-        starts = window_starts(index, len(self.train), self.context_length, self.seed)
+        n, length = len(self.train), self.context_length
+        starts = window_starts(index, n, length, self.seed)
+        if self.whole:
+            starts = back_to_documents(starts, self.splits["train"].starts, n, length)
         tokens = np.empty((len(index), self.context_length + 1), dtype=np.int64)  # (B, T + 1)
         for row, start in zip(tokens, starts):
             row[:] = self.train.read(int(start), len(row))

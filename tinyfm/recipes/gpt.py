@@ -412,7 +412,7 @@ def modality_preset(
         model=GPTConfig(
             vocab_size=257, context_length=context_length, n_layer=4, n_head=8, d_model=128
         ),
-        data=TextConfig(path, tokenizer),
+        data=TextConfig(path, tokenizer, whole=True),
         optim=OptimConfig(lr=0.01, muon_lr=0.02, warmup_steps=20, decay_fraction=0.6),
         train=TrainConfig(steps=steps, batch_size=2048 // context_length, eval_every=steps // 4),
     )
@@ -447,7 +447,7 @@ PRESETS = {
         "a GPT that writes tunes, as notes and sound: ten minutes on one core", "tunes", 256, 2400
     ),
     "chorales": modality_preset(
-        "a GPT that writes for four voices: ten minutes on one core", "chorales", 512, 1800
+        "a GPT that writes for four voices: a quarter of an hour on one core", "chorales", 512, 3600
     ),
     "series": modality_preset(
         "a GPT that forecasts the weather by the hour: ten minutes on one core", "series", 512, 1800
