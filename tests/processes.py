@@ -23,6 +23,12 @@ CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in METHODS el
 LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "tyro", "einops"]
 LIBRARIES += ["PIL.Image", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 CONTEXT.set_forkserver_preload(LIBRARIES)
+# Code of torchrun whose ranks are forked: they have torch loaded already.
+TORCHRUN = """
+import sys
+from torch.distributed.run import main
+main(["--run-path", "--start-method", "fork", *sys.argv[1:]])
+"""
 
 # To start a process also asks all others whether they have ended. Two threads that ask at once
 # would both read the one message that says how, and the second would find nothing: status 255.

@@ -326,7 +326,10 @@ def test_the_gpu_script_runs_on_a_cpu(monkeypatch, tmp_path):
     gpu = importlib.import_module("benchmarks.gpu")
 
     def run(words, cwd, **capture):
-        process = processes.start(words[1:], tmp_path, cwd, {})
+        after = words[1:]
+        if after[:2] == ["-m", "torch.distributed.run"]:
+            after = ["-c", processes.TORCHRUN, *after[2:]]
+        process = processes.start(after, tmp_path, cwd, {})
         return subprocess.CompletedProcess(words, process.wait(100), *process.said())
 
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run))

@@ -71,12 +71,6 @@ SMALL = {
     "--data.no-cache-latents --model.diffusion.channels 8 16 --model.diffusion.groups 4 "
     "--model.diffusion.n-head 2 --data.val-images 8",
 }
-# torchrun, whose ranks are forked: they have torch loaded already.
-TORCHRUN = """
-import sys
-from torch.distributed.run import main
-main(["--run-path", "--start-method", "fork", *sys.argv[1:]])
-"""
 
 
 def small(words: list[str], cache: Path) -> list[str]:
@@ -170,7 +164,7 @@ def test_every_documented_command_runs(tmp_path, shared_cache):
             command, where = [sys.executable, *words[1:]], {**os.environ, **environment}
             subprocess.run(command, cwd=tmp_path, env=where, check=True)
             return
-        after = ["-c", TORCHRUN, *words[1:]] if words[0] == "torchrun" else words[1:]
+        after = ["-c", processes.TORCHRUN, *words[1:]] if words[0] == "torchrun" else words[1:]
         process = processes.start(after, outputs, tmp_path, environment)
         if "tinyfm.serve" in words:  # it would serve for ever
             process.wait_for("serving at", 300)
