@@ -20,6 +20,11 @@ def test_a_partner_is_alike_or_not_and_each_is_as_likely(index, alike):
     )
 
 
+def test_a_picture_alone_has_none_that_is_alike():
+    found = Comparison("same?", VALUES).has_like(np.arange(len(VALUES)))
+    assert found.tolist() == [True, True, True, False, True, True]
+
+
 def test_where_all_are_alike_the_answer_is_yes():
     comparison = Comparison("same?", ["a", "a"])
     assert comparison.partners(np.array([0, 1]), np.array([[0.9, 0.9]] * 2)).tolist() == [1, 0]

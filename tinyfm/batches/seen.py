@@ -126,6 +126,11 @@ class Comparison:
         place = np.where(is_alike, start + turn % count, beyond % len(self.groups))
         return self.order[place]
 
+    def has_like(self, index: np.ndarray) -> np.ndarray:
+        """Whether another picture is alike, bool (B,). Where it is so, half of the answers are
+        yes."""
+        return self.counts[self.groups[index]] > 1
+
     def answer(self, one: int, other: int) -> str:
         return "yes" if self.groups[one] == self.groups[other] else "no"
 

@@ -331,11 +331,14 @@ def test_rows(data: SeenData, split: str, kind: int) -> np.ndarray:
 
     Held-out characters are drawn in all styles. Questions ask of them in the styles of training, so
     that the answers tell what new characters cost, and those of held-out fonts what a new style
-    costs.
+    costs. A comparison is asked about pictures for which the right answer may be yes.
     """
     order = fixed_order(len(data.splits[split].labels))
     if not kind:
         return order
+    number = kind - len(data.questions[split])
+    if number >= 0:
+        order = order[data.comparisons[split][number].has_like(order)]
     if STYLE in data.names:
         number = data.names.index(STYLE)
         known = {*data.questions[TRAIN][number].answers}
