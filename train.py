@@ -91,7 +91,7 @@ def run_command() -> int | str:
         name, preset, run = read_arguments(sys.argv[1:])
         startup.loaded()
         world = distributed.start()
-        plan = launch.resolve(name, preset, run, world)
+        plan = launch.resolve(name, preset, run, world, started=startup.STARTED)
         if not run.dry_run:
             return launch.train(plan, world)
         if world.first:

@@ -83,6 +83,7 @@ run scale python benchmarks/scale.py --steps 20
 run prepare python benchmarks/prepare.py
 run "budget sweep" python benchmarks/budget.py sweep --record
 run "budget rates" python benchmarks/budget.py rates --record
+run "budget check" python benchmarks/budget.py check --record
 run alibi python benchmarks/alibi.py --picture benchmarks/alibi.png --record
 run suite python benchmarks/suite.py --record
 run gpu benchmarks/gpu.sh --record

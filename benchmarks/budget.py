@@ -2,28 +2,35 @@
 
     python benchmarks/budget.py sweep --record    # an hour of one core
     python benchmarks/budget.py rates --record    # 40 minutes of one core
+    python benchmarks/budget.py check --record    # 80 minutes, with nothing else running
 
 sweep trains the preset `gpt` at each width (`at_width` in recipes/gpt.py) on each number of tokens,
 as long as a run costs at most MOST FLOPs. The limit makes the grid a triangle: large sizes are
 tried on few tokens, small ones on many, so that both terms of a law are seen, and no run takes
 longer than a quarter of an hour. The most tokens are two passes through the text. It writes
-tinyfm/calc/budget.csv and fits the law of tinyfm/calc/size_law.py; beside each loss its table has
-what the law says that is fitted to all other runs.
+tinyfm/calc/budget.csv, from which `train.py --budget` fits the law of tinyfm/calc/size_law.py;
+beside each loss the table it prints has what the law says that is fitted to all other runs.
 
 rates trains four widths at five multiples of the learning rates that `at_width` gives them, on the
 fewest tokens, and draws the losses. If the rates transfer, all four curves have their minimum at
 the same multiple. A parabola through the best point and its neighbours gives the minimum.
 
-Runs go to runs/budget, two at a time with one thread each. Stopped ones are continued by the same
-command.
+check trains with budgets of 2, 5, 10 and 20 minutes, and the preset for as many, with the number of
+steps that fits. It prints how long each took, what was expected, and what was reached.
+
+Runs go to runs/budget, two at a time with one thread each (check: one, with all threads). Those of
+sweep and rates that were stopped are continued by the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,17 +44,18 @@ from benchmarks import timing
 from tinyfm.calc import size_law, sweep
 from tinyfm.calc.size_law import Trained
 from tinyfm.common.figures import new_figure, save_figure
-from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes import budget, registry, run_dir
 from tinyfm.recipes.base import Run
 from tinyfm.recipes.registry import scale_rates
 from tinyfm.training.log import METRICS, read_metrics
 
-TABLE = timing.PAGE.parent.parent / "tinyfm" / "calc" / "budget.csv"
+ROOT = timing.PAGE.parent.parent
 WIDTHS = (128, 192, 256, 384, 512)
 TOKENS = (400_000, 1_000_000, 2_500_000, 6_250_000)
 MOST = 7e13  # FLOPs of a run
 RATE_WIDTHS = (128, 192, 256, 384)
 FACTORS = (0.25, 0.4, 0.63, 1, 1.6)
+MINUTES = (2, 5, 10, 20)
 PRESET = registry.find_preset("gpt")
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ def do_sweep(options: argparse.Namespace, more: list[str]) -> str:
     unique = len(PRESET.run.open_data().train)
     found = [read_run(run, folder / name, unique) for name, run in runs.items()]
     found.sort(key=lambda each: (each[0].width, each[0].tokens))
-    write_table(found, TABLE)
+    write_table(found, size_law.FOLDER / PRESET.sweep)
     minutes = sum(m for _, m in found)
     text = sweep_text([run for run, _ in found])
     return f"{timing.describe_machine()}; {len(found)} runs, {minutes:.0f} minutes in all\n\n{text}"
@@ -196,14 +204,68 @@ def do_rates(options: argparse.Namespace, more: list[str]) -> str:
     return f"{timing.describe_machine()}; one seed\n\n{rates_text(losses)}"
 
 
+# ---- plans and what becomes of them -------------------------------------------------------------
+
+
+def train(out: Path, *words: str) -> tuple[str, float]:
+    """(what train.py printed, its seconds)."""
+    command = [sys.executable, "train.py", "gpt", *words, "--out", str(out)]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout, time.perf_counter() - started
+
+
+def last_bpb(out: Path) -> float:
+    return read_metrics(out / METRICS)[-1]["val_bpb"]
+
+
+def expected(printed: str) -> tuple[str, list[float]]:
+    """(the chosen width, its loss with the ends of its interval), of what a plan printed."""
+    (found,) = re.findall(
+        r"width +(\d+) .* tokens  (\S+) \((\S+) to (\S+) in 90%\)  chosen", printed
+    )
+    return found[0], [float(word) for word in found[1:]]
+
+
+def do_check(options: argparse.Namespace, more: list[str]) -> str:
+    out = Path(options.out)
+    # The preset, to know the seconds of its steps and of all else.
+    _, whole = train(out / "preset", *more)
+    speeds = [
+        row["tokens_per_s"] for row in read_metrics(out / "preset" / METRICS) if "loss" in row
+    ]
+    run = PRESET.run
+    step = run.train.batch_size * run.model.context_length * np.mean(1 / np.array(speeds))
+    lines = [
+        "| budget | took, s | width | bits per byte expected | reached | off | the preset took, s "
+        "| and reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for minutes in options.minutes:
+        folder = out / f"dial-{minutes:g}m"
+        printed, seconds = train(folder, "--budget", f"{minutes:g}m", *more)
+        width, (loss, low, high) = expected(printed)
+        bpb = last_bpb(folder)
+        steps = max(2, run.train.steps + int((60 * minutes - whole) / step))
+        plain = run_dir.command("gpt", PRESET, budget.with_steps(run, steps))
+        _, plain_seconds = train(out / f"preset-{minutes:g}m", *shlex.split(plain)[3:], *more)
+        cells = [f"{minutes:g} minutes", f"{seconds:.0f}", width]
+        cells += [f"{loss:.3f} ({low:.3f} to {high:.3f})", f"{bpb:.3f}", f"{loss / bpb - 1:+.1%}"]
+        cells += [f"{plain_seconds:.0f}", f"{last_bpb(out / f'preset-{minutes:g}m'):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return f"{timing.describe_machine()}; one seed\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("what", choices=("sweep", "rates"))
+    add("what", choices=("sweep", "rates", "check"))
     add("--out", default="runs/budget", help="folder of the runs (default runs/budget)")
+    add("--minutes", nargs="+", type=float, default=MINUTES, help="budgets of check")
     add("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
-    text = {"sweep": do_sweep, "rates": do_rates}[options.what](options, more)
+    work = {"sweep": do_sweep, "rates": do_rates, "check": do_check}[options.what]
+    text = work(options, more)
     print(text)
     if options.record:
         timing.record(f"budget {options.what}", text)

@@ -89,7 +89,7 @@ def test_the_page_has_the_marks_that_the_scripts_write_to():
     marks += ("encoder films", "encoder speed", "preference functions", "preference films")
     named = (*MODALITIES, "codec", "musicgen", "actions")
     marks += ("letters", "together", *(f"results {name}" for name in named))
-    marks += ("budget sweep", "budget rates")
+    marks += ("budget sweep", "budget rates", "budget check")
     for mark in marks:
         start = page.index(f"<!-- {mark} -->\n")
         assert "<!-- end -->" in page[start:]
@@ -233,6 +233,12 @@ def test_the_least_of_losses_by_rate(budget):
     assert budget.minimum(budget.FACTORS, [5, 4, 3, 2, 1]) == budget.FACTORS[-1]
     text = budget.rates_text({128: losses, 256: losses})
     assert "within a factor of 1.00" in text and text.count("| 0.80 |") == 2
+
+
+def test_what_a_plan_prints_is_read(budget):
+    printed = "  width  128  3.2e+06 tokens  1.612 (1.5 to 1.7 in 90%)\n"
+    printed += "  width  192  2.1e+06 tokens  1.600 (1.55 to 1.65 in 90%)  chosen\n"
+    assert budget.expected(printed) == ("192", [1.6, 1.55, 1.65])
 
 
 def test_each_modality_gives_as_much_text_alone_as_together(tmp_path, monkeypatch):

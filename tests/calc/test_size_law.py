@@ -1,4 +1,4 @@
-"""The law of size and data: known laws are recovered, and their intervals hold."""
+"""The law of size and data: budgets in words, known laws recovered, the choice of a size."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tinyfm.calc.size_law import Trained, fit_size_law, worth
+from tinyfm.calc import size_law
+from tinyfm.calc.size_law import Budget, Trained, consider, fit_size_law, read_budget, worth
+from tinyfm.common import gpus
 from tinyfm.recipes import registry
 
 SIZES = {128: 6.3e6, 192: 1.1e7, 256: 1.7e7, 384: 4.5e7, 512: 9.5e7}  # FLOPs a token
@@ -29,6 +31,49 @@ def sweep(noise=0.0, seed=0):
     return runs
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("90s", "seconds", 90),
+        ("10m", "seconds", 600),
+        ("1.5 h", "seconds", 5400),
+        ("1e13", "flops", 1e13),
+        ("2.5e14 FLOP", "flops", 2.5e14),
+        ("20M tokens", "tokens", 2e7),
+        ("300,000 tokens", "tokens", 3e5),
+    ],
+)
+def test_budgets_in_words(text, kind, amount):
+    assert read_budget(text) == Budget(kind, pytest.approx(amount), text)
+
+
+def test_dollars_buy_the_flops_of_a_gpu():
+    h100 = gpus.get("h100")
+    flops = 5 / h100.price * 3600 * h100.peak("bf16") * 0.4
+    for text in ("5 dollars", "$5"):
+        found = read_budget(text, "h100")
+        assert (found.kind, found.amount) == ("flops", pytest.approx(flops))
+        assert h100.priced in found.text and "MFU 0.4" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "gpu", "message"),
+    [
+        ("soon", "", "'soon'; use 10m, 90s"),
+        ("", "", "''; use 10m"),
+        ("0m", "", "'0m'; use 10m"),
+        ("1.5.2h", "", "'1.5.2h'; use 10m"),
+        ("10 apples", "", "'10 apples'; use 10m"),
+        ("5 dollars", "", "add --gpu NAME"),
+        ("5 dollars", "rtx-4090", "no price of rtx-4090 .* use one of .*h100"),
+        ("10m", "h100", "10m is none: leave it out"),
+    ],
+)
+def test_refused_budgets(text, gpu, message):
+    with pytest.raises(ValueError, match=message):
+        read_budget(text, gpu)
+
+
 def test_a_second_pass_is_worth_nearly_as_much_as_new_text():
     assert float(worth(2e6, TEXT)) == 2e6
     assert float(worth(TEXT, TEXT)) == TEXT
@@ -42,6 +87,7 @@ def test_a_second_pass_is_worth_nearly_as_much_as_new_text():
 def test_a_known_law_is_recovered_and_extrapolated():
     law = fit_size_law(sweep())
     assert law.deviation < 1e-5
+    assert law.most == max(run.flops_per_token * run.tokens for run in sweep())
     for M, U in ((9.5e7, 6e6), (1.7e7, 2e7), (6.3e6, 1e5)):
         assert law.loss(M, U) == pytest.approx(true_loss(M, U), rel=1e-3)
 
@@ -76,3 +122,38 @@ def test_a_width_of_the_preset_decides_the_rest():
         assert run.model.K >= 64 and run.optim.muon_lr == usual.optim.muon_lr
     assert sizes[128] == (2, 2, 8, pytest.approx(0.012 * 2**0.5, rel=0.01))
     assert sizes[512] == (4, 4, 32, pytest.approx(0.012 / 2**0.5, rel=0.01))
+
+
+def test_a_budget_of_flops_goes_to_the_size_of_least_loss():
+    law = fit_size_law(sweep())
+    widths = []
+    for flops in (2e12, 2e13, 2e14, 2e15):
+        tokens = {width: flops / M for width, M in SIZES.items()}
+        found = consider(law, SIZES, tokens, 1e12)
+        best = size_law.choose(law, SIZES, found, Budget("flops", flops, ""), 1e12)
+        losses = {width: true_loss(M, tokens[width]) for width, M in SIZES.items()}
+        assert best.width == min(losses, key=losses.get)
+        assert best.loss == pytest.approx(losses[best.width], rel=2e-3)
+        widths.append(best.width)
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    with pytest.raises(ValueError, match=r"1e\+17 FLOP, .*calc optimal 1e\+17"):
+        consider(law, SIZES, {256: 1e17 / SIZES[256]}, TEXT)
+
+
+def test_a_budget_of_tokens_goes_to_the_size_that_they_suit():
+    """No other size at the same FLOPs is better, even with its own number of tokens."""
+    law = fit_size_law(sweep())
+    for tokens in (3e5, 2e6, 2e7):
+        M = law.best_size(tokens)
+        others = M * np.geomspace(0.25, 4, 201)
+        losses = [true_loss(other, M * tokens / other) for other in others]
+        assert others[int(np.argmin(losses))] == pytest.approx(M, rel=0.05)
+    found = consider(law, SIZES, dict.fromkeys(SIZES, 2e6), TEXT)
+    best = size_law.choose(law, SIZES, found, Budget("tokens", 2e6, ""), TEXT)
+    near = min(SIZES, key=lambda width: abs(math.log(SIZES[width] / law.best_size(2e6))))
+    assert best.width == near < 512
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"x.csv has not been recorded.*benchmarks/budget.py"):
+        size_law.read_table(tmp_path / "x.csv")

@@ -7,6 +7,7 @@
     python -m tinyfm.calc runs/gpt                    # your run, or a preset
     python -m tinyfm.calc cluster llama-1b --gpus 64  # simulate FSDP2
     python -m tinyfm.calc optimal 5.76e23             # divide a budget of FLOPs
+    python -m tinyfm.calc budget 10m                  # what ten minutes here buy
     python -m tinyfm.calc sweep                       # fit a scaling law
     python -m tinyfm.calc fit runs/a runs/b ... --held-out runs/c  # of your own
 
@@ -27,6 +28,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -411,6 +413,7 @@ def check_options(options: argparse.Namespace) -> None:
 def answer(argv: list[str]) -> str:
     """The output of a command line, as text. Raises ValueError and OSError."""
     commands = {
+        "budget": answer_budget,
         "cluster": answer_cluster,
         "fit": answer_fit,
         "optimal": answer_optimal,
@@ -443,6 +446,26 @@ def list_systems() -> str:
     found = [systems.get(name) for name in systems.rows()]
     lines = [f"{system.name:18} {system.parameters:>15,}  {system.source}" for system in found]
     return "\n".join(lines)
+
+
+def answer_budget(argv: list[str]) -> str:
+    """Plan a run for a budget, as train.py --budget does, without training it.
+
+    BUDGET is a time of this machine (90s, 10m, 2h), FLOPs (1e13 FLOP), tokens (20M tokens), or
+    dollars for a rented GPU (5 dollars).
+    """
+    parser = Parser("python -m tinyfm.calc budget", answer_budget.__doc__)
+    parser.add_argument("budget", nargs="+", metavar="BUDGET", help="what may be spent")
+    parser.add_argument("--preset", metavar="NAME", default="gpt", help="preset (default gpt)")
+    parser.add_argument("--gpu", metavar="NAME", default="", help="GPU that dollars are spent on")
+    options = parser.parse_args(argv)
+    started = time.perf_counter()
+
+    from tinyfm.recipes import budget, registry
+
+    preset = registry.find_preset(options.preset)
+    run = replace(preset.run, budget=" ".join(options.budget), gpu=options.gpu)
+    return str(budget.turn(options.preset, preset, run, started))
 
 
 def answer_cluster(argv: list[str]) -> str:

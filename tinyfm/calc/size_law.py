@@ -1,4 +1,4 @@
-"""A law of loss over size and data, fitted to a table of runs.
+"""A law of loss over size and data, fitted to a table of runs, and the size that suits a budget.
 
 The runs are of one family of sizes, each trained as its size needs. Through their losses in bits
 per byte goes the law of Hoffmann et al. (2022, eq. 2),
@@ -22,15 +22,71 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from tinyfm.calc.scaling_laws import SHARE, jacobian, least_squares, student_t
+from tinyfm.common import gpus
 
+FOLDER = Path(__file__).parent  # of the tables
 REPEATS = 15.4  # R
+FURTHEST = 100  # times the FLOPs of the table's largest run: beyond that the law is not asked
+
+# ---- budgets ------------------------------------------------------------------------------------
+
+UNITS = {
+    "s": ("seconds", 1), "m": ("seconds", 60), "min": ("seconds", 60), "h": ("seconds", 3600),
+    "": ("flops", 1), "FLOP": ("flops", 1), "FLOPs": ("flops", 1),
+    "tokens": ("tokens", 1), "k tokens": ("tokens", 1e3), "M tokens": ("tokens", 1e6),
+    "B tokens": ("tokens", 1e9), "dollars": ("dollars", 1), "$": ("dollars", 1),
+}  # fmt: skip
+EXAMPLES = "10m, 90s, 2h, 1e13 FLOP, 20M tokens, or 5 dollars with --gpu NAME"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: seconds of a command, FLOPs or tokens of training."""
+
+    kind: Literal["seconds", "flops", "tokens"]
+    amount: float
+    text: str  # as it was given
+
+
+def read_budget(text: str, gpu: str = "") -> Budget:
+    """The budget that a text such as "10m" says. Dollars buy FLOPs on a GPU, at its dated price.
+
+    Raises ValueError for another text, and for dollars without a GPU or its price.
+    """
+    found = re.fullmatch(r"(\$?)\s*(\d[\d.,]*(?:e[+-]?\d+)?)\s*([a-zA-Z ]*)", text.strip())
+    number = found[2].replace(",", "") if found else ""
+    unit = (found[1] or found[3].strip()) if found else None
+    if unit not in UNITS or number.count(".") > 1 or not 0 < float(number) < math.inf:
+        raise ValueError(f"the budget is {text!r}; use {EXAMPLES}")
+    kind, factor = UNITS[unit]
+    amount = float(number) * factor
+    if kind != "dollars":
+        if gpu:
+            raise ValueError(f"--gpu is for a budget in dollars, and {text} is none: leave it out")
+        return Budget(kind, amount, text)
+    if not gpu:
+        raise ValueError(f"{text} buy time on a GPU: add --gpu NAME, such as h100")
+    rented = gpus.get(gpu)
+    if not rented.price:
+        priced = ", ".join(name for name, each in gpus.GPUS.items() if each.price)
+        raise ValueError(f"no price of {rented.name} is known: use one of {priced}")
+    mfu = gpus.Assumptions().mfu
+    hours = amount / rented.price
+    flops = hours * 3600 * rented.peak(next(iter(rented.peaks))) * mfu
+    text = f"{text} ({hours:.3g} hours of {rented.name} at MFU {mfu:g}, prices of {rented.priced})"
+    return Budget("flops", flops, text)
+
+
+# ---- the law ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,7 +106,12 @@ class Trained:
 
 
 def read_table(path: Path) -> list[Trained]:
-    """The runs of a table."""
+    """The runs of a table. Raises ValueError if it has not been recorded yet."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path.name} has not been recorded, so there is no law: run python "
+            "benchmarks/budget.py sweep, about an hour of one core"
+        )
     with path.open(encoding="utf-8", newline="") as file:
         return [Trained.of(row) for row in csv.DictReader(file)]
 
@@ -72,6 +133,7 @@ class SizeLaw:
     deviation: float  # standard deviation of ln L from the law
     covariance: np.ndarray  # (5, 5) of theta, for a deviation of 1
     dof: int  # runs that are not used up by the five parameters
+    most: float  # FLOPs of the largest run
 
     def loss(self, M: float, U: float) -> float:
         return float(np.exp(log_law(self.theta, np.log(M / self.M0), np.log(U / self.D0))))
@@ -86,6 +148,12 @@ class SizeLaw:
         half = student_t(SHARE, self.dof) * self.deviation
         half *= math.sqrt(1 + float(g @ self.covariance @ g))
         return self.loss(M, U) * math.exp(-half), self.loss(M, U) * math.exp(half)
+
+    def best_size(self, U: float) -> float:
+        """The M that is best of those that, with these tokens, cost the same: alpha A M^-alpha =
+        beta B U^-beta, as in scaling_laws.Parametric."""
+        _, A, B, alpha, beta = np.exp(self.theta)
+        return float(self.M0 * (alpha * A / (beta * B) * (U / self.D0) ** beta) ** (1 / alpha))
 
 
 def log_law(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -120,4 +188,53 @@ def fit_size_law(runs: Sequence[Trained]) -> SizeLaw:
     J = jacobian(residuals, theta)
     dof = len(runs) - len(theta)
     deviation = math.sqrt(float(np.sum(residuals(theta) ** 2)) / dof)
-    return SizeLaw(theta, M0, D0, deviation, np.linalg.pinv(J.T @ J), dof)
+    most = max(run.flops_per_token * run.tokens for run in runs)
+    return SizeLaw(theta, M0, D0, deviation, np.linalg.pinv(J.T @ J), dof, most)
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A size with its tokens, and what the law says of them."""
+
+    width: int
+    tokens: float
+    loss: float
+    low: float
+    high: float
+
+
+def consider(
+    law: SizeLaw, sizes: Mapping[int, float], tokens: Mapping[int, float], V: float
+) -> list[Choice]:
+    """Each size with its tokens. sizes: {width: FLOPs a token}. tokens: {width: tokens}. V: tokens
+    of the text.
+
+    Raises ValueError if all of them cost far more than the runs that the law knows.
+    """
+    least = min(sizes[width] * tokens[width] for width in tokens)
+    if least > FURTHEST * law.most:
+        raise ValueError(
+            f"the budget is {least:.2g} FLOP, and the sweep behind the law ends at "
+            f"{law.most:.2g}: see python -m tinyfm.calc optimal {least:.2g}"
+        )
+    found = []
+    for width, n in tokens.items():
+        M = sizes[width]
+        U = float(worth(n, V))
+        found.append(Choice(width, n, law.loss(M, U), *law.interval(M, U)))
+    return found
+
+
+def choose(
+    law: SizeLaw, sizes: Mapping[int, float], considered: Sequence[Choice], budget: Budget, V: float
+) -> Choice:
+    """The size of least loss. A budget of tokens sets no limit to the size: then the one for which
+    this many tokens are right. V: tokens of the text.
+    """
+    if budget.kind != "tokens":
+        return min(considered, key=lambda choice: choice.loss)
+    wanted = math.log(law.best_size(float(worth(budget.amount, V))))
+    return min(considered, key=lambda choice: abs(math.log(sizes[choice.width]) - wanted))

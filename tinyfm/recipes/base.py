@@ -29,7 +29,7 @@ from data.splits import HELD_OUT, VAL
 from tinyfm import tokenizer
 from tinyfm.adapt import AdapterConfig
 from tinyfm.beam import Beams
-from tinyfm.common.config import FolderPath, Name, RunPath, may_change
+from tinyfm.common.config import FolderPath, MaybeText, Name, RunPath, may_change
 from tinyfm.common.seeds import row_generators
 from tinyfm.evaluate import metrics
 from tinyfm.evaluate.metrics import Scores
@@ -58,6 +58,9 @@ class Run:
     resume: bool = False  # continue from the last checkpoint in that folder
     dry_run: bool = False  # print the cost of training and the settings, then stop
     json: bool = False  # with --dry-run: print both as JSON
+    # choose size and steps for this: 10m, 2h, 1e13 FLOP, 20M tokens, or 5 dollars
+    budget: MaybeText = None
+    gpu: Name = ""  # GPU that a budget in dollars is spent on
     # fine-tune for a task instead of pretraining: classify, embed, chat, reward, dpo or grpo
     task: Name = ""
     # start from this run: it supplies the weights, the sizes and the tokenizer
@@ -90,6 +93,10 @@ class Run:
     ABOUT: ClassVar[About] = About()  # for the model card of an export
 
     # ---- training -------------------------------------------------------------------------------
+
+    def at_width(self, width: int) -> Run:
+        """The same at another width, and what follows from it: a size of --budget's sweep."""
+        raise NotImplementedError
 
     def build_model(self) -> nn.Module:
         """The model with its initial weights."""
@@ -234,6 +241,7 @@ class Preset:
     run: Run
     # The score that a run of it ends with, as recorded in benchmarks/README.md: "1.65 to 1.66, ..."
     usual: str = ""
+    sweep: str = ""  # table of calc/ with runs of several widths: the law of --budget
 
     def usual_range(self) -> list[float]:
         """The numbers with which `usual` starts."""

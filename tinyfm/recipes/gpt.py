@@ -436,6 +436,7 @@ PRESETS = {
             train=TrainConfig(steps=300, batch_size=16, micro_batch_size=8, eval_every=100),
         ),
         usual="1.67 to 1.69, as three seeds gave",
+        sweep="budget.csv",
     ),
     "molecules": modality_preset(
         "a GPT that writes molecules: a quarter of an hour on one core", "molecules", 128, 4200

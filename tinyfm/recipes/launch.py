@@ -30,8 +30,9 @@ from tinyfm import adapt
 from tinyfm.calc import estimate
 from tinyfm.common import device as devices
 from tinyfm.common import files, units
-from tinyfm.recipes import registry, run_dir
+from tinyfm.recipes import budget, registry, run_dir
 from tinyfm.recipes.base import OpenRun, Preset, Run
+from tinyfm.recipes.budget import Dial
 from tinyfm.training import checkpoint, distributed
 from tinyfm.training.log import read_metrics
 from tinyfm.training.trainer import Trainer
@@ -54,12 +55,19 @@ class Plan:
     # The opened data; None in a dry run, or if they need a part that is still to be trained.
     data: Any = None
     part: bool = False  # whether it is trained as a part of another run
+    dial: Dial | None = None  # of a run with a budget
 
 
 def resolve(
-    name: str, preset: Preset, run: Run, world: distributed.World, part: bool = False
+    name: str,
+    preset: Preset,
+    run: Run,
+    world: distributed.World,
+    part: bool = False,
+    started: float | None = None,
 ) -> Plan:
-    """The plan for a run with these options. preset: the run's, before the user's options.
+    """The plan for a run with these options. preset: the run's, before the user's options. started:
+    time.perf_counter() at which the command began.
 
     Raises ValueError for options that do not fit together, or runs that do not fit, before anything
     is trained.
@@ -77,6 +85,10 @@ def resolve(
             run = run_dir.find_data(run, out)
         device = devices.choose_device(run.train.device)
         devices.choose_dtype(run.train.dtype, device)  # refuses what this machine does not have
+    dial = None
+    if run.budget is not None:
+        dial = budget.turn(name, preset, run, started or time.perf_counter())
+        run = dial.run
     base = None
     if run.init_from:
         base = run_dir.open_base(run.init_from)
@@ -103,7 +115,7 @@ def resolve(
     if not run.dry_run and not first:
         data = open_data(run, world)
         run = replace(run, **run.facts_of(data))
-    return Plan(name, preset, run, base, teacher, given, first, data, part)
+    return Plan(name, preset, run, base, teacher, given, first, data, part, dial)
 
 
 def open_data(run: Run, world: distributed.World) -> Any:
@@ -245,6 +257,8 @@ def describe(plan: Plan) -> str:
             costs = asdict(estimate.forecast(model, run.optim, run.train))
             return json.dumps({"costs": costs, "settings": settings}, indent=2)
         lines = [estimate.describe(model, run.optim, run.train)]
+    if plan.dial:
+        lines.insert(0, str(plan.dial))
     if plan.base:
         lines.append(f"starts from {plan.base.folder}")
     if plan.teacher:
@@ -333,6 +347,8 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
         if world.first:
             print(line)
 
+    if plan.dial:
+        say(str(plan.dial))
     for option, part in plan.first.items():
         say(f"--- the {option}, in {part.run.out}")
         status = train(part, world)
@@ -359,6 +375,12 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     device = devices.describe_device(trainer.device)
     say(f"{data.description}\n{costs}\n{device}, {trainer.dtype}")
     # Train.
+    if plan.dial and plan.dial.budget.kind == "seconds":
+        run = budget.correct(plan.dial, trainer)
+        trainer.train = run.train
+        record |= run_dir.to_record(plan.name, run)
+        files.write_json(out / "config.json", record)
+        say(f"by the speed so far, {run.train.steps:,} steps instead of {plan.run.train.steps:,}")
     scores = trainer.fit()
     if trainer.signals.agreed:
         step = trainer.counters["step"]
@@ -368,6 +390,8 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     rows = read_metrics(out / "metrics.jsonl")
     untrained = next((row for row in rows if not row["step"]), {})
     say(run_dir.verdict(plan.preset, run, untrained, scores))
+    if plan.dial:
+        say(plan.dial.outcome(scores["val_bpb"]))
     seconds = time.perf_counter() - started
     line = f"{seconds:.0f} s in all"
     peak = devices.peak_memory_bytes(trainer.device)

@@ -458,14 +458,16 @@ class Trainer:
         every = self.train.eval_every
         return step in (0, self.train.steps) or (every > 0 and step % every == 0)
 
-    def fit(self) -> dict[str, float]:
+    def fit(self, until: int | None = None) -> dict[str, float]:
         """Train to the last step, or until a signal; returns the numbers of the last evaluation.
 
+        until: a step to pause at, from which another call continues.
         Raises FloatingPointError after `patience` skipped steps in a row, or for a validation loss
         that is not finite, and CheckpointError if a checkpoint cannot be saved.
         """
         start = self.counters["step"]
         steps = self.train.steps
+        end = steps if until is None else min(until, steps)
         board = self.train.tensorboard
         log = Logbook(self.out, steps, start, self.world.first, board, self.usual)
         with contextlib.closing(log), self.signals, self.saver:
@@ -474,7 +476,7 @@ class Trainer:
                 self.report(log)
             clock = time.perf_counter()  # start of the steps whose speed is logged next
             since = start
-            while self.counters["step"] < steps and not self.signals.agreed:
+            while self.counters["step"] < end and not self.signals.agreed:
                 # One step.
                 loss, norm = self.update(self.counters["step"])
                 if self.guard.skipped:
