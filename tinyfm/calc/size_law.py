@@ -40,7 +40,8 @@ FURTHEST = 100  # times the FLOPs of the table's largest run: beyond that the la
 # ---- budgets ------------------------------------------------------------------------------------
 
 UNITS = {
-    "s": ("seconds", 1), "m": ("seconds", 60), "min": ("seconds", 60), "h": ("seconds", 3600),
+    "s": ("seconds", 1), "m": ("seconds", 60), "h": ("seconds", 3600),
+    "seconds": ("seconds", 1), "minutes": ("seconds", 60), "hours": ("seconds", 3600),
     "": ("flops", 1), "FLOP": ("flops", 1), "FLOPs": ("flops", 1),
     "tokens": ("tokens", 1), "k tokens": ("tokens", 1e3), "M tokens": ("tokens", 1e6),
     "B tokens": ("tokens", 1e9), "dollars": ("dollars", 1), "$": ("dollars", 1),

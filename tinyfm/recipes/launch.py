@@ -380,7 +380,9 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
         trainer.train = run.train
         record |= run_dir.to_record(plan.name, run)
         files.write_json(out / "config.json", record)
-        say(f"by the speed so far, {run.train.steps:,} steps instead of {plan.run.train.steps:,}")
+        if run != plan.run:
+            planned = plan.run.train.steps
+            say(f"by the speed so far, {run.train.steps:,} steps instead of {planned:,}")
     scores = trainer.fit()
     if trainer.signals.agreed:
         step = trainer.counters["step"]
