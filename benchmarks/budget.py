@@ -18,8 +18,8 @@ the same multiple. A parabola through the best point and its neighbours gives th
 check trains with budgets of 2, 5, 10 and 20 minutes, and the preset for as many, with the number of
 steps that fits. It prints how long each took, what was expected, and what was reached.
 
-Runs go to runs/budget, two at a time with one thread each (check: one, with all threads). Those of
-sweep and rates that were stopped are continued by the same command.
+The runs of sweep and rates go to runs/budget, two at a time with one thread each; stopped ones are
+continued by the same command. Those of check come one after the other, with all threads.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -228,7 +229,17 @@ def expected(printed: str) -> tuple[str, list[float]]:
 
 
 def do_check(options: argparse.Namespace, more: list[str]) -> str:
-    out = Path(options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = check_rows(Path(folder), options.minutes, more)
+    heads = ("budget", "took, s", "width", "bits per byte expected", "reached", "off")
+    heads = (*heads, "the preset took, s", "and reached")
+    lines = [" | ".join(row) for row in (heads, ["---"] * len(heads), *rows)]
+    text = "\n".join(f"| {line} |" for line in lines)
+    return f"{timing.describe_machine()}; one seed\n\n{text}\n"
+
+
+def check_rows(out: Path, minutes: Sequence[float], more: list[str]) -> list[list[str]]:
+    """A row of the table for each budget."""
     # The preset, to know the seconds of its steps and of all else.
     _, whole = train(out / "preset", *more)
     speeds = [
@@ -236,31 +247,25 @@ def do_check(options: argparse.Namespace, more: list[str]) -> str:
     ]
     run = PRESET.run
     step = run.train.batch_size * run.model.context_length * np.mean(1 / np.array(speeds))
-    lines = [
-        "| budget | took, s | width | bits per byte expected | reached | off | the preset took, s "
-        "| and reached |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for minutes in options.minutes:
-        folder = out / f"dial-{minutes:g}m"
-        printed, seconds = train(folder, "--budget", f"{minutes:g}m", *more)
+    rows = []
+    for each in minutes:
+        printed, seconds = train(out / f"dial-{each:g}", "--budget", f"{each:g}m", *more)
         width, (loss, low, high) = expected(printed)
-        bpb = last_bpb(folder)
-        steps = max(2, run.train.steps + int((60 * minutes - whole) / step))
+        bpb = last_bpb(out / f"dial-{each:g}")
+        steps = max(2, run.train.steps + int((60 * each - whole) / step))
         plain = run_dir.command("gpt", PRESET, budget.with_steps(run, steps))
-        _, plain_seconds = train(out / f"preset-{minutes:g}m", *shlex.split(plain)[3:], *more)
-        cells = [f"{minutes:g} minutes", f"{seconds:.0f}", width]
-        cells += [f"{loss:.3f} ({low:.3f} to {high:.3f})", f"{bpb:.3f}", f"{loss / bpb - 1:+.1%}"]
-        cells += [f"{plain_seconds:.0f}", f"{last_bpb(out / f'preset-{minutes:g}m'):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"{timing.describe_machine()}; one seed\n\n" + "\n".join(lines) + "\n"
+        _, plain_seconds = train(out / f"preset-{each:g}", *shlex.split(plain)[3:], *more)
+        row = [f"{each:g} minutes", f"{seconds:.0f}", width]
+        row += [f"{loss:.3f} ({low:.3f} to {high:.3f})", f"{bpb:.3f}", f"{loss / bpb - 1:+.1%}"]
+        rows.append([*row, f"{plain_seconds:.0f}", f"{last_bpb(out / f'preset-{each:g}'):.3f}"])
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("what", choices=("sweep", "rates", "check"))
-    add("--out", default="runs/budget", help="folder of the runs (default runs/budget)")
+    add("--out", default="runs/budget", help="folder of the runs of sweep and rates")
     add("--minutes", nargs="+", type=float, default=MINUTES, help="budgets of check")
     add("--record", action="store_true", help="write the table into README.md")
     options, more = parser.parse_known_args()
