@@ -120,7 +120,7 @@ def test_other_text_gets_a_size_and_no_loss(swept, tmp_path, text, capsys):
         (["gpt", "--budget", "10m", "--model.d-model", "64"], "leave out --model.d-model"),
         (["gpt", "--budget", "10m", "--train.steps", "9"], "leave out --train.steps"),
         (["gpt", "--budget", "10m", "--train.eval-every", "9"], "leave out --train.eval-every"),
-        (["gpt", "--budget", "1m"], "1m is less than 20 steps of the smallest size"),
+        (["gpt", "--budget", "1m"], "1m leaves less than 20 steps of the smallest size"),
         (["gpt", "--budget", "soon"], "'soon'; use 10m"),
         (["gpt", "--budget", "5 dollars", "--gpu", "h100"], "calc optimal"),
         (["molecules", "--budget", "10m"], "molecules as asked has none"),

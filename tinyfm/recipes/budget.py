@@ -194,8 +194,8 @@ def turn(name: str, preset: Preset, run: Run, started: float) -> Dial:
         possible = {w: n for w, n in tokens.items() if n >= LEAST_STEPS * batches[w]}
         if not possible:
             raise ValueError(
-                f"a budget of {budget.text} is less than {LEAST_STEPS} steps of the smallest size: "
-                "use more, such as 10m"
+                f"a budget of {budget.text} leaves less than {LEAST_STEPS} steps of the smallest "
+                "size: use more, such as 10m"
             )
         considered = size_law.consider(law, sizes, possible, V)
         choice = size_law.choose(law, sizes, considered, budget, V)
