@@ -216,7 +216,7 @@ def test_sweep_and_rates_end_in_tables(budget, tmp_path, monkeypatch):
     monkeypatch.setattr(budget.sweep, "train_all", train_all)
     data = SimpleNamespace(train=range(3_000_000))
     monkeypatch.setattr(type(budget.PRESET.run), "open_data", lambda run: data)
-    monkeypatch.setattr(budget, "TABLE", tmp_path / "budget.csv")
+    monkeypatch.setattr(budget.size_law, "FOLDER", tmp_path)
     options = Namespace(out=str(tmp_path / "runs"), record=True)
     text = budget.do_sweep(options, [])
     assert "; 13 runs, 13 minutes in all\n" in text

@@ -86,8 +86,14 @@ def test_the_plan_names_the_plain_command(words, swept, capsys):
 
 def test_the_corrected_run_is_the_plain_one_bit_for_bit(swept, monkeypatch, capsys):
     """It was planned for a minute a step, and finds that a step takes less."""
-    monkeypatch.setattr(budget, "read_metrics", lambda path: [{"tokens_per_s": 8 * 32 / 45}])
-    assert call(train, "gpt", "--budget", "40m", "--out", "dial", "--train.log-every", "1") == 0
+
+    def first_part(trainer, steps):
+        trainer.fit(until=1)
+        trainer.fit(until=steps)
+        return 45.0, 0.0
+
+    monkeypatch.setattr(budget, "first_part", first_part)
+    assert call(train, "gpt", "--budget", "40m", "--out", "dial", "--train.log-every", "7") == 0
     out = capsys.readouterr().out
     planned = int(re.search(r"instead of (\d+)", out).group(1))
     steps = files.read_json(Path("dial/config.json"))["train"]["steps"]
@@ -122,6 +128,7 @@ def test_other_text_gets_a_size_and_no_loss(swept, tmp_path, text, capsys):
         (["gpt", "--budget", "10m", "--train.eval-every", "9"], "leave out --train.eval-every"),
         (["gpt", "--budget", "1m"], "1m leaves less than 20 steps of the smallest size"),
         (["gpt", "--budget", "soon"], "'soon'; use 10m"),
+        (["gpt", "--gpu", "h100"], "--gpu h100 .*: add --budget"),
         (["gpt", "--budget", "5 dollars", "--gpu", "h100"], "calc optimal"),
         (["molecules", "--budget", "10m"], "molecules as asked has none"),
         (["clip", "--budget", "10m"], "clip as asked has none"),
@@ -129,7 +136,7 @@ def test_other_text_gets_a_size_and_no_loss(swept, tmp_path, text, capsys):
 )
 def test_refused_plans(words, message, swept, capsys):
     assert call(train, *words, "--dry-run") == 1
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_run_that_is_resumed_has_no_budget(swept, capsys):

@@ -21,7 +21,6 @@ and the correction comes before. config.json has that number.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -37,7 +36,6 @@ from tinyfm.common import units
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import Preset, Run
 from tinyfm.training import distributed
-from tinyfm.training.log import METRICS, read_metrics
 from tinyfm.training.trainer import Trainer
 
 TIMED = 2.0  # seconds of steps of each width that is timed
@@ -160,6 +158,8 @@ def turn(name: str, preset: Preset, run: Run, started: float) -> Dial:
     budget = size_law.read_budget(run.budget, run.gpu)
     table = size_law.read_table(size_law.FOLDER / preset.sweep)
     law = size_law.fit_size_law(table)
+
+    # The sizes, and what their data have to say.
     runs = {width: run.at_width(width) for width in sorted({row.width for row in table})}
     data = run.open_data()
     T = data.units_per_row
@@ -185,12 +185,14 @@ def turn(name: str, preset: Preset, run: Run, started: float) -> Dial:
             per_token[w] = M / speeds[near]
             ends[w] = EVALUATIONS * held_out * per_token[w] / 3 + (EVALUATIONS - 1) * SHOWN
         spent = time.perf_counter() - started
-        if budget.kind == "seconds":
-            tokens = {w: (budget.amount - spent - ends[w]) / per_token[w] for w in sizes}
-        elif budget.kind == "flops":
-            tokens = {w: budget.amount / M for w, M in sizes.items()}
-        else:
-            tokens = dict.fromkeys(sizes, budget.amount)
+        tokens = {
+            w: {
+                "seconds": (budget.amount - spent - ends[w]) / per_token[w],
+                "flops": budget.amount / sizes[w],
+                "tokens": budget.amount,
+            }[budget.kind]
+            for w in sizes
+        }
         possible = {w: n for w, n in tokens.items() if n >= LEAST_STEPS * batches[w]}
         if not possible:
             raise ValueError(
@@ -219,6 +221,19 @@ def turn(name: str, preset: Preset, run: Run, started: float) -> Dial:
 # ---- ending on time -----------------------------------------------------------------------------
 
 
+def first_part(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """Train the first steps of a run; return the seconds of a step and of an evaluation.
+
+    The very first step, which comes after an evaluation and warms up, is not timed.
+    """
+    started = time.perf_counter()
+    trainer.fit(until=1)
+    first = time.perf_counter()
+    trainer.fit(until=steps)
+    step = (time.perf_counter() - first) / (steps - 1)
+    return step, max(0.0, first - started - step)
+
+
 def correct(dial: Dial, trainer: Trainer) -> Run:
     """Train the first part of a run whose budget is time; return the run with the steps that fit.
 
@@ -228,15 +243,9 @@ def correct(dial: Dial, trainer: Trainer) -> Run:
     run = dial.run
     level = 1 - run.optim.decay_fraction  # part of a run before its learning rate falls
     done = int(CORRECTED * level * run.train.steps)
-    started = time.perf_counter()
-    trainer.fit(until=done)
-    rows = read_metrics(trainer.out / METRICS)
-    speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
-    if trainer.signals.agreed or not speeds:
+    step, evaluation = first_part(trainer, done)
+    if trainer.signals.agreed:
         return run
-    batch = run.train.batch_size * trainer.data.units_per_row
-    step = batch * statistics.fmean(1 / speed for speed in speeds)
-    now = time.perf_counter()
-    evaluation = max(0.0, now - started - done * step)
-    left = dial.started + dial.budget.amount - now - (EVALUATIONS - 1) * (evaluation + SHOWN)
+    left = dial.started + dial.budget.amount - time.perf_counter()
+    left -= (EVALUATIONS - 1) * (evaluation + SHOWN)
     return with_steps(run, max(math.ceil(done / level), done + int(left / step)))

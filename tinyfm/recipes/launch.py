@@ -89,6 +89,8 @@ def resolve(
     if run.budget is not None:
         dial = budget.turn(name, preset, run, started or time.perf_counter())
         run = dial.run
+    elif run.gpu:
+        raise ValueError(f"--gpu {run.gpu} is what a budget in dollars is spent on: add --budget")
     base = None
     if run.init_from:
         base = run_dir.open_base(run.init_from)
