@@ -336,13 +336,13 @@ def test_rows(data: SeenData, split: str, kind: int) -> np.ndarray:
     order = fixed_order(len(data.splits[split].labels))
     if not kind:
         return order
-    number = kind - len(data.questions[split])
-    if number >= 0:
-        order = order[data.comparisons[split][number].has_like(order)]
+    comparison = kind - len(data.questions[split])
+    if comparison >= 0:
+        order = order[data.comparisons[split][comparison].has_like(order)]
     if STYLE in data.names:
-        number = data.names.index(STYLE)
-        known = {*data.questions[TRAIN][number].answers}
-        styles = data.questions[split][number].answers
+        style = data.names.index(STYLE)
+        known = {*data.questions[TRAIN][style].answers}
+        styles = data.questions[split][style].answers
         in_known = [i for i in order if styles[i] in known]
         if in_known:  # not where all is in a new style
             order = np.array(in_known)
