@@ -451,7 +451,7 @@ PRESETS = {
         "a GPT that writes for four voices: a quarter of an hour on one core", "chorales", 512, 3600
     ),
     "series": modality_preset(
-        "a GPT that forecasts the weather by the hour: ten minutes on one core", "series", 512, 1800
+        "a GPT that forecasts the weather by the hour: ten minutes on one core", "series", 512, 1200
     ),
     "levels": modality_preset(
         "a GPT that writes levels of a platform game: ten minutes on one core", "levels", 512, 1800
