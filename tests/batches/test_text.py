@@ -155,6 +155,15 @@ def test_whole_rows_begin_with_a_document(tmp_path):
     part = whole.batch(3, slice(5, 9))["tokens"]
     assert torch.equal(part, whole.batch(3)["tokens"][5:9])
 
+    # Validation too, and each token is a target once.
+    for data in (plain, whole):
+        found = []
+        for batch in data.split_batches("val", 3):
+            found += batch["tokens"][:, 1:][batch["mask"]].tolist()
+        assert found == data.split("val").tokens[1:].tolist()
+    begun = [batch["tokens"][0, 0] == eot for batch in whole.split_batches("val", 1)]
+    assert all(map(bool, begun[:-1]))  # the last one is moved back to full length
+
 
 def test_batch_is_a_pure_function_of_seed_and_step(tmp_path, small):
     later = small.batch(9)["tokens"]

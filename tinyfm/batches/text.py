@@ -412,15 +412,26 @@ class TextData:
         """All text of a split, `rows` windows at a time: {"tokens": (B, T + 1), "mask": (B, T)}.
 
         T is the context length, or that of the text if it is shorter.
-        Each token but the first is a target once. The last window is moved back to full length.
-        Its mask is False for the targets that an earlier window has counted.
+        Each token but the first is a target once. The last window is moved back to full length,
+        and with `whole` others to the start of a document. The mask is False for the targets that
+        an earlier window has counted.
         """
         split = self.splits[name]
         length = min(self.context_length, split.predicted)
-        starts = np.arange(0, split.predicted, length, dtype=np.int64)
+        starts = []
+        places = []  # of the first target, less one, that no earlier window has counted
+        place = 0
+        while place < split.predicted:
+            start = place
+            if self.whole:
+                one = np.array([place])
+                start = int(back_to_documents(one, split.starts, len(split), length)[0])
+            starts.append(min(start, split.predicted - length))
+            places.append(place)
+            place = starts[-1] + length
         for first in range(0, len(starts), rows):
-            wanted = starts[first : first + rows]
-            moved = np.minimum(wanted, split.predicted - length)
+            wanted = np.array(places[first : first + rows])
+            moved = np.array(starts[first : first + rows])
             tokens = np.stack([split.shards.read(int(start), length + 1) for start in moved])
             mask = moved[:, None] + np.arange(length) >= wanted[:, None]
             yield {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
