@@ -28,7 +28,10 @@ import gzip
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from data import command, modality, wheels
 from data.report import Report
@@ -53,6 +56,7 @@ TOKEN = re.compile(r"Cl|Br|\[nH\]|\[H\]|[CNOSFcnos]|[-=#()]|[1-9]")
 VALENCES = {"H": 1, "F": 1, "Cl": 1, "Br": 1, "O": 2, "N": 3, "C": 4, "S": 6}  # the largest
 ORDERS = {"-": 1, "=": 2, "#": 3}
 AROMATIC = 0  # the order of a bond in an aromatic ring
+DRAWN = 12  # molecules in a picture
 NO_LETTERS = str.maketrans("", "", "()[]-=#123456789H")
 
 
@@ -262,6 +266,15 @@ def copied(texts: Sequence[str], training: Iterable[str]) -> list[bool]:
     return [key(text) in keys for text in texts]
 
 
+def draw(texts: Sequence[str], path: Path) -> None:
+    """Draw up to DRAWN molecules as a PNG file."""
+    from data import pictures, sketch  # load Pillow, which texts do not need
+
+    shown = texts[:DRAWN]
+    images = np.stack([sketch.draw(parse(text)) for text in shown])
+    pictures.save_grid(images, path.with_suffix(".png"), min(4, len(shown)), shown)
+
+
 MODALITY = modality.Modality(
     about="small drug-like molecules of MOSES, as SMILES",
     unit="molecules",
@@ -271,6 +284,8 @@ MODALITY = modality.Modality(
     key=key,
     copied=copied,
     read_prompt=read_prompt,
+    draw=draw,
+    endings=(".png",),
 )
 
 

@@ -17,10 +17,23 @@ import numpy as np
 import pytest
 import rdkit
 from debs import hum, publish_deb, sound_members, wave_file
+from PIL import Image
 from rdkit import Chem
 from test_wheels import publish
 
-from data import chorales, episodes, genome, levels, molecules, series, sounds, tunes, waves, wheels
+from data import (
+    chorales,
+    episodes,
+    genome,
+    levels,
+    molecules,
+    series,
+    sketch,
+    sounds,
+    tunes,
+    waves,
+    wheels,
+)
 from data.report import Report
 from data.splits import SPLITS, TEST, TRAIN, VAL
 from tinyfm.batches.text import MODALITIES
@@ -150,6 +163,28 @@ DRUGS = (
     "Clc1ccccc1C1(NC)CCCCC1=O", "CN1CCc2cc(Cl)c(O)cc2C(c2ccccc2)C1", "O=C1CN=C(c2ccccc2)c2ccccc2N1",
     "Cc1ncc(CO)c(CO)c1O", "N#Cc1ccc(F)cc1C#N", "CCN(CC)CCOC(=O)c1ccc(N)cc1", "c1ccsc1-c1ccco1",
 )  # fmt: skip
+
+
+def test_a_molecule_is_drawn_with_even_bonds_and_regular_rings(tmp_path):
+    for text in DRUGS:
+        molecule = molecules.parse(text)
+        x = sketch.place(len(molecule.atoms), molecule.bonds)
+        lengths = [np.linalg.norm(x[i] - x[j]) for i, j in molecule.bonds]
+        assert min(lengths) > 0.6 and max(lengths) < 1.5  # crowded ones give way
+    benzene = molecules.parse("c1ccccc1")
+    x = sketch.place(6, benzene.bonds)
+    radii = np.linalg.norm(x, axis=1)
+    assert radii == pytest.approx(np.ones(6), abs=0.01)  # a hexagon of side 1
+    naphthalene = molecules.parse("c1ccc2ccccc2c1")
+    found = sketch.rings(10, naphthalene.bonds)
+    assert sorted(map(len, found)) == [6, 6] and len({*found[0], *found[1]}) == 10
+    assert sketch.rings(4, molecules.parse("CCCC").bonds) == []
+    ammonia = molecules.parse("NCC(=O)Oc1c[nH]cc1N(C)C")
+    labels = [sketch.label(ammonia, atom) for atom in range(len(ammonia.atoms))]
+    assert [text for text in labels if text] == ["NH2", "O", "O", "NH", "N"]
+    molecules.draw([*DRUGS, "C"], tmp_path / "drugs")
+    with Image.open(tmp_path / "drugs.png") as image:
+        assert image.width > 4 * sketch.SIDE and image.height > 3 * sketch.SIDE
 
 
 def test_molecules_are_those_of_rdkit():
