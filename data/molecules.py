@@ -271,7 +271,7 @@ def draw(texts: Sequence[str], path: Path) -> None:
     from data import pictures, sketch  # load Pillow, which texts do not need
 
     shown = texts[:DRAWN]
-    images = np.stack([sketch.draw(parse(text)) for text in shown])
+    images = np.stack([sketch.draw(*parse(text)) for text in shown])
     pictures.save_grid(images, path.with_suffix(".png"), min(4, len(shown)), shown)
 
 

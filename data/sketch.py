@@ -12,16 +12,12 @@ Letters: n atoms. The graphs are those of molecules.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data.pictures import FONTS
-
-if TYPE_CHECKING:
-    from data.molecules import Molecule
 
 SIDE = 240  # pixels of a picture
 BOND = 32.0  # pixels of a bond, at most
@@ -123,42 +119,49 @@ def place(n: int, bonds: Iterable[tuple[int, int]]) -> np.ndarray:
 # ---- lines ---------------------------------------------------------------------------------------
 
 
-def label(molecule: Molecule, atom: int) -> str:
-    """What is written at an atom, "" for carbon: O, NH2."""
-    element = molecule.atoms[atom].strip("[]").removesuffix("H") or "H"
+def label(atom: str, aromatic: bool, hydrogens: int, orders: Sequence[int]) -> str:
+    """What is written at an atom, "" for carbon: O, NH2. orders: of its bonds."""
+    element = atom.strip("[]").removesuffix("H") or "H"
     element = element[0].upper() + element[1:]
-    orders = [order for pair, order in molecule.bonds.items() if atom in pair]
-    count = molecule.hydrogens[atom]
-    if element in HYDROGENS and not molecule.aromatic[atom]:
-        count = max(count, HYDROGENS[element] - sum(orders))
+    if element in HYDROGENS and not aromatic:
+        hydrogens = max(hydrogens, HYDROGENS[element] - sum(orders))
     if element == "C" and orders:
         return ""
-    return element + ("H" if count else "") + (str(count) if count > 1 else "")
+    return element + ("H" if hydrogens else "") + (str(hydrogens) if hydrogens > 1 else "")
 
 
-def draw(molecule: Molecule) -> np.ndarray:
-    """A picture of a molecule, uint8 (SIDE, SIDE, 3). A circle stands in an aromatic ring."""
-    n = len(molecule.atoms)
-    x = place(n, molecule.bonds)
+def draw(
+    atoms: Sequence[str],
+    aromatic: Sequence[bool],
+    hydrogens: Sequence[int],
+    bonds: dict[tuple[int, int], int],
+) -> np.ndarray:
+    """A picture of a molecule, uint8 (SIDE, SIDE, 3). A circle stands in an aromatic ring.
+
+    The arguments are the fields of a Molecule.
+    """
+    n = len(atoms)
+    x = place(n, bonds)
     room = SIDE - 2 * MARGIN
     scale = min(BOND, *(room / max(size, 1e-9) for size in np.ptp(x, axis=0)))
     at = (x - (x.max(0) + x.min(0)) / 2) * scale + SIDE / 2
     image = Image.new("RGB", (SIDE, SIDE), "white")
     pen = ImageDraw.Draw(image)
-    for (i, j), order in molecule.bonds.items():
+    for (i, j), order in bonds.items():
         along = (at[j] - at[i]) / max(1e-9, float(np.linalg.norm(at[j] - at[i])))
         across = np.array([-along[1], along[0]])
         for k in range(max(1, order)):
             shift = across * (k - (max(1, order) - 1) / 2) * 4
             pen.line([*(at[i] + shift), *(at[j] + shift)], fill=INK, width=2)
-    for ring in rings(n, molecule.bonds):
-        if all(molecule.aromatic[atom] for atom in ring):
+    for ring in rings(n, bonds):
+        if all(aromatic[atom] for atom in ring):
             middle = at[ring].mean(0)
             radius = 0.55 * np.linalg.norm(at[ring] - middle, axis=1).mean()
             pen.ellipse([*(middle - radius), *(middle + radius)], outline=INK)
     font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 13)
     for atom in range(n):
-        if text := label(molecule, atom):
+        orders = [order for pair, order in bonds.items() if atom in pair]
+        if text := label(atoms[atom], aromatic[atom], hydrogens[atom], orders):
             box = pen.textbbox(tuple(at[atom]), text, font=font, anchor="mm")
             pen.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], fill="white")
             colour = COLOURS.get(text.partition("H")[0], INK)

@@ -179,9 +179,15 @@ def test_a_molecule_is_drawn_with_even_bonds_and_regular_rings(tmp_path):
     found = sketch.rings(10, naphthalene.bonds)
     assert sorted(map(len, found)) == [6, 6] and len({*found[0], *found[1]}) == 10
     assert sketch.rings(4, molecules.parse("CCCC").bonds) == []
-    ammonia = molecules.parse("NCC(=O)Oc1c[nH]cc1N(C)C")
-    labels = [sketch.label(ammonia, atom) for atom in range(len(ammonia.atoms))]
-    assert [text for text in labels if text] == ["NH2", "O", "O", "NH", "N"]
+    atoms = {"NH2": ("N", False, 0, [1]), "O": ("O", False, 0, [2]), "OH": ("O", False, 0, [1])}
+    atoms |= {
+        "NH": ("[nH]", True, 1, [0, 0]),
+        "N": ("n", True, 0, [0, 0]),
+        "Cl": ("Cl", False, 0, [1]),
+    }
+    atoms |= {"": ("c", True, 0, [0, 0, 1]), "H": ("[H]", False, 0, [1])}
+    for text, atom in atoms.items():
+        assert sketch.label(*atom) == text
     molecules.draw([*DRUGS, "C"], tmp_path / "drugs")
     with Image.open(tmp_path / "drugs.png") as image:
         assert image.width > 4 * sketch.SIDE and image.height > 3 * sketch.SIDE
