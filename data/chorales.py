@@ -34,21 +34,18 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from data import command, modality, tunes, wheels
+from data import command, modality, music, tunes, wheels
+from data.music import PAUSE, STEPS, Note
 from data.report import Report
 from data.splits import TRAIN, Document, split_of
-from data.tunes import STEPS, Note
 
-PACKAGE = wheels.Package(
-    name=tunes.PACKAGE.name,
-    version=tunes.PACKAGE.version,
-    archive=tunes.PACKAGE.archive,
-    sha256=tunes.PACKAGE.sha256,
-    licence="encoded by Margaret Greentree, used by permission; the music is free",
+PACKAGE = replace(
+    tunes.PACKAGE, licence="encoded by Margaret Greentree, used by permission; the music is free"
 )
 MEMBERS = re.compile(r"music21/corpus/bach/.+\.mxl")
 HELD_OUT = 0.2  # share of the melodies, half for validation and half for test
@@ -286,16 +283,16 @@ def notes_of(texts: Sequence[str]) -> list[list[Note]]:
     """The notes of each voice, one chorale after the other; equal sixteenths are one note."""
     voices: list[list[Note]] = [[] for _ in VOICES]
     for text in texts:
-        for notes, voice in zip(voices, voices_of(text)):
+        for own, voice in zip(voices, voices_of(text)):
             for pitch, same in groupby(voice):
-                notes.append(Note(pitch, len(list(same)) * SIXTEENTH))
-            notes.append(tunes.PAUSE)
+                own.append(Note(pitch, len(list(same)) * SIXTEENTH))
+            own.append(PAUSE)
     return voices
 
 
 def draw(texts: Sequence[str], path: Path) -> None:
-    """Write up to tunes.DRAWN chorales; the .mid has a track for each voice."""
-    tunes.write_voices(notes_of(texts[: tunes.DRAWN]), path)
+    """Write up to music.DRAWN chorales; the .mid has a track for each voice."""
+    music.write(notes_of(texts[: music.DRAWN]), path)
 
 
 def read_prompt(prompt: str) -> str:

@@ -27,6 +27,7 @@ from data import (
     genome,
     levels,
     molecules,
+    music,
     series,
     sketch,
     sounds,
@@ -396,7 +397,7 @@ def test_a_tune_becomes_midi_sound_and_a_picture(tmp_path):
     spectrum = np.abs(np.fft.rfft(samples[:11_025]))
     assert spectrum.argmax() * 2 == pytest.approx(493.9, abs=2)
     assert (tmp_path / "tune.png").is_file()
-    assert [tunes.variable(n) for n in (0, 127, 128, 16384)] == [
+    assert [music.variable(n) for n in (0, 127, 128, 16384)] == [
         b"\0",
         b"\x7f",
         b"\x81\0",
@@ -499,8 +500,8 @@ def test_a_chorale_becomes_midi_with_a_track_a_voice(tmp_path):
     assert content.count(b"MTrk") == 4
     # Three voices hold their first note and their last one for three quarters; the soprano never
     # moves. Behind each track's last note comes the pause.
-    assert content.count(tunes.variable(3 * 480) + b"\x80") == 3 * 2
-    assert content.count(tunes.variable(2 * 480) + b"\xff\x2f\0") == 4
+    assert content.count(music.variable(3 * 480) + b"\x80") == 3 * 2
+    assert content.count(music.variable(2 * 480) + b"\xff\x2f\0") == 4
     with wave.open(str(tmp_path / "hymn.wav"), "rb") as file:
         seconds = file.getnframes() / file.getframerate()
     assert seconds == pytest.approx((4 + 4 * 16 + 12) * 0.125 + 1, abs=0.01)  # and the pause
