@@ -10,7 +10,7 @@ judge (tinyfm/evaluate/judge.py) reads what they draw:
     right      the share of letters and digits that show the character of their prompt, for prompts
                of training and for pairs of a style and a character that training kept apart. The
                judge's own share, of real drawings, is the ceiling. ddpm has no prompts.
-    sure       of which the judge is sure, whether that is right or not
+    sure       the share of which the judge is sure, among all names, whether that is right or not
     distance   the Frechet distance to real drawings of held-out pairs, in features of the judge.
                The prompted models draw the captions of these; ddpm draws what it likes.
 
@@ -64,21 +64,30 @@ class Found(NamedTuple):
 # ---- training -----------------------------------------------------------------------------------
 
 
-def train_for(wanted: float, folder: Path, preset: str, seed: int, more: list[str]) -> Path:
+class Trained(NamedTuple):
+    """A run, and those of its parts."""
+
+    run: Path
+    parts: dict[str, str]  # {option: run}
+
+    @property
+    def minutes(self) -> float:
+        return sum(map(minutes, [str(self.run), *self.parts.values()]))
+
+
+def train_for(wanted: float, folder: Path, preset: str, seed: int, more: list[str]) -> Trained:
     """A run that takes so many minutes with its parts, which are trained before a trial of it."""
     common = [preset, "--train.seed", str(seed), "--train.eval-every", "0", *more]
     trial = train(folder / f"{preset}-trial-{seed}", *common, "--train.steps", str(TRIAL_STEPS))
-    parts = part_runs(trial, preset)
+    # As train.py places them.
+    options = find_preset(preset).run.PARTS
+    parts = {option: f"{trial.resolve()}-{option}" for option in options}
     left = wanted - sum(map(minutes, parts.values()))
     steps = steps_in(left, trial)
     for option, part in parts.items():
         common += [f"--{option}", part]
-    return train(folder / f"{preset}-{seed}", *common, "--train.steps", str(steps))
-
-
-def part_runs(run: Path, preset: str) -> dict[str, str]:
-    """{option: the run of a part} as train.py places them."""
-    return {option: f"{run.resolve()}-{option}" for option in find_preset(preset).run.PARTS}
+    run = train(folder / f"{preset}-{seed}", *common, "--train.steps", str(steps))
+    return Trained(run, parts)
 
 
 # ---- what is drawn ------------------------------------------------------------------------------
@@ -116,9 +125,9 @@ def artist(run: Path) -> tuple[Callable[[Sequence[str]], Tensor], bool]:
 
 
 @torch.inference_mode()
-def examine(network: Judge, run: Path, preset: str, prompts: Prompts) -> tuple[Found, Tensor]:
+def examine(network: Judge, trained: Trained, prompts: Prompts) -> tuple[Found, Tensor]:
     """(what the judge says of a run, its first drawings)."""
-    draw, reads = artist(run)
+    draw, reads = artist(trained.run)
     start = time.perf_counter()
     drawn = draw(prompts.captions)
     seconds = (time.perf_counter() - start) / len(drawn)
@@ -129,10 +138,8 @@ def examine(network: Judge, run: Path, preset: str, prompts: Prompts) -> tuple[F
         right[what] = judge.prompt_following(network, images, names, styles)["character"]
     real = judge.embed(network, prompts.real)
     distance = generated.measured_distance(judge.embed(network, drawn), real)
-    parts = part_runs(run.with_name(run.name.replace(preset, f"{preset}-trial")), preset)
-    took = sum(map(minutes, [str(run), *parts.values()]))
-    found = Found(right, share_read(network, drawn), distance, took, seconds)
-    return found, drawn[:SHOWN]
+    sure = share_read(network, drawn, network.names)
+    return Found(right, sure, distance, trained.minutes, seconds), drawn[:SHOWN]
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -175,14 +182,14 @@ def main() -> None:
         preset: [train_for(options.minutes, folder, preset, seed, more) for seed in seeds]
         for preset in MODELS
     }
-    prompts = read_prompts(runs["dalle"][0])
+    prompts = read_prompts(runs["dalle"][0].run)
     network, ceilings = judge.load_or_train(find_preset("dalle").run.data.cache)
 
     # Real drawings, which the judge has not seen where it is asked what they show.
     features = judge.embed(network, prompts.real)
     real = Found(
         {KNOWN: ceilings["characters"]["character"]},
-        share_read(network, prompts.others),
+        share_read(network, prompts.others, network.names),
         generated.measured_distance(judge.embed(network, prompts.others), features),
     )
     lines = [
@@ -193,7 +200,7 @@ def main() -> None:
     ]
     shown = {"real drawings": prompts.real[:SHOWN]}
     for preset, name in MODELS.items():
-        examined = [examine(network, run, preset, prompts) for run in runs[preset]]
+        examined = [examine(network, trained, prompts) for trained in runs[preset]]
         found, drawings = zip(*examined)
         lines.append(row(name, found))
         shown[name] = drawings[0]

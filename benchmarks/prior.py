@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,11 @@ def draw(model: TextToImage, real: Tensor, captions: list[str]) -> dict[str, Ten
 
 
 @torch.inference_mode()
-def share_read(network: Judge, images: Tensor) -> Measured:
-    """Share of pictures that the judge is sure to read."""
+def share_read(network: Judge, images: Tensor, names: Sequence[str] = CHARACTERS) -> Measured:
+    """Share of pictures that the judge is sure to read, as one of these names."""
     features = judge.embed(network, images)
     styles = network.style(features)[:, : len(STYLES)].argmax(1)
-    logits = network.read(features, styles)[:, indices(CHARACTERS, network.names)]
+    logits = network.read(features, styles)[:, indices(names, network.names)]
     sure = logits.softmax(1).amax(1) >= SURE
     return proportion(sure.numpy(), "pictures")
 

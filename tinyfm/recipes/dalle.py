@@ -92,7 +92,7 @@ PRESETS = {
         DALLERun(
             model=DALLEConfig(n_head=8, d_model=128, vq=VQ_PRESETS["vq"].run.model),
             optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=50, decay_fraction=0.6),
-            train=TrainConfig(steps=3600, batch_size=32, eval_every=1200),
+            train=TrainConfig(steps=2225, batch_size=32, eval_every=600),
         ),
     ),
     "dalle-vq": Preset("the first part of it: as vq", VQ_PRESETS["vq"].run),
