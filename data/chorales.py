@@ -109,13 +109,13 @@ def right_bars(text: str) -> tuple[int, int]:
     return sum(right), len(lengths)
 
 
-def crossings(voices: Sequence[Sequence[int | None]]) -> float:
-    """The share of sixteenths in which a voice is above the one that should be above it."""
+def crossings(voices: Sequence[Sequence[int | None]]) -> tuple[int, int]:
+    """(sixteenths in which a voice is above the one that should be above it, all sixteenths)."""
     crossed = []
     for chord in zip(*voices):
         pitches = [pitch for pitch in chord if pitch is not None]
         crossed.append(any(upper < lower for upper, lower in pairwise(pitches)))
-    return sum(crossed) / max(1, len(crossed))
+    return sum(crossed), len(crossed)
 
 
 def fault(text: str) -> str:
@@ -134,18 +134,20 @@ def fault(text: str) -> str:
         return re.sub(r"^'.*' ", "a letter ", str(error))
     if any(all(pitch is None for pitch in voice) for voice in voices):
         return "a voice is silent"
-    if crossings(voices) > CROSSED:
+    crossed, count = crossings(voices)
+    if crossed > CROSSED * count:
         return f"voices cross in more than {CROSSED:.0%} of the sixteenths"
     return ""
 
 
-def describe(text: str) -> dict[str, float]:
+def describe(text: str) -> dict[str, tuple[float, float]]:
     """The share of bars that add up, how many there are, and how often voices cross."""
     right, count = right_bars(text)
+    crossed, sixteenths = crossings(voices_of(text))
     return {
-        "share of right bars": right / count,
-        "bars": float(count),
-        "share of crossed sixteenths": crossings(voices_of(text)),
+        "share of right bars": (right, count),
+        "bars": (count, 1),
+        "share of crossed sixteenths": (crossed, sixteenths),
     }
 
 

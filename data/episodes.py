@@ -386,9 +386,9 @@ def fault(text: str) -> str:
     return ""
 
 
-def describe(text: str) -> dict[str, float]:
+def describe(text: str) -> dict[str, tuple[float, float]]:
     """The number of actions."""
-    return {"actions": sum(line in ACTIONS for line in text.split("\n"))}
+    return {"actions": (sum(line in ACTIONS for line in text.split("\n")), 1)}
 
 
 def read_prompt(prompt: str) -> str:

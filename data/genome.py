@@ -92,13 +92,15 @@ def pieces(text: str) -> list[str]:
     return [text[i : i + READ] for i in range(0, len(text) - READ + 1, READ)]
 
 
-def describe(text: str) -> dict[str, float]:
+def describe(text: str) -> dict[str, tuple[float, float]]:
     """The longest open frame, and the share of G and C."""
     bases = text.strip()[:READ]
     if len(bases) < READ:
         return {}
-    share = (bases.count("G") + bases.count("C")) / len(bases)
-    return {"codons of the longest open frame": longest_frame(bases), "share of G and C": share}
+    return {
+        "codons of the longest open frame": (longest_frame(bases), 1),
+        "share of G and C": (bases.count("G") + bases.count("C"), len(bases)),
+    }
 
 
 def read_prompt(prompt: str) -> str:

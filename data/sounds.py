@@ -131,7 +131,7 @@ def fault(text: str) -> str:
     return ""
 
 
-def describe(text: str) -> dict[str, float]:
+def describe(text: str) -> dict[str, tuple[float, float]]:
     """How much of the time there is a voice, and how loud it is."""
     try:
         samples = decode(text.strip())
@@ -139,8 +139,9 @@ def describe(text: str) -> dict[str, float]:
         return {}
     if len(samples) < SHORTEST:
         return {}
-    power = np.square(samples).mean()
-    return {"share of voiced moments": voiced(samples).mean(), "decibels": 10 * np.log10(power)}
+    moments = voiced(samples)
+    decibels = 10 * np.log10(np.square(samples).mean())
+    return {"share of voiced moments": (moments.sum(), len(moments)), "decibels": (decibels, 1)}
 
 
 def copied(texts: Sequence[str], training: Iterable[str]) -> list[bool]:

@@ -228,13 +228,13 @@ def fault(text: str) -> str:
     return ""
 
 
-def describe(text: str) -> dict[str, float]:
+def describe(text: str) -> dict[str, tuple[float, float]]:
     """The share of bars that add up, and how many there are."""
     try:
         right, count = right_bars(parse(text))
     except ValueError:
         return {}
-    return {"share of right bars": right / count, "bars": count} if count else {}
+    return {"share of right bars": (right, count), "bars": (count, 1)} if count else {}
 
 
 def steps(text: str) -> tuple[int, ...]:

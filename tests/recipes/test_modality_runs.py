@@ -67,10 +67,15 @@ def test_sample_says_what_is_valid(run, tmp_path, capsys):
 
 
 def test_shares_by_hand():
-    """Five of six are valid; of these four differ, OCC being CCO; of the four CCC is known."""
+    """Five of six are valid; of these four differ, OCC being CCO; of the four CCC is known. Of all
+    15 letters 10 are a C."""
     texts = ["CCO", "OCC", "CCC", "CN", "CO", "C("]
-    found = modalities.shares(molecules.MODALITY, texts, ["CCC", "CCCC"])
-    assert [float(found[name]) for name in ("valid", "unique", "novel")] == [5 / 6, 4 / 5, 3 / 4]
+    own = dataclasses.replace(
+        molecules.MODALITY, describe=lambda text: {"share of C": (text.count("C"), len(text))}
+    )
+    found = modalities.shares(own, texts, ["CCC", "CCCC"])
+    expected = {"valid": 5 / 6, "unique": 4 / 5, "novel": 3 / 4, "share of C": 10 / 15}
+    assert {name: float(value) for name, value in found.items()} == expected
     nothing = modalities.shares(molecules.MODALITY, ["C("], ["C"])
     assert [float(value) for value in nothing.values()] == [0, 0, 0]
 

@@ -57,7 +57,7 @@ def texts_of(data: TextData, split: str) -> Iterator[str]:
 
 
 def shares(modality: Modality, texts: Sequence[str], training: Sequence[str]) -> Scores:
-    """The shares of texts that are valid, unique and novel, and the means that describe them."""
+    """The shares of texts that are valid, unique and novel, and what describes them."""
     is_valid = np.array([not modality.fault(text) for text in texts])
     valid = [text for text, fine in zip(texts, is_valid) if fine]
     different = list({modality.key(text): text for text in valid}.values())
@@ -68,7 +68,8 @@ def shares(modality: Modality, texts: Sequence[str], training: Sequence[str]) ->
         scores["novel"] = metrics.proportion(new, f"different valid {modality.unit}")
     described = [found for found in map(modality.describe, texts) if found]
     for name in described[0] if described else ():
-        scores[f"mean {name}"] = float(np.mean([own[name] for own in described]))
+        parts, wholes = np.array([own[name] for own in described]).T
+        scores[name] = metrics.ratio_of_sums(parts, wholes, modality.unit)
     return scores
 
 
