@@ -44,8 +44,8 @@ class Modality:
     # Whether training, the second argument, has each of these valid texts, or a large part of it.
     # None: it has one with the same key.
     copied: Callable[[Sequence[str], Iterable[str]], list[bool]] | None = None
-    # What describes a text: {"share of right bars": (9, 10), "bars": (10, 1)}. Of many texts, each is
-    # the sum of the first numbers over that of the second ones. Empty if nothing can be said.
+    # What describes a text: {"share of right bars": (9, 10), "bars": (10, 1)}. Of many texts, each
+    # is the sum of the first numbers over that of the second ones. Empty if nothing can be said.
     describe: Callable[[str], dict[str, tuple[float, float]]] = lambda text: {}
     # The text that a user's prompt stands for. Raises ValueError for one that starts no valid text.
     read_prompt: Callable[[str], str] = lambda prompt: prompt
