@@ -86,14 +86,21 @@ class DALLERun(DrawingRun):
 
 RUNS = (DALLERun,)
 
+# Few codes, each of which sees its neighbourhood alone, rebuild a letter as readably as many that
+# know of the whole picture, and are easier to write. Letters and digits that the judge reads as
+# their prompt after 700 steps: 64 codes 76%, 128 codes 74%, 512 codes with attention 64%.
+VQ = replace(VQ_PRESETS["vq"].run.model, n_code=64, attention=False)
+
 PRESETS = {
     "dalle": Preset(
         "letters as a text says, code by code, with its VQ-VAE: a quarter of an hour in all",
         DALLERun(
-            model=DALLEConfig(n_head=8, d_model=128, vq=VQ_PRESETS["vq"].run.model),
+            model=DALLEConfig(n_head=8, d_model=128, vq=VQ),
             optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=50, decay_fraction=0.6),
-            train=TrainConfig(steps=2225, batch_size=32, eval_every=600),
+            train=TrainConfig(steps=3200, batch_size=32, eval_every=800, compile=True),
         ),
     ),
-    "dalle-vq": Preset("the first part of it: as vq", VQ_PRESETS["vq"].run),
+    "dalle-vq": Preset(
+        "the first part of it: as vq, with fewer codes", replace(VQ_PRESETS["vq"].run, model=VQ)
+    ),
 }
