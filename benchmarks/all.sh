@@ -41,6 +41,7 @@ run() {
 }
 
 run default_run python benchmarks/default_run.py
+run ideas python benchmarks/ideas.py --record
 run "nanogpt bytes" python benchmarks/nanogpt.py bytes "${NANOGPT:--}" "${SHAKESPEARE:--}" --record
 run "nanogpt shakespeare" python benchmarks/nanogpt.py shakespeare "${NANOGPT:--}" "${SHAKESPEARE:--}" --rounds 2 --record
 run "nanogpt throughput" python benchmarks/nanogpt.py throughput "${NANOGPT:--}" --rounds 2

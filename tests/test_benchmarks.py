@@ -424,6 +424,37 @@ def test_a_cell_has_all_seeds_and_the_interval_of_the_median(encoder_benchmark):
     assert encoder_benchmark.cell(found) == "72.0, 70.0, 74.0 (70.0 to 74.0)"
 
 
+def test_each_idea_changes_what_a_step_does(monkeypatch):
+    """By the loss of the third step, and by the singular values that Muon's iteration leaves."""
+    ideas = importlib.import_module("benchmarks.ideas")
+    small = dataclasses.replace(
+        ideas.PRESET.model, vocab_size=300, d_model=32, n_head=2, context_length=16
+    )
+    train = dataclasses.replace(ideas.PRESET.train, batch_size=2, micro_batch_size=1)
+    preset = dataclasses.replace(ideas.PRESET, model=small, train=train)
+    monkeypatch.setattr(ideas, "PRESET", preset)
+    losses = {}
+    for name, idea in {"preset": ideas.PLAIN, **ideas.IDEAS}.items():
+        torch.manual_seed(0)
+        batch = {"tokens": torch.randint(300, (2, 17))}
+        with ideas.put_in_place(idea):
+            run = ideas.run_of(idea)
+            model = run.build_model()
+            optimizers = ideas.build_optimizers(model, run.optim)
+            for _ in range(3):
+                loss, _ = model.loss(batch)
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        losses[name] = float(loss.detach())
+    same = {name for name, loss in losses.items() if loss == losses["preset"]}
+    # Two change the batches alone, and these are too small for chunks.
+    assert same == {"preset", "rows-8", "context-128", "chunks"}
+    singular = torch.linalg.svdvals(ideas.polar_express(torch.randn(1, 64, 48)).float())
+    assert singular.min() > 0.8 and singular.max() < 1.2
+
+
 def test_the_tables_of_a_gpt_that_sees(monkeypatch):
     """Of three seeds, with the interval of the middle one; a name is found by its whole pattern."""
     monkeypatch.syspath_prepend(ROOT)
