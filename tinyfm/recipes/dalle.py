@@ -97,7 +97,7 @@ PRESETS = {
         DALLERun(
             model=DALLEConfig(n_head=8, d_model=128, vq=VQ),
             optim=OptimConfig(lr=0.006, muon_lr=0.012, warmup_steps=50, decay_fraction=0.6),
-            train=TrainConfig(steps=3200, batch_size=32, eval_every=800, compile=True),
+            train=TrainConfig(steps=3600, batch_size=32, eval_every=900, compile=True),
         ),
     ),
     "dalle-vq": Preset(
