@@ -62,7 +62,7 @@ SMALL = {
     "--data.path letters",
     "vq": "--model.channels 8 8 16 --model.groups 4 --data.val-images 8",
     "dalle": "--vq runs/vq --model.n-layer 1 --model.n-head 2 --model.d-model 32 "
-    "--data.val-images 8",
+    "--data.val-images 8 --train.no-compile",
     "vision-gpt": "--data.path pictures --data.tokenizer bytes --model.image-size 8 "
     "--model.patch-size 4 --model.channels 3 --train.batch-size 16",
     "ddpm": "--model.channels 8 16 --model.attend False True --model.n-head 2 --model.groups 4 "

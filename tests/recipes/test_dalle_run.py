@@ -30,7 +30,7 @@ VQ = """--model.image-size 8 --model.in-channels 3 --model.channels 8 16 --model
 GPT = """--model.n-layer 1 --model.n-head 2 --model.d-model 32 --model.text-vocab-size 257
 --model.text-length 8 --data.tokenizer bytes --data.val-images 8 --optim.lr 1e-2"""
 COMMON = """--train.batch-size 16 --train.log-every 1 --train.dtype float32 --train.device cpu
---optim.warmup-steps 5 --data.val-fraction 0.4"""
+--train.no-compile --optim.warmup-steps 5 --data.val-fraction 0.4"""
 pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
