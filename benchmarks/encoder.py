@@ -68,10 +68,10 @@ STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # of the regression, as scikit-learn'
 # ---- films ---------------------------------------------------------------------------------------
 
 
-def train(out: Path, *options: str) -> Path:
-    """Run train.py into a folder, unless it holds a complete run."""
+def train(out: Path, *options: str, script: tuple[str, ...] = ("train.py",)) -> Path:
+    """Run train.py, or a script like it, into a folder, unless it holds a complete run."""
     if not (out / "done").exists():
-        command = [sys.executable, "train.py", *options, "--out", str(out.resolve())]
+        command = [sys.executable, *script, *options, "--out", str(out.resolve())]
         if any(out.glob("step-*/manifest.json")):
             command.append("--resume")
         elif out.exists():  # it was stopped before its first checkpoint

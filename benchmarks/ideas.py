@@ -3,22 +3,21 @@
     python benchmarks/ideas.py [IDEA ...] [--seeds 1] [--record]
 
 An idea changes the preset in one place: an option, or a few lines below that replace a part of the
-lesson. First, training steps of the preset and of the idea are timed by turns. So a run of the idea
-has as many steps as take the seconds of the preset's own. The table has, of each idea:
+lesson. First, training steps of the preset and of the idea are timed by turns, with nothing else
+running. So a run of the idea has as many steps as take the seconds of the preset's own. The table
+has, of each idea:
 
     time of a step   as a share of the preset's
     bits per byte    of validation text, of all seeds
-    better by        the mean over seeds, beside the preset with the same seeds; its own seeds
-                     differ by about 0.5%
+    better by        the mean over seeds, beside the preset with the same seeds
 
-Runs are kept in --runs, and what is there already is not run again.
+Runs and times are kept in --runs, and what is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import timing
+from benchmarks import encoder, timing
+from tinyfm.common import device as devices
 from tinyfm.common.options import parse
 from tinyfm.gpt import GPT, Attention, Block
 from tinyfm.recipes import gpt as recipe
@@ -58,6 +58,13 @@ class SoftCap(GPT):
         self.head.register_forward_hook(lambda module, inputs, y: CAP * torch.tanh(y / CAP))
 
 
+class ValueAttention(Attention):
+    def project(self, x, angles):
+        q, k, v = super().project(x, angles)
+        B, G, T, K = v.shape
+        return q, k, v + self.value_embedding(self.tokens).view(B, T, G, K).transpose(1, 2)
+
+
 class ValueEmbeddings(GPT):
     """The values of each layer get a table's row for their token (Zhou et al. 2024; nanoGPT
     speedrun)."""
@@ -78,11 +85,9 @@ class ValueEmbeddings(GPT):
         return super().hidden(tokens, *more, **named)
 
 
-class ValueAttention(Attention):
-    def project(self, x, angles):
-        q, k, v = super().project(x, angles)
-        B, G, T, K = v.shape
-        return q, k, v + self.value_embedding(self.tokens).view(B, T, G, K).transpose(1, 2)
+class SkipBlock(Block):
+    def forward(self, x, *more):
+        return super().forward(x + self.skip * self.early, *more)
 
 
 class Skip(GPT):
@@ -99,11 +104,6 @@ class Skip(GPT):
         self.blocks[0].register_forward_pre_hook(
             lambda module, inputs: setattr(last, "early", inputs[0])
         )
-
-
-class SkipBlock(Block):
-    def forward(self, x, *more):
-        return super().forward(x + self.skip * self.early, *more)
 
 
 class Smear(GPT):
@@ -164,7 +164,7 @@ def polar_express(M: torch.Tensor, steps: int = 5) -> torch.Tensor:
     tall = X.size(1) > X.size(2)
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY).clamp(min=1e-7)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         A = X @ X.mT
@@ -229,13 +229,14 @@ def step_of(idea: Idea) -> Callable[[], None]:
     with put_in_place(idea):
         model = run.build_model()
     optimizers = build_optimizers(model, run.optim)
+    dtype = devices.choose_dtype(run.train.dtype, torch.device("cpu"))
     micro = run.train.micro_batch_size or run.train.batch_size
     shape = (micro, run.model.context_length + 1)
     batch = {"tokens": torch.randint(run.model.vocab_size, shape)}
 
     def step() -> None:
         for _ in range(run.train.batch_size // micro):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss, _ = model.loss(batch)
             loss.backward()
         with put_in_place(idea):
@@ -246,24 +247,24 @@ def step_of(idea: Idea) -> Callable[[], None]:
     return step
 
 
-def time_beside_preset(idea: Idea) -> float:
-    """The time of a step of the idea, as a share of that of the preset."""
-    works = {"preset": step_of(PLAIN), "idea": step_of(idea)}
-    seconds = timing.by_turns(works, ROUNDS)
-    return seconds["idea"] / seconds["preset"]
+def time_beside_preset(name: str, folder: Path) -> float:
+    """The time of a step of an idea, as a share of that of the preset; measured once."""
+    kept = folder / f"{name}.txt"
+    if not kept.exists():
+        works = {"preset": step_of(PLAIN), "idea": step_of(IDEAS[name])}
+        seconds = timing.by_turns(works, ROUNDS)
+        kept.write_text(str(seconds["idea"] / seconds["preset"]), encoding="utf-8")
+    return float(kept.read_text(encoding="utf-8"))
 
 
 # ---- runs ---------------------------------------------------------------------------------------
 
 
 def train(name: str, idea: Idea, seed: int, steps: int, folder: Path, more: list[str]) -> float:
-    """Bits per byte of validation text after so many steps, of a new process or an earlier one."""
-    out = folder / f"{name}-{seed}"
-    if not (out / "done").exists():
-        words = [*idea.options, "--train.seed", str(seed), "--train.steps", str(steps), *more]
-        command = [sys.executable, __file__, "--train", name, "--", "gpt", "--out", str(out)]
-        subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
-        (out / "done").touch()
+    """Bits per byte of validation text after so many steps."""
+    words = ["gpt", *idea.options, "--train.seed", str(seed), "--train.steps", str(steps), *more]
+    script = (__file__, "--train", name)
+    out = encoder.train(folder / f"{name}-{seed}", *words, script=script)
     return read_metrics(out / METRICS)[-1]["val_bpb"]
 
 
@@ -282,8 +283,8 @@ def table(names: Sequence[str], seeds: int, folder: Path, more: list[str]) -> st
     lines = ["| idea | | time of a step | steps | bits per byte | better by |", "|" + "---|" * 6]
     found = {"preset": (1.0, steps, plain)}
     for name in names:
-        share = time_beside_preset(IDEAS[name])
-        own = max(20, round(steps / share))
+        share = time_beside_preset(name, folder)
+        own = round(steps / share)
         bpb = [train(name, IDEAS[name], seed, own, folder, more) for seed in range(seeds)]
         found[name] = (share, own, bpb)
         print(name, f"{share:.2f}", own, bpb, file=sys.stderr, flush=True)
@@ -315,5 +316,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        train_here(sys.argv[2], sys.argv[4:])
+        train_here(sys.argv[2], sys.argv[3:])
     main()

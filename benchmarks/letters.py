@@ -1,6 +1,6 @@
 """Three ways to draw letters, in equal minutes: DALL-E, latent diffusion, diffusion of pixels.
 
-    python benchmarks/letters.py [--minutes 20] [--seeds 3] [--runs runs/letters-benchmark]
+    python benchmarks/letters.py [--minutes 15] [--seeds 3] [--runs runs/letters-benchmark]
                                  [--picture FILE] [--record]
 
 The presets dalle, text2image and ddpm learn from the same drawings. Each trains for --minutes on
@@ -170,7 +170,7 @@ def row(name: str, seeds: Sequence[Found]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--minutes", type=float, default=20.0, help="training of each model, with its parts")
+    add("--minutes", type=float, default=15.0, help="training of each model, with its parts")
     add("--seeds", type=int, default=3, help="number of seeds")
     add("--runs", default="runs/letters-benchmark", help="folder of the runs")
     add("--picture", help="a PNG file to write")

@@ -98,7 +98,10 @@ def test_the_corrected_run_is_the_plain_one_bit_for_bit(swept, monkeypatch, caps
     planned = int(re.search(r"instead of (\d+)", out).group(1))
     steps = files.read_json(Path("dial/config.json"))["train"]["steps"]
     assert steps > planned >= 20
-    assert re.search(r"budget 40m: \d+ s, \d+ expected; [\d.]+ bits per byte, [\d.]+ exp", out)
+    (first,) = re.findall(r"([\d.]+) \(.*chosen", out)
+    (later,) = re.findall(r"instead of \d+: ([\d.]+) .* bits per byte expected", out)
+    assert float(later) < float(first)  # more steps promise more
+    assert re.search(r"budget 40m: \d+ s, \d+ expected; [\d.]+ bits per byte, " + later, out)
     rows = read_metrics(Path("dial/metrics.jsonl"))
     assert [row["step"] for row in rows if "val_loss" in row] == [0, -(-steps // 2), steps]
     command = re.search(r"without the dial: python train.py (.*)", out).group(1)

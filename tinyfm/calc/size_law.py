@@ -207,6 +207,12 @@ class Choice:
     high: float
 
 
+def promise(law: SizeLaw, width: int, M: float, tokens: float, V: float) -> Choice:
+    """What the law says of a size with its tokens. M: FLOPs a token. V: tokens of the text."""
+    U = float(worth(tokens, V))
+    return Choice(width, tokens, law.loss(M, U), *law.interval(M, U))
+
+
 def consider(
     law: SizeLaw, sizes: Mapping[int, float], tokens: Mapping[int, float], V: float
 ) -> list[Choice]:
@@ -221,12 +227,7 @@ def consider(
             f"the budget is {least:.2g} FLOP, and the sweep behind the law ends at "
             f"{law.most:.2g}: see python -m tinyfm.calc optimal {least:.2g}"
         )
-    found = []
-    for width, n in tokens.items():
-        M = sizes[width]
-        U = float(worth(n, V))
-        found.append(Choice(width, n, law.loss(M, U), *law.interval(M, U)))
-    return found
+    return [promise(law, width, sizes[width], n, V) for width, n in tokens.items()]
 
 
 def choose(

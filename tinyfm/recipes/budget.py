@@ -13,9 +13,10 @@ four steps:
 
 A budget in time is that of the command: preparing the data, timing, evaluations and the last
 checkpoint count. Machines do not keep their speed. So the number of steps is corrected once, by the
-speed of the run itself. The result is the run that had this many steps from the start, bit for bit:
-with the schedule "wsd", a run does not depend on its length until its learning rate starts to fall,
-and the correction comes before. config.json has that number.
+speed of the run itself, and the expected loss with it. The result is the run that had this many
+steps from the start, bit for bit: with the schedule "wsd", a run does not depend on its length
+until its learning rate starts to fall, and the correction comes before. config.json has that
+number.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import nn
 
 from tinyfm.calc import size_law
-from tinyfm.calc.size_law import Budget, Choice
+from tinyfm.calc.size_law import Budget, Choice, SizeLaw
 from tinyfm.common import units
 from tinyfm.recipes import run_dir
 from tinyfm.recipes.base import Preset, Run
@@ -84,11 +85,18 @@ class Dial:
     choice: Choice
     considered: list[Choice]
     known: bool  # whether the law speaks of these data
-    beyond: float  # FLOPs over those of the sweep's largest run
-    passes: float  # through the training text
+    law: SizeLaw
+    size: float  # FLOPs a token
+    text: int  # tokens of the training text
     started: float  # time.perf_counter() of the command's start
     seconds: float  # of the command, as expected
     command: str  # that trains the same run without the dial
+
+    def with_steps(self, steps: int) -> Dial:
+        """The same size with another number of steps, and the loss that they promise."""
+        tokens = self.choice.tokens * steps / self.run.train.steps
+        choice = size_law.promise(self.law, self.choice.width, self.size, tokens, self.text)
+        return replace(self, run=with_steps(self.run, steps), choice=choice)
 
     def __str__(self) -> str:
         lines = [f"budget {self.budget.text}: bits per byte of validation by size, as expected"]
@@ -96,17 +104,26 @@ class Dial:
             mark = "  chosen" if c is self.choice else ""
             loss = f"{c.loss:.3f} ({c.low:.3f} to {c.high:.3f} in 90%)" if self.known else "-"
             lines.append(f"  width {c.width:4}  {c.tokens:8.3g} tokens  {loss}{mark}")
+        beyond = self.choice.tokens * self.size / self.law.most
         if not self.known:
             lines.append("no loss is expected: the sweep behind the law read other data")
-        elif self.beyond > 1:
-            lines.append(f"that is {self.beyond:.2g} times the sweep's largest run: less certain")
+        elif beyond > 1:
+            lines.append(f"that is {beyond:.2g} times the sweep's largest run: less certain")
         left = self.started + self.seconds - time.perf_counter()
         ends = datetime.now() + timedelta(seconds=left)
         lines.append(
-            f"{self.run.train.steps:,} steps, {self.passes:.2g} times the text, "
+            f"{self.run.train.steps:,} steps, {self.choice.tokens / self.text:.2g} times the text, "
             f"{units.duration(self.seconds)}, until {ends:%H:%M:%S}"
         )
         return "\n".join([*lines, f"the same without the dial: {self.command}"])
+
+    def correction(self, planned: int) -> str:
+        """What `correct` changed. planned: the steps before."""
+        line = f"by the speed so far, {self.run.train.steps:,} steps instead of {planned:,}"
+        if self.known:
+            c = self.choice
+            line += f": {c.loss:.3f} ({c.low:.3f} to {c.high:.3f} in 90%) bits per byte expected"
+        return line
 
     def outcome(self, bpb: float) -> str:
         """What became of the plan, at the end of the run."""
@@ -210,8 +227,9 @@ def turn(name: str, preset: Preset, run: Run, started: float) -> Dial:
         choice=choice,
         considered=considered,
         known=not any(key.startswith("data.") for key in changes(preset, run)),
-        beyond=choice.tokens * sizes[width] / law.most,
-        passes=choice.tokens / V,
+        law=law,
+        size=sizes[width],
+        text=V,
         started=started,
         seconds=spent + ends[width] + choice.tokens * per_token[width],
         command=run_dir.command(name, preset, chosen),
@@ -234,8 +252,8 @@ def first_part(trainer: Trainer, steps: int) -> tuple[float, float]:
     return step, max(0.0, first - started - step)
 
 
-def correct(dial: Dial, trainer: Trainer) -> Run:
-    """Train the first part of a run whose budget is time; return the run with the steps that fit.
+def correct(dial: Dial, trainer: Trainer) -> Dial:
+    """Train the first part of a run whose budget is time; return the dial with the steps that fit.
 
     Its speed is that of its first part. Steps after the learning rate has begun to fall cannot be
     taken back, so if the machine has become much slower, the run takes longer.
@@ -245,7 +263,7 @@ def correct(dial: Dial, trainer: Trainer) -> Run:
     done = int(CORRECTED * level * run.train.steps)
     step, evaluation = first_part(trainer, done)
     if trainer.signals.agreed:
-        return run
+        return dial
     left = dial.started + dial.budget.amount - time.perf_counter()
     left -= (EVALUATIONS - 1) * (evaluation + SHOWN)
-    return with_steps(run, max(math.ceil(done / level), done + int(left / step)))
+    return dial.with_steps(max(math.ceil(done / level), done + int(left / step)))

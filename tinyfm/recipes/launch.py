@@ -377,14 +377,15 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     device = devices.describe_device(trainer.device)
     say(f"{data.description}\n{costs}\n{device}, {trainer.dtype}")
     # Train.
-    if plan.dial and plan.dial.budget.kind == "seconds":
-        run = budget.correct(plan.dial, trainer)
+    dial = plan.dial
+    if dial and dial.budget.kind == "seconds":
+        dial = budget.correct(dial, trainer)
+        run = dial.run
         trainer.train = run.train
         record |= run_dir.to_record(plan.name, run)
         files.write_json(out / "config.json", record)
         if run != plan.run:
-            planned = plan.run.train.steps
-            say(f"by the speed so far, {run.train.steps:,} steps instead of {planned:,}")
+            say(dial.correction(plan.run.train.steps))
     scores = trainer.fit()
     if trainer.signals.agreed:
         step = trainer.counters["step"]
@@ -394,8 +395,8 @@ def train_owned(plan: Plan, world: distributed.World) -> int:
     rows = read_metrics(out / "metrics.jsonl")
     untrained = next((row for row in rows if not row["step"]), {})
     say(run_dir.verdict(plan.preset, run, untrained, scores))
-    if plan.dial:
-        say(plan.dial.outcome(scores["val_bpb"]))
+    if dial:
+        say(dial.outcome(scores["val_bpb"]))
     seconds = time.perf_counter() - started
     line = f"{seconds:.0f} s in all"
     peak = devices.peak_memory_bytes(trainer.device)
